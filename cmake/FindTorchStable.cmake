@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# Finds what a library on LibTorch's stable ABI needs: the stable headers, libtorch_cpu and libc10. Not find_package(Torch):
+# that wants the whole CUDA toolkit where torch is a CUDA build. Looks in TorchStable_ROOT, else beside the torch that
+# the found Python would import.
+#
+# Defines TorchStable::torch_cpu.
+if(NOT TorchStable_ROOT)
+  execute_process(
+    COMMAND "${Python_EXECUTABLE}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
+    OUTPUT_VARIABLE TorchStable_ROOT OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+endif()
+find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h HINTS "${TorchStable_ROOT}/include" NO_DEFAULT_PATH)
+find_library(TorchStable_torch_cpu torch_cpu HINTS "${TorchStable_ROOT}/lib" NO_DEFAULT_PATH)
+find_library(TorchStable_c10 c10 HINTS "${TorchStable_ROOT}/lib" NO_DEFAULT_PATH)
+
+include(FindPackageHandleStandardArgs)
+find_package_handle_standard_args(
+  TorchStable REQUIRED_VARS TorchStable_INCLUDE_DIR TorchStable_torch_cpu TorchStable_c10
+  REASON_FAILURE_MESSAGE "sdgp needs torch >= 2.10 to build against: pip install 'torch>=2.10'")
+
+if(TorchStable_FOUND AND NOT TARGET TorchStable::torch_cpu)
+  add_library(TorchStable::torch_cpu INTERFACE IMPORTED)
+  target_include_directories(TorchStable::torch_cpu SYSTEM INTERFACE "${TorchStable_INCLUDE_DIR}")
+  target_link_libraries(TorchStable::torch_cpu INTERFACE "${TorchStable_torch_cpu}" "${TorchStable_c10}")
+  # The oldest torch that the library runs under.
+  target_compile_definitions(TorchStable::torch_cpu INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
+endif()

@@ -1,0 +1,4 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#define SDGP_ISA avx512
+#define SDGP_ISA_NAME "avx512"
+#include "isa-inl.h"

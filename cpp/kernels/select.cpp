@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Which of the compiled kernel tables this process uses.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "kernels.h"
+
+namespace sdgp {
+namespace {
+
+struct Candidate {
+  const Kernels* table;
+  bool runs;
+};
+
+const Kernels& choose() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const Candidate candidates[] = {{&avx512::table, has_avx512}, {&avx2::table, has_avx2}, {&baseline::table, true}};
+#else
+  const Candidate candidates[] = {{&baseline::table, true}};
+#endif
+  const char* forced = std::getenv("SDGP_FORCE_ISA");
+  std::string usable;
+  for (const auto& [table, runs] : candidates) {
+    if (!runs) continue;
+    if (!forced || !*forced || std::string(forced) == table->isa) return *table;
+    usable += (usable.empty() ? "" : ", ") + std::string(table->isa);
+  }
+  throw std::runtime_error("SDGP_FORCE_ISA: expected an instruction set that this CPU runs (" + usable + "), got " +
+                           forced);
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+}  // namespace sdgp

@@ -1,0 +1,316 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What happens inside one group, for a vector of groups at once: element j of every group lies in vector x[j], one
+// group per lane. kM is the compiled group size; a smaller group is padded with zeros at its end, which changes no
+// result: a zero loses every tie to an element with a lower index, weighs nothing and adds nothing.
+#include "kernels.h"
+#include "vec-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+template <class C>
+using Elem = Vec<typename C::E>;
+template <class C>
+using Key = Vec<typename C::K>;
+template <class C>
+using Unsigned = Vec<typename C::U>;
+
+// The group that each lane holds, as a 64-bit index in two halves (both < 2^32, whatever the width of U), and how many
+// of its elements are real.
+template <class C>
+struct LaneGroups {
+  Unsigned<C> lo;
+  Unsigned<C> hi;
+  Unsigned<C> length;
+  bool padded;  // some length is below kM
+};
+
+// Note [Magnitude order]
+// |x| is compared as the integer that its bits form without the sign. That is the order of the finite values, -0 equals
+// 0, inf is above them and every NaN above inf (among NaNs, by payload); and it is the same on every device.
+template <class C>
+SDGP_INLINE Key<C> magnitude_key(Elem<C> x) {
+  using K = typename C::K;
+  constexpr K kNotSign = static_cast<K>(~(static_cast<typename C::U>(1) << (sizeof(K) * 8 - 1)));
+  return (Key<C>)x & kNotSign;
+}
+
+struct Comparator {
+  int low;
+  int high;
+};
+
+// Batcher's odd-even merge sort for kM inputs.
+template <int kM>
+struct SortingNetwork {
+  template <class Emit>
+  static constexpr void generate(Emit emit) {
+    for (int p = 1; p < kM; p *= 2) {
+      for (int k = p; k >= 1; k /= 2) {
+        for (int j = k % p; j + k < kM; j += 2 * k) {
+          for (int i = 0; i < k && i + j + k < kM; ++i) {
+            if ((i + j) / (2 * p) == (i + j + k) / (2 * p)) emit(Comparator{i + j, i + j + k});
+          }
+        }
+      }
+    }
+  }
+  static constexpr int count() {
+    int n = 0;
+    generate([&](Comparator) { ++n; });
+    return n;
+  }
+  struct List {
+    Comparator at[count() > 0 ? count() : 1];
+  };
+  static constexpr List list() {
+    List list{};
+    int n = 0;
+    generate([&](Comparator c) { list.at[n++] = c; });
+    return list;
+  }
+};
+
+// Sets keep[j] to all ones where key j is among the n largest of its lane; ties go to the lower index. Keys are not
+// negative.
+template <class K, int kM>
+SDGP_INLINE void select_by_rank(const Vec<K>* key, int n, Vec<K>* keep) {
+  // Each pair is compared once: 3 operations per pair, all in registers. rank[j] starts at j, as if every earlier
+  // element were at least as large, and gives back one for each that is not.
+  Vec<K> rank[kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) rank[j] = splat<K>(static_cast<K>(j));
+#pragma GCC unroll 8
+  for (int i = 0; i < kM; ++i) {
+#pragma GCC unroll 8
+    for (int j = i + 1; j < kM; ++j) {
+      const Vec<K> larger = key[j] > key[i];
+      rank[i] -= larger;
+      rank[j] += larger;
+    }
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) keep[j] = rank[j] < static_cast<K>(n);
+}
+
+// The same for large groups, where O(m log^2 m) comparators beat O(m^2) pairs: sort, read the n-th largest, keep what
+// is above it and the first of those equal to it.
+template <class K, int kM>
+__attribute__((noinline)) void select_by_threshold(const Vec<K>* key, int n, Vec<K>* keep) {
+  constexpr auto kNetwork = SortingNetwork<kM>::list();
+  Vec<K> sorted[kM];
+  for (int j = 0; j < kM; ++j) sorted[j] = key[j];
+  [&]<int... kI>(std::integer_sequence<int, kI...>) {
+    const auto compare_exchange = [&](Vec<K>& low, Vec<K>& high) __attribute__((always_inline)) {
+      const Vec<K> smaller = vmin(low, high);
+      high = vmax(low, high);
+      low = smaller;
+    };
+    (compare_exchange(sorted[kNetwork.at[kI].low], sorted[kNetwork.at[kI].high]), ...);
+  }(std::make_integer_sequence<int, SortingNetwork<kM>::count()>{});
+  const Vec<K> threshold = sorted[kM - n];
+  Vec<K> left = splat<K>(static_cast<K>(n));
+  for (int j = 0; j < kM; ++j) left = decrement_if(key[j] > threshold, left);
+  for (int j = 0; j < kM; ++j) {
+    const Vec<K> tie = (key[j] == threshold) & (left > 0);
+    left = decrement_if(tie, left);
+    keep[j] = (key[j] > threshold) | tie;
+  }
+}
+
+template <class K, int kM>
+SDGP_INLINE void select_largest(const Vec<K>* key, int n, Vec<K>* keep) {
+  if constexpr (kM <= 8) {
+    select_by_rank<K, kM>(key, n, keep);
+  } else {
+    select_by_threshold<K, kM>(key, n, keep);
+  }
+}
+
+// Note [Random numbers]
+// Counter-based: everything is a hash of (seed, group index), so no order of work and no device changes a draw.
+// seed -> splitmix64 -> two 32-bit words k0, k1. A group's state is two words, a = mix(lo ^ k0) and
+// b = mix(a + (hi ^ k1)). mvue takes one uniform number from b; random gives each element the key
+// finish(start(b + j * golden) ^ a), where mix(x) = finish(start(x)) is C. Wellons' "lowbias32" (public domain).
+// Lanes hold 32-bit words even where U has 64 bits.
+template <class C>
+SDGP_INLINE Unsigned<C> word(Unsigned<C> x) {
+  if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu;
+  return x;
+}
+
+template <class C>
+SDGP_INLINE Unsigned<C> mix_start(Unsigned<C> x) {
+  x ^= x >> 16;
+  x = word<C>(x * 0x7feb352du);
+  return x ^ (x >> 15);
+}
+
+template <class C>
+SDGP_INLINE Unsigned<C> mix_finish(Unsigned<C> x) {
+  x = word<C>(x * 0x846ca68bu);
+  return x ^ (x >> 16);
+}
+
+template <class C>
+struct RandomState {
+  Unsigned<C> a;
+  Unsigned<C> b;
+
+  SDGP_INLINE RandomState(uint64_t seed, const LaneGroups<C>& group) {
+    using U = typename C::U;
+    uint64_t z = seed + 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    z ^= z >> 31;
+    const U k0 = static_cast<U>(z & 0xffffffffu);
+    const U k1 = static_cast<U>(z >> 32);
+    a = mix_finish<C>(mix_start<C>(group.lo ^ k0));
+    b = mix_finish<C>(mix_start<C>(word<C>(a + (group.hi ^ k1))));
+  }
+
+  // 31 bits, so that the key is not negative.
+  SDGP_INLINE Key<C> key(int j) const {
+    const auto step = static_cast<typename C::U>(static_cast<uint32_t>(j) * 0x9e3779b9u);
+    return (Key<C>)(mix_finish<C>(mix_start<C>(word<C>(b + step)) ^ a) >> 1);
+  }
+
+  // Uniform on the 2^23 midpoints of (0, 1): exact in float32, and its mean is exactly one half.
+  SDGP_INLINE Elem<C> uniform() const {
+    const auto odd = (Key<C>)(((b >> 9) << 1) | 1);
+    return __builtin_convertvector(odd, Elem<C>) * static_cast<typename C::E>(0x1p-24);
+  }
+};
+
+// x[j] = keep[j] ? x[j] : 0, or the multiplier that does the same.
+template <class C, int kM>
+SDGP_INLINE void apply_mask(Elem<C>* x, const Key<C>* keep, bool scale) {
+  if (scale) [[unlikely]] {
+    for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], splat<typename C::E>(C::kOne));
+  } else {
+#pragma GCC unroll 64
+    for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], x[j]);
+  }
+}
+
+template <class C, int kM>
+SDGP_INLINE void prune_magnitude(Elem<C>* x, int n, bool scale) {
+  Key<C> key[kM];
+  Key<C> keep[kM];
+#pragma GCC unroll 64
+  for (int j = 0; j < kM; ++j) key[j] = magnitude_key<C>(x[j]);
+  select_largest<typename C::K, kM>(key, n, keep);
+  apply_mask<C, kM>(x, keep, scale);
+}
+
+template <class C, int kM>
+SDGP_INLINE void prune_random(Elem<C>* x, int n, bool scale, uint64_t seed, const LaneGroups<C>& group) {
+  const RandomState<C> state(seed, group);
+  Key<C> key[kM];
+  Key<C> keep[kM];
+#pragma GCC unroll 64
+  for (int j = 0; j < kM; ++j) key[j] = state.key(j);
+  if (group.padded) {
+    for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));
+  }
+  select_largest<typename C::K, kM>(key, n, keep);
+  apply_mask<C, kM>(x, keep, scale);
+}
+
+template <class C, int kM>
+SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
+  Key<C> key[kM];
+  Key<C> keep[kM];
+  for (int j = 0; j < kM; ++j) key[j] = magnitude_key<C>(x[j]);
+  select_largest<typename C::K, kM>(key, n, keep);
+  Elem<C> all{};
+  Elem<C> kept{};
+  for (int j = 0; j < kM; ++j) {
+    all += (Elem<C>)key[j];
+    kept = add_if(keep[j], kept, (Elem<C>)key[j]);
+  }
+  const Elem<C> factor = kept == 0 ? splat<typename C::E>(1) : all / kept;
+  for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], scale ? factor : x[j] * factor);
+}
+
+// Note [mvue]
+// Element i is kept with probability min(1, |x_i| / step), where step is chosen so that these add up to n. An element
+// with |x_i| >= step is kept as it is; of the others, a systematic sample keeps some, each with the value
+// sign(x_i) * step: x_i divided by its probability. step is found by taking the mean over the n places, then setting
+// the elements above it aside with one place each, until none is above: at most n rounds.
+// The sample: with the elements below step laid end to end, each |x_i| long, those are kept that hold one of the points
+// (u + k) * step. `left` enforces "at most n" where rounding would place a point too many.
+template <class C, int kM>
+SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const LaneGroups<C>& group) {
+  using E = typename C::E;
+  using K = typename C::K;
+  Elem<C> magnitude[kM];
+  Elem<C> total{};
+  for (int j = 0; j < kM; ++j) {
+    magnitude[j] = (Elem<C>)magnitude_key<C>(x[j]);
+    total += magnitude[j];
+  }
+  const Key<C> finite = total - total == 0;
+
+  Elem<C> step = splat(static_cast<E>(__builtin_inf()));
+  Elem<C> rest = total;
+  Key<C> places = splat(static_cast<K>(n));
+  for (int round = 0; round < n; ++round) {
+    const Elem<C> mean = rest / __builtin_convertvector(places, Elem<C>);
+    const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
+    if (!any(lower)) break;
+    step = lower ? mean : step;
+    rest = Elem<C>{};
+    places = splat(static_cast<K>(n));
+#pragma GCC unroll 8
+    for (int j = 0; j < kM; ++j) {
+      rest = add_if(!(magnitude[j] >= step), rest, magnitude[j]);
+      places = decrement_if(magnitude[j] >= step, places);
+    }
+  }
+
+  const RandomState<C> state(seed, group);
+  Elem<C> point = state.uniform() * step;
+  Elem<C> reached{};
+  Key<C> left = splat(static_cast<K>(n));
+  Elem<C> out[kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    const Key<C> above = magnitude[j] >= step;
+    reached = add_if(!above, reached, magnitude[j]);
+    const Key<C> hit = reached > point;
+    point = add_if(hit, point, step);
+    const Key<C> keep = (above | hit) & (left > 0);
+    left = decrement_if(keep, left);
+    const Key<C> sign = (Key<C>)x[j] ^ (Key<C>)magnitude[j];
+    out[j] = keep_if(keep, above ? x[j] : (Elem<C>)((Key<C>)step | sign));
+  }
+  if (scale) [[unlikely]] {
+    for (int j = 0; j < kM; ++j) {
+      const Key<C> keep = out[j] != 0;
+      out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : step / magnitude[j]);
+    }
+  }
+  if (any(~finite)) [[unlikely]] {
+    Elem<C> fallback[kM];
+    for (int j = 0; j < kM; ++j) fallback[j] = x[j];
+    prune_magnitude<C, kM>(fallback, n, scale);
+    for (int j = 0; j < kM; ++j) out[j] = finite ? out[j] : fallback[j];
+  }
+  for (int j = 0; j < kM; ++j) x[j] = out[j];
+}
+
+template <class C, Method kMethod, int kM>
+SDGP_INLINE void prune_tile(Elem<C>* x, const PruneArgs& args, const LaneGroups<C>& group) {
+  if constexpr (kMethod == Method::kMagnitude) {
+    prune_magnitude<C, kM>(x, args.n, args.scale);
+  } else if constexpr (kMethod == Method::kRandom) {
+    prune_random<C, kM>(x, args.n, args.scale, args.seed, group);
+  } else if constexpr (kMethod == Method::kRescaleGroup) {
+    prune_rescale_group<C, kM>(x, args.n, args.scale);
+  } else {
+    prune_mvue<C, kM>(x, args.n, args.scale, args.seed, group);
+  }
+}
+
+}  // namespace sdgp::SDGP_ISA

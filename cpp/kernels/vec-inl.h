@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Fixed-width vectors over the compiler's vector extensions (GCC, Clang), compiled once per instruction set inside
+// namespace SDGP_ISA. Arithmetic, comparisons (-1 / 0 lanes) and `mask ? a : b` are the language's own; here is only
+// what the language lacks: load, store, 16-bit float conversions, "any lane", and the tile transpose.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define SDGP_INLINE inline __attribute__((always_inline))
+
+namespace sdgp::SDGP_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <class E>
+constexpr int kLanes = kVectorBytes / static_cast<int>(sizeof(E));
+
+template <class E, int kBytes = kVectorBytes>
+struct VecType {
+  typedef E type __attribute__((vector_size(kBytes)));
+};
+template <class E>
+using Vec = typename VecType<E>::type;
+using HalfVec = VecType<uint16_t, kVectorBytes / 2>::type;
+
+template <class E>
+SDGP_INLINE Vec<E> splat(E value) {
+  return value - Vec<E>{};  // not `+`: 0 + -0 is +0
+}
+
+template <class V>
+SDGP_INLINE V load_bits(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class V>
+SDGP_INLINE void store_bits(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class M>
+SDGP_INLINE bool any(M mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi64_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  const auto bits = (Vec<uint64_t>)mask;
+  return (bits[0] | bits[1]) != 0;
+#endif
+}
+
+// Masked forms of x, a + x and count - 1. With AVX-512 a comparison lands in a mask register that the operation takes
+// as it is; before, it is a vector of ones and zeros, good for an `and`.
+#if defined(__AVX512F__)
+template <class M, class V>
+SDGP_INLINE V keep_if(M mask, V x) {
+  return mask ? x : V{};
+}
+template <class M, class V>
+SDGP_INLINE V add_if(M mask, V a, V x) {
+  return mask ? a + x : a;
+}
+template <class M, class V>
+SDGP_INLINE V decrement_if(M mask, V count) {
+  return mask ? count - 1 : count;
+}
+#else
+template <class M, class V>
+SDGP_INLINE V keep_if(M mask, V x) {
+  return (V)((M)x & mask);
+}
+template <class M, class V>
+SDGP_INLINE V add_if(M mask, V a, V x) {
+  return a + keep_if(mask, x);
+}
+template <class M, class V>
+SDGP_INLINE V decrement_if(M mask, V count) {
+  return count + (V)mask;
+}
+#endif
+
+template <class V>
+SDGP_INLINE V vmax(V a, V b) {
+  return a > b ? a : b;
+}
+template <class V>
+SDGP_INLINE V vmin(V a, V b) {
+  return a > b ? b : a;
+}
+
+// Adds the upper half of the lanes to the lower until one is left.
+template <class V>
+SDGP_INLINE auto sum_lanes(V v) {
+  constexpr int kN = sizeof(V) / sizeof(v[0]);
+  if constexpr (kN == 2) {
+    return v[0] + v[1];
+  } else {
+    return [&]<int... kI>(std::integer_sequence<int, kI...>) {
+      return sum_lanes(__builtin_shufflevector(v, v, kI...) + __builtin_shufflevector(v, v, (kI + kN / 2)...));
+    }(std::make_integer_sequence<int, kN / 2>{});
+  }
+}
+
+// 32-bit lanes to 16: values below 2^16.
+SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);
+  return (HalfVec)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
+  return __builtin_convertvector(v, HalfVec);
+#endif
+}
+
+SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) {
+  return (Vec<float>)(__builtin_convertvector(h, Vec<uint32_t>) << 16);
+}
+
+// To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so their
+// low half is zero and the addition carries nothing into the upper.
+SDGP_INLINE HalfVec bfloat16_from_float(Vec<float> f) {
+  const auto bits = (Vec<uint32_t>)f;
+  return narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+SDGP_INLINE Vec<float> float_from_float16(HalfVec h) {
+#if defined(__AVX512F__)
+  return (Vec<float>)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
+#else
+  const Vec<uint32_t> bits = __builtin_convertvector(h, Vec<uint32_t>);
+  const Vec<uint32_t> magnitude = bits & 0x7fff;
+  // The float with these exponent and fraction bits is 2^112 too small, subnormals included.
+  const auto scaled = (Vec<uint32_t>)((Vec<float>)(magnitude << 13) * 0x1p112f);
+  const Vec<uint32_t> special = (magnitude << 13) | 0x7f800000;
+  return (Vec<float>)((magnitude >= 0x7c00 ? special : scaled) | ((bits & 0x8000) << 16));
+#endif
+}
+
+SDGP_INLINE HalfVec float16_from_float(Vec<float> f) {
+#if defined(__AVX512F__)
+  return (HalfVec)_mm512_cvtps_ph((__m512)f, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (HalfVec)_mm256_cvtps_ph((__m256)f, _MM_FROUND_TO_NEAREST_INT);
+#else
+  const auto bits = (Vec<uint32_t>)f;
+  const Vec<uint32_t> magnitude = bits & 0x7fffffff;
+  const Vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
+  // Adding 0.5 aligns a subnormal's last place with the last bit of the sum, so the addition does the rounding.
+  const Vec<uint32_t> subnormal = (Vec<uint32_t>)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
+  Vec<uint32_t> half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000 ? splat<uint32_t>(0x7c00) : half;  // 65520 and above round to inf
+  half = magnitude > 0x7f800000 ? 0x7e00 | ((magnitude >> 13) & 0x3ff) : half;
+  return narrow(half | ((bits >> 16) & 0x8000));
+#endif
+}
+
+// How a stored type becomes lanes and back. E: the lane; K: the signed integer of its width, in which magnitudes are
+// compared; U: its unsigned twin.
+struct Float32 {
+  using T = float;
+  using E = float;
+  using K = int32_t;
+  using U = uint32_t;
+  static constexpr E kOne = 1;
+  static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
+};
+
+struct Float64 {
+  using T = double;
+  using E = double;
+  using K = int64_t;
+  using U = uint64_t;
+  static constexpr E kOne = 1;
+  static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
+};
+
+struct Float16 {
+  using T = uint16_t;
+  using E = float;
+  using K = int32_t;
+  using U = uint32_t;
+  static constexpr E kOne = 1;
+  static SDGP_INLINE Vec<E> load(const T* p) { return float_from_float16(load_bits<HalfVec>(p)); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, float16_from_float(v)); }
+};
+
+struct BFloat16 {
+  using T = uint16_t;
+  using E = float;
+  using K = int32_t;
+  using U = uint32_t;
+  static constexpr E kOne = 1;
+  static SDGP_INLINE Vec<E> load(const T* p) { return float_from_bfloat16(load_bits<HalfVec>(p)); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, bfloat16_from_float(v)); }
+};
+
+// A 16-bit float as its bits: enough for magnitude, with twice the lanes and no conversion.
+template <int16_t kOneBits>
+struct Bits16 {
+  using T = uint16_t;
+  using E = int16_t;
+  using K = int16_t;
+  using U = uint16_t;
+  static constexpr E kOne = kOneBits;
+  static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
+};
+
+// Exchanges bit kBit of the vector's index with bit kBit of the lane's index: after it, `a` holds what had lane bit 0
+// and `b` what had lane bit 1.
+template <class E, int kBit>
+SDGP_INLINE void exchange(Vec<E>& a, Vec<E>& b) {
+  constexpr int kBytes = static_cast<int>(sizeof(E)) << kBit;
+  if constexpr (kBytes < 8) {
+    using W = std::conditional_t<kBytes == 2, uint32_t, uint64_t>;
+    constexpr int kShift = kBytes * 8;
+    constexpr W kLow = (W{1} << kShift) - 1;
+    const auto wa = (Vec<W>)a;
+    const auto wb = (Vec<W>)b;
+    a = (Vec<E>)((wa & kLow) | (wb << kShift));
+    b = (Vec<E>)((wa >> kShift) | (wb & ~kLow));
+  } else {
+    using W = Vec<uint64_t>;
+    constexpr int kStep = kBytes / 8;
+    constexpr int kN = kLanes<uint64_t>;
+    const auto wa = (W)a;
+    const auto wb = (W)b;
+    [&]<int... kI>(std::integer_sequence<int, kI...>) {
+      a = (Vec<E>)__builtin_shufflevector(wa, wb, ((kI & kStep) ? kN + kI - kStep : kI)...);
+      b = (Vec<E>)__builtin_shufflevector(wa, wb, ((kI & kStep) ? kN + kI : kI + kStep)...);
+    }(std::make_integer_sequence<int, kN>{});
+  }
+}
+
+// Transposes kN x kN blocks of lanes across kN vectors (kN a power of two, at most the number of lanes); its own
+// inverse.
+template <class E, int kN, int kBit = 0>
+SDGP_INLINE void transpose(Vec<E>* x) {
+  if constexpr ((1 << kBit) < kN) {
+#pragma GCC unroll 64
+    for (int i = 0; i < kN; ++i) {
+      if (!(i & (1 << kBit))) exchange<E, kBit>(x[i], x[i + (1 << kBit)]);
+    }
+    transpose<E, kN, kBit + 1>(x);
+  }
+}
+
+}  // namespace sdgp::SDGP_ISA

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""linear and conv2d with a pruned data gradient, as Python autograd over ATen's operators."""
+
+from __future__ import annotations
+
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .backends import prunes
+from .ops import prune_nm
+from .pattern import PatternLike, Pruning
+
+_Pair: TypeAlias = tuple[int, int]
+_OptionalTensor: TypeAlias = Tensor | None
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: PatternLike = "2:4",
+    method: str = "mvue",
+    backend: str = "auto",
+) -> Tensor:
+    r"""``torch.nn.functional.linear`` whose data gradient is taken from a pruned output gradient.
+
+    .. math:: y = x W^T + b, \quad dx = \mathrm{prune}_{n:m}(dy)\, W, \quad dW = dy^T x, \quad db = \sum dy
+
+    Args:
+        input: (..., in), any number of leading dimensions.
+        weight: (out, in).
+        bias: (out) or None.
+        pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`: groups of m output features.
+        method: see :func:`sdgp.prune_nm`.
+        backend: ``"auto"``: the faster of the sparse product and the exact dense one (in this version: exact).
+            ``"pruned"``: always prunes, then takes the faster product. ``"dense"``: prunes, then PyTorch's own product.
+
+    Returns:
+        (..., out), exactly what ``torch.nn.functional.linear`` returns, under autocast too.
+
+    Raises:
+        ValueError: ``linear: requirement, got actual``.
+        RuntimeError: at a second differentiation.
+
+    Example:
+        >>> x = torch.randn(8, 16, requires_grad=True)
+        >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()
+    """
+    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "linear: expected input (..., in) and weight (out, in), "
+            f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    pruning = Pruning.parse("linear", pattern, method, backend)
+    if not _has_data_gradient(input, pruning):
+        return F.linear(input, weight, bias)
+    input, weight, bias = _autocast(input, weight, bias)
+    output: Tensor = _Linear.apply(input, weight, bias, *pruning.pattern, method)  # type: ignore[no-untyped-call]
+    return output
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | _Pair = 1,
+    padding: int | _Pair | str = 0,
+    dilation: int | _Pair = 1,
+    groups: int = 1,
+    *,
+    pattern: PatternLike = "2:4",
+    method: str = "mvue",
+    backend: str = "auto",
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` whose data gradient is taken from a pruned output gradient.
+
+    Groups of m are consecutive output channels of one pixel and never cross a convolution group; forward, weight and
+    bias gradient are exact.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        weight: (out, C / groups, kH, kW).
+        bias: (out) or None.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding also ``"same"``, ``"valid"``.
+        pattern, method, backend: see :func:`sdgp.linear`.
+
+    Returns:
+        (N, out, H', W') or (out, H', W'), exactly what ``torch.nn.functional.conv2d`` returns.
+
+    Raises:
+        ValueError: ``conv2d: requirement, got actual``.
+        RuntimeError: at a second differentiation.
+
+    Example:
+        >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        >>> sdgp.conv2d(x, torch.randn(16, 3, 3, 3), padding=1, pattern="2:4", backend="pruned").sum().backward()
+    """
+    if input.ndim not in (3, 4) or weight.ndim != 4 or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / {groups}, kH, kW), "
+            f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    pruning = Pruning.parse("conv2d", pattern, method, backend)
+    if not _has_data_gradient(input, pruning):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload, no-any-return]
+    stride, dilation = _pair(stride), _pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _pad(input, weight, stride, padding, dilation)
+    input, weight, bias = _autocast(input, weight, bias)
+    batched = input if input.ndim == 4 else input.unsqueeze(0)
+    output: Tensor = _Conv2d.apply(  # type: ignore[no-untyped-call]
+        batched, weight, bias, stride, _pair(padding), dilation, groups, *pruning.pattern, method
+    )
+    return output if input.ndim == 4 else output.squeeze(0)
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: _OptionalTensor, n: int, m: int, method: str) -> Tensor:
+        return F.linear(input, weight, bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, *ctx.pruning = inputs
+        _save(ctx, input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:  # type: ignore[override]
+        grad_output = _once(grad_output, "linear")
+        input, weight = ctx.saved_tensors
+        grad_input = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            n, m, method = ctx.pruning
+            grad_input = prune_nm(grad_output, n, m, -1, method) @ weight
+        rows = grad_output.flatten(0, -2) if grad_output.ndim > 1 else grad_output.unsqueeze(0)
+        if ctx.needs_input_grad[1]:
+            grad_weight = rows.t() @ (input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0))
+        if ctx.needs_input_grad[2]:
+            grad_bias = rows.sum(0)
+        return grad_input, grad_weight, grad_bias, None, None, None
+
+
+class _Conv2d(Function):
+    @staticmethod
+    def forward(
+        input: Tensor,
+        weight: Tensor,
+        bias: _OptionalTensor,
+        stride: _Pair,
+        padding: _Pair,
+        dilation: _Pair,
+        groups: int,
+        n: int,
+        m: int,
+        method: str,
+    ) -> Tensor:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, *ctx.geometry, ctx.n, ctx.m, ctx.method = inputs
+        ctx.input_shape, ctx.weight_shape = input.shape, weight.shape
+        _save(ctx, input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:  # type: ignore[override]
+        grad_output = _once(grad_output, "conv2d")
+        input, weight = ctx.saved_tensors
+        needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        # ATen reads only the shape of the operand that the wanted gradients do not need.
+        input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
+        weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
+        grad_input = grad_weight = grad_bias = None
+        if needs_input:
+            pruned = _prune_channels(grad_output, ctx.geometry[3], ctx.n, ctx.m, ctx.method)
+            grad_input = _convolution_backward(pruned, input, weight, ctx.geometry, (True, False, False))[0]
+        if needs_weight or needs_bias:
+            mask = (False, needs_weight, needs_bias)
+            _, grad_weight, grad_bias = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
+        return grad_input, grad_weight, grad_bias, *[None] * 7
+
+
+class _Once(Function):
+    """The identity; its gradient is refused. Put on the incoming gradient, it catches every second differentiation."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, op: str) -> Tensor:
+        ctx.op = op
+        return grad.view_as(grad)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            f"{ctx.op}: expected one differentiation, got a second (create_graph=True); the pruned data gradient has "
+            "no gradient of its own: use sdgp.paused(model) around this forward"
+        )
+
+
+def _once(grad: Tensor, op: str) -> Tensor:
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and grad.requires_grad):
+        return grad
+    guarded: Tensor = _Once.apply(grad, op)  # type: ignore[no-untyped-call]
+    return guarded
+
+
+def _has_data_gradient(input: Tensor, pruning: Pruning) -> bool:
+    return prunes(pruning) and input.requires_grad and torch.is_grad_enabled()
+
+
+def _save(ctx: Any, input: Tensor, weight: Tensor) -> None:
+    """Each gradient needs the other operand: frozen weights need no input, and a first layer no weight."""
+    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
+
+
+def _autocast(input: Tensor, weight: Tensor, bias: _OptionalTensor) -> tuple[Tensor, Tensor, _OptionalTensor]:
+    """Casts as autocast would inside the operator: outside it, so that autograd casts the gradients back."""
+    device = input.device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return cast(input), cast(weight), None if bias is None else cast(bias)
+
+
+def _pair(value: int | _Pair) -> _Pair:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _pad(input: Tensor, weight: Tensor, stride: _Pair, padding: str, dilation: _Pair) -> tuple[Tensor, _Pair]:
+    """Turns "same" and "valid" into numbers; what "same" pads on one side only goes into the input."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f'conv2d: expected padding to be a number, a pair, "same" or "valid", got {padding!r}')
+    if stride != (1, 1):
+        raise ValueError(f'conv2d: expected stride 1 with padding="same", got {stride}')
+    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    if total_h % 2 or total_w % 2:
+        input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
+    return input, (total_h // 2, total_w // 2)
+
+
+def _prune_channels(grad_output: Tensor, groups: int, n: int, m: int, method: str) -> Tensor:
+    """Prunes (N, C, H, W) along C, never across convolution groups."""
+    samples, channels = grad_output.shape[:2]
+    if groups == 1 or channels // groups % m == 0:
+        return prune_nm(grad_output, n, m, 1, method)
+    by_group = grad_output.unflatten(1, (groups, -1)).flatten(0, 1)  # (N * groups, C / groups, H, W)
+    return prune_nm(by_group, n, m, 1, method).unflatten(0, (samples, groups)).flatten(1, 2)
+
+
+def _convolution_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: list[Any], mask: tuple[bool, bool, bool]
+) -> tuple[_OptionalTensor, ...]:
+    stride, padding, dilation, groups = geometry
+    gradients: tuple[_OptionalTensor, ...] = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask
+    )
+    return gradients

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Turns the layers of a model into their pruning twins and back, and tells what became of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple, TypeVar
+
+from torch import nn
+
+from .backends import describe
+from .modules import DENSE_OF, TWINS, Conv2d, Linear, prune_in_place, unprune_in_place
+from .pattern import PatternLike, Pruning
+
+_Model = TypeVar("_Model", bound=nn.Module)
+
+# Why a layer was left dense is kept on it under this name, for report().
+_REASON = "_sdgp_left_dense"
+
+# What report() lists beside Linear and Conv2d: modules that multiply by weights.
+_OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
+
+def convert(
+    model: _Model,
+    pattern: PatternLike = "2:4",
+    method: str = "mvue",
+    *,
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    backend: str = "auto",
+) -> _Model:
+    """Makes every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` prune its data gradient. In place; returns ``model``.
+
+    A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
+    that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. Left dense, each with its reason
+    in :func:`report`: depthwise convolutions, layers with fewer than m output channels per group, subclasses that sdgp
+    does not know. Converting again replaces the settings.
+
+    Args:
+        model: any module, a single layer included.
+        pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`.
+        method: see :func:`sdgp.prune_nm`; ``"mvue"`` is unbiased.
+        filter: ``filter(module, name) -> bool``: False leaves that layer dense.
+        backend: see :func:`sdgp.linear`.
+
+    Raises:
+        ValueError: ``convert: requirement, got actual``; the model is unchanged.
+
+    Example:
+        >>> model = sdgp.convert(torchvision.models.resnet18(), "2:4", backend="pruned")
+    """
+    _check_module("convert", model)
+    pruning = Pruning.parse("convert", pattern, method, backend)
+    plan = [(module, _why_dense(module, name, pruning, filter)) for name, module in _layers(model)]
+    for module, reason in plan:
+        if reason is None:
+            prune_in_place(module, pruning)
+            vars(module).pop(_REASON, None)
+        else:
+            if type(module) in DENSE_OF:
+                unprune_in_place(module)
+            setattr(module, _REASON, reason)
+    return model
+
+
+def revert(model: _Model) -> _Model:
+    """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``."""
+    _check_module("revert", model)
+    for _, module in _layers(model):
+        if type(module) in DENSE_OF:
+            unprune_in_place(module)
+        vars(module).pop(_REASON, None)
+    return model
+
+
+@contextmanager
+def paused(model: nn.Module) -> Iterator[None]:
+    """Within it, forwards of ``model`` record exact gradients: for warm-up steps, or the last epochs.
+
+    Example:
+        >>> with sdgp.paused(model):
+        ...     loss = criterion(model(input), target)
+        >>> loss.backward()  # exact
+    """
+    _check_module("paused", model)
+    layers = [module for _, module in _layers(model) if isinstance(module, (Linear, Conv2d))]
+    before = [layer.paused for layer in layers]
+    for layer in layers:
+        layer.paused = True
+    try:
+        yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer.paused = was
+
+
+class Row(NamedTuple):
+    """One layer in a :class:`Report`; ``pattern``, ``method`` and ``backend`` are empty where it is dense."""
+
+    layer: str
+    type: str
+    pattern: str
+    method: str
+    backend: str
+    note: str
+
+
+class Report(list[Row]):
+    """The rows that :func:`report` found; prints as a table."""
+
+    def __str__(self) -> str:
+        table = [Row._fields, *self]
+        widths = [max(len(row[column]) for row in table) for column in range(len(Row._fields))]
+        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines.insert(1, "-|-".join("-" * width for width in widths))
+        return "\n".join(line.rstrip() for line in lines)
+
+    __repr__ = __str__
+
+
+def report(model: nn.Module) -> Report:
+    """What became of each layer of ``model``: its settings, and what they lead to or why it is dense.
+
+    Example:
+        >>> print(sdgp.report(model))
+    """
+    _check_module("report", model)
+    rows = Report()
+    for name, module in _layers(model):
+        layer, kind = name or "(model)", type(module).__name__
+        if isinstance(module, (Linear, Conv2d)):
+            pattern, method, backend = module.pruning
+            note = "exact: paused" if module.paused else describe(module.pruning)
+            rows.append(Row(layer, kind, str(pattern), method, backend, note))
+        else:
+            rows.append(Row(layer, kind, "", "", "", f"dense: {getattr(module, _REASON, 'not converted')}"))
+    return rows
+
+
+def _check_module(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that multiply by weights, each once, under its first name."""
+    for name, module in model.named_modules():
+        if isinstance(module, _OTHER_LAYERS):
+            yield name, module
+
+
+def _why_dense(
+    module: nn.Module, name: str, pruning: Pruning, filter: Callable[[nn.Module, str], bool] | None
+) -> str | None:
+    """The reason to leave a layer dense, or None."""
+    if type(module) not in TWINS and type(module) not in DENSE_OF:
+        return _why_unknown(module)
+    if filter is not None:
+        wanted = filter(module, name)
+        if not isinstance(wanted, bool):
+            raise ValueError(f"convert: expected filter to return a bool, got {wanted!r} for {name or '(model)'}")
+        if not wanted:
+            return "filter returned False"
+    channels, m = module.weight.shape[0], pruning.pattern.m
+    if isinstance(module, nn.Conv2d):
+        if module.groups == module.in_channels > 1:
+            return "depthwise convolution"
+        channels //= module.groups
+    if channels < m:
+        return f"{channels} output channels per group, fewer than m = {m}"
+    return None
+
+
+def _why_unknown(module: nn.Module) -> str:
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are applied inside one fused function, out of reach"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "applied inside nn.MultiheadAttention's fused function, out of reach"
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        return f"{kind} is a subclass that sdgp does not know"
+    return f"only nn.Linear and nn.Conv2d are converted, not {kind}"

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The specification, in plain PyTorch: one function per op, slow and on any device.
+
+Every kernel is tested against these. ``magnitude``, ``random``, ``rescale_group`` and ``mvue`` agree bit for bit, given
+the same seed; ``rescale`` agrees to rounding, because its sums have no fixed order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def prune_nm(
+    input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
+) -> Tensor:
+    """:func:`sdgp.prune_nm`, as a composition of PyTorch's own operators."""
+    if n == m:
+        return input.clone()
+    scale, value = _scale_and_value(input, n, m, dim, method, seed)
+    zero = torch.zeros((), dtype=value.dtype, device=value.device)
+    result = torch.where(scale == 0, zero, value)
+    return torch.empty_like(input).copy_(result)
+
+
+def prune_nm_scale(
+    input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
+) -> Tensor:
+    """What :func:`prune_nm` multiplies each element by: 0 where it prunes."""
+    if n == m:
+        return torch.ones_like(input)
+    return torch.empty_like(input).copy_(_scale_and_value(input, n, m, dim, method, seed)[0])
+
+
+def _scale_and_value(
+    input: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    size = input.shape[dim]
+    rows = input.movedim(dim, -1)  # (..., size)
+    length = (size + m - 1) // m * m
+    # A tail group is padded with zeros: they lose every tie, weigh nothing and add nothing.
+    groups = torch.nn.functional.pad(rows, (0, length - size)).unflatten(-1, (-1, m))  # (..., size / m, m)
+    x = groups if groups.dtype == torch.float64 else groups.float()
+    if method == "magnitude":
+        scale, value = _masked(_largest(_magnitude_key(groups), n), x)
+    elif method == "random":
+        key = _random_keys(groups, seed)
+        real = (torch.arange(length, device=input.device) < size).view(-1, m)
+        scale, value = _masked(_largest(torch.where(real, key, 0), n), x)
+    elif method == "rescale":
+        keep = _largest(_magnitude_key(groups), n)
+        scale, value = _rescale(x, keep, input, dim, size)
+    elif method == "rescale_group":
+        scale, value = _rescale_group(x, _largest(_magnitude_key(groups), n))
+    elif method == "mvue":
+        scale, value = _mvue(groups, x, n, seed)
+    else:
+        raise ValueError(f"prune_nm: unknown method {method!r}")
+    return tuple(t.flatten(-2)[..., :size].movedim(-1, dim) for t in (scale, value))  # type: ignore[return-value]
+
+
+def _masked(keep: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return keep.to(x.dtype), x
+
+
+def _magnitude_key(x: Tensor) -> Tensor:
+    """|x| as the integer its bits form: -0 equals 0, NaN is above inf."""
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    bits: Tensor = x.contiguous().view(integer)
+    return bits & torch.iinfo(integer).max
+
+
+def _largest(key: Tensor, n: int) -> Tensor:
+    """True for the n largest of the last dimension; ties go to the lower index."""
+    order = key.sort(dim=-1, descending=True, stable=True).indices
+    return torch.zeros_like(key, dtype=torch.bool).scatter_(-1, order[..., :n], True)
+
+
+def _sequential_sum(x: Tensor) -> Tensor:
+    """Sum over the last dimension in index order, rounded at each step: (..., m) -> (...)."""
+    total = torch.zeros_like(x[..., 0])
+    for element in x.unbind(-1):
+        total = total + element
+    return total
+
+
+def _ratio(all: Tensor, kept: Tensor) -> Tensor:
+    return torch.where(kept == 0, torch.ones_like(all), all / kept)
+
+
+def _rescale(x: Tensor, keep: Tensor, input: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
+    magnitude = x.abs()
+    zero = torch.zeros_like(x)
+    totals = []
+    for part in (magnitude, torch.where(keep, magnitude, zero)):
+        flat = part.flatten(-2)  # (..., length)
+        # One factor per (sample, channel): the sample is the first other dimension. 2-D: one factor per row.
+        sums = list(range(1, flat.ndim - 1)) if input.ndim > 2 else [-1]
+        total = flat.sum(sums, keepdim=True) if sums else flat
+        totals.append(total)
+    factor = _ratio(*totals).expand_as(x.flatten(-2)).reshape(x.shape)
+    return torch.where(keep, factor, zero), torch.where(x == 0, zero, x * factor)  # 0 stays 0 if the factor is inf
+
+
+def _rescale_group(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
+    magnitude = x.abs()
+    zero = torch.zeros_like(x)
+    factor = _ratio(_sequential_sum(magnitude), _sequential_sum(torch.where(keep, magnitude, zero))).unsqueeze(-1)
+    return torch.where(keep, factor, zero), x * factor
+
+
+def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See Note [mvue] in cpp/kernels/select_nm-inl.h."""
+    magnitude = x.abs()
+    zero = torch.zeros_like(x)
+    total = _sequential_sum(magnitude)
+    step = torch.full_like(total, torch.inf)
+    rest, places = total, torch.full_like(total, n)
+    for _ in range(n):
+        mean = rest / places
+        step = torch.where((places > 0) & (rest > 0) & (mean < step), mean, step)
+        above = magnitude >= step.unsqueeze(-1)
+        rest = _sequential_sum(torch.where(above, zero, magnitude))
+        places = n - above.sum(-1).to(x.dtype)
+
+    point = _uniform(groups, seed).to(x.dtype) * step
+    reached = torch.zeros_like(step)
+    left = torch.full_like(step, n)
+    keeps = []
+    for element in magnitude.unbind(-1):
+        over = element >= step
+        reached = reached + torch.where(over, torch.zeros_like(step), element)
+        hit = reached > point
+        point = point + torch.where(hit, step, torch.zeros_like(step))
+        keep = (over | hit) & (left > 0)
+        left = left - keep.to(x.dtype)
+        keeps.append(keep)
+    keep = torch.stack(keeps, -1)
+    above = magnitude >= step.unsqueeze(-1)
+    finite = total.isfinite().unsqueeze(-1)
+    keep = torch.where(finite, keep, _largest(_magnitude_key(groups), n))
+    sampled = ~above & finite
+    one = torch.ones_like(x)
+    scale = torch.where(keep, torch.where(sampled, step.unsqueeze(-1) / magnitude, one), zero)
+    return scale, torch.where(sampled, torch.copysign(step.unsqueeze(-1).expand_as(x), x), x)
+
+
+# Random numbers: see Note [Random numbers] in cpp/kernels/select_nm-inl.h. 32-bit words in int64 lanes.
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of a 64-bit word."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(constant: int) -> int:
+    return constant - (1 << 64) if constant >> 63 else constant
+
+
+def _start(x: Tensor) -> Tensor:
+    x = x ^ (x >> 16)
+    x = (x * 0x7FEB352D) & _WORD
+    return x ^ (x >> 15)
+
+
+def _finish(x: Tensor) -> Tensor:
+    x = (x * 0x846CA68B) & _WORD
+    return x ^ (x >> 16)
+
+
+def _random_state(groups: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    if seed is None:
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=groups.device)
+    z = seed.reshape(()) + _signed(0x9E3779B97F4A7C15)
+    z = (z ^ _shift_right(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shift_right(z, 27)) * _signed(0x94D049BB133111EB)
+    z = z ^ _shift_right(z, 31)
+    k0, k1 = z & _WORD, _shift_right(z, 32)
+    index = torch.arange(groups[..., 0].numel(), device=groups.device).view(groups.shape[:-1])
+    a = _finish(_start((index & _WORD) ^ k0))
+    b = _finish(_start((a + (_shift_right(index, 32) ^ k1)) & _WORD))
+    return a, b
+
+
+def _random_keys(groups: Tensor, seed: Tensor | None) -> Tensor:
+    a, b = _random_state(groups, seed)
+    step = torch.arange(groups.shape[-1], device=groups.device) * 0x9E3779B9 & _WORD
+    return _finish(_start((b.unsqueeze(-1) + step) & _WORD) ^ a.unsqueeze(-1)) >> 1
+
+
+def _uniform(groups: Tensor, seed: Tensor | None) -> Tensor:
+    _, b = _random_state(groups, seed)
+    return ((b >> 9) * 2 + 1).double() * 2.0**-24
