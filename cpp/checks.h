@@ -103,8 +103,8 @@ inline void check_seed(const char* op, const Tensor& input, const std::optional<
   check(seed->scalar_type() == ScalarType::Long, op, ": expected seed to be int64, got ",
         torch::headeronly::toString(seed->scalar_type()));
   check(seed->numel() == 1, op, ": expected seed to have one element, got ", seed->numel());
-  check(seed->device() == input.device(), op, ": expected seed on the input's device (", device_name(input),
-        "), got ", device_name(*seed));
+  check(seed->device() == input.device(), op, ": expected seed on the input's device (", device_name(input), "), got ",
+        device_name(*seed));
 }
 
 }  // namespace sdgp

@@ -70,7 +70,7 @@ inline void flatten_rows(PruneArgs& args) {
 }
 
 struct Row {
-  int64_t in = 0;     // element offset of its first element
+  int64_t in = 0;  // element offset of its first element
   int64_t out = 0;
   uint64_t index = 0;  // logical
 };
@@ -131,9 +131,8 @@ struct PruneKernel {
       case Layout::kGroups: return run_groups(args, plan, begin, end);
       case Layout::kGather: {
         const int64_t total = plan.rows * plan.groups;
-        return run_gather(args, plan, total * begin / plan.units, total * end / plan.units, [&](int64_t i) {
-          return Pair{i / plan.groups, i % plan.groups};
-        });
+        return run_gather(args, plan, total * begin / plan.units, total * end / plan.units,
+                          [&](int64_t i) { return Pair{i / plan.groups, i % plan.groups}; });
       }
     }
   }
@@ -151,8 +150,7 @@ struct PruneKernel {
 
   static void run_rows(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     const Dim& inner = args.dims[args.ndim - 1];
-    const LaneOffsets<C> offsets(
-        [&](int lane) { return static_cast<uint64_t>(lane * inner.row_step * plan.groups); });
+    const LaneOffsets<C> offsets([&](int lane) { return static_cast<uint64_t>(lane * inner.row_step * plan.groups); });
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t chunk = unit % plan.chunks;
       const int64_t group = unit / plan.chunks % plan.groups;
@@ -185,9 +183,7 @@ struct PruneKernel {
   }
 
   // Lane that the group at position `group` of a tile lands in, as its inverse: the group of each lane.
-  static constexpr int group_of_lane(int lane) {
-    return kM <= kL ? (lane % kM) * (kL / kM) + lane / kM : lane;
-  }
+  static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + lane / kM : lane; }
 
   static SDGP_INLINE void load_groups(const T* in, Elem<C>* x) {
     using E = typename C::E;

@@ -161,7 +161,8 @@ struct Rescale {
         return;
       }
     }
-    for (; i < size; i += kL) store_some(p + i * stride, stride, size - i, times(load_some(p + i * stride, stride, size - i), f));
+    for (; i < size; i += kL)
+      store_some(p + i * stride, stride, size - i, times(load_some(p + i * stride, stride, size - i), f));
   }
 
   // Adds up kChains vectors of columns, one factor a column: `rows` rows, `row_stride` apart.

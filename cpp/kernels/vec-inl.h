@@ -132,8 +132,8 @@ SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) {
   return (Vec<float>)(__builtin_convertvector(h, Vec<uint32_t>) << 16);
 }
 
-// To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so their
-// low half is zero and the addition carries nothing into the upper.
+// To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so
+// their low half is zero and the addition carries nothing into the upper.
 SDGP_INLINE HalfVec bfloat16_from_float(Vec<float> f) {
   const auto bits = (Vec<uint32_t>)f;
   return narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);

@@ -36,7 +36,8 @@ Call validate_and_allocate(const char* op, const Tensor& input, int64_t n, int64
   return {op, dtype, known, front_dim, torch::stable::empty_like(input)};
 }
 
-// The dimensions other than the pruned one, by descending output stride, those that step through memory together merged.
+// The dimensions other than the pruned one, by descending output stride, those that step through memory together
+// merged.
 void describe_dims(const Tensor& input, const Tensor& output, int64_t pruned, PruneArgs& args) {
   const int64_t ndim = input.dim();
   // rescale: one factor per (sample, channel), where the sample is the first other dimension; with no further
@@ -127,8 +128,7 @@ Tensor prune_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t d
   check_dtype("prune_nm", input);
   check_dim("prune_nm", input, dim);
   check_seed("prune_nm", input, seed);
-  check(false, "prune_nm: expected a tensor on a device with an sdgp kernel (cpu), got ",
-        device_name(input));
+  check(false, "prune_nm: expected a tensor on a device with an sdgp kernel (cpu), got ", device_name(input));
   __builtin_unreachable();
 }
 

@@ -1,0 +1,67 @@
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, the build, the dependencies.
+PYTHON ?= python3
+VENV := .venv
+SECOND := .venv-second
+BIN := $(VENV)/bin
+DEMO_ARGS ?=
+
+CXX_FILES := $(shell find cpp tests/cpp -name '*.h' -o -name '*.cpp')
+
+.PHONY: all demo test lint cpp-test wheel python-test second-test bench clean
+all: test
+
+# One wheel is built, and both environments install that file.
+WHEEL_INPUTS := $(shell find cpp cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+test: lint cpp-test python-test second-test
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+cpp-test: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/cpp -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_WERROR=ON
+	$(BIN)/cmake --build build/cpp
+	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+python-test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+second-test: $(SECOND)/installed
+	$(SECOND)/bin/python -m pytest
+
+wheel: dist/built
+
+bench: $(VENV)/installed
+	$(BIN)/python benchmarks/prune_nm.py
+
+$(VENV)/ready: requirements/dev.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -r requirements/dev.txt -c requirements/constraints.txt
+	touch $@
+
+dist/built: $(VENV)/ready $(WHEEL_INPUTS)
+	rm -rf dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation -C cmake.define.SDGP_WERROR=ON
+	touch $@
+
+$(VENV)/installed: dist/built
+	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+$(SECOND)/ready: requirements/test.txt requirements/constraints-second.txt
+	$(PYTHON) -m venv $(SECOND)
+	$(SECOND)/bin/pip install --quiet torch -r requirements/test.txt -c requirements/constraints-second.txt
+	touch $@
+
+$(SECOND)/installed: $(SECOND)/ready dist/built
+	$(SECOND)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
+	touch $@
+
+clean:
+	rm -rf build dist $(VENV) $(SECOND)

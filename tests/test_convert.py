@@ -1,0 +1,228 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""convert, revert, report and paused: on small models here, on model libraries' at the end."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdgp
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 10))
+
+
+def notes(model: nn.Module) -> dict[str, str]:
+    return {row.layer: row.note for row in sdgp.report(model)}
+
+
+def test_in_place_and_shared() -> None:
+    model = small().eval()
+    parameters, keys = list(model.parameters()), list(model.state_dict())
+    layers = list(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    assert sdgp.convert(model, "1:4", "rescale", backend="pruned") is model
+    assert list(model) == layers
+    assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
+    assert list(model.state_dict()) == keys
+    assert isinstance(model[0], sdgp.Conv2d)
+    assert isinstance(model[3], sdgp.Linear)
+    assert not model[0].training
+    before = model[3].weight.detach().clone()
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    assert not torch.equal(model[3].weight, before)
+
+
+def test_state_dict_moves_between_dense_and_converted() -> None:
+    dense, converted = small(), sdgp.convert(small(), backend="pruned")
+    converted.load_state_dict(dense.state_dict())
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(converted(x), dense(x))
+    dense.load_state_dict(sdgp.convert(small()).state_dict())
+
+
+def test_hooks_stay() -> None:
+    model = small()
+    seen: list[str] = []
+    model[3].register_forward_hook(lambda *_: seen.append("forward"))
+    model[3].register_full_backward_hook(lambda *_: seen.append("backward"))
+    model[3].weight.register_hook(lambda grad: seen.append("weight"))
+    sdgp.convert(model, backend="pruned")
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert sorted(seen) == ["backward", "forward", "weight"]
+
+
+def test_revert() -> None:
+    model = small()
+    attributes = [set(vars(layer)) for layer in model]
+    weights = list(model.parameters())
+    sdgp.convert(model, "2:4", filter=lambda module, name: name == "0")
+    assert sdgp.revert(model) is model
+    assert type(model[0]) is nn.Conv2d
+    assert type(model[3]) is nn.Linear
+    assert [set(vars(layer)) for layer in model] == attributes
+    assert all(a is b for a, b in zip(model.parameters(), weights, strict=True))
+
+
+def test_converting_again_replaces_the_settings() -> None:
+    model = sdgp.convert(small(), "2:4", "magnitude", backend="pruned")
+    sdgp.convert(model, "4:16", "mvue", backend="dense")
+    assert [(row.pattern, row.method, row.backend) for row in sdgp.report(model)][0] == ("4:16", "mvue", "dense")
+    assert notes(model)["3"] == "dense: 10 output channels per group, fewer than m = 16"
+    sdgp.convert(model, filter=lambda module, name: name == "3")
+    assert type(model[0]) is nn.Conv2d
+    assert isinstance(model[3], sdgp.Linear)
+
+
+def test_a_model_that_is_the_layer_itself() -> None:
+    layer = nn.Linear(8, 8)
+    assert sdgp.convert(layer, backend="pruned") is layer
+    assert isinstance(layer, sdgp.Linear)
+    assert [row.layer for row in sdgp.report(layer)] == ["(model)"]
+
+
+def test_meta_device_and_dtype_and_frozen_weights() -> None:
+    layer = nn.Linear(8, 8, device="meta", dtype=torch.bfloat16).requires_grad_(False)
+    sdgp.convert(layer, backend="pruned")
+    assert layer.weight.is_meta
+    assert layer.weight.dtype == torch.bfloat16
+    assert not layer.weight.requires_grad
+    x = torch.randn(2, 8, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    layer(x).sum().backward()
+    assert x.grad is not None
+    assert x.grad.is_meta
+
+
+def test_shared_modules_and_tied_weights() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(8, 8))
+    model[3].weight = shared.weight
+    calls: list[str] = []
+    sdgp.convert(model, backend="pruned", filter=lambda module, name: bool(calls.append(name)) or True)
+    assert calls == ["0", "3"]
+    assert model[0] is model[2]
+    assert model[3].weight is model[0].weight
+    assert len(sdgp.report(model)) == 2
+
+
+class Special(nn.Linear):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("layer", "note"),
+    [
+        (nn.Conv2d(8, 8, 3, groups=8), "dense: depthwise convolution"),
+        (nn.Conv2d(8, 16, 3, groups=8), "dense: depthwise convolution"),
+        (nn.Conv2d(8, 8, 3, groups=4), "dense: 2 output channels per group, fewer than m = 4"),
+        (nn.Linear(8, 3), "dense: 3 output channels per group, fewer than m = 4"),
+        (Special(8, 8), "dense: Special is a subclass that sdgp does not know"),
+        (nn.Conv1d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not Conv1d"),
+        (nn.ConvTranspose2d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not ConvTranspose2d"),
+        (nn.LSTM(8, 8), "dense: only nn.Linear and nn.Conv2d are converted, not LSTM"),
+        (nn.LazyLinear(8), "dense: LazyLinear is a subclass that sdgp does not know"),
+        (nn.Linear(8, 8), "exact: no sparse product yet"),
+        (nn.Conv2d(1, 8, 3), "exact: no sparse product yet"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_reasons(layer: nn.Module, note: str) -> None:
+    before = type(layer)
+    assert notes(sdgp.convert(layer))["(model)"] == note
+    assert type(layer) is before or note.startswith("exact")
+
+
+def test_report() -> None:
+    model = small()
+    assert set(notes(model).values()) == {"dense: not converted"}
+    sdgp.convert(model, "2:4", filter=lambda module, name: isinstance(module, nn.Linear), backend="pruned")
+    assert str(sdgp.report(model)).splitlines() == [
+        "layer | type   | pattern | method | backend | note",
+        "------|--------|---------|--------|---------|-----------------------------",
+        "0     | Conv2d |         |        |         | dense: filter returned False",
+        "3     | Linear | 2:4     | mvue   | pruned  | pruned, dense product",
+    ]
+    assert notes(sdgp.convert(small(), "4:4", backend="pruned"))["3"] == "exact: n == m"
+
+
+def test_paused_is_exact_and_ends() -> None:
+    model = sdgp.convert(small(), "1:4", "magnitude", backend="pruned")
+    dense = sdgp.revert(copy.deepcopy(model))
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+
+    def gradient(model: nn.Module) -> Tensor:
+        return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+    exact = gradient(dense)
+    with sdgp.paused(model):
+        assert torch.equal(gradient(model), exact)
+        assert set(notes(model).values()) == {"exact: paused"}
+        with sdgp.paused(model[3]):
+            pass
+        assert torch.equal(gradient(model), exact)
+    assert not torch.allclose(gradient(model), exact)
+    with pytest.raises(KeyError), sdgp.paused(model):
+        raise KeyError
+    assert not torch.allclose(gradient(model), exact)
+
+
+# Model libraries.
+
+
+def trains(model: nn.Module, *inputs: Tensor) -> None:
+    """A step through the converted model gives every Parameter a gradient, and the forward stays exact."""
+    torch.manual_seed(1)
+    expected = sdgp.revert(copy.deepcopy(model))(*inputs)
+    torch.manual_seed(1)
+    output = model(*inputs)
+    assert torch.equal(output, expected)
+    output.square().mean().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "converted", "dense"),
+    [
+        ("resnet18", 21, {}),
+        ("resnet50", 54, {}),
+        ("regnet_x_400mf", 72, {}),
+        ("mobilenet_v3_small", 43, {"depthwise convolution": 11}),
+        (
+            "vit_b_16",
+            26,
+            {
+                "its projections are applied inside one fused function, out of reach": 12,
+                "applied inside nn.MultiheadAttention's fused function, out of reach": 12,
+            },
+        ),
+    ],
+)
+def test_torchvision(name: str, converted: int, dense: dict[str, int]) -> None:
+    models: Any = pytest.importorskip("torchvision").models
+    size = 224 if name == "vit_b_16" else 64
+    model = sdgp.convert(models.get_model(name), "2:4", backend="pruned")
+    rows = sdgp.report(model)
+    assert sum(row.note == "pruned, dense product" for row in rows) == converted
+    for reason, count in dense.items():
+        assert sum(row.note == f"dense: {reason}" for row in rows) == count
+    assert len(rows) == converted + sum(dense.values())
+    trains(model, torch.randn(2, 3, size, size))
+
+
+def test_transformer_encoder() -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = sdgp.convert(nn.TransformerEncoder(layer, 2), "2:4", backend="pruned")
+    assert [name for name, note in notes(model).items() if note == "pruned, dense product"] == [
+        f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
+    ]
+    trains(model, torch.randn(2, 7, 32))
+    model.eval()
+    with torch.no_grad():
+        x = torch.randn(2, 7, 32)
+        torch.testing.assert_close(model(x), sdgp.revert(copy.deepcopy(model))(x))

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""DistributedDataParallel over two processes gives the gradients of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import sdgp
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+
+
+def make_model(convert_first: bool) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 12), nn.ReLU(), nn.Linear(12, 4)
+    )
+    return sdgp.convert(model, "2:4", "rescale", backend="pruned") if convert_first else model
+
+
+def batch() -> torch.Tensor:
+    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def worker(rank: int, directory: str, convert_first: bool) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
+    model = DistributedDataParallel(make_model(convert_first))
+    if not convert_first:
+        sdgp.convert(model, "2:4", "rescale", backend="pruned")
+    model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
+    if rank == 0:
+        torch.save([parameter.grad for parameter in model.parameters()], f"{directory}/gradients")
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_two_processes_equal_one(tmp_path: Path, convert_first: bool) -> None:
+    mp.spawn(worker, (str(tmp_path), convert_first), nprocs=2)
+    model = make_model(True)
+    model(batch()).square().mean().backward()
+    for actual, parameter in zip(torch.load(tmp_path / "gradients"), model.parameters(), strict=True):
+        torch.testing.assert_close(actual, parameter.grad, rtol=1e-5, atol=1e-7)

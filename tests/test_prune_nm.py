@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""prune_nm: what it computes. Its errors stand in test_errors.py, its place in PyTorch in test_operator.py."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
+from torch import Tensor
+
+import sdgp
+from sdgp import reference
+
+inf, nan = torch.inf, torch.nan
+
+
+def prune(values: list[float], n: int, m: int, method: str = "magnitude") -> list[float]:
+    return sdgp.prune_nm(torch.tensor(values, dtype=torch.float32), n, m, method=method).tolist()
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    kept = (actual != 0) & ~actual.isnan()
+    assert torch.equal(actual.signbit() & kept, expected.signbit() & kept)
+
+
+# By hand.
+
+
+def test_magnitude_by_hand() -> None:
+    assert prune([3, -1, 0.5, -4, 1, 2, -3, 4], 2, 4) == [3, 0, 0, -4, 0, 0, -3, 4]
+    assert prune([3, -1, 0.5, -4, 1, 2, -3, 4], 1, 8) == [0, 0, 0, -4, 0, 0, 0, 0]
+
+
+def test_rescale_by_hand() -> None:
+    # One factor per row of a matrix: 8 / 7 and 10 / 7.
+    x = torch.tensor([[3.0, -1.0, 0.0, -4.0], [1.0, 2.0, -3.0, 4.0]])
+    expected = torch.tensor([[3 * 8 / 7, 0, 0, -4 * 8 / 7], [0, 0, -3 * 10 / 7, 4 * 10 / 7]])
+    torch.testing.assert_close(sdgp.prune_nm(x, 2, 4, method="rescale"), expected)
+    # One factor per (sample, channel) of a sequence: channel 0 keeps both of its values, channel 1 half of its sum.
+    x = torch.tensor([[[3.0, 1.0], [2.0, 4.0], [5.0, 3.0]]])
+    expected = torch.tensor([[[3 * 10 / 8, 0.0], [0.0, 4 * 8 / 4], [5 * 10 / 8, 0.0]]])
+    torch.testing.assert_close(sdgp.prune_nm(x, 1, 2, method="rescale"), expected)
+
+
+def test_rescale_group_by_hand() -> None:
+    assert prune([3, -1, 0, -4, 1, 1, 0, 0], 1, 4, "rescale_group") == [0, 0, 0, -8, 2, 0, 0, 0]
+
+
+def test_mvue_by_hand() -> None:
+    # Mean 6 / 2 = 3 keeps the 4 as it is; one place is left for the two ones, each then worth 2.
+    outcomes = {tuple(prune([4, 1, -1, 0], 2, 4, "mvue")) for _ in range(50)}
+    assert outcomes == {(4, 2, 0, 0), (4, 0, -2, 0)}
+    assert prune([0, 5, 0, -3], 2, 4, "mvue") == [0, 5, 0, -3]
+    assert prune([0, 0, 7, 0, 0, 0, 0, -1e-30], 4, 8, "mvue") == torch.tensor([0, 0, 7, 0, 0, 0, 0, -1e-30]).tolist()
+
+
+def test_groups_of_a_convolution_follow_channels() -> None:
+    x = torch.arange(1.0, 17.0).view(1, 4, 2, 2)
+    expected = x.clone()
+    expected[:, :2] = 0
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        same(sdgp.prune_nm(x.contiguous(memory_format=memory_format), 2, 4, dim=1), expected)
+
+
+# Against the reference.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", METHODS)
+@each_sample()
+def test_equals_reference(sample: Sample, method: str, dtype: torch.dtype) -> None:
+    x = cast(sample.make(), dtype)
+    for n, m in PATTERNS:
+        seed = draw_seed()
+        actual = sdgp.prune_nm(x, n, m, sample.dim, method, seed)
+        expected = reference.prune_nm(x, n, m, sample.dim, method, seed)
+        compare(actual, expected, method)
+        assert actual.stride() == torch.empty_like(x).stride()
+        scale = torch.ops.sdgp._prune_nm_scale(x, n, m, sample.dim, method, seed)
+        compare(scale, reference.prune_nm_scale(x, n, m, sample.dim, method, seed), method)
+
+
+def compare(actual: Tensor, expected: Tensor, method: str) -> None:
+    if method != "rescale":
+        same(actual, expected)
+        return
+    # The sums have no fixed order: positions agree exactly, values to rounding.
+    assert torch.equal(actual == 0, expected == 0)
+    torch.testing.assert_close(
+        actual, expected, atol=0, rtol=max(1e-5, 2 * torch.finfo(actual.dtype).eps), equal_nan=True
+    )
+
+
+@st.composite
+def strided_tensors(draw: st.DrawFn) -> Tensor:
+    """Any shape, permuted and sliced."""
+    shape = draw(st.lists(st.integers(1, 9) | st.sampled_from([16, 31, 64, 70]), min_size=1, max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2]), min_size=len(shape), max_size=len(shape)))
+    whole = torch.randn([shape[d] * steps[d] for d in order])
+    x = whole.permute(*[order.index(d) for d in range(len(shape))])
+    return x[tuple(slice(None, None, step) for step in steps)]
+
+
+@given(x=strided_tensors(), data=st.data())
+def test_any_strides(x: Tensor, data: st.DataObject) -> None:
+    m = data.draw(st.integers(1, 64))
+    n = data.draw(st.integers(1, m))
+    dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
+    method = data.draw(st.sampled_from(METHODS))
+    seed = draw_seed()
+    compare(sdgp.prune_nm(x, n, m, dim, method, seed), reference.prune_nm(x, n, m, dim, method, seed), method)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_every_instruction_set(isa: str) -> None:
+    program = "import sdgp, sys; print(sdgp._load.C.isa()); sys.exit(0)"
+    environment = {**os.environ, "SDGP_FORCE_ISA": isa}
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    if found.returncode != 0:
+        assert "SDGP_FORCE_ISA: expected an instruction set that this CPU runs" in found.stderr
+        pytest.skip(f"this CPU does not run {isa}")
+    assert found.stdout.strip() == isa
+    if isa == sdgp._load.C.isa():
+        return  # what this process tests anyway
+    parity = [f"{__file__}::test_equals_reference", f"{__file__}::test_any_strides"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parity]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+# Properties.
+
+
+@given(
+    values=st.lists(st.floats(width=32, allow_subnormal=True), min_size=1, max_size=70),
+    m=st.integers(1, 64),
+    method=st.sampled_from(METHODS),
+    data=st.data(),
+)
+def test_at_most_n_of_every_m(values: list[float], m: int, method: str, data: st.DataObject) -> None:
+    n = data.draw(st.integers(1, m))
+    pruned = sdgp.prune_nm(torch.tensor(values), n, m, method=method)
+    for group in pruned.split(m):
+        assert int((group != 0).sum()) <= n
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 7), (4, 32)])
+def test_mvue_is_unbiased(n: int, m: int, dtype: torch.dtype) -> None:
+    group = torch.randn(2 * m + m // 2).to(dtype)  # with a tail
+    draws = 40_000
+    total = sdgp.prune_nm(group.expand(draws, -1), n, m, method="mvue").double()
+    # The standard error of each mean bounds what chance may do; rounding of the kept value adds the dtype's own.
+    error = (total.mean(0) - group.double()).abs()
+    assert (error <= 5 * total.std(0) / draws**0.5 + torch.finfo(dtype).eps * total.abs().amax(0) + 1e-12).all()
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8)])
+def test_mvue_has_the_least_variance(n: int, m: int) -> None:
+    # Over all unbiased estimators that keep n of m, E[y^2] is least for probabilities min(1, c |x|).
+    group = torch.randn(m, dtype=torch.float64)
+    draws = sdgp.prune_nm(group.expand(40_000, -1), n, m, method="mvue")
+    magnitude = group.abs()
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        c = (low + high) / 2
+        low, high = (c, high) if (c * magnitude).clamp(max=1).sum() < n else (low, c)
+    least = (magnitude**2 / (c * magnitude).clamp(max=1)).sum()
+    assert abs(draws.square().sum(1).mean() - least) / least < 0.02
+
+
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 5), (2, 8)])
+def test_random_draws_every_subset_equally(n: int, m: int) -> None:
+    draws = 60_000
+    kept = sdgp.prune_nm(torch.ones(draws, m), n, m, method="random") != 0
+    codes = (kept * 2 ** torch.arange(m)).sum(1)
+    subsets = [sum(2**i for i in subset) for subset in itertools.combinations(range(m), n)]
+    counts = torch.stack([(codes == code).sum() for code in subsets]).double()
+    assert counts.sum() == draws
+    expected = draws / len(subsets)
+    chi_squared = ((counts - expected) ** 2 / expected).sum()
+    freedom = len(subsets) - 1
+    assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_draws_of_neighbouring_seeds_and_groups_are_independent() -> None:
+    kept = torch.stack(
+        [sdgp.prune_nm(torch.ones(4096, 4), 2, 4, method="random", seed=torch.tensor([s])) != 0 for s in range(64)]
+    ).double()
+    centred = kept - 0.5
+    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((1, -1), (0, 1))):
+        assert abs((centred * shifted).mean()) < 5 * 0.25 / centred.numel() ** 0.5
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group"])
+@pytest.mark.parametrize("power", [-30, -10, 10, 30])
+def test_scale_invariant(method: str, power: int) -> None:
+    x = torch.randn(2, 64, 5, 5)
+    scale = torch.tensor(10.0**power)
+    for n, m in ((2, 4), (4, 32)):
+        expected = sdgp.prune_nm(x, n, m, 1, method) * scale
+        torch.testing.assert_close(sdgp.prune_nm(x * scale, n, m, 1, method), expected, rtol=1e-5, atol=0)
+
+
+def test_mvue_has_no_absolute_epsilon() -> None:
+    x = torch.randn(256, 64)
+    seed = draw_seed()
+    powers = torch.tensor(2.0) ** torch.tensor([-100, -40, 40, 90])  # exact, so that the draws are the same
+    for scale in powers:
+        same(sdgp.prune_nm(x * scale, 4, 16, -1, "mvue", seed), sdgp.prune_nm(x, 4, 16, -1, "mvue", seed) * scale)
+
+
+def test_rescale_keeps_the_sum() -> None:
+    x = torch.randn(3, 32, 7, 7)
+    pruned = sdgp.prune_nm(x, 2, 4, 1, "rescale")
+    kept_any = pruned.abs().sum((2, 3)) > 0
+    torch.testing.assert_close(pruned.abs().sum((2, 3))[kept_any], x.abs().sum((2, 3))[kept_any])
+
+
+def test_rescale_sums_16_bit_values_in_float32() -> None:
+    x = torch.full((1, 4, 512, 512), 1.0, dtype=torch.float16)  # the sum, 262144, is inf in float16
+    assert torch.equal(sdgp.prune_nm(x, 4, 4, 1, "rescale"), x)
+    assert sdgp.prune_nm(x, 2, 4, 1, "rescale").amax() == 1  # channels that keep all keep their scale
+
+
+# Edge cases.
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    assert prune([1, -1, 1, -1, 2, 1, 1, 2], 2, 4) == [1, -1, 0, 0, 2, 0, 0, 2]
+    assert prune([0, -0.0, 5, 0], 2, 4) == [0, 0, 5, 0]
+
+
+def test_nan_and_inf_survive() -> None:
+    for method in ("magnitude", "mvue"):
+        kept = sdgp.prune_nm(torch.tensor([9e9, nan, -inf, 1e38]), 2, 4, method=method)
+        assert kept[1].isnan()
+        assert kept.tolist()[2] == -inf
+        assert kept[0] == 0 == kept[3]
+    for method in METHODS:
+        if method != "random":
+            assert not sdgp.prune_nm(torch.tensor([1.0, nan, 2.0, 3.0]), 1, 4, method=method)[1].isfinite()
+            assert not sdgp.prune_nm(torch.tensor([1.0, inf, 2.0, 3.0]), 1, 4, method=method)[1].isfinite()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_tail_keeps_n_or_its_length(method: str) -> None:
+    pruned = sdgp.prune_nm(torch.rand(1000, 11) + 1, 4, 8, method=method)
+    assert ((pruned[:, 8:] != 0).sum(1) == 3).all()
+    pruned = sdgp.prune_nm(torch.rand(1000, 11) + 1, 2, 8, method=method)
+    assert ((pruned[:, 8:] != 0).sum(1) <= 2).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_n_equal_m_is_the_identity(method: str) -> None:
+    x = torch.randn(3, 10)
+    before = torch.get_rng_state()
+    result = torch.ops.sdgp.prune_nm(x, 4, 4, -1, method)
+    assert torch.equal(result, x)
+    assert result.data_ptr() != x.data_ptr()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["random", "mvue"])
+def test_manual_seed_reproduces(method: str) -> None:
+    x = torch.randn(64, 64)
+    for draw in (sdgp.prune_nm, torch.ops.sdgp.prune_nm):
+        torch.manual_seed(5)
+        first = draw(x, 2, 4, -1, method)
+        second = draw(x, 2, 4, -1, method)
+        torch.manual_seed(5)
+        assert torch.equal(draw(x, 2, 4, -1, method), first)
+        assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group"])
+def test_deterministic_methods_leave_the_generator_alone(method: str) -> None:
+    before = torch.get_rng_state()
+    sdgp.prune_nm(torch.randn(8, 8, generator=torch.Generator()), 2, 4, method=method)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("method", METHODS)
+def test_threads_do_not_change_the_result(method: str) -> None:
+    tensors = (torch.randn(300, 1030), torch.randn(4, 256, 17, 17), torch.randn(3, 700, 260))
+    seed = draw_seed()
+    for x, dim in zip(tensors, (-1, 1, -1), strict=True):
+        with_two = sdgp.prune_nm(x, 3, 8, dim, method, seed)
+        torch.set_num_threads(1)
+        assert torch.equal(sdgp.prune_nm(x, 3, 8, dim, method, seed), with_two)
+        torch.set_num_threads(2)
+
+
+def test_allocates_nothing_but_the_output() -> None:
+    x = torch.randn(1 << 20)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        pruned = sdgp.prune_nm(x, 2, 4)
+    assert pruned.nbytes == x.nbytes
+    assert sum(event.self_cpu_memory_usage for event in profile.events()) == x.nbytes
+
+
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    if os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") < 12 << 30:
+        pytest.skip("needs 12 GiB of free memory")
+    rows, columns = (1 << 25) + 1, 64
+    x = torch.zeros(rows, columns, dtype=torch.bfloat16)
+    x[-1] = x[0] = torch.arange(1, 65)
+    pruned = sdgp.prune_nm(x, 4, 8)
+    expected = torch.where(torch.arange(64) % 8 < 4, 0, torch.arange(1, 65)).bfloat16()
+    assert torch.equal(pruned[-1], expected)
+    assert torch.equal(pruned[0], expected)
+    assert not pruned[1:-1:4096].any()
