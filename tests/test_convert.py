@@ -73,7 +73,8 @@ def test_revert() -> None:
 def test_converting_again_replaces_the_settings() -> None:
     model = sdgp.convert(small(), "2:4", "magnitude", backend="pruned")
     sdgp.convert(model, "4:16", "mvue", backend="dense")
-    assert [(row.pattern, row.method, row.backend) for row in sdgp.report(model)][0] == ("4:16", "mvue", "dense")
+    first = sdgp.report(model)[0]
+    assert (first.pattern, first.method, first.backend) == ("4:16", "mvue", "dense")
     assert notes(model)["3"] == "dense: 10 output channels per group, fewer than m = 16"
     sdgp.convert(model, filter=lambda module, name: name == "3")
     assert type(model[0]) is nn.Conv2d

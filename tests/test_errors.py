@@ -179,7 +179,7 @@ def test_python(call: Callable[[], Any], message: str) -> None:
 
 def test_a_refused_conversion_changes_nothing() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    with pytest.raises(ValueError, match="^convert: expected filter"):
+    with pytest.raises(ValueError, match=r"^convert: expected filter"):
         sdgp.convert(model, filter=lambda module, name: name == "0" or None)  # type: ignore[arg-type,return-value]
     assert all(type(layer) is nn.Linear for layer in model)
 

@@ -140,7 +140,9 @@ def test_conv2d_unbatched() -> None:
     size=st.tuples(st.integers(7, 11), st.integers(7, 11)),
     n=st.integers(1, 4),
 )
-def test_conv2d_any_geometry(kernel: Any, stride: Any, padding: Any, dilation: Any, groups: Any, per_group: Any, size: Any, n: int) -> None:  # fmt: skip
+def test_conv2d_any_geometry(
+    kernel: Any, stride: Any, padding: Any, dilation: Any, groups: int, per_group: Any, size: Any, n: int
+) -> None:
     x = torch.randn(2, groups * per_group[0], *size, requires_grad=True)
     weight = torch.randn(groups * per_group[1], per_group[0], *kernel, requires_grad=True)
     geometry = (None, stride, padding, dilation, groups)

@@ -60,7 +60,7 @@ def linear(
     if not _has_data_gradient(input, pruning):
         return F.linear(input, weight, bias)
     input, weight, bias = _autocast(input, weight, bias)
-    output: Tensor = _Linear.apply(input, weight, bias, *pruning.pattern, method)  # type: ignore[no-untyped-call]
+    output: Tensor = _Linear.apply(input, weight, bias, *pruning.pattern, method)
     return output
 
 
@@ -107,13 +107,13 @@ def conv2d(
         )
     pruning = Pruning.parse("conv2d", pattern, method, backend)
     if not _has_data_gradient(input, pruning):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload, no-any-return]
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad(input, weight, stride, padding, dilation)
     input, weight, bias = _autocast(input, weight, bias)
     batched = input if input.ndim == 4 else input.unsqueeze(0)
-    output: Tensor = _Conv2d.apply(  # type: ignore[no-untyped-call]
+    output: Tensor = _Conv2d.apply(
         batched, weight, bias, stride, _pair(padding), dilation, groups, *pruning.pattern, method
     )
     return output if input.ndim == 4 else output.squeeze(0)
@@ -130,7 +130,7 @@ class _Linear(Function):
         _save(ctx, input, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
         grad_output = _once(grad_output, "linear")
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
@@ -168,7 +168,7 @@ class _Conv2d(Function):
         _save(ctx, input, weight)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
         grad_output = _once(grad_output, "conv2d")
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
@@ -204,7 +204,7 @@ class _Once(Function):
 def _once(grad: Tensor, op: str) -> Tensor:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and grad.requires_grad):
         return grad
-    guarded: Tensor = _Once.apply(grad, op)  # type: ignore[no-untyped-call]
+    guarded: Tensor = _Once.apply(grad, op)
     return guarded
 
 
@@ -254,8 +254,8 @@ def _prune_channels(grad_output: Tensor, groups: int, n: int, m: int, method: st
     samples, channels = grad_output.shape[:2]
     if groups == 1 or channels // groups % m == 0:
         return prune_nm(grad_output, n, m, 1, method)
-    by_group = grad_output.unflatten(1, (groups, -1)).flatten(0, 1)  # (N * groups, C / groups, H, W)
-    return prune_nm(by_group, n, m, 1, method).unflatten(0, (samples, groups)).flatten(1, 2)
+    by_group = grad_output.reshape(samples * groups, channels // groups, *grad_output.shape[2:])
+    return prune_nm(by_group, n, m, 1, method).reshape(grad_output.shape)
 
 
 def _convolution_backward(

@@ -154,7 +154,7 @@ def _why_dense(
     module: nn.Module, name: str, pruning: Pruning, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
     """The reason to leave a layer dense, or None."""
-    if type(module) not in TWINS and type(module) not in DENSE_OF:
+    if not isinstance(module, (nn.Linear, nn.Conv2d)) or type(module) not in {*TWINS, *DENSE_OF}:
         return _why_unknown(module)
     if filter is not None:
         wanted = filter(module, name)

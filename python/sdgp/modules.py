@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,7 +97,7 @@ class Conv2d(nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         device: Any = None,
         dtype: Any = None,
         *,
@@ -136,7 +136,8 @@ class Conv2d(nn.Conv2d):
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.paused or not prunes(self.pruning):
-            return super()._conv_forward(input, weight, bias)
+            output: Tensor = super()._conv_forward(input, weight, bias)
+            return output
         padding: Any = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
@@ -158,7 +159,7 @@ class Conv2d(nn.Conv2d):
         )
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_describe(self.pruning)}"
+        return f"{super().extra_repr()}, {_describe(self.pruning)}"  # type: ignore[no-untyped-call]
 
 
 TWINS: dict[type[nn.Module], type[Linear | Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}

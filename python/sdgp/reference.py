@@ -41,7 +41,8 @@ def _scale_and_value(
     rows = input.movedim(dim, -1)  # (..., size)
     length = (size + m - 1) // m * m
     # A tail group is padded with zeros: they lose every tie, weigh nothing and add nothing.
-    groups = torch.nn.functional.pad(rows, (0, length - size)).unflatten(-1, (-1, m))  # (..., size / m, m)
+    padded = torch.nn.functional.pad(rows, (0, length - size))
+    groups = padded.reshape(*padded.shape[:-1], length // m, m)  # (..., size / m, m)
     x = groups if groups.dtype == torch.float64 else groups.float()
     if method == "magnitude":
         scale, value = _masked(_largest(_magnitude_key(groups), n), x)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""prune_nm beside clone() of the same tensor, and beside the plain PyTorch composition that it replaces.
+
+One line per tensor and pattern; every method's time as a multiple of the clone's. Where it says ``topk``, that is
+abs + topk + gather + scatter, for magnitude.
+
+    python benchmarks/prune_nm.py                      # everything, some minutes
+    python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+from bench import interleaved, store
+from torch import Tensor
+
+import sdgp
+
+PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
+METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def tensors(mib: int, dtype: torch.dtype) -> list[tuple[str, Tensor, int]]:
+    """(name, tensor, dim), each with as many elements as `mib` MiB of float32 hold."""
+    rows = mib * 2**18 // 1024
+    return [
+        ("(rows, C)", torch.randn(rows, 1024).to(dtype), -1),
+        ("(N, T, C)", torch.randn(max(1, rows // 256), 256, 1024).to(dtype), -1),
+        ("NCHW", torch.randn(max(1, rows // 64), 64, 32, 32).to(dtype), 1),
+        ("NHWC", torch.randn(max(1, rows // 64), 64, 32, 32).to(dtype, memory_format=torch.channels_last), 1),
+    ]
+
+
+def composition(x: Tensor, n: int, m: int, dim: int) -> Tensor:
+    groups = x.movedim(dim, -1).unflatten(-1, (-1, m))
+    kept = groups.abs().topk(n, dim=-1).indices
+    pruned = torch.zeros_like(groups).scatter(-1, kept, groups.gather(-1, kept))
+    return pruned.flatten(-2).movedim(-1, dim)
+
+
+def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_topk: bool) -> dict[str, Any]:
+    n, m = sdgp.Pattern.parse(pattern)
+    candidates: dict[str, Any] = {"clone": x.clone}
+    for method in METHODS:
+        candidates[method] = lambda method=method: sdgp.prune_nm(x, n, m, dim, method)
+    seconds = interleaved(candidates, rounds)
+    if against_topk:
+        # Few rounds: it is two orders of magnitude slower. Beside magnitude, in a run of their own.
+        pair = {"magnitude": candidates["magnitude"], "topk": lambda: composition(x, n, m, dim)}
+        slow = interleaved(pair, rounds=3, warm_up=1)
+        seconds["topk"] = slow["topk"] / slow["magnitude"] * seconds["magnitude"]
+    clone = seconds.pop("clone")
+    times = {method: value / clone for method, value in seconds.items()}
+    if "topk" in times:
+        times["topk / magnitude"] = times["topk"] / times["magnitude"]
+    return {
+        "tensor": name,
+        "shape": list(x.shape),
+        "dim": dim,
+        "dtype": str(x.dtype).removeprefix("torch."),
+        "pattern": pattern,
+        "clone_ms": clone * 1e3,
+        "clone_gb_per_s": 2 * x.nbytes / clone / 1e9,
+        "times_clone": times,
+    }
+
+
+def show(mib: int, row: dict[str, Any]) -> None:
+    times = "  ".join(f"{method} {value:5.2f}x" for method, value in row["times_clone"].items())
+    head = f"{row['tensor']:9s} | {mib:2d} MiB of float32 as {row['dtype']:8s} | {row['pattern']:>5s}"
+    print(f"{head} | clone {row['clone_ms']:6.2f} ms {row['clone_gb_per_s']:5.1f} GB/s | {times}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
+    parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--pattern", nargs="*", default=PATTERNS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    rows = []
+    for mib in args.mib:
+        for dtype in args.dtype:
+            for name, x, dim in tensors(mib, getattr(torch, dtype)):
+                for pattern in args.pattern:
+                    against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
+                    rows.append({"mib": mib, **measure(name, x, dim, pattern, args.rounds, against_topk)})
+                    show(mib, rows[-1])
+    if args.store:
+        store("prune_nm", rows, args.store)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+version: str
+max_group_size: int
+methods: tuple[str, ...]
+
+def isa() -> str: ...
