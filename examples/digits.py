@@ -137,7 +137,7 @@ def plot(runs: dict[Variant, list[Run]], path: Path) -> None:
         (line,) = axes.plot(epochs, curves.mean(0), label=variant.name, linewidth=1.8)
         axes.fill_between(epochs, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel="test top-1, %", title="Handwritten digits: pruned data gradients")
-    axes.set_ylim(bottom=80)
+    axes.set_ylim(80, 100)
     axes.grid(alpha=0.3)
     axes.legend(title=f"mean and range of {len(next(iter(runs.values())))} seeds")
     figure.savefig(path, dpi=150)

@@ -17,7 +17,7 @@ import sdgp
 LIBRARY = Path(sdgp.cmake_prefix_path) / "lib" / "libsdgp.so"
 
 # All that a library on LibTorch's stable ABI may ask of it: the C shims.
-STABLE = re.compile(r"^(aoti_torch_|torch_)[a-z0-9_]+$")
+STABLE = re.compile(r"^(aoti_torch_|torch_)[a-zA-Z0-9_]+$")
 
 
 def output(*command: str) -> str:
