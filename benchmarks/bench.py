@@ -53,9 +53,19 @@ def store(subject: str, rows: list[dict[str, Any]], name: str) -> Path:
     path = RESULTS / f"{name}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     results[subject] = {"machine": machine(), "rows": rows}
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    path.write_text(_readable(results))
     print(f"stored in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", file=sys.stderr)
     return path
+
+
+def _readable(results: dict[str, Any]) -> str:
+    """JSON with one row a line, so that a diff shows which measurements changed."""
+    subjects = []
+    for subject, result in results.items():
+        rows = ",\n  ".join(json.dumps(row) for row in result["rows"])
+        machine = json.dumps(result["machine"])
+        subjects.append(f'"{subject}": {{\n "machine": {machine},\n "rows": [\n  {rows}\n ]\n}}')
+    return "{" + ",\n".join(subjects) + "}\n"
 
 
 def _cpu() -> str:

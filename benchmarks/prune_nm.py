@@ -4,7 +4,7 @@
 One line per tensor and pattern; every method's time as a multiple of the clone's. Where it says ``topk``, that is
 abs + topk + gather + scatter, for magnitude.
 
-    python benchmarks/prune_nm.py                      # everything, some minutes
+    make bench                                         # everything, some minutes
     python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
 """
 
@@ -63,9 +63,9 @@ def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_t
         "dim": dim,
         "dtype": str(x.dtype).removeprefix("torch."),
         "pattern": pattern,
-        "clone_ms": clone * 1e3,
-        "clone_gb_per_s": 2 * x.nbytes / clone / 1e9,
-        "times_clone": times,
+        "clone_ms": round(clone * 1e3, 4),
+        "clone_gb_per_s": round(2 * x.nbytes / clone / 1e9, 2),
+        "times_clone": {method: round(value, 3) for method, value in times.items()},
     }
 
 
