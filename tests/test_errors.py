@@ -157,6 +157,7 @@ PYTHON: list[tuple[Callable[[], Any], str]] = [
         lambda: sdgp.convert(nn.Linear(8, 8), backend="fast"),
         "convert: expected backend to be one of auto, pruned, sparse, dense, got 'fast'",
     ),
+    (lambda: sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3)), "from_dense: expected an nn.Linear, got Conv2d"),
     (lambda: sdgp.convert("resnet18"), "convert: expected an nn.Module, got str"),  # type: ignore[type-var]
     (lambda: sdgp.revert(None), "revert: expected an nn.Module, got NoneType"),  # type: ignore[type-var]
     (lambda: sdgp.report(X), "report: expected an nn.Module, got Tensor"),  # type: ignore[arg-type]

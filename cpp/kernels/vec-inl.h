@@ -116,6 +116,17 @@ SDGP_INLINE auto sum_lanes(V v) {
   }
 }
 
+// GCC 12 splits the conversion of a whole vector in two.
+SDGP_INLINE Vec<uint32_t> widen(HalfVec h) {
+#if defined(__AVX512F__)
+  return (Vec<uint32_t>)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (Vec<uint32_t>)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Vec<uint32_t>);
+#endif
+}
+
 // 32-bit lanes to 16: values below 2^16.
 SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
 #if defined(__AVX512F__)
@@ -129,7 +140,7 @@ SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
 }
 
 SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) {
-  return (Vec<float>)(__builtin_convertvector(h, Vec<uint32_t>) << 16);
+  return (Vec<float>)(widen(h) << 16);
 }
 
 // To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so
@@ -145,7 +156,7 @@ SDGP_INLINE Vec<float> float_from_float16(HalfVec h) {
 #elif defined(__F16C__)
   return (Vec<float>)_mm256_cvtph_ps((__m128i)h);
 #else
-  const Vec<uint32_t> bits = __builtin_convertvector(h, Vec<uint32_t>);
+  const Vec<uint32_t> bits = widen(h);
   const Vec<uint32_t> magnitude = bits & 0x7fff;
   // The float with these exponent and fraction bits is 2^112 too small, subnormals included.
   const auto scaled = (Vec<uint32_t>)((Vec<float>)(magnitude << 13) * 0x1p112f);
@@ -174,45 +185,32 @@ SDGP_INLINE HalfVec float16_from_float(Vec<float> f) {
 
 // How a stored type becomes lanes and back. E: the lane; K: the signed integer of its width, in which magnitudes are
 // compared; U: its unsigned twin.
-struct Float32 {
-  using T = float;
-  using E = float;
-  using K = int32_t;
-  using U = uint32_t;
+template <class Lane, class Signed, class Word>
+struct Direct {
+  using T = Lane;
+  using E = Lane;
+  using K = Signed;
+  using U = Word;
   static constexpr E kOne = 1;
   static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
   static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
 };
+using Float32 = Direct<float, int32_t, uint32_t>;
+using Float64 = Direct<double, int64_t, uint64_t>;
 
-struct Float64 {
-  using T = double;
-  using E = double;
-  using K = int64_t;
-  using U = uint64_t;
-  static constexpr E kOne = 1;
-  static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
-  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
-};
-
-struct Float16 {
+// A 16-bit float, widened to float lanes.
+template <Vec<float> (*kWiden)(HalfVec), HalfVec (*kNarrow)(Vec<float>)>
+struct Widened {
   using T = uint16_t;
   using E = float;
   using K = int32_t;
   using U = uint32_t;
   static constexpr E kOne = 1;
-  static SDGP_INLINE Vec<E> load(const T* p) { return float_from_float16(load_bits<HalfVec>(p)); }
-  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, float16_from_float(v)); }
+  static SDGP_INLINE Vec<E> load(const T* p) { return kWiden(load_bits<HalfVec>(p)); }
+  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, kNarrow(v)); }
 };
-
-struct BFloat16 {
-  using T = uint16_t;
-  using E = float;
-  using K = int32_t;
-  using U = uint32_t;
-  static constexpr E kOne = 1;
-  static SDGP_INLINE Vec<E> load(const T* p) { return float_from_bfloat16(load_bits<HalfVec>(p)); }
-  static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, bfloat16_from_float(v)); }
-};
+using Float16 = Widened<&float_from_float16, &float16_from_float>;
+using BFloat16 = Widened<&float_from_bfloat16, &bfloat16_from_float>;
 
 // A 16-bit float as its bits: enough for magnitude, with twice the lanes and no conversion.
 template <int16_t kOneBits>

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +13,42 @@ from .autograd import conv2d, linear
 from .backends import prunes
 from .pattern import PatternLike, Pruning
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class Linear(nn.Linear):
+class _Pruning(nn.Module):
+    """What the two layers share: the settings, and the way to and from the dense layer."""
+
+    pruning: Pruning
+    paused: bool
+    _dense: ClassVar[type[nn.Module]]
+
+    @classmethod
+    def from_dense(
+        cls, dense: nn.Module, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
+    ) -> Self:
+        """A pruning twin of the dense layer that shares its Parameters, buffers and hooks."""
+        if type(dense) is not cls._dense:
+            raise ValueError(f"from_dense: expected an nn.{cls._dense.__name__}, got {type(dense).__name__}")
+        layer = _share(dense, cls)
+        layer.pruning, layer.paused = Pruning.parse(cls.__name__, pattern, method, backend), False
+        return layer
+
+    def to_dense(self) -> nn.Module:
+        """The plain layer with the same Parameters, buffers and hooks."""
+        dense = _share(self, self._dense)
+        del dense.pruning, dense.paused
+        return dense
+
+    def extra_repr(self) -> str:
+        pattern, method, backend = self.pruning
+        return f"{super().extra_repr()}, pattern={pattern}, method={method}, backend={backend}"
+
+
+class Linear(_Pruning, nn.Linear):
     """``nn.Linear`` through :func:`sdgp.linear`.
 
     Args:
@@ -29,8 +61,7 @@ class Linear(nn.Linear):
         torch.Size([8, 32])
     """
 
-    pruning: Pruning
-    paused: bool
+    _dense = nn.Linear
 
     def __init__(
         self,
@@ -48,30 +79,14 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self.pruning, self.paused = pruning, False
 
-    @classmethod
-    def from_dense(
-        cls, dense: nn.Linear, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
-    ) -> Linear:
-        """A pruning twin of ``dense`` that shares its Parameters, buffers and hooks."""
-        layer = _share(dense, cls)
-        layer.pruning, layer.paused = Pruning.parse("Linear", pattern, method, backend), False
-        return layer
-
-    def to_dense(self) -> nn.Linear:
-        """The plain ``nn.Linear`` with the same Parameters, buffers and hooks."""
-        return _unprune(_share(self, nn.Linear))
-
     def forward(self, input: Tensor) -> Tensor:
         if self.paused or not prunes(self.pruning):
             return F.linear(input, self.weight, self.bias)
         pattern, method, backend = self.pruning
         return linear(input, self.weight, self.bias, pattern=pattern, method=method, backend=backend)
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_describe(self.pruning)}"
 
-
-class Conv2d(nn.Conv2d):
+class Conv2d(_Pruning, nn.Conv2d):
     """``nn.Conv2d`` through :func:`sdgp.conv2d`.
 
     Args:
@@ -84,8 +99,7 @@ class Conv2d(nn.Conv2d):
         torch.Size([2, 16, 8, 8])
     """
 
-    pruning: Pruning
-    paused: bool
+    _dense = nn.Conv2d
 
     def __init__(
         self,
@@ -121,19 +135,6 @@ class Conv2d(nn.Conv2d):
         )
         self.pruning, self.paused = pruning, False
 
-    @classmethod
-    def from_dense(
-        cls, dense: nn.Conv2d, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
-    ) -> Conv2d:
-        """A pruning twin of ``dense`` that shares its Parameters, buffers and hooks."""
-        layer = _share(dense, cls)
-        layer.pruning, layer.paused = Pruning.parse("Conv2d", pattern, method, backend), False
-        return layer
-
-    def to_dense(self) -> nn.Conv2d:
-        """The plain ``nn.Conv2d`` with the same Parameters, buffers and hooks."""
-        return _unprune(_share(self, nn.Conv2d))
-
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self.paused or not prunes(self.pruning):
             output: Tensor = super()._conv_forward(input, weight, bias)
@@ -158,9 +159,6 @@ class Conv2d(nn.Conv2d):
             backend=backend,
         )
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {_describe(self.pruning)}"  # type: ignore[no-untyped-call]
-
 
 TWINS: dict[type[nn.Module], type[Linear | Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 DENSE_OF: dict[type[nn.Module], type[nn.Module]] = {twin: dense for dense, twin in TWINS.items()}
@@ -175,7 +173,7 @@ def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
 def unprune_in_place(module: nn.Module) -> None:
     """The inverse of :func:`prune_in_place`."""
     module.__class__ = DENSE_OF[type(module)]
-    _unprune(module)
+    del module.pruning, module.paused
 
 
 def _share(module: nn.Module, cls: type[_Module]) -> _Module:
@@ -183,12 +181,3 @@ def _share(module: nn.Module, cls: type[_Module]) -> _Module:
     twin = cls.__new__(cls)
     twin.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
     return twin
-
-
-def _unprune(module: _Module) -> _Module:
-    del module.pruning, module.paused
-    return module
-
-
-def _describe(pruning: Pruning) -> str:
-    return f"pattern={pruning.pattern}, method={pruning.method}, backend={pruning.backend}"
