@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,7 @@ def batch() -> torch.Tensor:
 
 def worker(rank: int, directory: str, convert_first: bool) -> None:
     torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's host name resolves to
     dist.init_process_group("gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=2)
     model = DistributedDataParallel(make_model(convert_first))
     if not convert_first:
@@ -38,6 +40,7 @@ def worker(rank: int, directory: str, convert_first: bool) -> None:
     model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
     if rank == 0:
         torch.save([parameter.grad for parameter in model.parameters()], f"{directory}/gradients")
+    dist.barrier()
     dist.destroy_process_group()
 
 

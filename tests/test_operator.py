@@ -76,7 +76,6 @@ class _Scripted(torch.nn.Module):
         return torch.ops.sdgp.prune_nm(x, 2, 4, -1, self.method, seed)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 @pytest.mark.parametrize("method", METHODS)
 def test_torchscript_saves_and_loads(method: str) -> None:
     module = _Scripted(method)
@@ -90,7 +89,6 @@ def test_torchscript_saves_and_loads(method: str) -> None:
     assert grad.count_nonzero() == loaded(x, seed).count_nonzero()
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
 def test_torchscript_without_a_seed_draws_one(tmp_path: Path) -> None:
     @torch.jit.script
     def prune(x: Tensor) -> Tensor:
