@@ -10,10 +10,11 @@ time, and draws the learning curves:
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import torch
@@ -117,15 +118,27 @@ def evaluate(model: nn.Module, data: Data) -> float:
     return 100 * (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
 
 
-def show(runs: dict[Variant, list[Run]], console: Console) -> None:
-    table = Table("data gradient", "top-1, mean ± std", "- dense", "seconds per run")
-    dense = statistics.mean(run.accuracy[-1] for run in runs[VARIANTS[0]])
+def summarize(runs: dict[Variant, list[Run]]) -> list[dict[str, Any]]:
+    rows = []
     for variant, repeats in runs.items():
         last = [run.accuracy[-1] for run in repeats]
-        deviation = statistics.stdev(last) if len(last) > 1 else 0.0
-        mean = statistics.mean(last)
-        seconds = statistics.mean(run.seconds for run in repeats)
-        table.add_row(variant.name, f"{mean:.2f} ± {deviation:.2f}", f"{mean - dense:+.2f}", f"{seconds:.1f}")
+        rows.append(
+            {
+                "data gradient": variant.name,
+                "top1_mean": round(statistics.mean(last), 2),
+                "top1_std": round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
+                "seconds": round(statistics.mean(run.seconds for run in repeats), 1),
+            }
+        )
+    return rows
+
+
+def show(rows: list[dict[str, Any]], console: Console) -> None:
+    table = Table("data gradient", "top-1, mean ± std", "- dense", "seconds per run")
+    for row in rows:
+        difference = row["top1_mean"] - rows[0]["top1_mean"]
+        accuracy = f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}"
+        table.add_row(row["data gradient"], accuracy, f"{difference:+.2f}", f"{row['seconds']:.1f}")
     console.print(table)
 
 
@@ -148,7 +161,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="one seed, three epochs: shows that it runs, no more")
-    parser.add_argument("--plot", type=Path, default=Path("build/digits.png"))
+    parser.add_argument("--out", type=Path, default=Path("build"), help="folder for the plot and the table")
     args = parser.parse_args()
     epochs, seeds = (3, 1) if args.short else (args.epochs, args.seeds)
 
@@ -162,10 +175,13 @@ def main() -> None:
             for seed in range(seeds):
                 runs[variant].append(train(variant, data, seed, epochs, progress))
                 progress.advance(total)
-    show(runs, console)
-    args.plot.parent.mkdir(parents=True, exist_ok=True)
-    plot(runs, args.plot)
-    console.print(f"learning curves: {args.plot}")
+    rows = summarize(runs)
+    show(rows, console)
+    args.out.mkdir(parents=True, exist_ok=True)
+    settings = {"epochs": epochs, "seeds": seeds, "torch": torch.__version__, "sdgp": sdgp.__version__}
+    (args.out / "digits.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    plot(runs, args.out / "digits.png")
+    console.print(f"learning curves: {args.out / 'digits.png'}; the table: {args.out / 'digits.json'}")
 
 
 if __name__ == "__main__":

@@ -139,9 +139,7 @@ SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
 #endif
 }
 
-SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) {
-  return (Vec<float>)(widen(h) << 16);
-}
+SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) { return (Vec<float>)(widen(h) << 16); }
 
 // To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so
 // their low half is zero and the addition carries nothing into the upper.

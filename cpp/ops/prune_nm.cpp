@@ -16,6 +16,8 @@
 namespace sdgp {
 namespace {
 
+constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs more than it gains (as in ATen)
+
 struct Call {
   const char* op;
   DType dtype;
@@ -99,8 +101,9 @@ Tensor run_cpu(const char* op, bool scale, const Tensor& input, int64_t n, int64
   args.out_stride = call.output.stride(call.dim);
   describe_dims(input, call.output, call.dim, args);
   const Kernels& table = kernels();
-  torch::stable::parallel_for(0, table.prune_nm_units(args), 1,
-                              [&](int64_t begin, int64_t end) { table.prune_nm(args, begin, end); });
+  const int64_t units = table.prune_nm_units(args);
+  const int64_t grain = 1 + units * kGrainElements / input.numel();
+  torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { table.prune_nm(args, begin, end); });
   return call.output;
 }
 

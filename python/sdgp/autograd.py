@@ -127,7 +127,7 @@ class _Linear(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, *ctx.pruning = inputs
-        _save(ctx, input, weight)
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)  # frozen weights keep no input
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
@@ -164,17 +164,16 @@ class _Conv2d(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, *ctx.geometry, ctx.n, ctx.m, ctx.method = inputs
-        ctx.input_shape, ctx.weight_shape = input.shape, weight.shape
-        _save(ctx, input, weight)
+        ctx.input_shape = input.shape
+        ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)  # frozen weights keep no input
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
         grad_output = _once(grad_output, "conv2d")
         input, weight = ctx.saved_tensors
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        # ATen reads only the shape of the operand that the wanted gradients do not need.
-        input = grad_output.new_empty(()).expand(ctx.input_shape) if input is None else input
-        weight = grad_output.new_empty(()).expand(ctx.weight_shape) if weight is None else weight
+        if input is None:  # ATen reads no more than its shape
+            input = grad_output.new_empty(()).expand(ctx.input_shape)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             pruned = _prune_channels(grad_output, ctx.geometry[3], ctx.n, ctx.m, ctx.method)
@@ -210,12 +209,6 @@ def _once(grad: Tensor, op: str) -> Tensor:
 
 def _has_data_gradient(input: Tensor, pruning: Pruning) -> bool:
     return prunes(pruning) and input.requires_grad and torch.is_grad_enabled()
-
-
-def _save(ctx: Any, input: Tensor, weight: Tensor) -> None:
-    """Each gradient needs the other operand: frozen weights need no input, and a first layer no weight."""
-    needs_input, needs_weight = ctx.needs_input_grad[:2]
-    ctx.save_for_backward(input if needs_weight else None, weight if needs_input else None)
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: _OptionalTensor) -> tuple[Tensor, Tensor, _OptionalTensor]:
