@@ -79,6 +79,8 @@ def _cpu() -> str:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    found = subprocess.run(git, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or "unknown"
+    """The commit, marked where what is measured differs from it."""
+    git = ["git", "-C", str(Path(__file__).parents[1])]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "cpp", "python"], capture_output=True, check=False)
+    return (found.stdout.strip() or "unknown") + ("-dirty" if changed.returncode else "")
