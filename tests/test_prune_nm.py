@@ -99,6 +99,19 @@ def compare(actual: Tensor, expected: Tensor, method: str) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 300, 1030), -1), ((2, 300, 1030), 1), ((2, 256, 40, 41), 1), ((1, 70, 80, 80), 1)]
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_rescale_of_samples_that_are_cut_into_blocks(
+    shape: tuple[int, ...], dim: int, memory_format: torch.memory_format
+) -> None:
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
+    for n, m in ((2, 4), (3, 7), (4, 32)):
+        compare(sdgp.prune_nm(x, n, m, dim, "rescale"), reference.prune_nm(x, n, m, dim, "rescale"), "rescale")
+
+
 @st.composite
 def strided_tensors(draw: st.DrawFn) -> Tensor:
     """Any shape, permuted and sliced."""
