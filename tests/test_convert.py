@@ -173,6 +173,23 @@ def test_paused_is_exact_and_ends() -> None:
     assert not torch.allclose(gradient(model), exact)
 
 
+def test_paused_outlives_convert_and_revert() -> None:
+    model = sdgp.convert(small(), backend="pruned")
+    with sdgp.paused(model):
+        sdgp.convert(model, "1:4", backend="pruned")
+        assert set(notes(model).values()) == {"exact: paused"}
+        sdgp.revert(model)
+    assert "paused" not in vars(model[3])
+
+
+def test_a_replaced_class_is_refused() -> None:
+    layer = sdgp.convert(nn.Linear(8, 8), backend="pruned")
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    for call in (sdgp.revert, sdgp.convert):
+        with pytest.raises(ValueError, match=r"got their subclass ParametrizedLinear for \(model\)"):
+            call(layer)
+
+
 # Model libraries.
 
 

@@ -202,6 +202,21 @@ def test_frozen_conv2d() -> None:
     assert torch.equal(gradients(layer(x), torch.ones(2, 8, 6, 6), layer.bias)[0], torch.full((8,), 72.0))
 
 
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_frozen_conv2d_keeps_the_memory_format(memory_format: torch.memory_format) -> None:
+    x = torch.randn(2, 4, 8, 8).contiguous(memory_format=memory_format).requires_grad_()
+    dense = nn.Conv2d(4, 8, 3).requires_grad_(False)
+    layer = sdgp.Conv2d.from_dense(dense, backend="pruned")
+    expected = gradients(dense(x), torch.ones(2, 8, 6, 6).contiguous(memory_format=memory_format), x)[0]
+    actual = gradients(layer(x), torch.ones(2, 8, 6, 6).contiguous(memory_format=memory_format), x)[0]
+    assert actual.stride() == expected.stride()
+
+
+def test_conv2d_takes_pairs_of_one() -> None:
+    x, weight = torch.randn(1, 4, 8, 8, requires_grad=True), torch.randn(8, 4, 3, 3)
+    assert torch.equal(sdgp.conv2d(x, weight, None, (2,), backend="pruned"), F.conv2d(x, weight, None, (2,)))
+
+
 def test_without_grad_it_is_the_plain_operator() -> None:
     layer = sdgp.Linear(16, 8, backend="pruned")
     x = torch.randn(4, 16, requires_grad=True)
@@ -269,6 +284,10 @@ def test_double_backward_is_refused(layer: nn.Module) -> None:
     expected = rf"^{op}: expected one differentiation, got a second \(create_graph=True\); .* use sdgp.paused\(model\)"
     with pytest.raises(RuntimeError, match=expected):
         gradient.square().sum().backward()
+    for source in (x, layer.weight):  # an incoming gradient that needs none itself
+        (gradient,) = torch.autograd.grad(layer(x).sum(), source, create_graph=True)
+        with pytest.raises(RuntimeError, match=expected):
+            gradient.square().sum().backward()
     with sdgp.paused(layer):
         (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     gradient.square().sum().backward()

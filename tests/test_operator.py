@@ -53,6 +53,13 @@ def test_gradient_of_a_kept_zero() -> None:
     assert x.grad.tolist() == [1, 1, 0, 0]
 
 
+def test_an_infinite_gradient_of_a_pruned_place_is_zero() -> None:
+    x = torch.tensor([4.0, 3.0, 1.0, 1.0], requires_grad=True)
+    sdgp.prune_nm(x, 2, 4).backward(torch.tensor([1.0, 1.0, torch.inf, 1.0]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [1, 1, 0, 0]
+
+
 def test_gradcheck_at_n_equal_m() -> None:
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: sdgp.prune_nm(x, 4, 4), x)

@@ -62,6 +62,19 @@ def test_mvue_by_hand() -> None:
     assert prune([0, 0, 7, 0, 0, 0, 0, -1e-30], 4, 8, "mvue") == torch.tensor([0, 0, 7, 0, 0, 0, 0, -1e-30]).tolist()
 
 
+def test_mvue_keeps_the_smallest_subnormal() -> None:
+    for dtype, smallest in ((torch.float32, 2.0**-149), (torch.float64, 2.0**-1074)):
+        group = torch.tensor([0, 0, 0, 0, 0, 0, 0, smallest], dtype=dtype)
+        assert torch.equal(sdgp.prune_nm(group, 4, 8, method="mvue"), group)
+
+
+@pytest.mark.parametrize("shape", [(1, 1 << 20, 4), (1, 1 << 16, 64)])
+def test_rescale_sums_long_columns_exactly_enough(shape: tuple[int, ...]) -> None:
+    x = torch.rand(shape)
+    expected = sdgp.prune_nm(x.double(), 2, 4, -1, "rescale")
+    torch.testing.assert_close(sdgp.prune_nm(x, 2, 4, -1, "rescale").double(), expected, rtol=1e-5, atol=0)
+
+
 def test_groups_of_a_convolution_follow_channels() -> None:
     x = torch.arange(1.0, 17.0).view(1, 4, 2, 2)
     expected = x.clone()

@@ -7,6 +7,7 @@
 
 namespace sdgp::SDGP_ISA {
 
+constexpr int64_t kPartialSum = 1024;       // rows summed before they join the total: keeps the rounding error small
 constexpr int64_t kBlockElements = 131072;  // 1 MiB of float32, input and output together
 
 // Blocks: some indices of the outermost dimension that has factors of its own ("samples": at most one such dimension
@@ -170,8 +171,13 @@ struct Rescale {
   static SDGP_INLINE void sum_columns(const T* p, int64_t rows, int64_t row_stride, E* sums) {
     Elem<C> sum[kChains];
     for (int c = 0; c < kChains; ++c) sum[c] = load_bits<Elem<C>>(sums + c * kL);
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int c = 0; c < kChains; ++c) sum[c] += absolute(C::load(p + r * row_stride + c * kL));
+    for (int64_t first = 0; first < rows; first += kPartialSum) {
+      const int64_t last = first + kPartialSum < rows ? first + kPartialSum : rows;
+      Elem<C> part[kChains] = {};
+      for (int64_t r = first; r < last; ++r) {
+        for (int c = 0; c < kChains; ++c) part[c] += absolute(C::load(p + r * row_stride + c * kL));
+      }
+      for (int c = 0; c < kChains; ++c) sum[c] += part[c];
     }
     for (int c = 0; c < kChains; ++c) store_bits(sums + c * kL, sum[c]);
   }
@@ -188,10 +194,17 @@ struct Rescale {
       for (; i + 4 * kL <= size; i += 4 * kL) sum_columns<4>(p + i, rows, row_stride, sums + i);
       for (; i + kL <= size; i += kL) sum_columns<1>(p + i, rows, row_stride, sums + i);
     }
-    for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = i; j < size; ++j) {
-        sums[r * row_factor + j * factor_stride] += absolute(load_some(p + r * row_stride + j * stride, 1, 1))[0];
+    for (int64_t j = i; j < size; ++j) {
+      double total = 0;
+      for (int64_t r = 0; r < rows; ++r) {
+        const E x = absolute(load_some(p + r * row_stride + j * stride, 1, 1))[0];
+        if (row_factor != 0) {
+          sums[r * row_factor + j * factor_stride] += x;
+        } else {
+          total += x;
+        }
       }
+      if (row_factor == 0) sums[j * factor_stride] += static_cast<E>(total);
     }
   }
 

@@ -244,6 +244,7 @@ template <class C, int kM>
 SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const LaneGroups<C>& group) {
   using E = typename C::E;
   using K = typename C::K;
+  constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
   Elem<C> magnitude[kM];
   Elem<C> total{};
   for (int j = 0; j < kM; ++j) {
@@ -256,7 +257,8 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const 
   Elem<C> rest = total;
   Key<C> places = splat(static_cast<K>(n));
   for (int round = 0; round < n; ++round) {
-    const Elem<C> mean = rest / __builtin_convertvector(places, Elem<C>);
+    Elem<C> mean = rest / __builtin_convertvector(places, Elem<C>);
+    mean = mean == 0 ? splat(kSmallest) : mean;  // where it underflowed; `rest > 0` decides about the others
     const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
     if (!any(lower)) break;
     step = lower ? mean : step;

@@ -131,18 +131,17 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
-        grad_output = _once(grad_output, "linear")
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             n, m, method = ctx.pruning
             grad_input = prune_nm(grad_output, n, m, -1, method) @ weight
-        rows = grad_output.flatten(0, -2) if grad_output.ndim > 1 else grad_output.unsqueeze(0)
         if ctx.needs_input_grad[1]:
-            grad_weight = rows.t() @ (input.flatten(0, -2) if input.ndim > 1 else input.unsqueeze(0))
+            grad_weight = _rows(grad_output).t() @ _rows(input)
         if ctx.needs_input_grad[2]:
-            grad_bias = rows.sum(0)
-        return grad_input, grad_weight, grad_bias, None, None, None
+            grad_bias = _rows(grad_output).sum(0)
+        gradients = _once("linear", (grad_output, weight, input), grad_input, grad_weight, grad_bias)
+        return *gradients, None, None, None
 
 
 class _Conv2d(Function):
@@ -165,15 +164,17 @@ class _Conv2d(Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, *ctx.geometry, ctx.n, ctx.m, ctx.method = inputs
         ctx.input_shape = input.shape
+        ctx.channels_last = input.is_contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)  # frozen weights keep no input
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[_OptionalTensor, ...]:
-        grad_output = _once(grad_output, "conv2d")
         input, weight = ctx.saved_tensors
+        anchors = (grad_output, weight, input)
         needs_input, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        if input is None:  # ATen reads no more than its shape
-            input = grad_output.new_empty(()).expand(ctx.input_shape)
+        if input is None:  # ATen reads its shape and memory format, not its values
+            memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
+            input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             pruned = _prune_channels(grad_output, ctx.geometry[3], ctx.n, ctx.m, ctx.method)
@@ -181,14 +182,14 @@ class _Conv2d(Function):
         if needs_weight or needs_bias:
             mask = (False, needs_weight, needs_bias)
             _, grad_weight, grad_bias = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
-        return grad_input, grad_weight, grad_bias, *[None] * 7
+        return *_once("conv2d", anchors, grad_input, grad_weight, grad_bias), *[None] * 7
 
 
 class _Once(Function):
-    """The identity; its gradient is refused. Put on the incoming gradient, it catches every second differentiation."""
+    """The identity on a gradient, hung on a tensor that requires one; its own gradient is refused."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor, op: str) -> Tensor:
+    def forward(ctx: Any, grad: Tensor, anchor: Tensor, op: str) -> Tensor:
         ctx.op = op
         return grad.view_as(grad)
 
@@ -200,11 +201,19 @@ class _Once(Function):
         )
 
 
-def _once(grad: Tensor, op: str) -> Tensor:
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and grad.requires_grad):
-        return grad
-    guarded: Tensor = _Once.apply(grad, op)
-    return guarded
+def _once(op: str, sources: tuple[_OptionalTensor, ...], *gradients: _OptionalTensor) -> tuple[_OptionalTensor, ...]:
+    """The gradients, so that differentiating them again, through any of what they were made from, is an error."""
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return gradients
+    anchor = next((source for source in sources if source is not None and source.requires_grad), None)
+    if anchor is None:
+        return gradients
+    return tuple(None if grad is None else _Once.apply(grad.detach(), anchor, op) for grad in gradients)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(..., features) -> (rows, features)"""
+    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
 def _has_data_gradient(input: Tensor, pruning: Pruning) -> bool:
@@ -225,7 +234,11 @@ def _autocast(input: Tensor, weight: Tensor, bias: _OptionalTensor) -> tuple[Ten
 
 
 def _pair(value: int | _Pair) -> _Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    if isinstance(value, int):
+        return value, value
+    if len(value) not in (1, 2):
+        raise ValueError(f"conv2d: expected stride, padding and dilation to be a number or a pair, got {value!r}")
+    return value[0], value[-1]
 
 
 def _pad(input: Tensor, weight: Tensor, stride: _Pair, padding: str, dilation: _Pair) -> tuple[Tensor, _Pair]:

@@ -52,6 +52,7 @@ def convert(
     """
     _check_module("convert", model)
     pruning = Pruning.parse("convert", pattern, method, backend)
+    _check_classes("convert", model)
     plan = [(module, _why_dense(module, name, pruning, filter)) for name, module in _layers(model)]
     for module, reason in plan:
         if reason is None:
@@ -67,6 +68,7 @@ def convert(
 def revert(model: _Model) -> _Model:
     """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``."""
     _check_module("revert", model)
+    _check_classes("revert", model)
     for _, module in _layers(model):
         if type(module) in DENSE_OF:
             unprune_in_place(module)
@@ -92,7 +94,8 @@ def paused(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, was in zip(layers, before, strict=True):
-            layer.paused = was
+            if isinstance(layer, (Linear, Conv2d)):  # not reverted within
+                layer.paused = was
 
 
 class Row(NamedTuple):
@@ -141,6 +144,16 @@ def report(model: nn.Module) -> Report:
 def _check_module(op: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
+
+
+def _check_classes(op: str, model: nn.Module) -> None:
+    """A parametrization or a wrapper that replaced the class of a converted layer stands in the way."""
+    for name, module in _layers(model):
+        if isinstance(module, (Linear, Conv2d)) and type(module) not in DENSE_OF:
+            raise ValueError(
+                f"{op}: expected sdgp.Linear or sdgp.Conv2d, got their subclass {type(module).__name__} for "
+                f"{name or '(model)'}; undo what replaced its class (a parametrization, say) first"
+            )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

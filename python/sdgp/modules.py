@@ -167,7 +167,7 @@ DENSE_OF: dict[type[nn.Module], type[nn.Module]] = {twin: dense for dense, twin 
 def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
     """Makes a dense layer its pruning twin: the same object, so that every reference, hook and wrapper keeps it."""
     module.__class__ = TWINS.get(type(module), type(module))
-    module.pruning, module.paused = pruning, False  # type: ignore[assignment]
+    module.pruning, module.paused = pruning, vars(module).get("paused", False)  # type: ignore[assignment]
 
 
 def unprune_in_place(module: nn.Module) -> None:

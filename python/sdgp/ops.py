@@ -79,7 +79,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, seed = ctx.saved_tensors
     scale = torch.ops.sdgp._prune_nm_scale(input.detach(), *ctx.settings, seed)
-    return grad_output * scale, None, None, None, None, None
+    # Not the product alone: an inf that meets a pruned place would become NaN there.
+    return torch.where(scale == 0, scale, grad_output * scale), None, None, None, None, None
 
 
 torch.library.register_autograd("sdgp::prune_nm", _backward, setup_context=_setup_context)

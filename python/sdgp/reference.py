@@ -119,8 +119,10 @@ def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tenso
     total = _sequential_sum(magnitude)
     step = torch.full_like(total, torch.inf)
     rest, places = total, torch.full_like(total, n)
+    smallest = 2.0**-149 if x.dtype == torch.float32 else 2.0**-1074
     for _ in range(n):
         mean = rest / places
+        mean = torch.where((mean == 0) & (rest > 0), torch.full_like(mean, smallest), mean)  # it underflowed
         step = torch.where((places > 0) & (rest > 0) & (mean < step), mean, step)
         above = magnitude >= step.unsqueeze(-1)
         rest = _sequential_sum(torch.where(above, zero, magnitude))
