@@ -30,10 +30,10 @@ cpp-test: $(VENV)/ready
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
 python-test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 second-test: $(SECOND)/installed
-	$(SECOND)/bin/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(SECOND)/bin/python -m pytest
 
 wheel: dist/built
 
