@@ -4,14 +4,15 @@
 // `op: requirement, got actual`.
 #pragma once
 
+#include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
-#include <utility>
 
 #include "kernels/kernels.h"
 
@@ -64,28 +65,69 @@ inline void check_strided(const char* op, const Tensor& input) {
   check(false, op, ": expected a strided tensor, got layout ", name, "; call .to_dense() first");
 }
 
-inline const char* device_name(const Tensor& tensor) {
-  return tensor.is_cpu() ? "cpu" : tensor.is_cuda() ? "cuda" : "another device";
+struct Device {
+  int32_t type;
+  int32_t index;
+  bool operator==(const Device&) const = default;
+};
+
+// Through the C shim: Tensor::device() throws its own message for the types it does not know.
+inline Device device_of(const Tensor& tensor) {
+  Device device{};
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &device.index));
+  return device;
 }
 
-// The dtype is read through the C shim: Tensor::scalar_type() throws its own message for those it does not know.
-inline DType check_dtype(const char* op, const Tensor& input) {
+inline std::string name_of(const Device& device) {
+  std::string text = "a device of type ";
+  text += std::to_string(device.type);
+  for (const char* name : {"cpu", "cuda", "meta", "xpu", "mps", "xla", "hpu", "mtia", "lazy", "privateuseone"}) {
+    uint32_t type = 0;
+    int32_t no_index = 0;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_parse_device_string(name, &type, &no_index));
+    if (static_cast<int32_t>(type) == device.type) text = name;
+  }
+  if (device.index >= 0) text.append(":").append(std::to_string(device.index));
+  return text;
+}
+
+// Through the C shim: Tensor::scalar_type() throws its own message for the dtypes it does not know.
+inline int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(input.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+
+// As Python prints it. Where C++ has a name of its own ("Long"), that is translated; the others differ in case alone.
+inline std::string name_of_dtype(int32_t dtype) {
+  const auto type = static_cast<ScalarType>(dtype);
+  switch (type) {
+    case ScalarType::Byte: return "uint8";
+    case ScalarType::Char: return "int8";
+    case ScalarType::Short: return "int16";
+    case ScalarType::Int: return "int32";
+    case ScalarType::Long: return "int64";
+    case ScalarType::Half: return "float16";
+    case ScalarType::Float: return "float32";
+    case ScalarType::Double: return "float64";
+    case ScalarType::ComplexHalf: return "complex32";
+    case ScalarType::ComplexFloat: return "complex64";
+    case ScalarType::ComplexDouble: return "complex128";
+    default: break;
+  }
+  std::string name = torch::headeronly::toString(type);
+  for (char& c : name) c = c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c;
+  return name;
+}
+
+inline DType check_dtype(const char* op, const Tensor& input) {
+  const int32_t dtype = dtype_of(input);
   if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
   if (dtype == aoti_torch_dtype_float64()) return DType::kFloat64;
   if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
   if (dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
-  const std::pair<int32_t, const char*> others[] = {
-      {aoti_torch_dtype_int64(), "int64"},         {aoti_torch_dtype_int32(), "int32"},
-      {aoti_torch_dtype_int16(), "int16"},         {aoti_torch_dtype_int8(), "int8"},
-      {aoti_torch_dtype_uint8(), "uint8"},         {aoti_torch_dtype_bool(), "bool"},
-      {aoti_torch_dtype_complex64(), "complex64"}, {aoti_torch_dtype_complex128(), "complex128"}};
-  const char* name = "another dtype";
-  for (const auto& [other, text] : others) {
-    if (dtype == other) name = text;
-  }
-  check(false, op, ": expected float32, float64, float16 or bfloat16, got ", name);
+  check(false, op, ": expected float32, float64, float16 or bfloat16, got ", name_of_dtype(dtype));
   __builtin_unreachable();
 }
 
@@ -100,11 +142,14 @@ inline int64_t check_dim(const char* op, const Tensor& input, int64_t dim) {
 
 inline void check_seed(const char* op, const Tensor& input, const std::optional<Tensor>& seed) {
   if (!seed) return;
-  check(seed->scalar_type() == ScalarType::Long, op, ": expected seed to be int64, got ",
-        torch::headeronly::toString(seed->scalar_type()));
+  if (const int32_t dtype = dtype_of(*seed); dtype != aoti_torch_dtype_int64()) {
+    check(false, op, ": expected seed to be int64, got ", name_of_dtype(dtype));
+  }
   check(seed->numel() == 1, op, ": expected seed to have one element, got ", seed->numel());
-  check(seed->device() == input.device(), op, ": expected seed on the input's device (", device_name(input), "), got ",
-        device_name(*seed));
+  const Device expected = device_of(input), actual = device_of(*seed);
+  if (actual != expected) {
+    check(false, op, ": expected seed on the input's device (", name_of(expected), "), got ", name_of(actual));
+  }
 }
 
 }  // namespace sdgp

@@ -14,64 +14,110 @@ from typing import Any
 
 import pytest
 import torch
+from samples import DTYPES
 from torch import nn
 
 import sdgp
 
 X = torch.randn(4, 8)
 
-PRUNE_NM: list[tuple[str, Callable[[torch.Tensor], Any], str]] = [
-    ("n > m", lambda x: sdgp.prune_nm(x, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
-    ("n < 1", lambda x: sdgp.prune_nm(x, 0, 4), "expected 1 <= n <= m <= 64, got n=0, m=4"),
-    ("m > 64", lambda x: sdgp.prune_nm(x, 2, 65), "expected 1 <= n <= m <= 64, got n=2, m=65"),
-    ("n = m > 64", lambda x: sdgp.prune_nm(x, 65, 65), "expected 1 <= n <= m <= 64, got n=65, m=65"),
-    ("dim", lambda x: sdgp.prune_nm(x, 2, 4, dim=2), "expected dim in [-2, 1], got 2"),
-    ("negative dim", lambda x: sdgp.prune_nm(x, 2, 4, dim=-3), "expected dim in [-2, 1], got -3"),
-    ("scalar", lambda x: sdgp.prune_nm(x[0, 0], 2, 4), "expected at least 1 dimension, got a scalar"),
+OPS = {"prune_nm": sdgp.prune_nm, "_prune_nm_scale": torch.ops.sdgp._prune_nm_scale}
+
+PRUNE_NM: list[tuple[str, Callable[[Any, torch.Tensor], Any], str]] = [
+    ("n > m", lambda op, x: op(x, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
+    ("n < 1", lambda op, x: op(x, 0, 4), "expected 1 <= n <= m <= 64, got n=0, m=4"),
+    ("m > 64", lambda op, x: op(x, 2, 65), "expected 1 <= n <= m <= 64, got n=2, m=65"),
+    ("n = m > 64", lambda op, x: op(x, 65, 65), "expected 1 <= n <= m <= 64, got n=65, m=65"),
+    ("dim", lambda op, x: op(x, 2, 4, dim=2), "expected dim in [-2, 1], got 2"),
+    ("negative dim", lambda op, x: op(x, 2, 4, dim=-3), "expected dim in [-2, 1], got -3"),
+    ("scalar", lambda op, x: op(x[0, 0], 2, 4), "expected at least 1 dimension, got a scalar"),
     (
         "method",
-        lambda x: sdgp.prune_nm(x, 2, 4, method="max"),
+        lambda op, x: op(x, 2, 4, method="max"),
         'expected method to be one of magnitude, random, rescale, rescale_group, mvue, got "max"',
-    ),
-    *(
-        (
-            str(dtype),
-            lambda x, dtype=dtype: sdgp.prune_nm(x.to(dtype), 2, 4),
-            f"expected float32, float64, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}",
-        )
-        for dtype in (torch.int64, torch.int8, torch.uint8, torch.bool, torch.complex64)
-    ),
-    (
-        "float8",
-        lambda x: sdgp.prune_nm(x.to(torch.float8_e4m3fn), 2, 4),
-        "expected float32, float64, float16 or bfloat16, got another dtype",
     ),
     (
         "seed's dtype",
-        lambda x: sdgp.prune_nm(x, 2, 4, method="mvue", seed=torch.zeros(1, dtype=torch.int32, device=x.device)),
-        "expected seed to be int64, got Int",
+        lambda op, x: op(x, 2, 4, method="mvue", seed=torch.zeros(1, dtype=torch.int32, device=x.device)),
+        "expected seed to be int64, got int32",
     ),
     (
         "seed's size",
-        lambda x: sdgp.prune_nm(x, 2, 4, seed=torch.zeros(2, dtype=torch.int64, device=x.device)),
+        lambda op, x: op(x, 2, 4, seed=torch.zeros(2, dtype=torch.int64, device=x.device)),
         "expected seed to have one element, got 2",
     ),
 ]
 
 
+def message(op: str, text: str) -> str:
+    return f"^{op}: {re.escape(text)}$"
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
-@pytest.mark.parametrize(("call", "message"), [case[1:] for case in PRUNE_NM], ids=[case[0] for case in PRUNE_NM])
-def test_prune_nm(call: Callable[[torch.Tensor], Any], message: str, mode: Callable[[], Any], device: str) -> None:
-    with mode(), pytest.raises(RuntimeError, match=f"^prune_nm: {re.escape(message)}$"):
-        call(X.to(device))
+@pytest.mark.parametrize(("call", "text"), [case[1:] for case in PRUNE_NM], ids=[case[0] for case in PRUNE_NM])
+def test_prune_nm(
+    call: Callable[[Any, torch.Tensor], Any], text: str, mode: Callable[[], Any], device: str, op: str
+) -> None:
+    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
+        call(OPS[op], X.to(device))
 
 
-def test_prune_nm_seed_on_another_device() -> None:
-    with pytest.raises(
-        RuntimeError, match=r"^prune_nm: expected seed on the input's device \(cpu\), got another device$"
-    ):
-        sdgp.prune_nm(X, 2, 4, method="mvue", seed=torch.zeros(1, dtype=torch.int64, device="meta"))
+QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
+OTHER_DTYPES = sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)} - {*DTYPES}, key=str)
+
+
+@pytest.mark.filterwarnings("ignore:.*(support is experimental|quantize)")
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
+def test_prune_nm_dtype(dtype: torch.dtype, op: str) -> None:
+    expected = f"expected float32, float64, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
+    for device in ("cpu",) if dtype in QUANTIZED else ("cpu", "meta"):
+        with pytest.raises(RuntimeError, match=message(op, expected)):
+            OPS[op](torch.empty(4, 8, dtype=dtype, device=device), 2, 4)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_prune_nm_quantized_seed() -> None:
+    seed = torch.quantize_per_tensor(X[:1, 0], 0.1, 0, torch.quint8)
+    with pytest.raises(RuntimeError, match=message("prune_nm", "expected seed to be int64, got quint8")):
+        sdgp.prune_nm(X, 2, 4, method="mvue", seed=seed)
+
+
+class _Elsewhere(torch.Tensor):
+    """A tensor without data that says it is on a device which this torch may well not have."""
+
+    @staticmethod
+    def on(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.Tensor._make_wrapper_subclass(_Elsewhere, (1,), device=device, dtype=dtype)  # type: ignore[attr-defined]
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        python = torch._C.DispatchKeySet(torch._C.DispatchKey.Python)
+        with torch._C._ExcludeDispatchKeyGuard(
+            python | torch._C.DispatchKeySet(torch._C.DispatchKey.PythonTLSSnapshot)
+        ):
+            return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "mps", "xla:0", "hpu", "mtia", "lazy", "privateuseone:0"])
+def test_prune_nm_on_a_device_without_a_kernel(device: str, op: str) -> None:
+    expected = f"expected a tensor on a device with an sdgp kernel (cpu), got {device}"
+    with pytest.raises(RuntimeError, match=message(op, expected)):
+        OPS[op](_Elsewhere.on(device), 1, 2)
+    with pytest.raises(RuntimeError, match=message(op, f"expected seed on the input's device (cpu), got {device}")):
+        OPS[op](X, 2, 4, method="mvue", seed=_Elsewhere.on(device, torch.int64))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
+def test_prune_nm_seed_on_another_device(device: str, other: str, op: str) -> None:
+    seed = torch.zeros(1, dtype=torch.int64, device=other)
+    expected = f"expected seed on the input's device ({device}), got {other}"
+    with pytest.raises(RuntimeError, match=message(op, expected)):
+        OPS[op](X.to(device), 2, 4, method="mvue", seed=seed)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
@@ -86,22 +132,32 @@ def test_prune_nm_seed_on_another_device() -> None:
     ],
 )
 def test_prune_nm_layout(make: Callable[[], torch.Tensor], layout: str) -> None:
-    expected = f"prune_nm: expected a strided tensor, got layout {layout}; call .to_dense() first"
-    with pytest.raises(RuntimeError, match=f"^{re.escape(expected)}$"):
-        sdgp.prune_nm(make(), 2, 4)
-
-
-@pytest.mark.filterwarnings("ignore:.*quantize")
-def test_prune_nm_quantized() -> None:
-    quantized = torch.quantize_per_tensor(X, 0.1, 0, torch.qint8)
-    with pytest.raises(
-        RuntimeError, match=r"^prune_nm: expected float32, float64, float16 or bfloat16, got another dtype$"
-    ):
-        sdgp.prune_nm(quantized, 2, 4)
+    expected = f"expected a strided tensor, got layout {layout}; call .to_dense() first"
+    for op, call in OPS.items():
+        with pytest.raises(RuntimeError, match=message(op, expected)):
+            call(make(), 2, 4)
 
 
 @pytest.mark.parametrize(
-    "pattern", ["2-4", "0:4", "4:2", "2:65", "2", "2:4:8", "a:b", "", "2.0:4", "-1:4", (4, 2), (2,), 2, None, (2.0, 4)]
+    "pattern",
+    [
+        "1" * 5000 + ":4",
+        "2-4",
+        "0:4",
+        "4:2",
+        "2:65",
+        "2",
+        "2:4:8",
+        "a:b",
+        "",
+        "2.0:4",
+        "-1:4",
+        (4, 2),
+        (2,),
+        2,
+        None,
+        (2.0, 4),
+    ],
 )
 def test_pattern(pattern: Any) -> None:
     expected = f'pattern: expected "n:m" or (n, m) with 1 <= n <= m <= 64, got {pattern!r}'

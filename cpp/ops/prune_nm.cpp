@@ -19,24 +19,27 @@ namespace {
 constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs more than it gains (as in ATen)
 
 struct Call {
-  const char* op;
   DType dtype;
   Method method;
   int64_t dim;
-  Tensor output;
 };
 
-// The output has the input's strides where those leave no holes and do not overlap, else those that clone() would give.
-Call validate_and_allocate(const char* op, const Tensor& input, int64_t n, int64_t m, int64_t dim,
-                           std::string_view method, const std::optional<Tensor>& seed) {
+constexpr const char* op_name(bool scale) { return scale ? "_prune_nm_scale" : "prune_nm"; }
+
+Call validate(bool scale, const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
+              const std::optional<Tensor>& seed) {
+  const char* const op = op_name(scale);
   check_pattern(op, n, m);
   const Method known = check_method(op, method);
   check_strided(op, input);
   const DType dtype = check_dtype(op, input);
   const int64_t front_dim = check_dim(op, input, dim);
   check_seed(op, input, seed);
-  return {op, dtype, known, front_dim, torch::stable::empty_like(input)};
+  return {dtype, known, front_dim};
 }
+
+// The output has the input's strides where those leave no holes and do not overlap, else those that clone() would give.
+Tensor allocate(const Tensor& input) { return torch::stable::empty_like(input); }
 
 // The dimensions other than the pruned one, by descending output stride, those that step through memory together
 // merged.
@@ -79,59 +82,50 @@ uint64_t read_seed(const Tensor& input, const std::optional<Tensor>& seed) {
   return static_cast<uint64_t>(*result.const_data_ptr<int64_t>());
 }
 
-Tensor run_cpu(const char* op, bool scale, const Tensor& input, int64_t n, int64_t m, int64_t dim,
-               std::string_view method, const std::optional<Tensor>& seed) {
-  Call call = validate_and_allocate(op, input, n, m, dim, method, seed);
-  if (input.numel() == 0) return call.output;
+template <bool kScale>
+Tensor prune_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
+                    const std::optional<Tensor>& seed) {
+  const Call call = validate(kScale, input, n, m, dim, method, seed);
+  Tensor output = allocate(input);
+  if (input.numel() == 0) return output;
   if (n == m) {
-    if (scale) return torch::stable::fill_(call.output, 1.0);
-    return torch::stable::copy_(call.output, input);
+    if (kScale) return torch::stable::fill_(output, 1.0);
+    return torch::stable::copy_(output, input);
   }
   PruneArgs args{};
   args.in = input.const_data_ptr();
-  args.out = call.output.mutable_data_ptr();
+  args.out = output.mutable_data_ptr();
   args.dtype = call.dtype;
   args.method = call.method;
-  args.scale = scale;
+  args.scale = kScale;
   args.n = static_cast<int>(n);
   args.m = static_cast<int>(m);
   args.seed = is_random(call.method) ? read_seed(input, seed) : 0;
   args.size = input.size(call.dim);
   args.in_stride = input.stride(call.dim);
-  args.out_stride = call.output.stride(call.dim);
-  describe_dims(input, call.output, call.dim, args);
+  args.out_stride = output.stride(call.dim);
+  describe_dims(input, output, call.dim, args);
   const Kernels& table = kernels();
   const int64_t units = table.prune_nm_units(args);
   const int64_t grain = 1 + units * kGrainElements / input.numel();
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) { table.prune_nm(args, begin, end); });
-  return call.output;
+  return output;
 }
 
-Tensor prune_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
-                    const std::optional<Tensor>& seed) {
-  return run_cpu("prune_nm", false, input, n, m, dim, method, seed);
-}
-
-Tensor prune_nm_scale_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
-                          const std::optional<Tensor>& seed) {
-  return run_cpu("_prune_nm_scale", true, input, n, m, dim, method, seed);
-}
-
+template <bool kScale>
 Tensor prune_nm_meta(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
                      const std::optional<Tensor>& seed) {
-  return validate_and_allocate("prune_nm", input, n, m, dim, method, seed).output;
+  validate(kScale, input, n, m, dim, method, seed);
+  return allocate(input);
 }
 
 // Whatever has no kernel: quantized and sparse tensors fail the checks, a device without one is named.
+template <bool kScale>
 Tensor prune_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
                             const std::optional<Tensor>& seed) {
-  check_pattern("prune_nm", n, m);
-  check_method("prune_nm", method);
-  check_strided("prune_nm", input);
-  check_dtype("prune_nm", input);
-  check_dim("prune_nm", input, dim);
-  check_seed("prune_nm", input, seed);
-  check(false, "prune_nm: expected a tensor on a device with an sdgp kernel (cpu), got ", device_name(input));
+  validate(kScale, input, n, m, dim, method, seed);
+  check(false, op_name(kScale), ": expected a tensor on a device with an sdgp kernel (cpu), got ",
+        name_of(device_of(input)));
   __builtin_unreachable();
 }
 
@@ -139,16 +133,16 @@ Tensor prune_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t d
 }  // namespace sdgp
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CPU, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_cpu));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_scale_cpu));
+  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_cpu<false>));
+  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_cpu<true>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, Meta, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_meta));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_meta));
+  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_meta<false>));
+  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_meta<true>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_unsupported));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_unsupported));
+  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_unsupported<false>));
+  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_unsupported<true>));
 }

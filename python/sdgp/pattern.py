@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple, TypeAlias
 
 from ._load import C
@@ -31,15 +32,13 @@ class Pattern(NamedTuple):
             ValueError: where it is none of these, or not ``1 <= n <= m <= 64``.
         """
         parts: object = pattern
-        if isinstance(pattern, str):
-            parts = tuple(int(part) if part.isdecimal() else part for part in pattern.split(":"))
+        if isinstance(pattern, str) and (found := re.fullmatch(r"(\d{1,4}):(\d{1,4})", pattern)):
+            parts = tuple(map(int, found.groups()))
         if isinstance(parts, (tuple, list)) and len(parts) == 2:
             n, m = parts
             if type(n) is int and type(m) is int and 1 <= n <= m <= MAX_GROUP_SIZE:
                 return cls(n, m)
-        raise ValueError(
-            f'pattern: expected "n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}, got {pattern!r}'
-        ) from None
+        raise ValueError(f'pattern: expected "n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}, got {pattern!r}')
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
