@@ -4,7 +4,7 @@
 # that wants the whole CUDA toolkit where torch is a CUDA build. Looks in TorchStable_ROOT, else beside the torch that
 # the found Python would import.
 #
-# Defines TorchStable::torch_cpu.
+# Defines TorchStable::torch_cpu and TorchStable_VERSION.
 if(NOT TorchStable_ROOT)
   execute_process(
     COMMAND "${Python_EXECUTABLE}" -c "import importlib.util as u; print(u.find_spec('torch').submodule_search_locations[0])"
@@ -14,10 +14,20 @@ find_path(TorchStable_INCLUDE_DIR torch/csrc/stable/library.h HINTS "${TorchStab
 find_library(TorchStable_torch_cpu torch_cpu HINTS "${TorchStable_ROOT}/lib" NO_DEFAULT_PATH)
 find_library(TorchStable_c10 c10 HINTS "${TorchStable_ROOT}/lib" NO_DEFAULT_PATH)
 
+foreach(header torch/headeronly/version.h torch/csrc/api/include/torch/version.h) # torch 2.8 has only the second
+  if(NOT TorchStable_VERSION AND EXISTS "${TorchStable_INCLUDE_DIR}/${header}")
+    file(STRINGS "${TorchStable_INCLUDE_DIR}/${header}" lines REGEX "^#define TORCH_VERSION_(MAJOR|MINOR|PATCH) [0-9]+")
+    string(REGEX MATCHALL "[0-9]+" numbers "${lines}")
+    list(JOIN numbers "." TorchStable_VERSION)
+  endif()
+endforeach()
+
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(
-  TorchStable REQUIRED_VARS TorchStable_INCLUDE_DIR TorchStable_torch_cpu TorchStable_c10
-  REASON_FAILURE_MESSAGE "sdgp needs torch >= 2.10 to build against: pip install 'torch>=2.10'")
+  TorchStable
+  REQUIRED_VARS TorchStable_torch_cpu TorchStable_c10 TorchStable_INCLUDE_DIR
+  VERSION_VAR TorchStable_VERSION
+  REASON_FAILURE_MESSAGE "sdgp builds against torch >= 2.10: pip install --upgrade 'torch>=2.10'")
 
 if(TorchStable_FOUND AND NOT TARGET TorchStable::torch_cpu)
   add_library(TorchStable::torch_cpu INTERFACE IMPORTED)
