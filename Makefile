@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 
 CXX_FILES := $(shell find cpp tests/cpp -name '*.h' -o -name '*.cpp')
 
-.PHONY: all demo test lint cpp-test wheel python-test second-test bench clean
+.PHONY: all demo test lint cpp-test wheel python-test second-test install-test bench clean
 all: test
 
 # One wheel is built, and both environments install that file.
@@ -16,7 +16,7 @@ WHEEL_INPUTS := $(shell find cpp cmake python/sdgp -type f -not -name '*.pyc') C
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
-test: lint cpp-test python-test second-test
+test: lint cpp-test python-test second-test install-test
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .
@@ -34,6 +34,9 @@ python-test: $(VENV)/installed
 
 second-test: $(SECOND)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(SECOND)/bin/python -m pytest
+
+install-test: $(VENV)/ready $(SECOND)/ready
+	tests/install.sh $(VENV) $(SECOND)
 
 wheel: dist/built
 
