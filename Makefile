@@ -5,7 +5,7 @@ SECOND := .venv-second
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 
-CXX_FILES := $(shell find cpp tests/cpp -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find cpp tests -name '*.h' -o -name '*.cpp')
 
 .PHONY: all demo test lint cpp-test wheel python-test second-test install-test bench clean
 all: test
