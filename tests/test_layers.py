@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import close, gradients
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import METHODS
@@ -20,18 +21,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sdgp
-
-DETERMINISTIC = ("magnitude", "rescale", "rescale_group")
-
-
-def gradients(output: Tensor, grad_output: Tensor, *inputs: Tensor | None) -> list[Tensor]:
-    return list(torch.autograd.grad(output, [x for x in inputs if x is not None], grad_output))
-
-
-def close(actual: Tensor, expected: Tensor) -> None:
-    tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(actual.dtype, 2e-2)
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
-
 
 # linear.
 
@@ -225,54 +214,6 @@ def test_without_grad_it_is_the_plain_operator() -> None:
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
 
 
-# Precision.
-
-
-@pytest.mark.parametrize("backward_inside", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype: torch.dtype, backward_inside: bool) -> None:
-    def run(linear_class: Any, conv_class: Any, **settings: Any) -> tuple[Tensor, list[Tensor]]:
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            conv_class(4, 8, 3, **settings), nn.Flatten(), linear_class(288, 8, bias=False, **settings)
-        )
-        x = torch.randn(2, 4, 8, 8, requires_grad=True)
-        with torch.autocast("cpu", dtype):
-            output = model(x)
-            loss = output.float().square().sum()
-            if backward_inside:
-                loss.backward()
-        if not backward_inside:
-            loss.backward()
-        return output, [parameter.grad for parameter in (x, *model.parameters())]
-
-    # At n = m - with pruning that keeps all - the layers must be what PyTorch's are under autocast.
-    exact, exact_gradients = run(nn.Linear, nn.Conv2d)
-    output, actual_gradients = run(sdgp.Linear, sdgp.Conv2d, pattern="7:8", method="magnitude", backend="pruned")
-    assert output.dtype == exact.dtype == dtype
-    assert torch.equal(output, exact)
-    assert all(gradient.dtype == torch.float32 for gradient in actual_gradients)
-    close(actual_gradients[-1], exact_gradients[-1])  # the last weight's gradient is exact
-    assert not torch.equal(actual_gradients[0], exact_gradients[0])
-    similarity = F.cosine_similarity(actual_gradients[0].flatten(), exact_gradients[0].flatten(), dim=0)
-    assert similarity > 0.98
-
-
-def test_autocast_leaves_float64_alone() -> None:
-    layer = sdgp.Linear(16, 8, dtype=torch.float64, backend="pruned")
-    with torch.autocast("cpu", torch.bfloat16):
-        output = layer(torch.randn(4, 16, dtype=torch.float64, requires_grad=True))
-    assert output.dtype == torch.float64
-
-
-def test_a_gradient_of_another_precision() -> None:
-    layer = sdgp.Linear(16, 8, dtype=torch.bfloat16, method="magnitude", backend="pruned")
-    x = torch.randn(4, 16, dtype=torch.bfloat16, requires_grad=True)
-    (layer(x).float() * torch.randn(4, 8)).sum().backward()
-    assert x.grad is not None
-    assert x.grad.dtype == layer.weight.grad.dtype == torch.bfloat16
-
-
 # Autograd.
 
 
@@ -315,54 +256,6 @@ def test_gradients_accumulate() -> None:
     x.grad = None
     layer(x).sum().backward()
     assert torch.equal(twice, 2 * x.grad)
-
-
-@pytest.mark.parametrize("method", DETERMINISTIC)
-def test_compiled_training_step(method: str) -> None:
-    torch._dynamo.reset()
-    model = nn.Sequential(
-        nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 12), nn.ReLU(), nn.Linear(12, 4)
-    )
-    sdgp.convert(model, "2:4", method, backend="pruned")
-    x = torch.randn(2, 4, 6, 6, requires_grad=True)
-
-    def step(x: Tensor) -> Tensor:
-        return model(x).square().mean()
-
-    expected = gradients(step(x), torch.tensor(1.0), x, *model.parameters())
-    actual = gradients(torch.compile(step, fullgraph=True)(x), torch.tensor(1.0), x, *model.parameters())
-    for got, wanted in zip(actual, expected, strict=True):
-        close(got, wanted)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_mvue(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    layer = sdgp.Linear(16, 32, backend="pruned")
-    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
-    for batch in (3, 5):
-        x = torch.randn(batch, 16, requires_grad=True)
-        output = compiled(x)
-        close(output, layer(x))
-        output.sum().backward()
-        assert x.grad is not None
-        # Each row of the gradient is a sum of at most 16 of the weight's 32 rows: not the exact one.
-        assert not torch.allclose(x.grad, layer.weight.sum(0).expand(batch, -1))
-
-
-@pytest.mark.filterwarnings("ignore:.*autocast")
-def test_compiled_autocast() -> None:
-    torch._dynamo.reset()
-    layer = sdgp.Linear(16, 8, method="magnitude", backend="pruned")
-
-    def step(x: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return layer(x).float().square().sum()
-
-    x = torch.randn(4, 16, requires_grad=True)
-    (expected,) = gradients(step(x), torch.tensor(1.0), x)
-    (actual,) = gradients(torch.compile(step, fullgraph=True)(x), torch.tensor(1.0), x)
-    torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
 # Modules.
