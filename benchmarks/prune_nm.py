@@ -2,7 +2,8 @@
 """prune_nm beside clone() of the same tensor, and beside the plain PyTorch composition that it replaces.
 
 One line per tensor and pattern; every method's time as a multiple of the clone's. Where it says ``topk``, that is
-abs + topk + gather + scatter, for magnitude.
+abs + topk + gather + scatter, for magnitude. After the common
+shapes come some that no fast path serves.
 
     make bench                                         # everything, some minutes
     python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
@@ -11,10 +12,11 @@ abs + topk + gather + scatter, for magnitude.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench import interleaved, store
+from bench import committed_machine, interleaved, store
 from torch import Tensor
 
 import sdgp
@@ -23,16 +25,28 @@ PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "
 METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
 DTYPES = ("float32", "bfloat16", "float16")
 
+# 16 MiB of float32, off the fast path: maps smaller than a vector, groups of no power of two, samples of a few values.
+# And groups along the first dimension, where rescale sums over columns.
+OTHERS = (
+    ("NCHW 3x3", (1820, 256, 3, 3), 1, ("2:4", "4:16")),
+    ("NCHW 4x4", (1024, 256, 4, 4), 1, ("2:4", "4:16")),
+    ("(rows, 960)", (4369, 960), -1, ("3:6", "5:10")),
+    ("(N, 8, 2)", (262144, 8, 2), 1, ("2:4", "4:8")),
+    ("(C, columns)", (1024, 4096), 0, ("2:4", "4:16")),
+)
 
-def tensors(mib: int, dtype: torch.dtype) -> list[tuple[str, Tensor, int]]:
-    """(name, tensor, dim), each with as many elements as `mib` MiB of float32 hold."""
+
+def tensors(mib: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int, tuple[str, ...]]]:
+    """(name, tensor, dim, patterns), each with as many elements as `mib` MiB of float32 hold."""
     rows = mib * 2**18 // 1024
-    return [
-        ("(rows, C)", torch.randn(rows, 1024).to(dtype), -1),
-        ("(N, T, C)", torch.randn(max(1, rows // 256), 256, 1024).to(dtype), -1),
-        ("NCHW", torch.randn(max(1, rows // 64), 64, 32, 32).to(dtype), 1),
-        ("NHWC", torch.randn(max(1, rows // 64), 64, 32, 32).to(dtype, memory_format=torch.channels_last), 1),
-    ]
+    yield "(rows, C)", torch.randn(rows, 1024).to(dtype), -1, PATTERNS
+    yield "(N, T, C)", torch.randn(max(1, rows // 256), 256, 1024).to(dtype), -1, PATTERNS
+    maps = torch.randn(max(1, rows // 64), 64, 32, 32).to(dtype)
+    yield "NCHW", maps, 1, PATTERNS
+    yield "NHWC", maps.to(memory_format=torch.channels_last), 1, PATTERNS
+    if mib == 16:
+        for name, shape, dim, patterns in OTHERS:
+            yield name, torch.randn(shape).to(dtype), dim, patterns
 
 
 def composition(x: Tensor, n: int, m: int, dim: int) -> Tensor:
@@ -47,12 +61,9 @@ def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_t
     candidates: dict[str, Any] = {"clone": x.clone}
     for method in METHODS:
         candidates[method] = lambda method=method: sdgp.prune_nm(x, n, m, dim, method)
-    seconds = interleaved(candidates, rounds)
     if against_topk:
-        # Few rounds: it is two orders of magnitude slower. Beside magnitude, in a run of their own.
-        pair = {"magnitude": candidates["magnitude"], "topk": lambda: composition(x, n, m, dim)}
-        slow = interleaved(pair, rounds=3, warm_up=1)
-        seconds["topk"] = slow["topk"] / slow["magnitude"] * seconds["magnitude"]
+        candidates["topk"] = lambda: composition(x, n, m, dim)
+    seconds = interleaved(candidates, rounds)
     clone = seconds.pop("clone")
     times = {method: value / clone for method, value in seconds.items()}
     if "topk" in times:
@@ -71,7 +82,7 @@ def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_t
 
 def show(mib: int, row: dict[str, Any]) -> None:
     times = "  ".join(f"{method} {value:5.2f}x" for method, value in row["times_clone"].items())
-    head = f"{row['tensor']:9s} | {mib:2d} MiB of float32 as {row['dtype']:8s} | {row['pattern']:>5s}"
+    head = f"{row['tensor']:12s} | {mib:2d} MiB of float32 as {row['dtype']:8s} | {row['pattern']:>5s}"
     print(f"{head} | clone {row['clone_ms']:6.2f} ms {row['clone_gb_per_s']:5.1f} GB/s | {times}", flush=True)
 
 
@@ -79,23 +90,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--pattern", nargs="*", default=PATTERNS)
+    parser.add_argument("--pattern", nargs="*", help="only these (default: all)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
+    machine = committed_machine(args.rounds) if args.store else None
     rows = []
     for mib in args.mib:
         for dtype in args.dtype:
-            for name, x, dim in tensors(mib, getattr(torch, dtype)):
-                for pattern in args.pattern:
-                    against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
-                    rows.append({"mib": mib, **measure(name, x, dim, pattern, args.rounds, against_topk)})
-                    show(mib, rows[-1])
-    if args.store:
-        store("prune_nm", rows, args.store)
+            for name, x, dim, patterns in tensors(mib, getattr(torch, dtype)):
+                against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
+                for pattern in patterns:
+                    if args.pattern is None or pattern in args.pattern:
+                        rows.append({"mib": mib, **measure(name, x, dim, pattern, args.rounds, against_topk)})
+                        show(mib, rows[-1])
+    if machine is not None:
+        store("prune_nm", machine, rows, args.store)
 
 
 if __name__ == "__main__":
