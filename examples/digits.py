@@ -27,6 +27,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 import sdgp
+from sdgp._machine import machine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -127,6 +128,7 @@ def summarize(runs: dict[Variant, list[Run]]) -> list[dict[str, Any]]:
                 "data gradient": variant.name,
                 "top1_mean": round(statistics.mean(last), 2),
                 "top1_std": round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
+                "top1": [round(accuracy, 2) for accuracy in last],
                 "seconds": round(statistics.mean(run.seconds for run in repeats), 1),
             }
         )
@@ -178,8 +180,9 @@ def main() -> None:
     rows = summarize(runs)
     show(rows, console)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = {"epochs": epochs, "seeds": seeds, "torch": torch.__version__, "sdgp": sdgp.__version__}
-    (args.out / "digits.json").write_text(json.dumps({"settings": settings, "rows": rows}, indent=1) + "\n")
+    where = machine(Path(__file__).parents[1], "CMakeLists.txt", "cpp", "python", "examples/digits.py")
+    results = {"machine": where, "settings": {"epochs": epochs, "seeds": list(range(seeds))}, "rows": rows}
+    (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(runs, args.out / "digits.png")
     console.print(f"learning curves: {args.out / 'digits.png'}; the table: {args.out / 'digits.json'}")
 
