@@ -167,6 +167,7 @@ def main() -> None:
     args = parser.parse_args()
     epochs, seeds = (3, 1) if args.short else (args.epochs, args.seeds)
 
+    where = machine(Path(__file__).parents[1], "CMakeLists.txt", "cpp", "python", "examples/digits.py")
     console, data = Console(), load()
     columns = (TextColumn("{task.description:24s}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     runs: dict[Variant, list[Run]] = {}
@@ -180,7 +181,6 @@ def main() -> None:
     rows = summarize(runs)
     show(rows, console)
     args.out.mkdir(parents=True, exist_ok=True)
-    where = machine(Path(__file__).parents[1], "CMakeLists.txt", "cpp", "python", "examples/digits.py")
     results = {"machine": where, "settings": {"epochs": epochs, "seeds": list(range(seeds))}, "rows": rows}
     (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(runs, args.out / "digits.png")

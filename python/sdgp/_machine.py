@@ -34,8 +34,11 @@ def changes(repository: Path, *measured: str) -> str:
 
 
 def _git(repository: Path, *arguments: str) -> str:
-    found = subprocess.run(["git", "-C", str(repository), *arguments], capture_output=True, text=True, check=False)
-    return found.stdout.rstrip()
+    command = ["git", "-C", str(repository), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()
+    except OSError:  # no git
+        return ""
 
 
 def _cpu() -> str:
