@@ -152,4 +152,58 @@ inline void check_seed(const char* op, const Tensor& input, const std::optional<
   }
 }
 
+[[noreturn]] inline void refuse_device(const char* op, const Tensor& input) {
+  check(false, op, ": expected a tensor on a device with an sdgp kernel (cpu), got ", name_of(device_of(input)));
+  __builtin_unreachable();
+}
+
+inline void check_same_device(const char* op, const Tensor& first, const char* name, const Tensor& other) {
+  const Device expected = device_of(first), actual = device_of(other);
+  if (actual != expected) {
+    check(false, op, ": expected ", name, " on the same device (", name_of(expected), "), got ", name_of(actual));
+  }
+}
+
+inline void check_same_dtype(const char* op, const Tensor& first, const char* name, const Tensor& other) {
+  const int32_t expected = dtype_of(first), actual = dtype_of(other);
+  if (actual != expected) {
+    check(false, op, ": expected ", name, " to be ", name_of_dtype(expected), " as the values are, got ",
+          name_of_dtype(actual));
+  }
+}
+
+inline std::string name_of_shape(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    text += (d ? ", " : "") + std::to_string(tensor.size(d));
+  }
+  return text + (tensor.dim() == 1 ? ",)" : ")");
+}
+
+// Compressed tensors: `values` and `indices`, each group of m having the same number n of them along `dim` (counted
+// from the front). Returns n.
+inline int64_t check_compressed(const char* op, const Tensor& values, const Tensor& indices, int64_t m, int64_t size,
+                                int64_t dim) {
+  check_strided(op, values);
+  check_dtype(op, values);
+  check(1 <= m && m <= kMaxGroupSize, op, ": expected 1 <= m <= ", kMaxGroupSize, ", got ", m);
+  check(size >= 0, op, ": expected size >= 0, got ", size);
+  if (const int32_t dtype = dtype_of(indices); dtype != aoti_torch_dtype_uint8()) {
+    check(false, op, ": expected indices to be uint8, got ", name_of_dtype(dtype));
+  }
+  check_same_device(op, values, "indices", indices);
+  bool same = values.dim() == indices.dim();
+  for (int64_t d = 0; same && d < values.dim(); ++d) same = values.size(d) == indices.size(d);
+  if (!same) {
+    check(false, op, ": expected values and indices of one shape, got ", name_of_shape(values), " and ",
+          name_of_shape(indices));
+  }
+  const int64_t kept = values.size(dim);
+  const int64_t groups = (size + m - 1) / m;
+  const bool whole = groups == 0 ? kept == 0 : kept % groups == 0 && 1 <= kept / groups && kept / groups <= m;
+  check(whole, op, ": expected the size of values to be ceil(", size, " / ", m, ") = ", groups,
+        " groups times n, 1 <= n <= ", m, ", got ", kept);
+  return groups == 0 ? 1 : kept / groups;
+}
+
 }  // namespace sdgp

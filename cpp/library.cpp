@@ -8,4 +8,12 @@ STABLE_TORCH_LIBRARY(sdgp, library) {
       "prune_nm(Tensor input, int n, int m, int dim=-1, str method=\"magnitude\", Tensor? seed=None) -> Tensor");
   library.def(
       "_prune_nm_scale(Tensor input, int n, int m, int dim=-1, str method=\"magnitude\", Tensor? seed=None) -> Tensor");
+  library.def(
+      "compress_nm(Tensor input, int n, int m, int dim=-1, str method=\"magnitude\", Tensor? seed=None) "
+      "-> (Tensor values, Tensor indices)");
+  library.def("decompress_nm(Tensor values, Tensor indices, int m, SymInt size, int dim=-1) -> Tensor");
+  library.def("spmm_nm(Tensor values, Tensor indices, int m, Tensor dense) -> Tensor");
+  library.def(
+      "_conv2d_input_grad_nm(Tensor values, Tensor indices, int m, Tensor weight, SymInt[] input_size, int[] stride, "
+      "int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");
 }

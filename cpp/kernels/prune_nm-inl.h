@@ -7,6 +7,8 @@
 //   rows    consecutive rows, the same group of each (NCHW pruned along C): vector j is one load.
 //   groups  consecutive groups of one row (channels_last, or the last dimension): kM loads, then a transpose.
 //   gather  any lanes: tails, short rows, other strides. Scalar loads; every shape works, none is fast.
+#pragma once
+
 #include "kernels.h"
 #include "select_nm-inl.h"
 
@@ -164,6 +166,7 @@ struct PruneKernel {
       for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kL) {
         const int64_t p = at + kL <= stop ? at : stop - kL;
         const uint64_t index =
+            args.first_group +
             (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.groups) +
             static_cast<uint64_t>(group);
         Elem<C> x[kM];
@@ -228,7 +231,8 @@ struct PruneKernel {
         const int64_t g = at + kL <= stop ? at : stop - kL;  // steps back as in run_rows
         Elem<C> x[kM];
         load_groups(in + g * kM, x);
-        const uint64_t index = row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(g);
+        const uint64_t index =
+            args.first_group + row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(g);
         prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false));
         store_groups(out + g * kM, x);
       }
@@ -253,7 +257,8 @@ struct PruneKernel {
         length[lane] = args.size - first < args.m ? args.size - first : args.m;
         in[lane] = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
         out[lane] = static_cast<T*>(args.out) + row.out + first * args.out_stride;
-        index[lane] = row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(pair.group);
+        index[lane] =
+            args.first_group + row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(pair.group);
       }
       Elem<C> x[kM];
       for (int j = 0; j < kM; ++j) {

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Which of the compiled kernel tables this process uses.
+// Which of the compiled kernel tables this process uses, and on what cache.
+#include <unistd.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -42,6 +44,16 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+int64_t first_level_cache_bytes() {
+  static const int64_t bytes = [] {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    if (const long found = sysconf(_SC_LEVEL1_DCACHE_SIZE); found > 0) return static_cast<int64_t>(found);
+#endif
+    return int64_t{32768};
+  }();
+  return bytes;
 }
 
 }  // namespace sdgp

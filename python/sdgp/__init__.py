@@ -6,8 +6,9 @@ from ._load import version as __version__
 from .autograd import conv2d, linear
 from .convert import convert, paused, report, revert
 from .modules import Conv2d, Linear
-from .ops import prune_nm
+from .ops import compress_nm, decompress_nm, prune_nm, spmm_nm
 from .pattern import Pattern
+from .profile import profile
 
 __all__ = [
     "Conv2d",
@@ -15,11 +16,15 @@ __all__ = [
     "Pattern",
     "__version__",
     "cmake_prefix_path",
+    "compress_nm",
     "conv2d",
     "convert",
+    "decompress_nm",
     "linear",
     "paused",
+    "profile",
     "prune_nm",
     "report",
     "revert",
+    "spmm_nm",
 ]

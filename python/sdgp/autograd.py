@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .backends import prunes
-from .ops import prune_nm
+from . import backends
+from .backends import Key, Products
+from .ops import compress_nm, conv2d_input_grad_nm, prune_nm, spmm_nm
 from .pattern import PatternLike, Pruning
 
 _Pair: TypeAlias = tuple[int, int]
@@ -37,8 +39,9 @@ def linear(
         bias: (out) or None.
         pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`: groups of m output features.
         method: see :func:`sdgp.prune_nm`.
-        backend: ``"auto"``: the faster of the sparse product and the exact dense one (in this version: exact).
-            ``"pruned"``: always prunes, then takes the faster product. ``"dense"``: prunes, then PyTorch's own product.
+        backend: ``"auto"``: the faster of the sparse product and the exact dense one, measured at the first backward of
+            a shape: never slower, and exact where dense. ``"pruned"``: always prunes, then takes the faster product.
+            ``"sparse"``, ``"dense"``: prunes and forces that product.
 
     Returns:
         (..., out), exactly what ``torch.nn.functional.linear`` returns, under autocast too.
@@ -56,12 +59,20 @@ def linear(
             "linear: expected input (..., in) and weight (out, in), "
             f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
         )
-    pruning = Pruning.parse("linear", pattern, method, backend)
-    if not _has_data_gradient(input, pruning):
-        return F.linear(input, weight, bias)
+    return pruned_linear(input, weight, bias, Pruning.parse("linear", pattern, method, backend))[0]
+
+
+def pruned_linear(input: Tensor, weight: Tensor, bias: _OptionalTensor, pruning: Pruning) -> tuple[Tensor, Key | None]:
+    """:func:`linear` for settings that are known to be good; and the key of its choice, None where there is none."""
+    work = input.numel() * weight.shape[0]
+    if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
+        return F.linear(input, weight, bias), None
     input, weight, bias = _autocast(input, weight, bias)
-    output: Tensor = _Linear.apply(input, weight, bias, *pruning.pattern, method)
-    return output
+    key = backends.make_key(pruning, work, input, weight)
+    if pruning.backend == "auto" and backends.found_exact(key, input.device):
+        return F.linear(input, weight, bias), key
+    output: Tensor = _Linear.apply(input, weight, bias, pruning, key)
+    return output, key
 
 
 def conv2d(
@@ -106,27 +117,56 @@ def conv2d(
             f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
         )
     pruning = Pruning.parse("conv2d", pattern, method, backend)
-    if not _has_data_gradient(input, pruning):
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    return pruned_conv2d(input, weight, bias, stride, padding, dilation, groups, pruning)[0]
+
+
+def pruned_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: _OptionalTensor,
+    stride: int | _Pair,
+    padding: int | _Pair | str,
+    dilation: int | _Pair,
+    groups: int,
+    pruning: Pruning,
+) -> tuple[Tensor, Key | None]:
+    """:func:`conv2d` for settings that are known to be good; and the key of its choice, None where there is none."""
+    work = input.numel() * weight.shape[0] // groups * weight.shape[2] * weight.shape[3]  # at stride 1
+    if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None
+    input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
+    input, weight, bias = _autocast(input, weight, bias)
+    batched = input if input.ndim == 4 else input.unsqueeze(0)
+    key = backends.make_key(pruning, work, batched, weight, batched.shape[2:], batched.is_contiguous(), *geometry)
+    if pruning.backend == "auto" and backends.found_exact(key, input.device):
+        return F.conv2d(input, weight, bias, *geometry), key
+    output: Tensor = _Conv2d.apply(batched, weight, bias, *geometry, pruning, key)
+    return output if input.ndim == 4 else output.squeeze(0), key
+
+
+def conv2d_geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | _Pair,
+    padding: int | _Pair | str,
+    dilation: int | _Pair,
+    groups: int,
+) -> tuple[Tensor, tuple[_Pair, _Pair, _Pair, int]]:
+    """The input and (stride, padding, dilation, groups) in numbers; where padding is uneven, the input is padded."""
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad(input, weight, stride, padding, dilation)
-    input, weight, bias = _autocast(input, weight, bias)
-    batched = input if input.ndim == 4 else input.unsqueeze(0)
-    output: Tensor = _Conv2d.apply(
-        batched, weight, bias, stride, _pair(padding), dilation, groups, *pruning.pattern, method
-    )
-    return output if input.ndim == 4 else output.squeeze(0)
+    return input, (stride, _pair(padding), dilation, groups)
 
 
 class _Linear(Function):
     @staticmethod
-    def forward(input: Tensor, weight: Tensor, bias: _OptionalTensor, n: int, m: int, method: str) -> Tensor:
+    def forward(input: Tensor, weight: Tensor, bias: _OptionalTensor, pruning: Pruning, key: Key) -> Tensor:
         return F.linear(input, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, *ctx.pruning = inputs
+        input, weight, _, ctx.pruning, ctx.key = inputs
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)  # frozen weights keep no input
 
     @staticmethod
@@ -134,14 +174,30 @@ class _Linear(Function):
         input, weight = ctx.saved_tensors
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            n, m, method = ctx.pruning
-            grad_input = prune_nm(grad_output, n, m, -1, method) @ weight
+            products = linear_products(grad_output, weight, ctx.pruning, ctx.key)
+            grad_input = backends.data_gradient("linear", products, ctx.pruning, grad_output.device)
         if ctx.needs_input_grad[1]:
             grad_weight = _rows(grad_output).t() @ _rows(input)
         if ctx.needs_input_grad[2]:
             grad_bias = _rows(grad_output).sum(0)
         gradients = _once("linear", (grad_output, weight, input), grad_input, grad_weight, grad_bias)
-        return *gradients, None, None, None
+        return *gradients, None, None
+
+
+def linear_products(grad_output: Tensor, weight: Tensor, pruning: Pruning, key: Key) -> Products:
+    """The data gradient of a linear layer: exact, pruned, and sparse."""
+    (n, m), method, _ = pruning
+
+    def sparse(seed: _OptionalTensor) -> Tensor:
+        values, indices = compress_nm(grad_output, n, m, -1, method, seed)
+        return spmm_nm(values, indices, m, weight)
+
+    return Products(
+        key,
+        dense=lambda: grad_output @ weight,
+        pruned=lambda seed: prune_nm(grad_output, n, m, -1, method, seed) @ weight,
+        sparse=sparse,
+    )
 
 
 class _Conv2d(Function):
@@ -154,15 +210,14 @@ class _Conv2d(Function):
         padding: _Pair,
         dilation: _Pair,
         groups: int,
-        n: int,
-        m: int,
-        method: str,
+        pruning: Pruning,
+        key: Key,
     ) -> Tensor:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, *ctx.geometry, ctx.n, ctx.m, ctx.method = inputs
+        input, weight, _, *ctx.geometry, ctx.pruning, ctx.key = inputs
         ctx.input_shape = input.shape
         ctx.channels_last = input.is_contiguous(memory_format=torch.channels_last)
         ctx.save_for_backward(input if ctx.needs_input_grad[1] else None, weight)  # frozen weights keep no input
@@ -177,12 +232,37 @@ class _Conv2d(Function):
             input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)
         grad_input = grad_weight = grad_bias = None
         if needs_input:
-            pruned = _prune_channels(grad_output, ctx.geometry[3], ctx.n, ctx.m, ctx.method)
-            grad_input = _convolution_backward(pruned, input, weight, ctx.geometry, (True, False, False))[0]
+            products = conv2d_products(grad_output, input, weight, ctx.geometry, ctx.pruning, ctx.key)
+            grad_input = backends.data_gradient("conv2d", products, ctx.pruning, grad_output.device)
         if needs_weight or needs_bias:
             mask = (False, needs_weight, needs_bias)
             _, grad_weight, grad_bias = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
-        return *_once("conv2d", anchors, grad_input, grad_weight, grad_bias), *[None] * 7
+        return *_once("conv2d", anchors, grad_input, grad_weight, grad_bias), *[None] * 6
+
+
+def conv2d_products(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any], pruning: Pruning, key: Key
+) -> Products:
+    """The data gradient of a convolution: exact, pruned, and sparse. Of ``input``, shape and memory format count."""
+    (n, m), method, _ = pruning
+    stride, padding, dilation, groups = geometry
+    grad_by_group = _by_group(grad_output, groups, m)
+
+    def dense(grad_output: Tensor) -> Tensor:
+        grad_input = _convolution_backward(grad_output, input, weight, geometry, (True, False, False))[0]
+        assert grad_input is not None
+        return grad_input
+
+    def pruned(seed: _OptionalTensor) -> Tensor:
+        return dense(prune_nm(grad_by_group, n, m, 1, method, seed).reshape(grad_output.shape))
+
+    def sparse(seed: _OptionalTensor) -> Tensor:
+        values, indices = compress_nm(grad_by_group, n, m, 1, method, seed)
+        channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        size = input.shape[2:]
+        return conv2d_input_grad_nm(values, indices, m, weight, size, stride, padding, dilation, groups, channels_last)
+
+    return Products(key, dense=lambda: dense(grad_output), pruned=pruned, sparse=sparse)
 
 
 class _Once(Function):
@@ -216,8 +296,8 @@ def _rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
-def _has_data_gradient(input: Tensor, pruning: Pruning) -> bool:
-    return prunes(pruning) and input.requires_grad and torch.is_grad_enabled()
+def _has_data_gradient(input: Tensor) -> bool:
+    return input.requires_grad and torch.is_grad_enabled()
 
 
 def _autocast(input: Tensor, weight: Tensor, bias: _OptionalTensor) -> tuple[Tensor, Tensor, _OptionalTensor]:
@@ -255,17 +335,16 @@ def _pad(input: Tensor, weight: Tensor, stride: _Pair, padding: str, dilation: _
     return input, (total_h // 2, total_w // 2)
 
 
-def _prune_channels(grad_output: Tensor, groups: int, n: int, m: int, method: str) -> Tensor:
-    """Prunes (N, C, H, W) along C, never across convolution groups."""
+def _by_group(grad_output: Tensor, groups: int, m: int) -> Tensor:
+    """(N, C, H, W), or (N * groups, C / groups, H, W) where a pruning group would cross convolution groups."""
     samples, channels = grad_output.shape[:2]
     if groups == 1 or channels // groups % m == 0:
-        return prune_nm(grad_output, n, m, 1, method)
-    by_group = grad_output.reshape(samples * groups, channels // groups, *grad_output.shape[2:])
-    return prune_nm(by_group, n, m, 1, method).reshape(grad_output.shape)
+        return grad_output
+    return grad_output.reshape(samples * groups, channels // groups, *grad_output.shape[2:])
 
 
 def _convolution_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: list[Any], mask: tuple[bool, bool, bool]
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any], mask: tuple[bool, bool, bool]
 ) -> tuple[_OptionalTensor, ...]:
     stride, padding, dilation, groups = geometry
     gradients: tuple[_OptionalTensor, ...] = torch.ops.aten.convolution_backward(

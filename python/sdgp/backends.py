@@ -1,23 +1,168 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which product a layer's data gradient takes: the one place that would ask for the device."""
+"""Which product a layer's data gradient takes: the one place that asks for the device, and measures."""
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
 from .pattern import Pruning
+
+#: What a choice depends on: device, dtype, threads, the settings and the shapes of a product.
+Key: TypeAlias = tuple[object, ...]
+
+# Multiply-adds of a data gradient below which the sparse product's calls alone cost more than they can save.
+LEAST_WORK = 4 * 2**20
+
+# The sparse product must win by this much: less is measuring noise.
+_MARGIN = 0.95
+_ROUNDS = 5
+
+
+class Products(NamedTuple):
+    """One data gradient, three ways; the argument is the seed of random methods, None: drawn."""
+
+    key: Key
+    dense: Callable[[], Tensor]
+    pruned: Callable[[Tensor | None], Tensor]
+    sparse: Callable[[Tensor | None], Tensor]
+
+
+class Choice(NamedTuple):
+    """What was measured for one key, and what it led to."""
+
+    sparse: bool
+    dense_ms: float
+    sparse_ms: float
+
+
+_choices: dict[Key, Choice] = {}
+
+
+def has_sparse_product(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def prunes(pruning: Pruning) -> bool:
-    """Whether the data gradient is pruned at all; if not, the layer is exact.
+    """Whether the settings ask for any pruning; ``auto`` may still find the exact product faster."""
+    return pruning.pattern.n < pruning.pattern.m
 
-    ``auto`` never makes a layer slower: as long as there is no sparse product to win with, it stays exact.
+
+def stays_exact(pruning: Pruning, work: int) -> bool:
+    """Whether a data gradient of ``work`` multiply-adds is known to be exact before anything else is looked at."""
+    return pruning.pattern.n == pruning.pattern.m or (pruning.backend == "auto" and work < LEAST_WORK)
+
+
+def make_key(pruning: Pruning, work: int, input: Tensor, weight: Tensor, *geometry: object) -> Key:
+    """The key of a layer's data gradient of ``work`` multiply-adds. Batches of similar size share one: their number of
+    values rounded up to a power of two."""
+    if work < LEAST_WORK:
+        return _STATIC, False
+    if torch.compiler.is_compiling():
+        return _STATIC, _static_rule(pruning, input, weight)
+    return (
+        input.device,
+        input.dtype,
+        torch.get_num_threads(),
+        *pruning,
+        tuple(weight.shape),
+        weight.is_contiguous(),
+        (input.numel() - 1).bit_length(),
+        *geometry,
+    )
+
+
+# Where nothing is measured, under torch.compile and for small products, a key holds the decision itself.
+_STATIC = "static"
+
+
+def _static_rule(pruning: Pruning, input: Tensor, weight: Tensor) -> bool:
+    """Whether the sparse product has won with a margin wherever it was measured."""
+    (n, m), _, _ = pruning
+    large = weight.shape[0] >= 128 and weight.shape[1] >= 128 and input.numel() >= 2**18
+    return has_sparse_product(input.device) and input.dtype == torch.float32 and 4 * n <= m and large
+
+
+def found_exact(key: Key, device: torch.device) -> bool:
+    """Under ``auto``: whether the exact product is known to be the faster, or there is no sparse one."""
+    if not has_sparse_product(device):
+        return True
+    if key[0] == _STATIC:
+        return not key[1]
+    choice = _choices.get(key)
+    return choice is not None and not choice.sparse
+
+
+def choice_of(key: Key | None) -> Choice | None:
+    """What :func:`data_gradient` found for a key, or None."""
+    return None if key is None else _choices.get(key)
+
+
+def data_gradient(op: str, products: Products, pruning: Pruning, device: torch.device) -> Tensor:
+    """The data gradient by the product that the settings name, or by the faster one.
+
+    Raises:
+        ValueError: ``op: requirement, got actual``, where ``sparse`` is forced on a device without such a product.
     """
-    return pruning.backend != "auto" and pruning.pattern.n < pruning.pattern.m
+    backend = pruning.backend
+    if backend == "dense":
+        return products.pruned(None)
+    if not has_sparse_product(device):
+        if backend == "sparse":
+            raise ValueError(
+                f'{op}: expected backend="sparse" on a device with a sparse product (cpu), got {device}; '
+                'use "pruned" for the same gradients through the faster product there is'
+            )
+        return products.pruned(None) if backend == "pruned" else products.dense()
+    if backend == "sparse" or _is_sparse_faster(products, pruning):
+        return products.sparse(None)
+    return products.pruned(None) if backend == "pruned" else products.dense()
 
 
-def describe(pruning: Pruning) -> str:
-    """What :func:`prunes` decided, for a person."""
-    if prunes(pruning):
-        return "pruned, dense product"
-    if pruning.backend == "auto":
-        return "exact: no sparse product yet"
-    return "exact: n == m"
+def _is_sparse_faster(products: Products, pruning: Pruning) -> bool:
+    if products.key[0] == _STATIC:
+        return bool(products.key[1])
+    choice = _choices.get(products.key)
+    if choice is None:
+        choice = _choices[products.key] = measure(products, pruning)
+    return choice.sparse
+
+
+def measure(products: Products, pruning: Pruning, rounds: int = _ROUNDS) -> Choice:
+    """Times the dense product beside the sparse one, in turn; pruning and packing included. Leaves generators alone."""
+    seed = torch.zeros(1, dtype=torch.int64)
+    contestants: tuple[Callable[[], object], ...] = (
+        (lambda: products.pruned(seed)) if pruning.backend == "pruned" else products.dense,
+        lambda: products.sparse(seed),
+    )
+    times: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        for round in range(1 + rounds):
+            for call, seconds in zip(contestants, times, strict=True):
+                start = time.perf_counter()
+                call()
+                if round > 0:
+                    seconds.append(time.perf_counter() - start)
+    dense, sparse = (1e3 * statistics.median(seconds) for seconds in times)
+    return Choice(sparse < _MARGIN * dense, dense, sparse)
+
+
+def describe(pruning: Pruning, key: Key | None) -> str:
+    """What becomes of a layer's data gradient, for a person; ``key``: of its last forward."""
+    if not prunes(pruning):
+        return "exact: n == m"
+    choice = choice_of(key)
+    if pruning.backend in ("dense", "sparse"):
+        return f"pruned, {pruning.backend} product"
+    pruned, sparse = "pruned, dense product", "pruned, sparse product"
+    if choice is None and pruning.backend == "auto":
+        return "exact so far: no backward has measured it"
+    if choice is None:
+        return pruned if key == (_STATIC, False) else "pruned"
+    dense = pruned if pruning.backend == "pruned" else "exact"
+    return f"{sparse if choice.sparse else dense}: dense {choice.dense_ms:.2f} ms, sparse {choice.sparse_ms:.2f} ms"

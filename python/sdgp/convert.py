@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
@@ -98,6 +98,14 @@ def paused(model: nn.Module) -> Iterator[None]:
                 layer.paused = was
 
 
+def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table, its columns aligned."""
+    table = [head, *rows]
+    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
+    return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
+
+
 class Row(NamedTuple):
     """One layer in a :class:`Report`; ``pattern``, ``method`` and ``backend`` are empty where it is dense."""
 
@@ -113,11 +121,7 @@ class Report(list[Row]):
     """The rows that :func:`report` found; prints as a table."""
 
     def __str__(self) -> str:
-        table = [Row._fields, *self]
-        widths = [max(len(row[column]) for row in table) for column in range(len(Row._fields))]
-        lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
-        lines.insert(1, "-|-".join("-" * width for width in widths))
-        return "\n".join(line.rstrip() for line in lines)
+        return "\n".join(format_table(Row._fields, self))
 
     __repr__ = __str__
 
@@ -134,7 +138,7 @@ def report(model: nn.Module) -> Report:
         layer, kind = name or "(model)", type(module).__name__
         if isinstance(module, (Linear, Conv2d)):
             pattern, method, backend = module.pruning
-            note = "exact: paused" if module.paused else describe(module.pruning)
+            note = "exact: paused" if module.paused else describe(module.pruning, module.last_key)
             rows.append(Row(layer, kind, str(pattern), method, backend, note))
         else:
             rows.append(Row(layer, kind, "", "", "", f"dense: {getattr(module, _REASON, 'not converted')}"))

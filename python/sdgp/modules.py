@@ -6,11 +6,12 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import conv2d, linear
-from .backends import prunes
+from .autograd import conv2d_geometry, conv2d_products, linear_products, pruned_conv2d, pruned_linear
+from .backends import Key, Products, stays_exact
 from .pattern import PatternLike, Pruning
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ class _Pruning(nn.Module):
 
     pruning: Pruning
     paused: bool
+    last_key: Key | None  # of the choice that the last forward led to
     _dense: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -34,14 +36,19 @@ class _Pruning(nn.Module):
         if type(dense) is not cls._dense:
             raise ValueError(f"from_dense: expected an nn.{cls._dense.__name__}, got {type(dense).__name__}")
         layer = _share(dense, cls)
-        layer.pruning, layer.paused = Pruning.parse(cls.__name__, pattern, method, backend), False
+        layer.pruning = Pruning.parse(cls.__name__, pattern, method, backend)
+        layer.paused, layer.last_key = False, None
         return layer
 
     def to_dense(self) -> nn.Module:
         """The plain layer with the same Parameters, buffers and hooks."""
         dense = _share(self, self._dense)
-        del dense.pruning, dense.paused
+        del dense.pruning, dense.paused, dense.last_key
         return dense
+
+    def _note(self, key: Key | None) -> None:
+        if key != self.last_key and not torch.compiler.is_compiling():
+            self.last_key = key
 
     def extra_repr(self) -> str:
         pattern, method, backend = self.pruning
@@ -77,13 +84,18 @@ class Linear(_Pruning, nn.Linear):
     ) -> None:
         pruning = Pruning.parse("Linear", pattern, method, backend)
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.pruning, self.paused = pruning, False
+        self.pruning, self.paused, self.last_key = pruning, False, None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.paused or not prunes(self.pruning):
+        if self.paused or stays_exact(self.pruning, input.numel() * self.out_features):
             return F.linear(input, self.weight, self.bias)
-        pattern, method, backend = self.pruning
-        return linear(input, self.weight, self.bias, pattern=pattern, method=method, backend=backend)
+        output, key = pruned_linear(input, self.weight, self.bias, self.pruning)
+        self._note(key)
+        return output
+
+    def products(self, grad_output: Tensor, input: Tensor) -> Products:
+        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
+        return linear_products(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning, ())
 
 
 class Conv2d(_Pruning, nn.Conv2d):
@@ -133,31 +145,39 @@ class Conv2d(_Pruning, nn.Conv2d):
             device,
             dtype,
         )
-        self.pruning, self.paused = pruning, False
+        self.pruning, self.paused, self.last_key = pruning, False, None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.paused or not prunes(self.pruning):
+        if self.paused or stays_exact(self.pruning, input.numel() * self._work_per_value):
             output: Tensor = super()._conv_forward(input, weight, bias)
             return output
-        padding: Any = self.padding
-        if self.padding_mode != "zeros":
-            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = 0
         stride: Any = self.stride
         dilation: Any = self.dilation
-        pattern, method, backend = self.pruning
-        return conv2d(
-            input,
-            weight,
-            bias,
-            stride,
-            padding,
-            dilation,
-            self.groups,
-            pattern=pattern,
-            method=method,
-            backend=backend,
-        )
+        input, padding = self._pad(input)
+        output, key = pruned_conv2d(input, weight, bias, stride, padding, dilation, self.groups, self.pruning)
+        self._note(key)
+        return output
+
+    def products(self, grad_output: Tensor, input: Tensor) -> Products:
+        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
+        stride: Any = self.stride
+        dilation: Any = self.dilation
+        input, padding = self._pad(input)
+        weight = self.weight.detach()
+        input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, self.groups)
+        if input.ndim == 3:
+            input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
+        return conv2d_products(grad_output, input, weight.to(input.dtype), geometry, self.pruning, ())
+
+    def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
+        """What is not padded with zeros is padded beforehand."""
+        if self.padding_mode == "zeros":
+            return input, self.padding
+        return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
+
+    @property
+    def _work_per_value(self) -> int:
+        return self.out_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
 
 TWINS: dict[type[nn.Module], type[Linear | Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
@@ -168,12 +188,13 @@ def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
     """Makes a dense layer its pruning twin: the same object, so that every reference, hook and wrapper keeps it."""
     module.__class__ = TWINS.get(type(module), type(module))
     module.pruning, module.paused = pruning, vars(module).get("paused", False)  # type: ignore[assignment]
+    module.last_key = None  # type: ignore[assignment]
 
 
 def unprune_in_place(module: nn.Module) -> None:
     """The inverse of :func:`prune_in_place`."""
     module.__class__ = DENSE_OF[type(module)]
-    del module.pruning, module.paused
+    del module.pruning, module.paused, module.last_key
 
 
 def _share(module: nn.Module, cls: type[_Module]) -> _Module:

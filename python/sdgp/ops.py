@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import _fakes as _fakes
 from . import _load as _load  # registers the ops
 
 
@@ -62,10 +64,128 @@ def prune_nm(
         >>> sdgp.prune_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         tensor([ 3.,  0.,  0., -4.])
     """
-    if seed is None and (method == "random" or method == "mvue"):
-        seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
-    result: Tensor = torch.ops.sdgp.prune_nm(input, n, m, dim, method, seed)
+    result: Tensor = torch.ops.sdgp.prune_nm(input, n, m, dim, method, _seed(input, method, seed))
     return result
+
+
+def compress_nm(
+    input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    r"""Prunes ``input`` as :func:`prune_nm` does and keeps only what stays: n values and n indices per group.
+
+    A group's values are in ascending order of their index within it. Where fewer than n stay, pruned places with the
+    lowest indices fill up, with the value 0; what a shorter last group cannot fill is value 0 at index 0.
+
+    Args:
+        input, n, m, dim, method, seed: see :func:`prune_nm`.
+
+    Returns:
+        ``values``, of the input's dtype, and ``indices``, uint8: the input's shape, but for
+        :math:`\lceil size / m \rceil \cdot n` along ``dim``, which lies innermost in memory.
+
+    Raises:
+        RuntimeError: ``compress_nm: requirement, got actual``. There is no gradient: see :func:`prune_nm`.
+
+    Equivalent to (magnitude, ``dim=-1``, no tail)::
+
+        groups = input.unflatten(-1, (-1, m))
+        indices = groups.abs().topk(n, dim=-1).indices.sort(dim=-1).values
+        groups.gather(-1, indices).flatten(-2), indices.flatten(-2).to(torch.uint8)
+
+    Example:
+        >>> sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
+        (tensor([ 3., -4.]), tensor([0, 3], dtype=torch.uint8))
+    """
+    values, indices = torch.ops.sdgp.compress_nm(input, n, m, dim, method, _seed(input, method, seed))
+    return values, indices
+
+
+def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
+    """The dense tensor that :func:`compress_nm` came from, pruned: bit for bit ``prune_nm(input, ...)``.
+
+    Args:
+        values, indices: as :func:`compress_nm` returns them. Where a group names an index twice, the first counts.
+        m: the size of a group.
+        size: of the result along ``dim``.
+        dim: the dimension that groups run along.
+
+    Returns:
+        A tensor of the values' shape, but for ``size`` along ``dim``, which lies innermost in memory.
+
+    Raises:
+        RuntimeError: ``decompress_nm: requirement, got actual``.
+
+    Example:
+        >>> values, indices = sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
+        >>> sdgp.decompress_nm(values, indices, 4, 4)
+        tensor([ 3.,  0.,  0., -4.])
+    """
+    result: Tensor = torch.ops.sdgp.decompress_nm(values, indices, m, size, dim)
+    return result
+
+
+def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
+    """The product of a compressed matrix, or a batch of rows, with a dense one; pruned places cost nothing.
+
+    Equivalent to ``decompress_nm(values, indices, m, dense.shape[0]) @ dense``, to rounding; 16-bit types are summed in
+    float32.
+
+    Args:
+        values, indices: (..., size / m * n), as :func:`compress_nm` returns them for ``dim=-1``.
+        m: the size of a group.
+        dense: (size, cols), of the values' dtype, any strides.
+
+    Returns:
+        (..., cols), contiguous. It does not depend on the number of threads.
+
+    Raises:
+        RuntimeError: ``spmm_nm: requirement, got actual``.
+
+    Example:
+        >>> values, indices = sdgp.compress_nm(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), 2, 4)
+        >>> sdgp.spmm_nm(values, indices, 4, torch.eye(4))
+        tensor([[ 3.,  0.,  0., -4.]])
+    """
+    result: Tensor = torch.ops.sdgp.spmm_nm(values, indices, m, dense)
+    return result
+
+
+def conv2d_input_grad_nm(
+    values: Tensor,
+    indices: Tensor,
+    m: int,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The data gradient of a 2-D convolution, from its compressed output gradient.
+
+    Args:
+        values, indices: (N, kept, H', W'); or (N * groups, kept, H', W') where the output channels of a convolution
+            group are no multiple of m, so that no pruning group crosses two of them.
+        m: the size of a group.
+        weight: (out, in / groups, kH, kW), any strides.
+        input_size: (H, W).
+        stride, padding, dilation, groups: of the convolution.
+        channels_last: the memory format of the result.
+
+    Returns:
+        (N, in, H, W).
+    """
+    result: Tensor = torch.ops.sdgp._conv2d_input_grad_nm(
+        values, indices, m, weight, input_size, stride, padding, dilation, groups, channels_last
+    )
+    return result
+
+
+def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:
+    if seed is not None or method not in ("random", "mvue"):
+        return seed
+    return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

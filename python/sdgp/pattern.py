@@ -61,9 +61,4 @@ class Pruning(NamedTuple):
             raise ValueError(f"{op}: expected method to be one of {', '.join(METHODS)}, got {method!r}")
         if backend not in BACKENDS:
             raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
-        if backend == "sparse":
-            raise ValueError(
-                f'{op}: expected a backend with a kernel, got "sparse", which has none in this version; '
-                'use "pruned" for the same gradients through the dense product'
-            )
         return cls(Pattern.parse(pattern), method, backend)

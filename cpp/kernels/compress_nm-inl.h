@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// compress_nm and its inverse. Pruning is prune_nm's own: a block of rows is pruned into a buffer in the cache and
+// packed from there, so that every method, type and layout selects what prune_nm selects. Compiled once per
+// instruction set.
+//
+// Note [Packing]
+// What prune_nm kept is what is not +0 afterwards, at most n per group; pruned places with the lowest indices make up
+// the rest. Eight elements at a time: their bits select one of 256 permutations that brings the kept ones to the
+// front; whole vectors are stored, and what they write beyond the kept ones the next store overwrites.
+#pragma once
+
+#include "prune_any-inl.h"
+#include "scratch-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+constexpr int kPack = 8;                      // elements that one permutation moves
+constexpr int64_t kCompressElements = 16384;  // per block: with its buffer, inside the second-level cache
+
+struct PackTable {
+  uint64_t order[256];  // byte i: where the i-th kept element was
+};
+
+// Each run of m of the eight bits is a group (m divides 8), filled up to n bits.
+inline void make_pack_table(PackTable& table, int n, int m) {
+  for (int bits = 0; bits < 256; ++bits) {
+    uint64_t order = 0;
+    int kept = 0;
+    for (int group = 0; group < kPack; group += m) {
+      int missing = n;
+      for (int j = 0; j < m; ++j) missing -= bits >> (group + j) & 1;
+      for (int j = 0; j < m; ++j) {
+        const bool set = bits >> (group + j) & 1;
+        if (!set && missing-- <= 0) continue;
+        order |= static_cast<uint64_t>(group + j) << (8 * kept++);
+      }
+    }
+    table.order[bits] = order;
+  }
+}
+
+// The bits of those of eight elements that are not +0.
+template <class T>
+SDGP_INLINE uint32_t kept_bits(const T* x) {
+#if defined(__AVX2__)
+  const __m256i zero = _mm256_setzero_si256();
+  if constexpr (sizeof(T) == 2) {
+    const __m128i equal = _mm_cmpeq_epi16(load_bits<__m128i>(x), _mm_setzero_si128());
+    return ~static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(equal, equal))) & 0xff;
+  } else if constexpr (sizeof(T) == 4) {
+    const __m256i equal = _mm256_cmpeq_epi32(load_bits<__m256i>(x), zero);
+    return ~static_cast<uint32_t>(_mm256_movemask_ps((__m256)equal)) & 0xff;
+  } else {
+    const __m256i low = _mm256_cmpeq_epi64(load_bits<__m256i>(x), zero);
+    const __m256i high = _mm256_cmpeq_epi64(load_bits<__m256i>(x + 4), zero);
+    return ~static_cast<uint32_t>(_mm256_movemask_pd((__m256d)low) | _mm256_movemask_pd((__m256d)high) << 4) & 0xff;
+  }
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < kPack; ++i) bits |= static_cast<uint32_t>(x[i] != 0) << i;
+  return bits;
+#endif
+}
+
+// Stores the eight elements in the order that the bytes of `order` name.
+template <class T>
+SDGP_INLINE void store_in_order(const T* x, uint64_t order, T* out) {
+#if defined(__AVX2__)
+  const __m128i bytes = _mm_cvtsi64_si128(static_cast<long long>(order));
+  if constexpr (sizeof(T) == 2) {
+    const __m128i doubled = _mm_unpacklo_epi8(_mm_add_epi8(bytes, bytes), _mm_add_epi8(bytes, bytes));
+    const __m128i control = _mm_add_epi8(doubled, _mm_set1_epi16(0x0100));
+    return store_bits(out, _mm_shuffle_epi8(load_bits<__m128i>(x), control));
+  } else if constexpr (sizeof(T) == 4) {
+    return store_bits(out, _mm256_permutevar8x32_epi32(load_bits<__m256i>(x), _mm256_cvtepu8_epi32(bytes)));
+  }
+#endif
+  for (int i = 0; i < kPack; ++i) out[i] = x[order >> (8 * i) & 7];
+}
+
+// Sets the lowest `count` bits that are not set.
+SDGP_INLINE uint64_t fill_bits(uint64_t bits, int count) {
+  for (; count > 0; --count) bits |= bits + 1;
+  return bits;
+}
+
+template <class T>
+struct Packer {
+  const int n;
+  const int m;
+  const bool whole;  // eight elements are whole groups
+  PackTable table;
+
+  Packer(int n, int m) : n(n), m(m), whole(kPack % m == 0) { make_pack_table(table, whole ? n : 0, whole ? m : kPack); }
+
+  // One group of `length` elements, exactly.
+  void pack_group(const T* x, int64_t length, T* values, uint8_t* indices) const {
+    int64_t missing = n < length ? n : length;
+    for (int64_t j = 0; j < length; ++j) missing -= x[j] != 0;
+    int slot = 0;
+    for (int64_t j = 0; j < length; ++j) {
+      if (x[j] == 0 && missing-- <= 0) continue;
+      values[slot] = x[j];
+      indices[slot++] = static_cast<uint8_t>(j);
+    }
+    for (; slot < n; ++slot) {
+      values[slot] = 0;
+      indices[slot] = 0;
+    }
+  }
+
+  // One row. Reads up to kPack - 1 elements beyond it; writes nothing beyond its kept values.
+  void pack_row(const T* x, int64_t size, T* values, uint8_t* indices) const {
+    const int64_t full = size / m;
+    const int64_t kept = ceil_div(size, m) * n;
+    int64_t group = 0;
+    if (whole) {
+      const int step = kPack / m;
+      const uint64_t local = static_cast<uint64_t>(m - 1) * 0x0101010101010101u;  // m is a power of two
+      for (; group + step <= full && group * n + kPack <= kept; group += step) {
+        const uint64_t order = table.order[kept_bits(x + group * m)];
+        store_in_order(x + group * m, order, values + group * n);
+        const uint64_t index = order & local;
+        std::memcpy(indices + group * n, &index, sizeof index);
+      }
+    } else {
+      for (; group < full && group * n + n + kPack <= kept; ++group) {
+        pack_blocks(x + group * m, values + group * n, indices + group * n);
+      }
+    }
+    for (; group * m < size; ++group) {
+      const int64_t length = size - group * m < m ? size - group * m : m;
+      pack_group(x + group * m, length, values + group * n, indices + group * n);
+    }
+  }
+
+  // One full group, in blocks of eight. Writes up to kPack elements beyond it.
+  SDGP_INLINE void pack_blocks(const T* x, T* values, uint8_t* indices) const {
+    uint64_t bits = 0;
+    for (int j = 0; j < m; j += kPack) bits |= static_cast<uint64_t>(kept_bits(x + j)) << j;
+    bits &= ~uint64_t{0} >> (64 - m);
+    bits = fill_bits(bits, n - __builtin_popcountll(bits));
+    for (int j = 0; j < m; j += kPack) {
+      const auto block = static_cast<uint32_t>(bits >> j & 0xff);
+      const uint64_t order = table.order[block];
+      store_in_order(x + j, order, values);
+      const uint64_t index = order + static_cast<uint64_t>(j) * 0x0101010101010101u;
+      std::memcpy(indices, &index, sizeof index);
+      values += __builtin_popcount(block);
+      indices += __builtin_popcount(block);
+    }
+  }
+};
+
+// How a call is cut: positions of the outer dimensions x pieces of the innermost.
+struct CompressPlan {
+  int64_t inner;  // rows along the innermost dimension
+  int64_t piece;  // rows in a block
+  int64_t pieces;
+  int64_t units;
+};
+
+inline CompressPlan make_compress_plan(const PruneArgs& args) {
+  CompressPlan plan{};
+  int64_t rows = 1;
+  for (int d = 0; d < args.ndim; ++d) rows *= args.dims[d].size;
+  plan.inner = args.ndim ? args.dims[args.ndim - 1].size : 1;
+  // Where rows lie side by side, a block wants some of them for its loads.
+  const int64_t least = args.in_stride == 1 ? 1 : 64;
+  plan.piece = kCompressElements / args.size > least ? kCompressElements / args.size : least;
+  plan.pieces = ceil_div(plan.inner, plan.piece);
+  plan.units = rows / plan.inner * plan.pieces;
+  return plan;
+}
+
+template <class T>
+void transpose_block(const T* from, int64_t size, int64_t rows, T* to) {
+  constexpr int64_t kTile = 16;
+  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
+    const int64_t stop = r0 + kTile < rows ? r0 + kTile : rows;
+    for (int64_t c = 0; c < size; ++c) {
+      for (int64_t r = r0; r < stop; ++r) to[r * size + c] = from[c * rows + r];
+    }
+  }
+}
+
+// Values are moved as the words that hold them.
+template <class T>
+void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
+  const PruneArgs& whole = args.prune;
+  const CompressPlan plan = make_compress_plan(whole);
+  const int64_t groups = ceil_div(whole.size, whole.m);
+  const int64_t kept = groups * whole.n;
+  const Packer<T> packer(whole.n, whole.m);
+  Scratch<T> pruned;
+  Scratch<T> transposed;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit % plan.pieces * plan.piece;
+    const int64_t rows = plan.inner - first < plan.piece ? plan.inner - first : plan.piece;
+    Dim inner = whole.ndim ? whole.dims[whole.ndim - 1] : Dim{1, whole.size, 0, 1, false};
+    const Row outer = find_row(whole, whole.ndim ? whole.ndim - 1 : 0, unit / plan.pieces);
+    const uint64_t row = outer.index + static_cast<uint64_t>(first * inner.row_step);
+    const bool side_by_side = inner.in_stride == 1 && whole.in_stride != 1 && rows > 1;
+
+    PruneArgs part = whole;
+    part.in = static_cast<const T*>(whole.in) + outer.in + first * inner.in_stride;
+    T* buffer = pruned.reserve(rows * whole.size + kPack);
+    part.out = buffer;
+    part.out_stride = side_by_side ? rows : 1;
+    part.first_group = row * static_cast<uint64_t>(groups);
+    part.ndim = 1;
+    part.dims[0] = inner;
+    part.dims[0].size = rows;
+    part.dims[0].out_stride = side_by_side ? 1 : whole.size;
+    if (args.pruned || whole.n == whole.m) {  // a copy: all of every group
+      part.method = Method::kMagnitude;
+      part.n = part.m = 4;
+    }
+    prune_nm(part, 0, prune_nm_units(part));
+    if (side_by_side) {
+      transpose_block(buffer, whole.size, rows, transposed.reserve(rows * whole.size + kPack));
+      buffer = transposed.data;
+    }
+
+    T* values = static_cast<T*>(args.values) + row * static_cast<uint64_t>(kept);
+    uint8_t* indices = args.indices + row * static_cast<uint64_t>(kept);
+    if (inner.row_step == 1 && whole.size % whole.m == 0) {
+      packer.pack_row(buffer, rows * whole.size, values, indices);
+      continue;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t at = r * inner.row_step * kept;
+      packer.pack_row(buffer + r * whole.size, whole.size, values + at, indices + at);
+    }
+  }
+}
+
+inline int64_t compress_nm_units(const CompressArgs& args) { return make_compress_plan(args.prune).units; }
+
+inline void compress_nm(const CompressArgs& args, int64_t begin, int64_t end) {
+  switch (args.prune.dtype) {
+    case DType::kFloat32: return compress_range<uint32_t>(args, begin, end);
+    case DType::kFloat64: return compress_range<uint64_t>(args, begin, end);
+    case DType::kFloat16:
+    case DType::kBFloat16: return compress_range<uint16_t>(args, begin, end);
+  }
+}
+
+// Where an index occurs twice in a group, its first value counts: the others fill a short group.
+template <class T>
+bool decompress_range(const DecompressArgs& args, int64_t begin, int64_t end) {
+  const int64_t groups = ceil_div(args.size, args.m);
+  bool valid = true;
+  for (int64_t row = begin; row < end; ++row) {
+    T* out = static_cast<T*>(args.out) + row * args.size;
+    std::memset(out, 0, static_cast<size_t>(args.size) * sizeof(T));
+    for (int64_t group = 0; group < groups; ++group, out += args.m) {
+      const int64_t left = args.size - group * args.m;
+      const int64_t length = left < args.m ? left : args.m;
+      const int64_t first = (row * groups + group) * args.n;
+      for (int64_t slot = first + args.n - 1; slot >= first; --slot) {
+        const uint8_t index = args.indices[slot];
+        if (index < length) {
+          out[index] = static_cast<const T*>(args.values)[slot];
+        } else {
+          valid = false;
+        }
+      }
+    }
+  }
+  return valid;
+}
+
+inline bool decompress_nm(const DecompressArgs& args, int64_t begin, int64_t end) {
+  if (args.element_size == 2) return decompress_range<uint16_t>(args, begin, end);
+  if (args.element_size == 4) return decompress_range<uint32_t>(args, begin, end);
+  return decompress_range<uint64_t>(args, begin, end);
+}
+
+}  // namespace sdgp::SDGP_ISA

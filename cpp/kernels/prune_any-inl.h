@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// prune_nm of whatever method: the entry that the kernel table and compress_nm share.
+#pragma once
+
+#include "rescale-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+inline PruneArgs flattened(const PruneArgs& args) {
+  PruneArgs flat = args;
+  flatten_rows(flat);
+  return flat;
+}
+
+inline int64_t prune_nm_units(const PruneArgs& args) {
+  if (args.method == Method::kRescale) return make_block_plan(args).blocks;
+  return make_plan(flattened(args), tile_lanes(args)).units;
+}
+
+inline void prune_nm(const PruneArgs& args, int64_t begin, int64_t end) {
+  if (args.method == Method::kRescale) return rescale_range(args, begin, end);
+  range_function(args)(flattened(args), begin, end);
+}
+
+}  // namespace sdgp::SDGP_ISA

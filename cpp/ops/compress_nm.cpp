@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// compress_nm and decompress_nm. Compressed tensors lie in memory with the pruned dimension innermost, whatever the
+// input's strides: products read whole rows of them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <atomic>
+#include <tuple>
+#include <vector>
+
+#include "prune_args.h"
+#include "views.h"
+
+namespace sdgp {
+namespace {
+
+// A tensor of `like`'s shape but for `dim`, which has `size` and lies innermost.
+Tensor empty_innermost(const Tensor& like, int64_t dim, int64_t size, ScalarType dtype) {
+  std::vector<int64_t> sizes;
+  for (int64_t d = 0; d < like.dim(); ++d) {
+    if (d != dim) sizes.push_back(like.size(d));
+  }
+  sizes.push_back(size);
+  return movedim(torch::stable::new_empty(like, sizes, dtype), -1, dim);
+}
+
+std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim,
+                                           std::string_view method, const std::optional<Tensor>& seed) {
+  PruneCall call = validate_prune("compress_nm", input, n, m, dim, method, seed);
+  const int64_t kept = (input.size(call.dim) + m - 1) / m * n;
+  Tensor values = empty_innermost(input, call.dim, kept, input.scalar_type());
+  Tensor indices = empty_innermost(input, call.dim, kept, ScalarType::Byte);
+  if (values.numel() == 0) return {values, indices};
+
+  CompressArgs args{};
+  Tensor source = input;
+  if (call.method == Method::kRescale && n != m) {  // its sums run across rows
+    source = torch::stable::empty_like(input);
+    prune_into(input, source, call, n, m, seed, false);
+    call.method = Method::kMagnitude;
+    args.pruned = true;
+  }
+  args.prune = describe_prune(source, source, call, n, m, seed);
+  args.values = values.mutable_data_ptr();
+  args.indices = indices.mutable_data_ptr<uint8_t>();
+  const Kernels& table = kernels();
+  const int64_t units = table.compress_nm_units(args);
+  torch::stable::parallel_for(0, units, grain_of(units, input.numel()),
+                              [&](int64_t begin, int64_t end) { table.compress_nm(args, begin, end); });
+  return {values, indices};
+}
+
+std::tuple<Tensor, Tensor> compress_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t dim,
+                                                   std::string_view method, const std::optional<Tensor>& seed) {
+  validate_prune("compress_nm", input, n, m, dim, method, seed);
+  refuse_device("compress_nm", input);
+}
+
+struct DecompressCall {
+  int64_t n;
+  int64_t dim;
+};
+
+DecompressCall validate_decompress(const Tensor& values, const Tensor& indices, int64_t m, int64_t size, int64_t dim) {
+  const int64_t front_dim = check_dim("decompress_nm", values, dim);
+  return {check_compressed("decompress_nm", values, indices, m, size, front_dim), front_dim};
+}
+
+Tensor decompress_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m, int64_t size, int64_t dim) {
+  const DecompressCall call = validate_decompress(values, indices, m, size, dim);
+  Tensor output = empty_innermost(values, call.dim, size, values.scalar_type());
+  if (output.numel() == 0) return output;
+  const Tensor rows = torch::stable::contiguous(movedim(values, call.dim, -1));
+  const Tensor row_indices = torch::stable::contiguous(movedim(indices, call.dim, -1));
+  const DecompressArgs args{.values = rows.const_data_ptr(),
+                            .indices = row_indices.const_data_ptr<uint8_t>(),
+                            .out = output.mutable_data_ptr(),
+                            .element_size = static_cast<int>(values.element_size()),
+                            .n = static_cast<int>(call.n),
+                            .m = static_cast<int>(m),
+                            .size = size,
+                            .rows = output.numel() / size};
+  const Kernels& table = kernels();
+  std::atomic<bool> valid{true};
+  torch::stable::parallel_for(0, args.rows, grain_of(args.rows, output.numel()), [&](int64_t begin, int64_t end) {
+    if (!table.decompress_nm(args, begin, end)) valid = false;
+  });
+  check(valid, "decompress_nm: expected every index below ", m, " and inside the size ", size, ", got one that is not");
+  return output;
+}
+
+Tensor decompress_nm_unsupported(const Tensor& values, const Tensor& indices, int64_t m, int64_t size, int64_t dim) {
+  validate_decompress(values, indices, m, size, dim);
+  refuse_device("decompress_nm", values);
+}
+
+}  // namespace
+}  // namespace sdgp
+
+STABLE_TORCH_LIBRARY_IMPL(sdgp, CPU, library) {
+  library.impl("compress_nm", TORCH_BOX(&sdgp::compress_nm_cpu));
+  library.impl("decompress_nm", TORCH_BOX(&sdgp::decompress_nm_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
+  library.impl("compress_nm", TORCH_BOX(&sdgp::compress_nm_unsupported));
+  library.impl("decompress_nm", TORCH_BOX(&sdgp::decompress_nm_unsupported));
+}
