@@ -15,8 +15,8 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int kPack = 8;                      // elements that one permutation moves
-constexpr int64_t kCompressElements = 16384;  // per block: with its buffer, inside the second-level cache
+constexpr int kPack = 8;                     // elements that one permutation moves
+constexpr int64_t kCompressElements = 4096;  // per block: its buffer stays in the first-level cache
 
 struct PackTable {
   uint64_t order[256];  // byte i: where the i-th kept element was

@@ -281,6 +281,7 @@ class Spmm {
  private:
   // Kept values are read this many at a time.
   static constexpr int64_t kStep = 16;
+  static constexpr int64_t kAhead = 4;  // rows: a slab's piece of one is too short for the hardware's prefetcher
   using Step = VecType<uint8_t, kStep>::type;
   using WideStep = VecType<uint16_t, 2 * kStep>::type;
   static constexpr VecType<int8_t, kStep>::type kStepLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -433,6 +434,8 @@ class Spmm {
           const uint8_t* index = args_.indices + at + i + j;
           T value_copy[kStep];
           uint8_t index_copy[kStep];
+          __builtin_prefetch(value + kAhead * args_.row_stride);
+          __builtin_prefetch(index + kAhead * args_.row_stride);
           if (at + i + j + kStep > readable) [[unlikely]] {
             for (int64_t k = 0; k < kStep; ++k) {
               value_copy[k] = j + k < length ? value[k] : T{};

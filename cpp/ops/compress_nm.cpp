@@ -28,21 +28,21 @@ Tensor empty_innermost(const Tensor& like, int64_t dim, int64_t size, ScalarType
 
 std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim,
                                            std::string_view method, const std::optional<Tensor>& seed) {
-  PruneCall call = validate_prune("compress_nm", input, n, m, dim, method, seed);
+  const PruneCall call = validate_prune("compress_nm", input, n, m, dim, method, seed);
   const int64_t kept = (input.size(call.dim) + m - 1) / m * n;
   Tensor values = empty_innermost(input, call.dim, kept, input.scalar_type());
   Tensor indices = empty_innermost(input, call.dim, kept, ScalarType::Byte);
   if (values.numel() == 0) return {values, indices};
 
   CompressArgs args{};
-  Tensor source = input;
-  if (call.method == Method::kRescale && n != m) {  // its sums run across rows
-    source = torch::stable::empty_like(input);
-    prune_into(input, source, call, n, m, seed, false);
-    call.method = Method::kMagnitude;
+  args.prune = describe_prune(input, input, call, n, m, seed);
+  Tensor pruned = input;
+  if (call.method == Method::kRescale && args.prune.dim_per_factor && n != m) {  // its sums run across rows
+    pruned = torch::stable::empty_like(input);
+    prune_into(input, pruned, call, n, m, seed, false);
+    args.prune = describe_prune(pruned, pruned, call, n, m, seed);
     args.pruned = true;
   }
-  args.prune = describe_prune(source, source, call, n, m, seed);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();
