@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "memory.h"
 #include "prune_args.h"
 #include "views.h"
 
@@ -33,6 +34,8 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64
   Tensor values = empty_innermost(input, call.dim, kept, input.scalar_type());
   Tensor indices = empty_innermost(input, call.dim, kept, ScalarType::Byte);
   if (values.numel() == 0) return {values, indices};
+  prefer_huge_pages(values);
+  prefer_huge_pages(indices);
 
   CompressArgs args{};
   args.prune = describe_prune(input, input, call, n, m, seed);

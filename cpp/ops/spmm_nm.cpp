@@ -12,6 +12,7 @@
 
 #include "../checks.h"
 #include "../kernels/kernels.h"
+#include "memory.h"
 #include "views.h"
 
 namespace sdgp {
@@ -63,6 +64,7 @@ Tensor spmm_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m, const
   sizes.push_back(dense.size(1));
   Tensor output = torch::stable::new_empty(values, sizes);
   if (output.numel() == 0) return output;
+  prefer_huge_pages(output);
   if (dense.size(0) == 0) return torch::stable::fill_(output, 0.0);
   const Tensor kept = torch::stable::contiguous(values);
   const Tensor kept_indices = torch::stable::contiguous(indices);
@@ -161,6 +163,7 @@ Tensor conv2d_input_grad_nm_cpu(const Tensor& values, const Tensor& indices, int
   Tensor output = torch::stable::new_empty(values, sizes);
   if (channels_last) output = movedim(output, -1, 1);
   if (output.numel() == 0) return output;
+  prefer_huge_pages(output);
   if (values.numel() == 0 || weight.numel() == 0) return torch::stable::fill_(output, 0.0);
   const Tensor kept = torch::stable::contiguous(movedim(values, 1, -1));
   const Tensor kept_indices = torch::stable::contiguous(movedim(indices, 1, -1));
