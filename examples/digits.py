@@ -129,18 +129,19 @@ def summarize(runs: dict[Variant, list[Run]]) -> list[dict[str, Any]]:
                 "top1_mean": round(statistics.mean(last), 2),
                 "top1_std": round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
                 "top1": [round(accuracy, 2) for accuracy in last],
-                "seconds": round(statistics.mean(run.seconds for run in repeats), 1),
+                "seconds_median": round(statistics.median(run.seconds for run in repeats), 1),
+                "seconds": [round(run.seconds, 1) for run in repeats],
             }
         )
     return rows
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("data gradient", "top-1, mean ± std", "- dense", "seconds per run")
+    table = Table("data gradient", "top-1, mean ± std", "- dense", "seconds per run, median")
     for row in rows:
         difference = row["top1_mean"] - rows[0]["top1_mean"]
         accuracy = f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}"
-        table.add_row(row["data gradient"], accuracy, f"{difference:+.2f}", f"{row['seconds']:.1f}")
+        table.add_row(row["data gradient"], accuracy, f"{difference:+.2f}", f"{row['seconds_median']:.1f}")
     console.print(table)
 
 
