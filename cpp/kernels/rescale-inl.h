@@ -3,6 +3,8 @@
 // rescale: magnitude, then each kept value times sum |x| / sum |kept|, the sums over all dimensions that share a
 // factor. The tensor is cut into blocks that hold whole sums and, where the shape allows, fit the second-level cache:
 // prune, sum and scale then cost one trip to memory, and a block's sums need no other thread.
+#pragma once
+
 #include "prune_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {

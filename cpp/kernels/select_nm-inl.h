@@ -3,6 +3,8 @@
 // What happens inside one group, for a vector of groups at once: element j of every group lies in vector x[j], one
 // group per lane. kM is the compiled group size; a smaller group is padded with zeros at its end, which changes no
 // result: a zero loses every tie to an element with a lower index, weighs nothing and adds nothing.
+#pragma once
+
 #include "kernels.h"
 #include "vec-inl.h"
 

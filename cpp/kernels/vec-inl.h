@@ -3,6 +3,8 @@
 // Fixed-width vectors over the compiler's vector extensions (GCC, Clang), compiled once per instruction set inside
 // namespace SDGP_ISA. Arithmetic, comparisons (-1 / 0 lanes) and `mask ? a : b` are the language's own; here is only
 // what the language lacks: load, store, 16-bit float conversions, "any lane", and the tile transpose.
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
