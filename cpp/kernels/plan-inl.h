@@ -12,7 +12,8 @@ namespace sdgp::SDGP_ISA {
 constexpr int64_t kUnitElements = 32768;  // about 1/10 ms of work: ample for a thread, small beside a layer's gradient
 
 SDGP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-SDGP_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+SDGP_INLINE int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : limit; }
+SDGP_INLINE int64_t at_least(int64_t a, int64_t limit) { return a > limit ? a : limit; }
 
 // Three ways to fill a tile, by where memory is consecutive:
 //   rows    consecutive rows, the same group of each (NCHW pruned along C): vector j is one load.
@@ -59,9 +60,27 @@ inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
   return plan;
 }
 
+// Dimensions that step through memory together are one, whatever rescale's factors; one of size 1 is none.
+inline void merge_dims(PruneArgs& args) {
+  int kept = 0;
+  for (int d = 0; d < args.ndim; ++d) {
+    const Dim inner = args.dims[d];
+    Dim* const outer = kept ? &args.dims[kept - 1] : nullptr;
+    if (inner.size == 1) continue;
+    if (outer && outer->in_stride == inner.size * inner.in_stride &&
+        outer->out_stride == inner.size * inner.out_stride && outer->row_step == inner.size * inner.row_step) {
+      *outer = {outer->size * inner.size, inner.in_stride, inner.out_stride, inner.row_step, false};
+    } else {
+      args.dims[kept++] = inner;
+    }
+  }
+  args.ndim = kept;
+}
+
 // Rows that follow each other in memory, each a whole number of groups, are one long row: the group index, row-major
 // over (row, group), stays the same.
 inline void flatten_rows(PruneArgs& args) {
+  merge_dims(args);
   while (args.ndim > 0) {
     const Dim& last = args.dims[args.ndim - 1];
     const bool consecutive = last.in_stride == args.size && last.out_stride == args.size && last.row_step == 1;

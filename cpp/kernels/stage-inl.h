@@ -32,6 +32,8 @@ struct BlockType<2> {
 // Three nested loops over elements, the innermost axis last.
 struct Box {
   int64_t size[3];
+
+  int64_t volume() const { return size[0] * size[1] * size[2]; }
 };
 struct Strides {
   int64_t axis[3];
@@ -113,12 +115,12 @@ class Pieces {
   bool next(int64_t room, int64_t capacity, Piece& piece) {
     if (left_ == 0 || room == 0) return false;
     int64_t count = 1;
-    int64_t run = least(minors_ - minor_, left_);
+    int64_t run = at_most(minors_ - minor_, left_);
     if (run > room) {
       if (minors_ <= capacity / 2) return false;
       run = room;
     } else if (run == minors_) {
-      count = least(majors_ - major_, least(room, left_) / minors_);
+      count = at_most(majors_ - major_, at_most(room, left_) / minors_);
     }
     const int64_t row = plan_.rows_inside ? minor_ : major_;
     const int64_t group = first_group_ + (plan_.rows_inside ? major_ : minor_);
