@@ -66,9 +66,9 @@ struct Block {
   Axis axes[kMaxDims + 2];
 
   void add(const Axis& axis) {
-    // Kept sorted by output stride, the smallest last.
+    // Kept sorted by output stride, the smallest last; an axis of one element is out of the way at the front.
     int at = ndim++;
-    for (; at > 0 && axes[at - 1].out_stride < axis.out_stride; --at) axes[at] = axes[at - 1];
+    for (; at > 0 && (axes[at - 1].out_stride < axis.out_stride || axis.size == 1); --at) axes[at] = axes[at - 1];
     axes[at] = axis;
   }
 
@@ -383,7 +383,7 @@ struct Rescale {
     for (int d = 0; d < part.ndim; ++d) {
       if (part.dims[d].per_factor) factors *= part.dims[d].size;
     }
-    while (block.ndim < 3) block.add({1, 0, INT64_MAX, 0});
+    while (block.ndim < 3) block.add({1, 0, 0, 0});
     flatten_rows(part);
 
     const bool scale = part.scale;

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <map>
 #include <random>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -25,12 +26,10 @@ using sdgp::DType;
 using sdgp::Method;
 using sdgp::PruneArgs;
 
-int failures = 0;
+std::set<std::string> failures;
 
 void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+  if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
 }
 
 // `size` elements that end, or begin, where a page that traps begins or ends.
@@ -296,6 +295,6 @@ int main() {
   for (const Layout& layout : layouts()) {
     for (const auto& [n, m] : kPatterns) test_layout(layout, n, m);
   }
-  std::printf(failures ? "%d failures\n" : "passed\n", failures);
-  return failures != 0;
+  std::printf(failures.empty() ? "passed\n" : "%zu failures\n", failures.size());
+  return !failures.empty();
 }
