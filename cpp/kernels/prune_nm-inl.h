@@ -3,93 +3,13 @@
 // prune_nm over whole tensors: brings groups into lanes, prunes a tile, writes it back. Compiled once per instruction
 // set; not in here: what happens inside a group (select_nm-inl.h) and the sums of rescale (rescale-inl.h).
 //
-// A tile is kLanes groups of one size. Three ways to fill it, by where memory is consecutive:
-//   rows    consecutive rows, the same group of each (NCHW pruned along C): vector j is one load.
-//   groups  consecutive groups of one row (channels_last, or the last dimension): kM loads, then a transpose.
-//   gather  any lanes: tails, short rows, other strides. Scalar loads; every shape works, none is fast.
+// A tile is kLanes groups, one a lane. What is consecutive in memory (Layout, plan-inl.h) says how it is filled.
 #pragma once
 
-#include "kernels.h"
 #include "select_nm-inl.h"
+#include "stage-inl.h"
 
 namespace sdgp::SDGP_ISA {
-
-constexpr int64_t kUnitElements = 32768;  // about 1/10 ms of work: ample for a thread, small beside a layer's gradient
-
-SDGP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-enum class Layout { kRows, kGroups, kGather };
-
-// How the work of one call is cut. Groups of a row are `full` ones and perhaps a shorter last.
-struct Plan {
-  Layout layout;
-  int64_t rows;    // all positions of the other dimensions
-  int64_t groups;  // per row
-  int64_t full;
-  int64_t inner;   // kRows: positions along the innermost dimension
-  int64_t chunks;  // kRows: pieces of `inner`; kGroups: pieces of a row; kGather: pieces of rows x groups
-  int64_t units;
-};
-
-inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
-  Plan plan{};
-  plan.rows = 1;
-  for (int d = 0; d < args.ndim; ++d) plan.rows *= args.dims[d].size;
-  plan.groups = ceil_div(args.size, args.m);
-  plan.full = args.size / args.m;
-  const Dim* last = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
-  const bool power_of_two = (args.m & (args.m - 1)) == 0;
-  if (last && last->in_stride == 1 && last->out_stride == 1 && last->size >= lanes) {
-    plan.layout = Layout::kRows;
-    plan.inner = last->size;
-    plan.chunks = 1 + plan.inner * args.m / kUnitElements;
-    if (plan.inner / plan.chunks < lanes) plan.chunks = 1;
-    plan.units = plan.rows / plan.inner * plan.groups * plan.chunks;
-  } else if (args.in_stride == 1 && args.out_stride == 1 && power_of_two && plan.full >= lanes) {
-    plan.layout = Layout::kGroups;
-    plan.chunks = 1 + plan.full * args.m / kUnitElements;
-    if (plan.full / plan.chunks < lanes) plan.chunks = 1;
-    plan.units = plan.rows * plan.chunks;
-  } else {
-    plan.layout = Layout::kGather;
-    plan.chunks = ceil_div(plan.rows * plan.groups * args.m, kUnitElements);
-    plan.units = plan.chunks;
-  }
-  return plan;
-}
-
-// Rows that follow each other in memory, each a whole number of groups, are one long row: the group index, row-major
-// over (row, group), stays the same.
-inline void flatten_rows(PruneArgs& args) {
-  while (args.ndim > 0) {
-    const Dim& last = args.dims[args.ndim - 1];
-    const bool consecutive = last.in_stride == args.size && last.out_stride == args.size && last.row_step == 1;
-    if (args.in_stride != 1 || args.out_stride != 1 || !consecutive || args.size % args.m != 0) return;
-    for (int d = 0; d + 1 < args.ndim; ++d) args.dims[d].row_step /= last.size;
-    args.size *= last.size;
-    --args.ndim;
-  }
-}
-
-struct Row {
-  int64_t in = 0;  // element offset of its first element
-  int64_t out = 0;
-  uint64_t index = 0;  // logical
-};
-
-// The `position`-th row in memory order, over the first `ndim` dimensions.
-inline Row find_row(const PruneArgs& args, int ndim, int64_t position) {
-  Row row;
-  for (int d = ndim - 1; d >= 0; --d) {
-    const Dim& dim = args.dims[d];
-    const int64_t at = position % dim.size;
-    position /= dim.size;
-    row.in += at * dim.in_stride;
-    row.out += at * dim.out_stride;
-    row.index += static_cast<uint64_t>(at * dim.row_step);
-  }
-  return row;
-}
 
 template <class C>
 struct LaneOffsets {
@@ -131,20 +51,14 @@ struct PruneKernel {
     switch (plan.layout) {
       case Layout::kRows: return run_rows(args, plan, begin, end);
       case Layout::kGroups: return run_groups(args, plan, begin, end);
-      case Layout::kGather: {
-        const int64_t total = plan.rows * plan.groups;
-        return run_gather(args, plan, total * begin / plan.units, total * end / plan.units,
-                          [&](int64_t i) { return Pair{i / plan.groups, i % plan.groups}; });
+      case Layout::kStaged: {
+        const int64_t pairs = plan.rows * plan.groups;
+        return run_staged(args, plan, Pieces(args, plan, 0, pairs * begin / plan.units, pairs * end / plan.units));
       }
     }
   }
 
  private:
-  struct Pair {
-    int64_t row;
-    int64_t group;
-  };
-
   // The paths that are not worth their own copy of the tile's code.
   __attribute__((noinline)) static void prune_slow(Elem<C>* x, const PruneArgs& args, const LaneGroups<C>& group) {
     prune_tile<C, kMethod, kM>(x, args, group);
@@ -220,6 +134,8 @@ struct PruneKernel {
 
   static void run_groups(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     const LaneOffsets<C> offsets([](int lane) { return static_cast<uint64_t>(group_of_lane(lane)); });
+    const bool tails = plan.full < plan.groups;
+    int64_t tail_row = begin / plan.chunks;
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t chunk = unit % plan.chunks;
       const int64_t position = unit / plan.chunks;
@@ -236,49 +152,98 @@ struct PruneKernel {
         prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false));
         store_groups(out + g * kM, x);
       }
-      if (chunk + 1 == plan.chunks && plan.full < plan.groups) {
-        run_gather(args, plan, 0, 1, [&](int64_t) { return Pair{position, plan.full}; });
+      // A row's tail belongs to its last unit. Several rows' make a tile; they are still in the cache.
+      const int64_t done = (unit + 1) / plan.chunks;
+      if (tails && done > tail_row && (done - tail_row == kL || unit + 1 == end)) {
+        run_staged(args, plan, Pieces(args, plan, plan.full, tail_row, done));
+        tail_row = done;
       }
     }
   }
 
-  template <class At>
-  static void run_gather(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end, At at) {
-    for (int64_t i = begin; i < end; i += kL) {
-      const int count = end - i < kL ? static_cast<int>(end - i) : kL;
-      const T* in[kL];
-      T* out[kL];
-      int64_t length[kL] = {};
-      uint64_t index[kL] = {};
-      for (int lane = 0; lane < count; ++lane) {
-        const Pair pair = at(i + lane);
-        const Row row = find_row(args, args.ndim, pair.row);
-        const int64_t first = pair.group * args.m;
-        length[lane] = args.size - first < args.m ? args.size - first : args.m;
-        in[lane] = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
-        out[lane] = static_cast<T*>(args.out) + row.out + first * args.out_stride;
-        index[lane] =
-            args.first_group + row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(pair.group);
-      }
-      Elem<C> x[kM];
-      for (int j = 0; j < kM; ++j) {
-        T lanes[kL] = {};
-        for (int lane = 0; lane < count; ++lane) {
-          if (j < length[lane]) lanes[lane] = in[lane][j * args.in_stride];
+  static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time
+
+  // Where, inside a tile of the buffer, the group at position `at` is described.
+  static constexpr int lane_of_group(int at) {
+    if (kM > kL) return at;
+    return at % (kL / kM) * kM + at / (kL / kM);
+  }
+
+  struct StagedGroups {
+    typename C::U lo[kStaged] = {};
+    typename C::U hi[kStaged] = {};
+    typename C::U length[kStaged] = {};
+
+    void describe(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t first_lane) {
+      const uint64_t row_step = args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.groups) : 0;
+      for (int64_t r = 0; r < piece.rows; ++r) {
+        for (int64_t g = 0; g < piece.groups; ++g) {
+          const int64_t at = first_lane + (plan.rows_inside ? g * piece.rows + r : r * piece.groups + g);
+          const int64_t lane = plan.rows_inside ? at : at / kL * kL + lane_of_group(static_cast<int>(at % kL));
+          const uint64_t index = piece.first.index + static_cast<uint64_t>(r) * row_step + static_cast<uint64_t>(g);
+          lo[lane] = static_cast<typename C::U>(index & 0xffffffffu);
+          hi[lane] = static_cast<typename C::U>(index >> 32);
+          length[lane] = static_cast<typename C::U>(piece.tail && g + 1 == piece.groups ? piece.tail : args.m);
         }
-        x[j] = C::load(lanes);
       }
-      LaneGroups<C> group = LaneOffsets<C>([&](int lane) { return index[lane]; }).from(0, 0, true);
-      typename C::U lengths[kL];
-      for (int lane = 0; lane < kL; ++lane) lengths[lane] = static_cast<typename C::U>(length[lane]);
-      group.length = load_bits<Unsigned<C>>(lengths);
-      prune_slow(x, args, group);
-      for (int j = 0; j < kM; ++j) {
-        T lanes[kL];
-        C::store(lanes, x[j]);
-        for (int lane = 0; lane < count; ++lane) {
-          if (j < length[lane]) out[lane][j * args.out_stride] = lanes[lane];
+    }
+
+    LaneGroups<C> at(int64_t lane) const {
+      return {load_bits<Unsigned<C>>(lo + lane), load_bits<Unsigned<C>>(hi + lane),
+              load_bits<Unsigned<C>>(length + lane), true};
+    }
+  };
+
+  static void run_staged(const PruneArgs& args, const Plan& plan, Pieces pieces) {
+    constexpr int kMost = 64;
+    constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
+    const Dim* const inner = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
+    alignas(kVectorBytes) T in[kM * kStaged] = {};
+    alignas(kVectorBytes) T out[kM * kStaged];
+    StagedGroups groups;
+    Piece piece[kMost];
+    for (;;) {
+      int count = 0;
+      int64_t lanes = 0;
+      if (args.size % args.m != 0) std::memset(in, 0, sizeof in);
+      for (; count < kMost && pieces.next(kStaged - lanes, kStaged, piece[count]); ++count) {
+        const Piece& p = piece[count];
+        T* const buffer = in + lanes * (plan.rows_inside ? 1 : kM);
+        const T* const tensor = static_cast<const T*>(args.in) + p.first.in;
+        for_each_box(
+            args, plan, p, kStaged, kM, inner ? inner->in_stride : 0, args.in_stride,
+            [&](const Box& box, int64_t to, const Strides& to_strides, int64_t from, const Strides& from_strides) {
+              copy_box(buffer + to, to_strides, tensor + from, from_strides, box);
+            });
+        if constexpr (kDraws) groups.describe(args, plan, p, lanes);
+        lanes += p.lanes();
+      }
+      if (count == 0) return;
+      for (int64_t lane = 0; lane < lanes; lane += kL) {
+        Elem<C> x[kM];
+        if (plan.rows_inside) {
+          for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
+        } else {
+          load_groups(in + lane * kM, x);
         }
+        prune_slow(x, args, groups.at(lane));
+        if (plan.rows_inside) {
+          for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
+        } else {
+          store_groups(out + lane * kM, x);
+        }
+      }
+      lanes = 0;
+      for (int i = 0; i < count; ++i) {
+        const Piece& p = piece[i];
+        const T* const buffer = out + lanes * (plan.rows_inside ? 1 : kM);
+        T* const tensor = static_cast<T*>(args.out) + p.first.out;
+        for_each_box(
+            args, plan, p, kStaged, kM, inner ? inner->out_stride : 0, args.out_stride,
+            [&](const Box& box, int64_t from, const Strides& from_strides, int64_t to, const Strides& to_strides) {
+              copy_box(tensor + to, to_strides, buffer + from, from_strides, box);
+            });
+        lanes += p.lanes();
       }
     }
   }

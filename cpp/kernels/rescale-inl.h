@@ -11,6 +11,7 @@ namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kPartialSum = 1024;       // rows summed before they join the total: keeps the rounding error small
 constexpr int64_t kBlockElements = 131072;  // 1 MiB of float32, input and output together
+constexpr int64_t kNarrowest = 64;          // columns of a block, if there are as many
 
 // Blocks: some indices of the outermost dimension that has factors of its own ("samples": at most one such dimension
 // besides the pruned one), times some groups of the pruned one.
@@ -38,15 +39,14 @@ inline BlockPlan make_block_plan(const PruneArgs& args) {
   }
   plan.groups = ceil_div(args.size, args.m);
   plan.group_step = plan.groups;
-  plan.sample_step = 1;
-  if (!args.dim_per_factor) {
-    plan.sample_step = 1 + kBlockElements / (per_sample + 1);
-  } else if (per_sample > kBlockElements) {
+  const int64_t tile = tile_lanes(args);
+  // Small samples share a block. Where they are neighbours in memory, a narrow block reads parts of cache lines.
+  const bool neighbours = plan.sample_dim >= 0 && args.dims[plan.sample_dim].out_stride == 1;
+  plan.sample_step = at_least(kUnitElements / at_least(per_sample, 1), neighbours ? kNarrowest : 1);
+  if (args.dim_per_factor && per_sample > kBlockElements) {
     // Narrow blocks, but not so narrow that a row's groups no longer fill a tile.
-    const int64_t per_group = per_sample / plan.groups + 1;
-    const int64_t least = args.in_stride == 1 ? tile_lanes(args) : 1;
-    const int64_t wanted = 1 + kBlockElements / per_group;
-    const int64_t pieces = plan.groups / (wanted > least ? wanted : least);
+    const int64_t wanted = 1 + kBlockElements / (per_sample / plan.groups + 1);
+    const int64_t pieces = plan.groups / at_least(wanted, args.in_stride == 1 ? tile : 1);
     plan.group_step = pieces > 1 ? ceil_div(plan.groups, pieces) : plan.groups;
   }
   plan.blocks = ceil_div(plan.samples, plan.sample_step) * ceil_div(plan.groups, plan.group_step);
@@ -66,22 +66,22 @@ struct Block {
   Axis axes[kMaxDims + 2];
 
   void add(const Axis& axis) {
-    // Kept sorted by output stride, the smallest last.
+    // Kept sorted by output stride, the smallest last; an axis of one element is out of the way at the front.
     int at = ndim++;
-    for (; at > 0 && axes[at - 1].out_stride < axis.out_stride; --at) axes[at] = axes[at - 1];
+    for (; at > 0 && (axes[at - 1].out_stride < axis.out_stride || axis.size == 1); --at) axes[at] = axes[at - 1];
     axes[at] = axis;
   }
 
-  // Calls sheet(in offset, out offset, factor offset) for each pair of innermost axes.
-  template <class Sheet>
-  SDGP_INLINE void for_each_sheet(Sheet sheet) const {
+  // Calls slab(in offset, out offset, factor offset) for each triple of innermost axes.
+  template <class Slab>
+  SDGP_INLINE void for_each_slab(Slab slab) const {
     int64_t at[kMaxDims + 1] = {};
     int64_t in = 0;
     int64_t out = 0;
     int64_t factor = 0;
     for (;;) {
-      sheet(in, out, factor);
-      int d = ndim - 3;
+      slab(in, out, factor);
+      int d = ndim - 4;
       for (; d >= 0; --d) {
         const Axis& axis = axes[d];
         in += axis.in_stride;
@@ -98,25 +98,13 @@ struct Block {
   }
 };
 
-// The sums run in vectors of E: float, or double for double.
+// The sums run in vectors of E: float, or double for double. Sums and factors are arrays with room for a vector more
+// than they hold.
 template <class C>
 struct Rescale {
   using T = typename C::T;
   using E = typename C::E;
   static constexpr int kL = kLanes<E>;
-
-  // Up to kL elements, the lanes beyond `count` zero.
-  static Elem<C> load_some(const T* p, int64_t stride, int64_t count) {
-    T lanes[kL] = {};
-    for (int64_t i = 0; i < count && i < kL; ++i) lanes[i] = p[i * stride];
-    return C::load(lanes);
-  }
-
-  static void store_some(T* p, int64_t stride, int64_t count, Elem<C> v) {
-    T lanes[kL];
-    C::store(lanes, v);
-    for (int64_t i = 0; i < count && i < kL; ++i) p[i * stride] = lanes[i];
-  }
 
   // True in the last `count` lanes.
   static SDGP_INLINE Key<C> last_lanes(int64_t count) {
@@ -132,100 +120,226 @@ struct Rescale {
   // A pruned place stays 0 where its factor is inf or NaN.
   static SDGP_INLINE Elem<C> times(Elem<C> x, Elem<C> factor) { return keep_if(x != 0, x * factor); }
 
-  static E sum_line(const T* p, const int64_t stride, int64_t size) {
+  // Lines of at least kL consecutive elements are summed and multiplied where they lie. The last vector of a line ends
+  // with it; of what it shares with the one before it, nothing counts twice.
+
+  static E sum_line(const T* p, int64_t size) {
     Elem<C> sum[2] = {};  // two chains hide the latency of the additions
     int64_t i = 0;
-    if (stride == 1) {
-      for (; i + 2 * kL <= size; i += 2 * kL) {
-        sum[0] += absolute(C::load(p + i));
-        sum[1] += absolute(C::load(p + i + kL));
-      }
-      if (i + kL <= size) {
-        sum[0] += absolute(C::load(p + i));
-        i += kL;
-      }
-      if (i < size && size >= kL) {
-        sum[1] += absolute(keep_if(last_lanes(size - i), C::load(p + size - kL)));
-        i = size;
-      }
+    for (; i + 2 * kL <= size; i += 2 * kL) {
+      sum[0] += absolute(C::load(p + i));
+      sum[1] += absolute(C::load(p + i + kL));
     }
-    for (; i < size; i += kL) sum[0] += absolute(load_some(p + i * stride, stride, size - i));
+    if (i + kL <= size) {
+      sum[0] += absolute(C::load(p + i));
+      i += kL;
+    }
+    if (i < size) sum[1] += absolute(keep_if(last_lanes(size - i), C::load(p + size - kL)));
     return sum_lanes(sum[0] + sum[1]);
   }
 
-  static void multiply_line(T* p, const int64_t stride, int64_t size, E factor) {
-    const Elem<C> f = splat(factor);
-    int64_t i = 0;
-    if (stride == 1) {
-      for (; i + kL <= size; i += kL) C::store(p + i, times(C::load(p + i), f));
-      if (i < size && size >= kL) {
-        const Elem<C> x = C::load(p + size - kL);
-        C::store(p + size - kL, last_lanes(size - i) ? times(x, f) : x);
-        return;
-      }
-    }
-    for (; i < size; i += kL)
-      store_some(p + i * stride, stride, size - i, times(load_some(p + i * stride, stride, size - i), f));
-  }
-
-  // Adds up kChains vectors of columns, one factor a column: `rows` rows, `row_stride` apart.
+  // Adds up kChains vectors of columns, one factor a column, in the lanes of `mask`: `rows` rows, `row_stride` apart.
   template <int kChains>
-  static SDGP_INLINE void sum_columns(const T* p, int64_t rows, int64_t row_stride, E* sums) {
+  static SDGP_INLINE void sum_vectors(const T* p, int64_t rows, int64_t row_stride, Key<C> mask, E* sums) {
     Elem<C> sum[kChains];
     for (int c = 0; c < kChains; ++c) sum[c] = load_bits<Elem<C>>(sums + c * kL);
     for (int64_t first = 0; first < rows; first += kPartialSum) {
-      const int64_t last = first + kPartialSum < rows ? first + kPartialSum : rows;
+      const int64_t last = at_most(first + kPartialSum, rows);
       Elem<C> part[kChains] = {};
       for (int64_t r = first; r < last; ++r) {
         for (int c = 0; c < kChains; ++c) part[c] += absolute(C::load(p + r * row_stride + c * kL));
       }
-      for (int c = 0; c < kChains; ++c) sum[c] += part[c];
+      for (int c = 0; c < kChains; ++c) sum[c] = add_if(mask, sum[c], part[c]);
     }
     for (int c = 0; c < kChains; ++c) store_bits(sums + c * kL, sum[c]);
   }
 
-  // sums[f] += sum of |x| over what shares factor f, for one sheet.
-  static void sum_sheet(const T* p, int64_t rows, int64_t row_stride, int64_t row_factor, int64_t size, int64_t stride,
-                        int64_t factor_stride, E* sums) {
-    if (factor_stride == 0) {
-      for (int64_t r = 0; r < rows; ++r) sums[r * row_factor] += sum_line(p + r * row_stride, stride, size);
-      return;
-    }
+  static void sum_columns(const T* p, int64_t rows, int64_t row_stride, int64_t size, E* sums) {
+    const Key<C> all = last_lanes(kL);
     int64_t i = 0;
-    if (stride == 1 && factor_stride == 1 && row_factor == 0) {
-      for (; i + 4 * kL <= size; i += 4 * kL) sum_columns<4>(p + i, rows, row_stride, sums + i);
-      for (; i + kL <= size; i += kL) sum_columns<1>(p + i, rows, row_stride, sums + i);
+    for (; i + 4 * kL <= size; i += 4 * kL) sum_vectors<4>(p + i, rows, row_stride, all, sums + i);
+    for (; i + kL <= size; i += kL) sum_vectors<1>(p + i, rows, row_stride, all, sums + i);
+    const int64_t last = size - kL;
+    if (i < size) sum_vectors<1>(p + last, rows, row_stride, last_lanes(size - i), sums + last);
+  }
+
+  static void sum_sheet(const T* p, const int64_t* stride, const Axis* axes, E* sums) {
+    const Axis& rows = axes[0];
+    const Axis& line = axes[1];
+    if (line.factor_stride != 0 && rows.factor_stride == 0) {
+      return sum_columns(p, rows.size, stride[0], line.size, sums);
     }
-    for (int64_t j = i; j < size; ++j) {
-      double total = 0;
-      for (int64_t r = 0; r < rows; ++r) {
-        const E x = absolute(load_some(p + r * row_stride + j * stride, 1, 1))[0];
-        if (row_factor != 0) {
-          sums[r * row_factor + j * factor_stride] += x;
-        } else {
-          total += x;
-        }
+    for (int64_t r = 0; r < rows.size; ++r, p += stride[0], sums += rows.factor_stride) {
+      if (line.factor_stride == 0) {
+        *sums += sum_line(p, line.size);
+      } else {
+        sum_columns(p, 1, 0, line.size, sums);
       }
-      if (row_factor == 0) sums[j * factor_stride] += static_cast<E>(total);
     }
   }
 
-  static void multiply_sheet(T* p, int64_t rows, int64_t row_stride, int64_t row_factor, int64_t size, int64_t stride,
-                             int64_t factor_stride, const E* factors) {
-    for (int64_t r = 0; r < rows; ++r) {
-      T* const y = p + r * row_stride;
-      const E* const f = factors + r * row_factor;
-      if (factor_stride == 0) {
-        multiply_line(y, stride, size, *f);
+  template <class Factor>
+  static SDGP_INLINE void multiply_line(T* p, int64_t size, Factor factor) {
+    const int64_t last = size - kL;
+    const Elem<C> end = C::load(p + last);
+    int64_t i = 0;
+    for (; i <= last; i += kL) C::store(p + i, times(C::load(p + i), factor(i)));
+    if (i < size) C::store(p + last, last_lanes(size - i) ? times(end, factor(last)) : C::load(p + last));
+  }
+
+  static void multiply_sheet(T* p, const int64_t* stride, const Axis* axes, const E* factors) {
+    for (int64_t r = 0; r < axes[0].size; ++r, p += stride[0], factors += axes[0].factor_stride) {
+      if (axes[1].factor_stride == 0) {
+        const Elem<C> factor = splat(*factors);
+        multiply_line(p, axes[1].size, [&](int64_t) { return factor; });
+      } else {
+        multiply_line(p, axes[1].size, [&](int64_t i) { return load_bits<Elem<C>>(factors + i); });
+      }
+    }
+  }
+
+  // All else (short lines, strides that leave gaps) is copied to a buffer, as many whole lines as it holds.
+  struct Buffer {
+    static constexpr int64_t kSize = 2048;
+    T raw[kSize + kL];
+    E value[kSize + kL];  // what was read, or the factor of each element
+  };
+
+  // Calls part(element offset, factor offset, sizes) for each buffer's worth of a slab.
+  template <class Part>
+  static SDGP_INLINE void for_each_part(const int64_t* stride, const Axis* axes, Part part) {
+    Box box;
+    int64_t at[3];
+    for (at[2] = 0; at[2] < axes[2].size; at[2] += box.size[2]) {
+      box.size[2] = at_most(axes[2].size - at[2], Buffer::kSize);
+      for (at[1] = 0; at[1] < axes[1].size; at[1] += box.size[1]) {
+        box.size[1] = at_most(axes[1].size - at[1], Buffer::kSize / box.size[2]);
+        for (at[0] = 0; at[0] < axes[0].size; at[0] += box.size[0]) {
+          box.size[0] = at_most(axes[0].size - at[0], Buffer::kSize / (box.size[1] * box.size[2]));
+          int64_t element = 0;
+          int64_t factor = 0;
+          for (int d = 0; d < 3; ++d) {
+            element += at[d] * stride[d];
+            factor += at[d] * axes[d].factor_stride;
+          }
+          part(element, factor, box);
+        }
+      }
+    }
+  }
+
+  // Copies between a part and the buffer, in as few runs as the strides allow.
+  template <class Copy>
+  static SDGP_INLINE void copy_part(const int64_t* stride, Box box, Copy copy) {
+    Strides tensor{{stride[0], stride[1], stride[2]}};
+    for (int d = 1; d >= 0; --d) {
+      if (tensor.axis[d] != box.size[2] * tensor.axis[2] || (d == 0 && box.size[1] != 1)) break;
+      box.size[2] *= box.size[d];
+      box.size[d] = 1;
+    }
+    copy(Strides{{box.size[1] * box.size[2], box.size[2], 1}}, tensor, box);
+  }
+
+  static void sum_part(const E* value, const Box& box, const Axis* axes, E* part_sums) {
+    const int64_t size = box.size[2];
+    for (int64_t i = 0; i < box.size[0]; ++i) {
+      E* sums = part_sums + i * axes[0].factor_stride;
+      if (axes[2].factor_stride != 0 && axes[1].factor_stride == 0) {
+        for (int64_t j = 0; j < size; j += kL) {
+          Elem<C> sum{};
+#pragma GCC unroll 4
+          for (int64_t r = 0; r < box.size[1]; ++r) sum += load_bits<Elem<C>>(value + r * size + j);
+          for (int64_t k = j; k < size && k < j + kL; ++k) sums[k * axes[2].factor_stride] += sum[k - j];
+        }
+        value += box.size[1] * size;
         continue;
       }
-      int64_t i = 0;
-      if (stride == 1 && factor_stride == 1) {
-        for (; i + kL <= size; i += kL) C::store(y + i, times(C::load(y + i), load_bits<Elem<C>>(f + i)));
+      for (int64_t r = 0; r < box.size[1]; ++r, value += size, sums += axes[1].factor_stride) {
+        if (axes[2].factor_stride == 0) {
+          *sums += sum_values(value, size);
+        } else {
+          for (int64_t j = 0; j < size; ++j) sums[j * axes[2].factor_stride] += value[j];
+        }
       }
-      for (; i < size; ++i) {
-        store_some(y + i * stride, 1, 1, times(load_some(y + i * stride, 1, 1), splat(f[i * factor_stride])));
+    }
+  }
+
+  static SDGP_INLINE E sum_values(const E* value, int64_t size) {
+    E total = 0;
+    int64_t i = 0;
+    if (size >= kL) {
+      Elem<C> sum{};
+      for (; i + kL <= size; i += kL) sum += load_bits<Elem<C>>(value + i);
+      total = sum_lanes(sum);
+    }
+    for (; i < size; ++i) total += value[i];
+    return total;
+  }
+
+  static void sum_slab(const T* p, const int64_t* stride, const Axis* axes, E* sums) {
+    Buffer buffer;
+    for_each_part(stride, axes, [&](int64_t element, int64_t factor, const Box& box) {
+      copy_part(stride, box, [&](const Strides& to, const Strides& from, const Box& runs) {
+        copy_box(buffer.raw, to, p + element, from, runs);
+      });
+      for (int64_t i = 0; i < box.volume(); i += kL) store_bits(buffer.value + i, absolute(C::load(buffer.raw + i)));
+      sum_part(buffer.value, box, axes, sums + factor);
+    });
+  }
+
+  // The factor of each element of a part. Vectors overlap, in ascending order: what one wrote too far, the next mends.
+  static void spread(const E* factors, const Box& box, const Axis* axes, E* value) {
+    const int64_t size = box.size[2];
+    const int64_t stride = axes[2].factor_stride;
+    const auto each_line = [&](auto line) {
+      for (int64_t i = 0; i < box.size[0]; ++i) {
+        const E* f = factors + i * axes[0].factor_stride;
+        for (int64_t r = 0; r < box.size[1]; ++r, value += size, f += axes[1].factor_stride) line(value, f);
       }
+    };
+    if (stride == 0 && size <= kL) {
+      each_line([](E* to, const E* f) { store_bits(to, splat(*f)); });
+    } else if (stride == 1 && size <= kL) {
+      each_line([](E* to, const E* f) { store_bits(to, load_bits<Elem<C>>(f)); });
+    } else {
+      each_line([&](E* to, const E* f) {
+        for (int64_t j = 0; j < size; ++j) to[j] = f[j * stride];
+      });
+    }
+  }
+
+  static void multiply_slab(T* p, const int64_t* stride, const Axis* axes, const E* factors) {
+    Buffer buffer;
+    for_each_part(stride, axes, [&](int64_t element, int64_t factor, const Box& box) {
+      spread(factors + factor, box, axes, buffer.value);
+      copy_part(stride, box, [&](const Strides& to, const Strides& from, const Box& runs) {
+        copy_box(buffer.raw, to, p + element, from, runs);
+      });
+      for (int64_t i = 0; i < box.volume(); i += kL) {
+        C::store(buffer.raw + i, times(C::load(buffer.raw + i), load_bits<Elem<C>>(buffer.value + i)));
+      }
+      copy_part(stride, box, [&](const Strides& from, const Strides& to, const Box& runs) {
+        copy_box(p + element, to, buffer.raw, from, runs);
+      });
+    });
+  }
+
+  static bool lies_in_lines(const int64_t* stride, const Axis* axes) {
+    return stride[2] == 1 && axes[2].size >= kL && axes[2].factor_stride <= 1;
+  }
+
+  // sums[f] += the sum of |x| over what shares factor f, in three axes.
+  static void sum(const T* p, const int64_t* stride, const Axis* axes, E* sums) {
+    if (!lies_in_lines(stride, axes)) return sum_slab(p, stride, axes, sums);
+    for (int64_t i = 0; i < axes[0].size; ++i) {
+      sum_sheet(p + i * stride[0], stride + 1, axes + 1, sums + i * axes[0].factor_stride);
+    }
+  }
+
+  static void multiply(T* p, const int64_t* stride, const Axis* axes, const E* factors) {
+    if (!lies_in_lines(stride, axes)) return multiply_slab(p, stride, axes, factors);
+    for (int64_t i = 0; i < axes[0].size; ++i) {
+      multiply_sheet(p + i * stride[0], stride + 1, axes + 1, factors + i * axes[0].factor_stride);
     }
   }
 
@@ -269,8 +383,7 @@ struct Rescale {
     for (int d = 0; d < part.ndim; ++d) {
       if (part.dims[d].per_factor) factors *= part.dims[d].size;
     }
-    if (block.ndim < 2) block.add({1, INT64_MAX, INT64_MAX, 0});
-    drop_single_dims(part);
+    while (block.ndim < 3) block.add({1, 0, 0, 0});
     flatten_rows(part);
 
     const bool scale = part.scale;
@@ -279,13 +392,12 @@ struct Rescale {
     E* kept = all + factors + kL;
     const RangeFunction prune = range_function(part);
     prune(part, 0, make_plan(part, tile_lanes(part)).units);
-    const Axis& inner = block.axes[block.ndim - 1];
-    const Axis& outer = block.axes[block.ndim - 2];
-    block.for_each_sheet([&](int64_t in_at, int64_t out_at, int64_t factor) {
-      sum_sheet(static_cast<const T*>(part.in) + in_at, outer.size, outer.in_stride, outer.factor_stride, inner.size,
-                inner.in_stride, inner.factor_stride, all + factor);
-      sum_sheet(static_cast<const T*>(part.out) + out_at, outer.size, outer.out_stride, outer.factor_stride, inner.size,
-                inner.out_stride, inner.factor_stride, kept + factor);
+    const Axis* const axes = block.axes + block.ndim - 3;
+    const int64_t in_stride[3] = {axes[0].in_stride, axes[1].in_stride, axes[2].in_stride};
+    const int64_t out_stride[3] = {axes[0].out_stride, axes[1].out_stride, axes[2].out_stride};
+    block.for_each_slab([&](int64_t in_at, int64_t out_at, int64_t factor) {
+      sum(static_cast<const T*>(part.in) + in_at, in_stride, axes, all + factor);
+      sum(static_cast<const T*>(part.out) + out_at, out_stride, axes, kept + factor);
     });
     for (int64_t i = 0; i < factors; i += kL) {
       store_bits(all + i, ratio(load_bits<Elem<C>>(all + i), load_bits<Elem<C>>(kept + i)));
@@ -294,19 +406,10 @@ struct Rescale {
       part.scale = true;
       prune(part, 0, make_plan(part, tile_lanes(part)).units);
     }
-    block.for_each_sheet([&](int64_t, int64_t out_at, int64_t factor) {
-      multiply_sheet(static_cast<T*>(part.out) + out_at, outer.size, outer.out_stride, outer.factor_stride, inner.size,
-                     inner.out_stride, inner.factor_stride, all + factor);
+    block.for_each_slab([&](int64_t, int64_t out_at, int64_t factor) {
+      multiply(static_cast<T*>(part.out) + out_at, out_stride, axes, all + factor);
     });
     delete[] all;
-  }
-
-  static void drop_single_dims(PruneArgs& args) {
-    int kept = 0;
-    for (int d = 0; d < args.ndim; ++d) {
-      if (args.dims[d].size != 1) args.dims[kept++] = args.dims[d];
-    }
-    args.ndim = kept;
   }
 };
 

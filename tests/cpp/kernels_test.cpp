@@ -1,192 +1,285 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels without torch: prune_nm of one instruction set against scalar code that follows the specification group
-// by group, over layouts that take each path (rows, groups, gather), sizes with tails, and values with ties and NaN.
+// The kernels without torch: prune_nm of one instruction set against scalar code, group by group, for every dtype, over
+// layouts that take each path (rows, groups, staged), with odd sizes, tails, gaps, ties, NaN, and group indices beyond
+// 2^32. Tensors lie against pages that trap, at either end: nothing outside them is touched.
 #include "kernels/kernels.h"
 
-#include <cmath>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cstdio>
-#include <cstring>
-#include <limits>
+#include <cstdlib>
+#include <map>
 #include <random>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "scalar.h"
+
 namespace {
 
-int failures = 0;
+using sdgp::DType;
+using sdgp::Method;
+using sdgp::PruneArgs;
+
+std::set<std::string> failures;
 
 void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+  if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
 }
 
-// A (outer, size, inner) tensor pruned along its middle: contiguous, or with the middle dimension innermost.
-struct Shape {
-  int64_t outer;
-  int64_t size;
-  int64_t inner;
-  bool middle_last;
-
-  int64_t numel() const { return outer * size * inner; }
-  int64_t offset(int64_t o, int64_t k, int64_t i) const {
-    return middle_last ? (o * inner + i) * size + k : (o * size + k) * inner + i;
+// `size` elements that end, or begin, where a page that traps begins or ends.
+template <class T>
+class Guarded {
+ public:
+  Guarded(int64_t size, bool at_end) {
+    const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+    const size_t bytes = static_cast<size_t>(size) * sizeof(T);
+    const size_t inside = (bytes + page - 1) / page * page;
+    length_ = inside + 2 * page;
+    base_ = static_cast<char*>(mmap(nullptr, length_, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    if (base_ == MAP_FAILED || mprotect(base_ + page, inside, PROT_READ | PROT_WRITE) != 0) std::abort();
+    data = reinterpret_cast<T*>(base_ + page + (at_end ? inside - bytes : 0));
   }
+  Guarded(const Guarded&) = delete;
+  Guarded& operator=(const Guarded&) = delete;
+  ~Guarded() { munmap(base_, length_); }
+
+  T* data;
+
+ private:
+  char* base_;
+  size_t length_;
 };
 
-template <class T>
-sdgp::PruneArgs make_args(const Shape& shape, const std::vector<T>& in, std::vector<T>& out, sdgp::DType dtype,
-                          sdgp::Method method, int n, int m) {
-  sdgp::PruneArgs args{};
-  args.in = in.data();
-  args.out = out.data();
+// The pruned dimension and the others, with strides of their own for input and output.
+struct Layout {
+  const char* name;
+  int64_t size;
+  int64_t in_stride;
+  int64_t out_stride;
+  std::vector<sdgp::Dim> dims;  // outermost first; row_step is filled in below
+};
+
+// (outer, size, inner), contiguous; the first dimension and the pruned one have factors of their own.
+Layout nchw(const char* name, int64_t outer, int64_t size, int64_t inner) {
+  return {name, size, inner, inner, {{outer, size * inner, size * inner, 0, true}, {inner, 1, 1, 0, false}}};
+}
+
+// (outer, inner, size), with a gap after each line of the input, the output, or none.
+Layout lines(const char* name, int64_t outer, int64_t inner, int64_t size, int64_t in_gap = 0, int64_t out_gap = 0) {
+  const int64_t in = size + in_gap;
+  const int64_t out = size + out_gap;
+  return {name, size, 1, 1, {{outer, inner * in, inner * out, 0, true}, {inner, in, out, 0, false}}};
+}
+
+std::vector<Layout> layouts() {
+  std::vector<Layout> all = {
+      nchw("rows", 2, 64, 81),
+      nchw("rows, tail", 3, 33, 37),
+      nchw("3x3 maps", 3, 70, 9),
+      nchw("3x3 maps, many", 40, 97, 9),
+      nchw("2x2 maps", 5, 64, 4),
+      nchw("1x3 maps", 5, 63, 3),
+      nchw("1x31 maps", 2, 67, 31),
+      lines("groups", 1, 2, 4100),
+      lines("groups, tail", 3, 9, 301),
+      lines("short lines", 3, 50, 26),
+      lines("short lines, many", 5, 400, 23),
+      lines("short lines with gaps", 3, 50, 26, 3, 1),
+      lines("lines shorter than a group", 2, 70, 5),
+      lines("one group", 1, 1, 7),
+  };
+  all.push_back({"every other of the input", 40, 2, 1, {{50, 80, 40, 0, true}}});
+  all.push_back({"input along the other dimension", 40, 50, 1, {{50, 1, 40, 0, true}}});
+  all.push_back({"output along the other dimension", 40, 1, 50, {{50, 40, 1, 0, true}}});
+  all.push_back({"maps with gaps", 33, 40, 40, {{3, 1320, 1320, 0, true}, {5, 7, 8, 0, false}, {5, 1, 1, 0, false}}});
+  all.push_back({"expanded", 40, 1, 1, {{50, 0, 40, 0, true}}});
+  for (Layout& layout : all) {
+    int64_t step = 1;
+    for (size_t d = layout.dims.size(); d-- > 0;) {
+      layout.dims[d].row_step = step;
+      step *= layout.dims[d].size;
+    }
+  }
+  return all;
+}
+
+PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int m, int64_t row_steps = 1) {
+  PruneArgs args{};
   args.dtype = dtype;
   args.method = method;
   args.n = n;
   args.m = m;
   args.seed = 0x0123456789abcdefu;
-  args.size = shape.size;
-  args.in_stride = args.out_stride = shape.middle_last ? 1 : shape.inner;
+  args.size = layout.size;
+  args.in_stride = layout.in_stride;
+  args.out_stride = layout.out_stride;
   args.dim_per_factor = true;
-  args.ndim = 2;
-  const int64_t outer_stride = shape.size * shape.inner;
-  const int64_t inner_stride = shape.middle_last ? shape.size : 1;
-  args.dims[0] = {shape.outer, outer_stride, outer_stride, shape.inner, true};
-  args.dims[1] = {shape.inner, inner_stride, inner_stride, 1, false};
+  for (const sdgp::Dim& dim : layout.dims) {
+    args.dims[args.ndim] = dim;
+    args.dims[args.ndim++].row_step *= row_steps;
+  }
   return args;
 }
 
-void run(const sdgp::PruneArgs& args, int64_t pieces) {
+int64_t extent(const PruneArgs& args, bool out) {
+  int64_t last = (args.size - 1) * (out ? args.out_stride : args.in_stride);
+  for (int d = 0; d < args.ndim; ++d)
+    last += (args.dims[d].size - 1) * (out ? args.dims[d].out_stride : args.dims[d].in_stride);
+  return last + 1;
+}
+
+// Calls row(in offset, out offset, index, sample) for every row.
+template <class Visit>
+void for_each_row(const PruneArgs& args, Visit visit, int d = 0, int64_t in = 0, int64_t out = 0, uint64_t index = 0,
+                  int64_t sample = 0) {
+  if (d == args.ndim) return visit(in, out, index, sample);
+  const sdgp::Dim& dim = args.dims[d];
+  for (int64_t i = 0; i < dim.size; ++i) {
+    for_each_row(args, visit, d + 1, in + i * dim.in_stride, out + i * dim.out_stride,
+                 index + static_cast<uint64_t>(i * dim.row_step), dim.per_factor ? i : sample);
+  }
+}
+
+void run(PruneArgs args, const void* in, void* out, int64_t pieces) {
+  args.in = in;
+  args.out = out;
   const sdgp::Kernels& table = sdgp::kernels();
   const int64_t units = table.prune_nm_units(args);
   for (int64_t p = 0; p < pieces; ++p) table.prune_nm(args, units * p / pieces, units * (p + 1) / pieces);
 }
 
-// Bits without the sign, as the order of magnitudes.
-uint32_t key(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  return bits & 0x7fffffff;
-}
-
-std::vector<bool> largest(const std::vector<float>& group, int n) {
-  std::vector<bool> keep(group.size());
-  for (size_t i = 0; i < group.size(); ++i) {
-    int ahead = 0;
-    for (size_t j = 0; j < group.size(); ++j) {
-      ahead += key(group[j]) > key(group[i]) || (key(group[j]) == key(group[i]) && j < i);
-    }
-    keep[i] = ahead < n;
-  }
-  return keep;
-}
-
-const char* name_of(sdgp::Method method) {
-  for (const auto& known : sdgp::kMethods) {
-    if (known.method == method) return known.name;
-  }
-  return "?";
-}
-
-const Shape kShapes[] = {{2, 64, 81, false}, {3, 33, 17, false}, {2, 64, 3, false},  {1, 40, 1, false},
-                         {2, 512, 5, true},  {3, 70, 9, true},   {1, 4100, 2, true}, {2, 7, 2, true}};
-const int kPatterns[][2] = {{1, 2},  {2, 4},  {1, 4},   {3, 5},  {4, 8},  {2, 16},
-                            {8, 16}, {4, 32}, {16, 32}, {9, 60}, {31, 64}};
-
-template <class Check>
-void for_each_group(const Shape& shape, int m, Check check) {
-  for (int64_t o = 0; o < shape.outer; ++o) {
-    for (int64_t i = 0; i < shape.inner; ++i) {
-      for (int64_t k = 0; k < shape.size; k += m) {
-        std::vector<int64_t> at;
-        for (int64_t j = k; j < k + m && j < shape.size; ++j) at.push_back(shape.offset(o, j, i));
-        check(at);
-      }
-    }
-  }
-}
-
-std::vector<float> gather(const std::vector<float>& x, const std::vector<int64_t>& at) {
-  std::vector<float> group;
-  for (const int64_t i : at) group.push_back(x[static_cast<size_t>(i)]);
-  return group;
-}
-
-std::vector<float> sample(int64_t numel, bool special) {
+// A float's nearest below in T's format, which is enough for random bits; 16-bit formats share a trick: any bits do.
+template <class T>
+void fill(T* x, int64_t size, bool special) {
   std::mt19937 generator(7);
   std::normal_distribution<float> normal;
-  std::vector<float> x(static_cast<size_t>(numel));
-  for (float& value : x) {
-    value = special ? std::round(normal(generator)) : normal(generator);  // rounded: ties, zeros of both signs
-    if (special && generator() % 97 == 0) value = std::numeric_limits<float>::quiet_NaN();
-    if (special && generator() % 89 == 0) value = -std::numeric_limits<float>::infinity();
-  }
-  return x;
-}
-
-bool same(float a, float b) { return std::memcmp(&a, &b, sizeof a) == 0; }
-
-void test_magnitude(const Shape& shape, int n, int m, const std::string& what) {
-  for (const bool special : {false, true}) {
-    const std::vector<float> in = sample(shape.numel(), special);
-    std::vector<float> out(in.size(), 77.0f);
-    run(make_args(shape, in, out, sdgp::DType::kFloat32, sdgp::Method::kMagnitude, n, m), 3);
-    for_each_group(shape, m, [&](const std::vector<int64_t>& at) {
-      const std::vector<float> group = gather(in, at);
-      const std::vector<bool> keep = largest(group, n);
-      const std::vector<float> got = gather(out, at);
-      for (size_t j = 0; j < at.size(); ++j) expect(same(got[j], keep[j] ? group[j] : 0.0f), what);
-    });
-  }
-}
-
-// Every method: at most n kept, a kept value has its own sign, and the pieces of work do not change the result.
-void test_structure(const Shape& shape, int n, int m, sdgp::Method method, const std::string& what) {
-  const std::vector<float> in = sample(shape.numel(), false);
-  std::vector<float> out(in.size(), 77.0f);
-  std::vector<float> again(in.size(), 78.0f);
-  run(make_args(shape, in, out, sdgp::DType::kFloat32, method, n, m), 1);
-  run(make_args(shape, in, again, sdgp::DType::kFloat32, method, n, m), 5);
-  expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(float)) == 0, what + ", in pieces");
-  for_each_group(shape, m, [&](const std::vector<int64_t>& at) {
-    int kept = 0;
-    for (const int64_t i : at) {
-      const float x = in[static_cast<size_t>(i)];
-      const float y = out[static_cast<size_t>(i)];
-      kept += y != 0;
-      expect(y == 0 || std::signbit(x) == std::signbit(y), what + ", sign");
-      if (method == sdgp::Method::kRandom) expect(y == 0 || same(x, y), what + ", value");
+  for (int64_t i = 0; i < size; ++i) {
+    float value = normal(generator);
+    if (special) {
+      value = std::round(value);  // ties, zeros of both signs
+      if (generator() % 97 == 0) value = std::numeric_limits<float>::quiet_NaN();
+      if (generator() % 89 == 0) value = -std::numeric_limits<float>::infinity();
     }
-    const int most = n < static_cast<int>(at.size()) ? n : static_cast<int>(at.size());
-    expect(kept <= most, what + ", count");
-    if (method != sdgp::Method::kMvue) expect(kept == most, what + ", exact count");
+    if constexpr (sizeof(T) == 2) {
+      uint32_t bits;
+      std::memcpy(&bits, &value, sizeof bits);
+      x[i] = static_cast<T>(bits >> 16);  // as float16 another number, inf and NaN no longer such
+    } else {
+      x[i] = value;
+    }
+  }
+}
+
+template <class T>
+bool same(T a, T b) {
+  return std::memcmp(&a, &b, sizeof a) == 0;
+}
+
+template <class T>
+std::vector<T> expected_group(const PruneArgs& args, const std::vector<T>& group, uint64_t index) {
+  if (args.method == Method::kMagnitude) return scalar::masked(group, scalar::largest_magnitudes(group, args.n));
+  if (args.method == Method::kRandom) return scalar::random(group, args.n, args.seed, index);
+  if constexpr (sizeof(T) > 2) return scalar::mvue(group, args.n, args.seed, index);
+  std::abort();
+}
+
+// Group by group, bit for bit; and what lies between the rows of the output stays as it was.
+template <class T>
+void test_equals_scalar(const PruneArgs& args, bool special, const std::string& what) {
+  const Guarded<T> in(extent(args, false), true);
+  fill(in.data, extent(args, false), special);
+  std::vector<T> expected(static_cast<size_t>(extent(args, true)), T{77});
+  const int64_t groups = (args.size + args.m - 1) / args.m;
+  for_each_row(args, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t) {
+    for (int64_t g = 0; g < groups; ++g) {
+      std::vector<T> group;
+      const int64_t length = std::min<int64_t>(args.m, args.size - g * args.m);
+      for (int64_t j = 0; j < length; ++j) group.push_back(in.data[in_at + (g * args.m + j) * args.in_stride]);
+      group = expected_group(args, group, row * static_cast<uint64_t>(groups) + static_cast<uint64_t>(g));
+      for (int64_t j = 0; j < length; ++j) {
+        expected[static_cast<size_t>(out_at + (g * args.m + j) * args.out_stride)] = group[static_cast<size_t>(j)];
+      }
+    }
+  });
+  for (const bool at_end : {false, true}) {
+    const Guarded<T> shifted(extent(args, false), at_end);
+    const Guarded<T> out(extent(args, true), at_end);
+    std::copy_n(in.data, extent(args, false), shifted.data);
+    std::fill_n(out.data, extent(args, true), T{77});
+    run(args, shifted.data, out.data, at_end ? 3 : 1);
+    for (int64_t i = 0; i < extent(args, true); ++i) expect(same(out.data[i], expected[static_cast<size_t>(i)]), what);
+  }
+}
+
+// rescale and rescale_group: magnitude, times sum |x| / sum |kept|.
+template <class T>
+void test_scaled(PruneArgs args, const std::string& what) {
+  const Guarded<T> in(extent(args, false), true);
+  const Guarded<T> out(extent(args, true), false);
+  const Guarded<T> pruned(extent(args, true), true);
+  fill(in.data, extent(args, false), false);
+  std::fill_n(out.data, extent(args, true), T{77});
+  run(args, in.data, out.data, 3);
+  const bool by_group = args.method == Method::kRescaleGroup;
+  args.method = Method::kMagnitude;
+  run(args, in.data, pruned.data, 1);
+  std::map<std::pair<int64_t, uint64_t>, std::pair<double, double>> sums;
+  const auto factor_of = [&](int64_t sample, uint64_t row, int64_t k) {
+    return by_group ? std::pair(k / args.m, row) : std::pair(k, static_cast<uint64_t>(sample));
+  };
+  for_each_row(args, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t sample) {
+    for (int64_t k = 0; k < args.size; ++k) {
+      auto& [all, kept] = sums[factor_of(sample, row, k)];
+      all += std::abs(in.data[in_at + k * args.in_stride]);
+      kept += std::abs(pruned.data[out_at + k * args.out_stride]);
+    }
+  });
+  for_each_row(args, [&](int64_t, int64_t out_at, uint64_t row, int64_t sample) {
+    for (int64_t k = 0; k < args.size; ++k) {
+      const auto [all, kept] = sums[factor_of(sample, row, k)];
+      const double x = pruned.data[out_at + k * args.out_stride];
+      const double y = out.data[out_at + k * args.out_stride];
+      expect(std::abs(y - (kept == 0 ? x : x * (all / kept))) <= 1e-5 * std::abs(y), what);
+    }
   });
 }
 
-// The selection of 16-bit and 64-bit types equals that of the same values in float32.
-void test_dtypes(const Shape& shape, int n, int m, const std::string& what) {
-  std::vector<float> in = sample(shape.numel(), true);
-  std::vector<double> in64(in.begin(), in.end());
-  std::vector<uint16_t> in16(in.size());
-  for (size_t i = 0; i < in.size(); ++i) {
-    uint32_t bits;
-    std::memcpy(&bits, &in[i], sizeof bits);
-    in16[i] = static_cast<uint16_t>(bits >> 16);  // small integers, inf and NaN are exact in bfloat16
+const int kPatterns[][2] = {{1, 2},  {2, 4},  {1, 4},  {2, 3},   {3, 5},  {4, 8},
+                            {2, 16}, {8, 16}, {5, 24}, {16, 32}, {9, 60}, {31, 64}};
+
+void test_layout(const Layout& layout, int n, int m) {
+  const auto args = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m); };
+  const std::string what = std::to_string(n) + ":" + std::to_string(m) + ", " + layout.name;
+  for (const bool special : {false, true}) {
+    test_equals_scalar<float>(args(DType::kFloat32, Method::kMagnitude), special, "magnitude " + what);
+    test_equals_scalar<double>(args(DType::kFloat64, Method::kMagnitude), special, "magnitude of float64 " + what);
+    test_equals_scalar<uint16_t>(args(DType::kBFloat16, Method::kMagnitude), special, "magnitude of bfloat16 " + what);
+    test_equals_scalar<uint16_t>(args(DType::kFloat16, Method::kMagnitude), special, "magnitude of float16 " + what);
+    test_equals_scalar<float>(args(DType::kFloat32, Method::kMvue), special, "mvue " + what);
+    test_equals_scalar<double>(args(DType::kFloat64, Method::kMvue), special, "mvue of float64 " + what);
   }
-  std::vector<float> out(in.size());
-  std::vector<double> out64(in.size());
-  std::vector<uint16_t> out16(in.size());
-  for (const auto method : {sdgp::Method::kMagnitude, sdgp::Method::kRandom}) {
-    run(make_args(shape, in, out, sdgp::DType::kFloat32, method, n, m), 1);
-    run(make_args(shape, in64, out64, sdgp::DType::kFloat64, method, n, m), 1);
-    run(make_args(shape, in16, out16, sdgp::DType::kBFloat16, method, n, m), 1);
-    for (size_t i = 0; i < in.size(); ++i) {
-      expect((out[i] != 0) == (out64[i] != 0), what + ", float64");
-      expect((out[i] != 0) == ((out16[i] & 0x7fff) != 0), what + ", bfloat16");
-    }
+  test_equals_scalar<float>(args(DType::kFloat32, Method::kRandom), false, "random " + what);
+  test_equals_scalar<double>(args(DType::kFloat64, Method::kRandom), false, "random of float64 " + what);
+  test_equals_scalar<uint16_t>(args(DType::kBFloat16, Method::kRandom), false, "random of bfloat16 " + what);
+  test_equals_scalar<uint16_t>(args(DType::kFloat16, Method::kRandom), false, "random of float16 " + what);
+  for (const Method method : {Method::kRescale, Method::kRescaleGroup}) {
+    test_scaled<float>(args(DType::kFloat32, method), "rescale " + what);
+    test_scaled<double>(args(DType::kFloat64, method), "rescale of float64 " + what);
+  }
+  // Row indices so far apart that group indices pass 2^32, between the lanes of a tile too.
+  const int64_t groups = (layout.size + m - 1) / m;
+  for (const int64_t row_steps : {(int64_t{1} << 32) / groups, (int64_t{1} << 32) / (10 * groups) + 1}) {
+    const auto far = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m, row_steps); };
+    test_equals_scalar<float>(far(DType::kFloat32, Method::kRandom), false, "random, far rows " + what);
+    test_equals_scalar<double>(far(DType::kFloat64, Method::kRandom), false, "random of float64, far rows " + what);
+    test_equals_scalar<float>(far(DType::kFloat32, Method::kMvue), false, "mvue, far rows " + what);
+    test_equals_scalar<double>(far(DType::kFloat64, Method::kMvue), false, "mvue of float64, far rows " + what);
   }
 }
 
@@ -199,18 +292,9 @@ int main() {
     std::printf("%s\n", error.what());
     return 77;
   }
-  for (const Shape& shape : kShapes) {
-    for (const auto& [n, m] : kPatterns) {
-      const std::string what = std::to_string(n) + ":" + std::to_string(m) + " of (" + std::to_string(shape.outer) +
-                               ", " + std::to_string(shape.size) + ", " + std::to_string(shape.inner) + ")" +
-                               (shape.middle_last ? " middle last" : "");
-      test_magnitude(shape, n, m, "magnitude " + what);
-      test_dtypes(shape, n, m, "dtypes " + what);
-      for (const auto& known : sdgp::kMethods) {
-        test_structure(shape, n, m, known.method, std::string(name_of(known.method)) + " " + what);
-      }
-    }
+  for (const Layout& layout : layouts()) {
+    for (const auto& [n, m] : kPatterns) test_layout(layout, n, m);
   }
-  std::printf(failures ? "%d failures\n" : "passed\n", failures);
-  return failures != 0;
+  std::printf(failures.empty() ? "passed\n" : "%zu failures\n", failures.size());
+  return !failures.empty();
 }

@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Staging: what is too short to fill vectors where it lies is copied, piece by piece, into a buffer that does, and
+// back. Here are the pieces and the copies; the tiles in between are prune_nm-inl.h's.
+//
+// Two layouts of the buffer, as in memory: where rows lie inside groups (NCHW maps smaller than a vector), element j of
+// every group in buffer row j; else each group's elements together, padded to the compiled size. Both sides of a copy
+// are then runs, moved with vectors and exactly: nothing beside a run is read or written.
+#pragma once
+
+#include "plan-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+template <int kBytes>
+struct BlockType {
+  using type = typename VecType<uint64_t, kBytes>::type;
+};
+template <>
+struct BlockType<8> {
+  using type = uint64_t;
+};
+template <>
+struct BlockType<4> {
+  using type = uint32_t;
+};
+template <>
+struct BlockType<2> {
+  using type = uint16_t;
+};
+
+// Three nested loops over elements, the innermost axis last.
+struct Box {
+  int64_t size[3];
+
+  int64_t volume() const { return size[0] * size[1] * size[2]; }
+};
+struct Strides {
+  int64_t axis[3];
+};
+
+// Runs of `bytes`: in vectors, the last of which ends with the run and may overlap the one before it; or, where a run
+// is shorter than a vector, in two moves of the widest block that fits. Strides in bytes, and by value: `to` may alias.
+template <int kBytes, int kSmallest>
+SDGP_INLINE void copy_runs(char* to, const Strides to_strides, const char* from, const Strides from_strides,
+                           const Box box, const int64_t bytes) {
+  if constexpr (kBytes > kSmallest) {
+    if (bytes < kBytes) return copy_runs<kBytes / 2, kSmallest>(to, to_strides, from, from_strides, box, bytes);
+  }
+  using Block = typename BlockType<kBytes>::type;
+  const int64_t last = bytes - kBytes;
+  for (int64_t i = 0; i < box.size[0]; ++i) {
+    char* target = to + i * to_strides.axis[0];
+    const char* source = from + i * from_strides.axis[0];
+    for (int64_t j = 0; j < box.size[1]; ++j) {
+      const auto end = load_bits<Block>(source + last);
+      if constexpr (kBytes < kVectorBytes) {
+        store_bits(target, load_bits<Block>(source));
+      } else {
+        for (int64_t at = 0; at < last; at += kBytes) store_bits(target + at, load_bits<Block>(source + at));
+      }
+      store_bits(target + last, end);
+      target += to_strides.axis[1];
+      source += from_strides.axis[1];
+    }
+  }
+}
+
+template <class T>
+__attribute__((noinline)) void copy_box(T* to, const Strides& to_strides, const T* from, const Strides& from_strides,
+                                        const Box& box) {
+  constexpr int kSize = sizeof(T);
+  if (to_strides.axis[2] == 1 && from_strides.axis[2] == 1) {
+    return copy_runs<kVectorBytes, kSize>(
+        reinterpret_cast<char*>(to), {{to_strides.axis[0] * kSize, to_strides.axis[1] * kSize}},
+        reinterpret_cast<const char*>(from), {{from_strides.axis[0] * kSize, from_strides.axis[1] * kSize}}, box,
+        box.size[2] * kSize);
+  }
+  for (int64_t i = 0; i < box.size[0]; ++i) {
+    for (int64_t j = 0; j < box.size[1]; ++j) {
+      T* const target = to + i * to_strides.axis[0] + j * to_strides.axis[1];
+      const T* const source = from + i * from_strides.axis[0] + j * from_strides.axis[1];
+      for (int64_t k = 0; k < box.size[2]; ++k) target[k * to_strides.axis[2]] = source[k * from_strides.axis[2]];
+    }
+  }
+}
+
+// Some neighbouring rows (along the innermost of the other dimensions) times some consecutive groups of each. Its lanes
+// are numbered in memory order.
+struct Piece {
+  Row first;  // element offsets and group index of its first group
+  int64_t rows;
+  int64_t groups;
+  int64_t tail;  // length of the last group where that is shorter, else 0
+
+  int64_t lanes() const { return rows * groups; }
+};
+
+// Cuts a range of the (row, group) pairs, in memory order, into pieces. Only groups from `first_group` on count.
+class Pieces {
+ public:
+  Pieces(const PruneArgs& args, const Plan& plan, int64_t first_group, int64_t begin, int64_t end)
+      : args_(args), plan_(plan), first_group_(first_group), left_(end - begin) {
+    const int64_t groups = plan.groups - first_group;
+    majors_ = plan.rows_inside ? groups : plan.inner;
+    minors_ = plan.rows_inside ? plan.inner : groups;
+    outer_ = begin / (majors_ * minors_);
+    major_ = begin / minors_ % majors_;
+    minor_ = begin % minors_;
+    base_ = find_row(args_, args_.ndim - 1, outer_);
+  }
+
+  // The next piece, where one is left and fits into `room` lanes of a buffer of `capacity`. Whole runs are taken where
+  // that wastes less than half of the buffer.
+  bool next(int64_t room, int64_t capacity, Piece& piece) {
+    if (left_ == 0 || room == 0) return false;
+    int64_t count = 1;
+    int64_t run = at_most(minors_ - minor_, left_);
+    if (run > room) {
+      if (minors_ <= capacity / 2) return false;
+      run = room;
+    } else if (run == minors_) {
+      count = at_most(majors_ - major_, at_most(room, left_) / minors_);
+    }
+    const int64_t row = plan_.rows_inside ? minor_ : major_;
+    const int64_t group = first_group_ + (plan_.rows_inside ? major_ : minor_);
+    piece.rows = plan_.rows_inside ? run : count;
+    piece.groups = plan_.rows_inside ? count : run;
+    piece.tail = group + piece.groups > plan_.full ? args_.size % args_.m : 0;
+    const Dim inner = args_.ndim ? args_.dims[args_.ndim - 1] : Dim{};
+    piece.first.in = base_.in + row * inner.in_stride + group * args_.m * args_.in_stride;
+    piece.first.out = base_.out + row * inner.out_stride + group * args_.m * args_.out_stride;
+    piece.first.index =
+        args_.first_group +
+        (base_.index + static_cast<uint64_t>(row * inner.row_step)) * static_cast<uint64_t>(plan_.groups) +
+        static_cast<uint64_t>(group);
+    advance(count, run);
+    return true;
+  }
+
+ private:
+  void advance(int64_t count, int64_t run) {
+    left_ -= count * run;
+    minor_ += run;
+    if (minor_ < minors_) return;
+    minor_ = 0;
+    major_ += count;
+    if (major_ < majors_) return;
+    major_ = 0;
+    base_ = find_row(args_, args_.ndim - 1, ++outer_);
+  }
+
+  const PruneArgs& args_;
+  const Plan& plan_;
+  int64_t first_group_;
+  int64_t left_;
+  int64_t outer_;
+  int64_t majors_;  // of the two axes of a piece, the one with the larger strides
+  int64_t minors_;
+  int64_t major_;
+  int64_t minor_;
+  Row base_;
+};
+
+// Calls copy(box, buffer offset, buffer strides, tensor offset, tensor strides) for the full groups of a piece and for
+// its tails. `padded` is the compiled group size, the tensor's strides are the input's or the output's.
+template <class Copy>
+SDGP_INLINE void for_each_box(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t capacity,
+                              int64_t padded, int64_t row_stride, int64_t stride, Copy copy) {
+  const int64_t m = args.m;
+  const int64_t full = piece.groups - (piece.tail != 0);
+  if (plan.rows_inside) {
+    const Strides buffer{{piece.rows, capacity, 1}};
+    const Strides tensor{{m * stride, stride, row_stride}};
+    if (full) copy(Box{{full, m, piece.rows}}, 0, buffer, 0, tensor);
+    if (piece.tail) copy(Box{{1, piece.tail, piece.rows}}, full * piece.rows, buffer, full * m * stride, tensor);
+    return;
+  }
+  const Strides buffer{{piece.groups * padded, padded, 1}};
+  const Strides tensor{{row_stride, m * stride, stride}};
+  if (m == padded && stride == 1) {
+    copy(Box{{piece.rows, 1, full * m + piece.tail}}, 0, buffer, 0, tensor);
+    return;
+  }
+  if (full) copy(Box{{piece.rows, full, m}}, 0, buffer, 0, tensor);
+  if (piece.tail) copy(Box{{piece.rows, 1, piece.tail}}, full * padded, buffer, full * m * stride, tensor);
+}
+
+}  // namespace sdgp::SDGP_ISA
