@@ -128,8 +128,8 @@ class Special(nn.Linear):
         (nn.ConvTranspose2d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not ConvTranspose2d"),
         (nn.LSTM(8, 8), "dense: only nn.Linear and nn.Conv2d are converted, not LSTM"),
         (nn.LazyLinear(8), "dense: LazyLinear is a subclass that sdgp does not know"),
-        (nn.Linear(8, 8), "exact: no sparse product yet"),
-        (nn.Conv2d(1, 8, 3), "exact: no sparse product yet"),
+        (nn.Linear(8, 8), "exact so far: no backward has measured it"),
+        (nn.Conv2d(1, 8, 3), "exact so far: no backward has measured it"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -147,9 +147,16 @@ def test_report() -> None:
         "layer | type   | pattern | method | backend | note",
         "------|--------|---------|--------|---------|-----------------------------",
         "0     | Conv2d |         |        |         | dense: filter returned False",
-        "3     | Linear | 2:4     | mvue   | pruned  | pruned, dense product",
+        "3     | Linear | 2:4     | mvue   | pruned  | pruned",
     ]
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert notes(model)["3"] == "pruned, dense product"  # so small a product is never measured
     assert notes(sdgp.convert(small(), "4:4", backend="pruned"))["3"] == "exact: n == m"
+
+
+@pytest.mark.parametrize("product", ["dense", "sparse"])
+def test_report_of_a_forced_product(product: str) -> None:
+    assert set(notes(sdgp.convert(small(), backend=product)).values()) == {f"pruned, {product} product"}
 
 
 def test_paused_is_exact_and_ends() -> None:
@@ -226,7 +233,7 @@ def test_torchvision(name: str, converted: int, dense: dict[str, int]) -> None:
     size = 224 if name == "vit_b_16" else 64
     model = sdgp.convert(models.get_model(name), "2:4", backend="pruned")
     rows = sdgp.report(model)
-    assert sum(row.note == "pruned, dense product" for row in rows) == converted
+    assert sum(row.note == "pruned" for row in rows) == converted
     for reason, count in dense.items():
         assert sum(row.note == f"dense: {reason}" for row in rows) == count
     assert len(rows) == converted + sum(dense.values())
@@ -236,7 +243,7 @@ def test_torchvision(name: str, converted: int, dense: dict[str, int]) -> None:
 def test_transformer_encoder() -> None:
     layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
     model = sdgp.convert(nn.TransformerEncoder(layer, 2), "2:4", backend="pruned")
-    assert [name for name, note in notes(model).items() if note == "pruned, dense product"] == [
+    assert [name for name, note in notes(model).items() if note == "pruned"] == [
         f"layers.{i}.linear{j}" for i in (0, 1) for j in (1, 2)
     ]
     trains(model, torch.randn(2, 7, 32))

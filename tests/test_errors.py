@@ -171,9 +171,14 @@ CONV = nn.Conv2d(4, 8, 3)
 IMAGE = torch.randn(2, 4, 8, 8, requires_grad=True)
 METHODS = "expected method to be one of magnitude, random, rescale, rescale_group, mvue, got 'max'"
 SPARSE = (
-    'expected a backend with a kernel, got "sparse", which has none in this version; '
-    'use "pruned" for the same gradients through the dense product'
+    'expected backend="sparse" on a device with a sparse product (cpu), got meta; '
+    'use "pruned" for the same gradients through the faster product there is'
 )
+
+
+def backward_on_meta(layer: nn.Module, x: torch.Tensor) -> None:
+    layer.to("meta")(x.detach().to("meta").requires_grad_()).sum().backward()
+
 
 PYTHON: list[tuple[Callable[[], Any], str]] = [
     (
@@ -206,9 +211,8 @@ PYTHON: list[tuple[Callable[[], Any], str]] = [
     (lambda: sdgp.conv2d(IMAGE, CONV.weight, method="max"), f"conv2d: {METHODS}"),
     (lambda: sdgp.Linear(8, 8, method="max"), f"Linear: {METHODS}"),
     (lambda: sdgp.convert(nn.Linear(8, 8), method="max"), f"convert: {METHODS}"),
-    (lambda: sdgp.linear(X, torch.randn(8, 8), backend="sparse"), f"linear: {SPARSE}"),
-    (lambda: sdgp.Conv2d(4, 8, 3, backend="sparse"), f"Conv2d: {SPARSE}"),
-    (lambda: sdgp.convert(nn.Linear(8, 8), backend="sparse"), f"convert: {SPARSE}"),
+    (lambda: backward_on_meta(sdgp.Linear(8, 8, backend="sparse"), X), f"linear: {SPARSE}"),
+    (lambda: backward_on_meta(sdgp.Conv2d(4, 8, 3, backend="sparse"), IMAGE), f"conv2d: {SPARSE}"),
     (
         lambda: sdgp.convert(nn.Linear(8, 8), backend="fast"),
         "convert: expected backend to be one of auto, pruned, sparse, dense, got 'fast'",
