@@ -180,13 +180,18 @@ inline std::string name_of_shape(const Tensor& tensor) {
   return text + (tensor.dim() == 1 ? ",)" : ")");
 }
 
+inline void check_group_size(const char* op, int64_t m) {
+  check(1 <= m && m <= kMaxGroupSize, op, ": expected 1 <= m <= ", kMaxGroupSize, ", got ", m);
+}
+
 // Compressed tensors: `values` and `indices`, each group of m having the same number n of them along `dim` (counted
 // from the front). Returns n.
 inline int64_t check_compressed(const char* op, const Tensor& values, const Tensor& indices, int64_t m, int64_t size,
                                 int64_t dim) {
   check_strided(op, values);
+  check_strided(op, indices);
   check_dtype(op, values);
-  check(1 <= m && m <= kMaxGroupSize, op, ": expected 1 <= m <= ", kMaxGroupSize, ", got ", m);
+  check_group_size(op, m);
   check(size >= 0, op, ": expected size >= 0, got ", size);
   if (const int32_t dtype = dtype_of(indices); dtype != aoti_torch_dtype_uint8()) {
     check(false, op, ": expected indices to be uint8, got ", name_of_dtype(dtype));

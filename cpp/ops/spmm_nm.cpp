@@ -118,6 +118,7 @@ SpmmArgs validate_conv2d(const Tensor& values, const Tensor& indices, int64_t m,
   check(weight.dim() == 4, kConvOp, ": expected weight (out, in / groups, kH, kW), got ", name_of_shape(weight));
   check(groups >= 1 && weight.size(0) % groups == 0, kConvOp, ": expected groups that divide ", weight.size(0),
         " output channels, got ", groups);
+  check_group_size(kConvOp, m);
   const int64_t size = weight.size(0) / groups;
   const bool apart = groups > 1 && size % m != 0;
   check(!apart || values.size(0) % groups == 0, kConvOp, ": expected samples x groups values, got ",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _load as _load  # registers the ops
-from .pattern import MAX_GROUP_SIZE
+from .pattern import MAX_GROUP_SIZE, METHODS
 
 _Shape = TypeVar("_Shape", bound=Callable[..., object])
 
@@ -37,8 +37,12 @@ def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> T
 def _compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check(1 <= n <= m <= MAX_GROUP_SIZE, f"compress_nm: expected 1 <= n <= m <= {MAX_GROUP_SIZE}, got n={n}, m={m}")
-    _check_dim("compress_nm", input, dim)
+    op = "compress_nm"
+    _check(1 <= n <= m <= MAX_GROUP_SIZE, f"{op}: expected 1 <= n <= m <= {MAX_GROUP_SIZE}, got n={n}, m={m}")
+    _check(method in METHODS, f'{op}: expected method to be one of {", ".join(METHODS)}, got "{method}"')
+    _check_dtype(op, input)
+    _check_dim(op, input, dim)
+    _check_seed(op, input, seed)
     kept = _ceil_div(input.shape[dim], m) * n
     dim %= input.ndim
     return _empty_innermost(input, dim, kept, input.dtype), _empty_innermost(input, dim, kept, torch.uint8)
@@ -47,16 +51,17 @@ def _compress_nm(
 @_fake("decompress_nm")
 def _decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
     _check_dim("decompress_nm", values, dim)
+    _check_compressed("decompress_nm", values, indices, m, size, dim)
     return _empty_innermost(values, dim % values.ndim, size, values.dtype)
 
 
 @_fake("spmm_nm")
 def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
-    _check(dense.ndim == 2, f"spmm_nm: expected dense (size, cols), got {tuple(dense.shape)}")
-    _check(
-        dense.dtype == values.dtype,
-        f"spmm_nm: expected dense to be {_name(values)} as the values are, got {_name(dense)}",
-    )
+    op = "spmm_nm"
+    _check(dense.ndim == 2, f"{op}: expected dense (size, cols), got {tuple(dense.shape)}")
+    _check_dim(op, values, -1)
+    _check_compressed(op, values, indices, m, dense.shape[0], -1)
+    _check_like(op, values, "dense", dense)
     return values.new_empty(*values.shape[:-1], dense.shape[1])
 
 
@@ -73,12 +78,36 @@ def _conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    out = weight.shape[0] // groups
-    samples = values.shape[0] // groups if groups > 1 and out % m != 0 else values.shape[0]
-    channels = weight.shape[1] * groups
+    op = "_conv2d_input_grad_nm"
+    _check(values.ndim == 4, f"{op}: expected values (N, C, H, W), got {tuple(values.shape)}")
+    _check(weight.ndim == 4, f"{op}: expected weight (out, in / groups, kH, kW), got {tuple(weight.shape)}")
+    channels_out, channels_in = weight.shape[:2]
+    _check(
+        groups >= 1 and channels_out % groups == 0,
+        f"{op}: expected groups that divide {channels_out} output channels, got {groups}",
+    )
+    _check_group_size(op, m)
+    apart = groups > 1 and channels_out // groups % m != 0
+    samples = values.shape[0] // groups if apart else values.shape[0]
+    _check(
+        not apart or values.shape[0] % groups == 0,
+        f"{op}: expected samples x groups values, got {tuple(values.shape)} for {groups} groups",
+    )
+    _check_compressed(op, values, indices, m, channels_out // groups if apart else channels_out, 1)
+    _check_like(op, values, "weight", weight)
+    pairs = (("input_size", input_size, 0), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
+    for axis in range(2):
+        for name, pair, least in pairs:
+            _check(len(pair) == 2, f"{op}: expected {name} to be a pair, got {len(pair)} numbers")
+            _check(pair[axis] >= least, f"{op}: expected {name} >= {least}, got {pair[axis]}")
     if channels_last:
-        return values.new_empty(samples, *input_size, channels).movedim(-1, 1)
-    return values.new_empty(samples, channels, *input_size)
+        return values.new_empty(samples, *input_size, channels_in * groups).movedim(-1, 1)
+    return values.new_empty(samples, channels_in * groups, *input_size)
+
+
+# The requirements of cpp/checks.h, as far as a tensor without data can break them.
+
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
 def _check(ok: bool, message: str) -> None:
@@ -90,6 +119,50 @@ def _check_dim(op: str, tensor: Tensor, dim: int) -> None:
     ndim = tensor.ndim
     _check(ndim >= 1, f"{op}: expected at least 1 dimension, got a scalar")
     _check(-ndim <= dim < ndim, f"{op}: expected dim in [{-ndim}, {ndim - 1}], got {dim}")
+
+
+def _check_dtype(op: str, tensor: Tensor) -> None:
+    _check(tensor.dtype in _DTYPES, f"{op}: expected float32, float64, float16 or bfloat16, got {_name(tensor)}")
+
+
+def _check_seed(op: str, input: Tensor, seed: Tensor | None) -> None:
+    if seed is None:
+        return
+    _check(seed.dtype == torch.int64, f"{op}: expected seed to be int64, got {_name(seed)}")
+    _check(seed.numel() == 1, f"{op}: expected seed to have one element, got {seed.numel()}")
+    same = seed.device == input.device
+    _check(same, f"{op}: expected seed on the input's device ({input.device}), got {seed.device}")
+
+
+def _check_group_size(op: str, m: int) -> None:
+    _check(1 <= m <= MAX_GROUP_SIZE, f"{op}: expected 1 <= m <= {MAX_GROUP_SIZE}, got {m}")
+
+
+def _check_compressed(op: str, values: Tensor, indices: Tensor, m: int, size: int, dim: int) -> None:
+    _check_dtype(op, values)
+    _check_group_size(op, m)
+    _check(size >= 0, f"{op}: expected size >= 0, got {size}")
+    _check(indices.dtype == torch.uint8, f"{op}: expected indices to be uint8, got {_name(indices)}")
+    _check_same_device(op, values, "indices", indices)
+    shapes = f"{tuple(values.shape)} and {tuple(indices.shape)}"
+    _check(values.shape == indices.shape, f"{op}: expected values and indices of one shape, got {shapes}")
+    kept, groups = values.shape[dim], _ceil_div(size, m)
+    _check(
+        kept == 0 if groups == 0 else kept % groups == 0 and 1 <= kept // groups <= m,
+        f"{op}: expected the size of values to be ceil({size} / {m}) = {groups} groups times n, 1 <= n <= {m}, "
+        f"got {kept}",
+    )
+
+
+def _check_like(op: str, values: Tensor, name: str, other: Tensor) -> None:
+    same = other.dtype == values.dtype
+    _check(same, f"{op}: expected {name} to be {_name(values)} as the values are, got {_name(other)}")
+    _check_same_device(op, values, name, other)
+
+
+def _check_same_device(op: str, values: Tensor, name: str, other: Tensor) -> None:
+    same = other.device == values.device
+    _check(same, f"{op}: expected {name} on the same device ({values.device}), got {other.device}")
 
 
 def _name(tensor: Tensor) -> str:

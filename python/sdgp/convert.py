@@ -50,7 +50,7 @@ def convert(
     Example:
         >>> model = sdgp.convert(torchvision.models.resnet18(), "2:4", backend="pruned")
     """
-    _check_module("convert", model)
+    check_module("convert", model)
     pruning = Pruning.parse("convert", pattern, method, backend)
     _check_classes("convert", model)
     plan = [(module, _why_dense(module, name, pruning, filter)) for name, module in _layers(model)]
@@ -67,7 +67,7 @@ def convert(
 
 def revert(model: _Model) -> _Model:
     """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``."""
-    _check_module("revert", model)
+    check_module("revert", model)
     _check_classes("revert", model)
     for _, module in _layers(model):
         if type(module) in DENSE_OF:
@@ -85,7 +85,7 @@ def paused(model: nn.Module) -> Iterator[None]:
         ...     loss = criterion(model(input), target)
         >>> loss.backward()  # exact
     """
-    _check_module("paused", model)
+    check_module("paused", model)
     layers = [module for _, module in _layers(model) if isinstance(module, (Linear, Conv2d))]
     before = [layer.paused for layer in layers]
     for layer in layers:
@@ -132,7 +132,7 @@ def report(model: nn.Module) -> Report:
     Example:
         >>> print(sdgp.report(model))
     """
-    _check_module("report", model)
+    check_module("report", model)
     rows = Report()
     for name, module in _layers(model):
         layer, kind = name or "(model)", type(module).__name__
@@ -145,7 +145,7 @@ def report(model: nn.Module) -> Report:
     return rows
 
 
-def _check_module(op: str, model: object) -> None:
+def check_module(op: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
 

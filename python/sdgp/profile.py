@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from .backends import describe, has_sparse_product, measure
-from .convert import paused
+from .convert import check_module, format_table, paused
 from .modules import Conv2d, Linear
 
 
 class LayerProfile(NamedTuple):
-    """One converted layer. Milliseconds of its data gradient, summed over the layer's calls in the step."""
+    """One call of one converted layer in the step: milliseconds of its data gradient."""
 
     layer: str
     shape: str  # of the output gradient
@@ -42,7 +42,7 @@ class Profile(list[LayerProfile]):
 
     def __str__(self) -> str:
         head = ("layer", "gradient", "pattern", "dense ms", "sparse ms", "share", "backend")
-        table = [head] + [
+        table = [
             (
                 row.layer,
                 row.shape,
@@ -54,11 +54,7 @@ class Profile(list[LayerProfile]):
             )
             for row in self
         ]
-        widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-        lines = [
-            " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-        ]
-        lines.insert(1, "-|-".join("-" * width for width in widths))
+        lines = format_table(head, table)
         saved = 1 - self.step_ms / self.dense_ms
         lines.append(f"step: dense {self.dense_ms:.2f} ms, as converted {self.step_ms:.2f} ms, {saved:.1%} saved")
         return "\n".join(lines)
@@ -95,6 +91,7 @@ def profile(
         >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), "2:4")
         >>> result = sdgp.profile(model, torch.randn(8, 64))  # doctest: +SKIP
     """
+    check_module("profile", model)
     layers = {
         module: name or "(model)" for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))
     }
@@ -138,14 +135,14 @@ def _layer_gradients(
     """(output gradient, input) of every call of every layer that has a data gradient, from one step."""
     found: dict[Linear | Conv2d, list[tuple[Tensor, Tensor]]] = {}
 
-    def after_forward(layer: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-        input = args[0]
+    def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        input = args[0] if args else kwargs["input"]
         if output.requires_grad and input.requires_grad:
             calls = found.setdefault(layer, [])
             hook: Any = output.register_hook
             hook(lambda grad: calls.append((grad.detach(), input.detach())))
 
-    handles = [layer.register_forward_hook(after_forward) for layer in layers]
+    handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
     try:
         step()
     finally:

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The specification, in plain PyTorch: one function per op, slow and on any device.
 
-Every kernel is tested against these. ``magnitude``, ``random``, ``rescale_group`` and ``mvue`` agree bit for bit, given
-the same seed; ``rescale`` agrees to rounding, because its sums have no fixed order.
+Every kernel is tested against these. Pruning by ``magnitude``, ``random``, ``rescale_group`` and ``mvue`` agrees bit
+for bit, given the same seed; ``rescale`` and the products agree to rounding, because their sums have no fixed order.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,15 +36,85 @@ def prune_nm_scale(
     return torch.empty_like(input).copy_(_scale_and_value(input, n, m, dim, method, seed)[0])
 
 
+def compress_nm(
+    input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """:func:`sdgp.compress_nm`: what of :func:`prune_nm` is not +0, else the lowest indices, else 0 at 0."""
+    size = input.shape[dim]
+    groups = _groups(prune_nm(input, n, m, dim, method, seed).movedim(dim, -1), m)
+    real = torch.arange(groups.shape[-2] * m, device=input.device).view(-1, m) < size
+    chosen = _largest(real.long() + (_bits(groups) != 0), n)
+    indices = (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]  # the chosen ones, ascending
+    inside = real.expand_as(groups).gather(-1, indices)
+    zero = torch.zeros((), dtype=input.dtype, device=input.device)
+    values = torch.where(inside, groups.gather(-1, indices), zero)
+    indices = torch.where(inside, indices, 0).to(torch.uint8)
+    return values.flatten(-2).movedim(-1, dim), indices.flatten(-2).movedim(-1, dim)
+
+
+def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
+    """:func:`sdgp.decompress_nm`: the slots written back to front, so that of two with one index the first counts."""
+    count = (size + m - 1) // m
+    shape = values.movedim(dim, -1).shape[:-1]
+    if values.numel() == 0:
+        return values.new_zeros(*shape, size).movedim(-1, dim)
+    n = values.shape[dim] // count
+    slots, places = (x.movedim(dim, -1).reshape(*shape, count, n) for x in (values, indices.long()))
+    groups = values.new_zeros(*shape, count, m)
+    for slot in reversed(range(n)):
+        groups.scatter_(-1, places[..., slot : slot + 1], slots[..., slot : slot + 1])
+    return groups.flatten(-2)[..., :size].contiguous().movedim(-1, dim)
+
+
+def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
+    """:func:`sdgp.spmm_nm`: the sum over slots of value x row of ``dense``; rows that no slot names do not matter."""
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    count = (dense.shape[0] + m - 1) // m
+    if count == 0:
+        return values.new_zeros(*values.shape[:-1], dense.shape[1])
+    group = torch.arange(count, device=values.device).repeat_interleave(values.shape[-1] // count)
+    rows = dense.to(wide)[group * m + indices.long()]  # (..., slots, cols)
+    return (values.to(wide).unsqueeze(-1) * rows).sum(-2).to(values.dtype)
+
+
+def conv2d_input_grad_nm(
+    values: Tensor,
+    indices: Tensor,
+    m: int,
+    weight: Tensor,
+    input_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """:func:`sdgp.ops.conv2d_input_grad_nm`, by PyTorch's transposed convolution of the decompressed tensor."""
+    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
+    out = weight.shape[0] // groups
+    apart = groups > 1 and out % m != 0
+    grad_output = decompress_nm(values, indices, m, out if apart else weight.shape[0], 1).to(wide)
+    samples = grad_output.shape[0] // (groups if apart else 1)
+    grad_output = grad_output.reshape(samples, weight.shape[0], *values.shape[2:])
+    unread = [  # what the convolution leaves of the input at its end
+        size + 2 * p - d * (k - 1) - 1 - s * (out - 1)
+        for size, p, d, k, s, out in zip(
+            input_size, padding, dilation, weight.shape[2:], stride, values.shape[2:], strict=True
+        )
+    ]
+    result = torch.nn.functional.conv_transpose2d(
+        grad_output, weight.to(wide), None, stride, padding, unread, groups, dilation
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return result.to(values.dtype).contiguous(memory_format=memory_format)
+
+
 def _scale_and_value(
     input: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     size = input.shape[dim]
-    rows = input.movedim(dim, -1)  # (..., size)
-    length = (size + m - 1) // m * m
-    # A tail group is padded with zeros: they lose every tie, weigh nothing and add nothing.
-    padded = torch.nn.functional.pad(rows, (0, length - size))
-    groups = padded.reshape(*padded.shape[:-1], length // m, m)  # (..., size / m, m)
+    groups = _groups(input.movedim(dim, -1), m)
+    length = groups.shape[-2] * m
     x = groups if groups.dtype == torch.float64 else groups.float()
     if method == "magnitude":
         scale, value = _masked(_largest(_magnitude_key(groups), n), x)
@@ -62,15 +134,27 @@ def _scale_and_value(
     return tuple(t.flatten(-2)[..., :size].movedim(-1, dim) for t in (scale, value))  # type: ignore[return-value]
 
 
+def _groups(rows: Tensor, m: int) -> Tensor:
+    """(..., size) -> (..., size / m, m). A tail is padded with zeros: they lose every tie, weigh and add nothing."""
+    size = rows.shape[-1]
+    count = (size + m - 1) // m
+    return torch.nn.functional.pad(rows, (0, count * m - size)).reshape(*rows.shape[:-1], count, m)
+
+
 def _masked(keep: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return keep.to(x.dtype), x
 
 
 def _magnitude_key(x: Tensor) -> Tensor:
     """|x| as the integer its bits form: -0 equals 0, NaN is above inf."""
+    bits = _bits(x)
+    return bits & torch.iinfo(bits.dtype).max
+
+
+def _bits(x: Tensor) -> Tensor:
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
     bits: Tensor = x.contiguous().view(integer)
-    return bits & torch.iinfo(integer).max
+    return bits
 
 
 def _largest(key: Tensor, n: int) -> Tensor:
