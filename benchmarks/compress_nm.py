@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""compress_nm beside clone() of the same 16 MiB of float32. One line per tensor and pattern: each method's time as a
+multiple of the clone's.
+
+    python benchmarks/compress_nm.py --pattern 1:4 2:4
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from bench import committed_machine, interleaved, store
+from prune_nm import METHODS, PATTERNS, show, tensors
+from torch import Tensor
+
+import sdgp
+
+
+def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int) -> dict[str, Any]:
+    n, m = sdgp.Pattern.parse(pattern)
+    candidates: dict[str, Callable[[], object]] = {"clone": x.clone}
+    for method in METHODS:
+        candidates[method] = partial(sdgp.compress_nm, x, n, m, dim, method)
+    seconds = interleaved(candidates, rounds)
+    clone = seconds.pop("clone")
+    return {
+        "tensor": name,
+        "shape": list(x.shape),
+        "dim": dim,
+        "dtype": "float32",
+        "pattern": pattern,
+        "clone_ms": round(clone * 1e3, 4),
+        "clone_gb_per_s": round(2 * x.nbytes / clone / 1e9, 2),
+        "times_clone": {method: round(value / clone, 3) for method, value in seconds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pattern", nargs="*", default=PATTERNS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    machine = committed_machine(args.rounds) if args.store else None
+    rows = []
+    for name, x, dim, _ in islice(tensors(16, torch.float32), 4):  # the common shapes
+        for pattern in args.pattern:
+            rows.append(measure(name, x, dim, pattern, args.rounds))
+            show(16, rows[-1])
+    if machine is not None:
+        store("compress_nm", machine, rows, args.store)
+
+
+if __name__ == "__main__":
+    main()

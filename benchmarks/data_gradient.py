@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What spmm_nm.py and conv2d.py share: a layer's sparse data gradient beside the dense one, and the machine's speeds.
+
+The sparse side is what a layer does in its backward: prune and compress, pack the weight, multiply. Tensors above some
+32 MiB are new to the process in every call, dense or sparse, and the system's page faults may take longer than the
+product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from bench import committed_machine, interleaved, store
+from torch import Tensor
+
+import sdgp
+from sdgp.backends import Products
+from sdgp.pattern import Pruning
+
+# By density: a half, a quarter, an eighth. The arithmetic limits are 2, 4 and 8 times dense.
+PATTERNS = ("2:4", "4:8", "16:32", "1:4", "2:8", "1:8", "4:32")
+METHODS = ("magnitude", "mvue", "rescale")
+
+
+class Case(NamedTuple):
+    """One data gradient."""
+
+    name: str
+    grad_output: Tensor
+    dim: int  # of the output channels
+    weight: Tensor
+    result_bytes: int
+    flop: int  # of the dense product
+    products: Callable[[Pruning], Products]
+
+
+def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
+    n, m = sdgp.Pattern.parse(pattern)
+    candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
+    for method in METHODS:
+        products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
+        candidates["dense"] = products.dense
+        candidates[f"sparse {method}"] = partial(products.sparse, None)
+        candidates[f"compress {method}"] = partial(sdgp.compress_nm, case.grad_output, n, m, case.dim, method)
+    milliseconds = {name: 1e3 * seconds for name, seconds in interleaved(candidates, rounds).items()}
+    dense = milliseconds["dense"]
+    sparse = {method: milliseconds[f"sparse {method}"] for method in METHODS}
+    return {
+        "shape": case.name,
+        "pattern": pattern,
+        "gflop": case.flop / 1e9,
+        "gradient_bytes": case.grad_output.nbytes,
+        "weight_bytes": case.weight.nbytes,
+        "result_bytes": case.result_bytes,
+        "clone_ms": round(milliseconds["clone"], 3),
+        "dense_ms": round(dense, 3),
+        "sparse_ms": {method: round(value, 3) for method, value in sparse.items()},
+        "compress_ms": {method: round(milliseconds[f"compress {method}"], 3) for method in METHODS},
+        "times_dense": {method: round(dense / value, 3) for method, value in sparse.items()},
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    dense = f"dense {row['dense_ms']:7.2f} ms {row['gflop'] / row['dense_ms'] * 1e3:5.1f} GFLOP/s"
+    sparse = " | ".join(
+        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_dense'][method]:5.2f}x "
+        f"(compress {row['compress_ms'][method] / row['sparse_ms'][method]:4.0%})"
+        for method in METHODS
+    )
+    head = f"{row['shape']:29s} | {row['pattern']:>5s}"
+    print(f"{head} | {dense} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)
+
+
+def speeds() -> dict[str, float]:
+    """The fastest dense product and the fastest clone that PyTorch reaches here: what a roofline is made of."""
+    flops = []
+    for size in (512, 1024, 2048):
+        a, b = torch.randn(2, size, size)
+        flops.append(2 * size**3 / _best(partial(torch.mm, a, b)))
+    x = torch.randn(2**22)  # 16 MiB: above some 32 each call waits for fresh pages of the system
+    return {
+        "best_dense_product_gflop_per_s": round(max(flops) / 1e9, 1),
+        "best_clone_gb_per_s": round(2 * x.nbytes / _best(x.clone) / 1e9, 1),
+    }
+
+
+def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
+    """The fewest seconds of the calls that ``seconds`` hold."""
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (start := time.perf_counter()) < end:
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def main(subject: str, description: str | None, cases: Callable[[], Iterable[Case]]) -> None:
+    """The command line of both programs. Cases are made one at a time: together they would fill the memory."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="", help="only those whose name contains this")
+    parser.add_argument("--pattern", nargs="*", default=PATTERNS)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        subject += ", huge pages"
+    machine = committed_machine(args.rounds) if args.store else {}
+    machine |= speeds()
+    product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
+    print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
+    rows = []
+    for case in cases():
+        for pattern in args.pattern:
+            if args.shape in case.name:
+                rows.append(measure(case, pattern, args.rounds))
+                show(rows[-1])
+    if args.store:
+        store(subject, machine, rows, args.store)

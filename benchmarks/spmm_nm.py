@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The data gradient of linear layers: compress_nm and spmm_nm beside PyTorch's `grad_output @ weight`.
+
+One line per shape (tokens, in -> out) and pattern: the dense product; per method the sparse one, its speed as a
+multiple of the dense one's, and the share of it that compress_nm takes; a clone() of the gradient.
+
+    python benchmarks/spmm_nm.py                                # everything, ten minutes or so
+    python benchmarks/spmm_nm.py --shape "768 -> 3072" --pattern 2:4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from data_gradient import Case, main
+from torch import Tensor
+
+from sdgp.autograd import linear_products
+from sdgp.backends import Products
+from sdgp.pattern import Pruning
+
+SHAPES = ((4096, 768, 3072), (4096, 3072, 768), (2048, 1024, 4096))  # tokens, in, out
+
+
+def products(grad_output: Tensor, weight: Tensor, pruning: Pruning) -> Products:
+    return linear_products(grad_output, weight, pruning, ())
+
+
+def cases() -> Iterator[Case]:
+    for tokens, features_in, features_out in SHAPES:
+        grad_output, weight = torch.randn(tokens, features_out), torch.randn(features_out, features_in)
+        yield Case(
+            name=f"linear {tokens}, {features_in} -> {features_out}",
+            grad_output=grad_output,
+            dim=-1,
+            weight=weight,
+            result_bytes=4 * tokens * features_in,
+            flop=2 * tokens * features_in * features_out,
+            products=partial(products, grad_output, weight),
+        )
+
+
+if __name__ == "__main__":
+    main("spmm_nm", __doc__, cases)
