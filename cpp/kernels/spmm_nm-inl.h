@@ -193,7 +193,7 @@ SDGP_INLINE void multiply_row(const BlockCall<E>& call, const int32_t* entry, st
   constexpr int kL = kLanes<E>;
   const E* in = call.in + entry[0] * call.in_stride;
   // An array that is not unrolled everywhere would live on the stack: hence the pack expansions.
-  Vec<E> sum[kP] = {(kFirst ? Vec<E>{kI * E{}} : load_bits<Vec<E>>(in + kI * kL))...};
+  Vec<E> sum[kP] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(in + kI * kL))...};
   const char* dense = call.dense;
   for (int64_t tap = 1; tap <= call.taps; ++tap, dense += call.tap_bytes) {
     if (entry[tap] < 0) continue;
