@@ -1,10 +1,56 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How the layers' tests take gradients and compare them."""
+"""How tests compare with the reference, take gradients, draw tensors and run again with another instruction set."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
+
+import sdgp
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    """Bit for bit, but for the sign of a zero and of NaN."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    kept = (actual != 0) & ~actual.isnan()
+    assert torch.equal(actual.signbit() & kept, expected.signbit() & kept)
+
+
+def identical(actual: Tensor, expected: Tensor) -> None:
+    """Bit for bit, and the same strides."""
+    assert (actual.dtype, actual.shape) == (expected.dtype, expected.shape)
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    assert torch.equal(*(x.contiguous().view(integer) for x in (actual, expected)))
+    for size, stride, wanted in zip(actual.shape, actual.stride(), expected.stride(), strict=True):
+        assert stride == wanted or size == 1 or actual.numel() == 0
+
+
+def same_as_reference(actual: Tensor, expected: Tensor, method: str) -> None:
+    if method != "rescale":
+        same(actual, expected)
+        return
+    # The sums have no fixed order: positions agree exactly, values to rounding.
+    assert torch.equal(actual == 0, expected == 0)
+    torch.testing.assert_close(
+        actual, expected, atol=0, rtol=max(1e-5, 2 * torch.finfo(actual.dtype).eps), equal_nan=True
+    )
+
+
+@st.composite
+def strided_tensors(draw: st.DrawFn) -> Tensor:
+    """Any shape, permuted and sliced."""
+    shape = draw(st.lists(st.integers(1, 9) | st.sampled_from([16, 31, 64, 70]), min_size=1, max_size=4))
+    order = draw(st.permutations(range(len(shape))))
+    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2]), min_size=len(shape), max_size=len(shape)))
+    whole = torch.randn([shape[d] * steps[d] for d in order])
+    x = whole.permute(*[order.index(d) for d in range(len(shape))])
+    return x[tuple(slice(None, None, step) for step in steps)]
 
 
 def gradients(output: Tensor, grad_output: Tensor, *inputs: Tensor | None) -> list[Tensor]:
@@ -14,3 +60,24 @@ def gradients(output: Tensor, grad_output: Tensor, *inputs: Tensor | None) -> li
 def close(actual: Tensor, expected: Tensor) -> None:
     tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(actual.dtype, 2e-2)
     torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+
+
+def rerun(isa: str, *tests: str) -> None:
+    """Runs tests in a process with that instruction set; skips where the CPU lacks it."""
+    program = "import sdgp, sys; print(sdgp._load.C.isa()); sys.exit(0)"
+    environment = {**os.environ, "SDGP_FORCE_ISA": isa}
+    found = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
+    )
+    if found.returncode != 0:
+        assert "SDGP_FORCE_ISA: expected an instruction set that this CPU runs" in found.stderr
+        pytest.skip(f"this CPU does not run {isa}")
+    assert found.stdout.strip() == isa
+    if isa == sdgp._load.C.isa():
+        return  # what this process tests anyway
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout

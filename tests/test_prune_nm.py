@@ -4,12 +4,10 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from compare import INSTRUCTION_SETS, rerun, same, same_as_reference, strided_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
@@ -23,12 +21,6 @@ inf, nan = torch.inf, torch.nan
 
 def prune(values: list[float], n: int, m: int, method: str = "magnitude") -> list[float]:
     return sdgp.prune_nm(torch.tensor(values, dtype=torch.float32), n, m, method=method).tolist()
-
-
-def same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-    kept = (actual != 0) & ~actual.isnan()
-    assert torch.equal(actual.signbit() & kept, expected.signbit() & kept)
 
 
 # By hand.
@@ -95,21 +87,10 @@ def test_equals_reference(sample: Sample, method: str, dtype: torch.dtype) -> No
         seed = draw_seed()
         actual = sdgp.prune_nm(x, n, m, sample.dim, method, seed)
         expected = reference.prune_nm(x, n, m, sample.dim, method, seed)
-        compare(actual, expected, method)
+        same_as_reference(actual, expected, method)
         assert actual.stride() == torch.empty_like(x).stride()
         scale = torch.ops.sdgp._prune_nm_scale(x, n, m, sample.dim, method, seed)
-        compare(scale, reference.prune_nm_scale(x, n, m, sample.dim, method, seed), method)
-
-
-def compare(actual: Tensor, expected: Tensor, method: str) -> None:
-    if method != "rescale":
-        same(actual, expected)
-        return
-    # The sums have no fixed order: positions agree exactly, values to rounding.
-    assert torch.equal(actual == 0, expected == 0)
-    torch.testing.assert_close(
-        actual, expected, atol=0, rtol=max(1e-5, 2 * torch.finfo(actual.dtype).eps), equal_nan=True
-    )
+        same_as_reference(scale, reference.prune_nm_scale(x, n, m, sample.dim, method, seed), method)
 
 
 @pytest.mark.parametrize(
@@ -122,18 +103,9 @@ def test_rescale_of_samples_that_are_cut_into_blocks(
     x = torch.randn(shape)
     x = x.contiguous(memory_format=memory_format) if x.ndim == 4 else x
     for n, m in ((2, 4), (3, 7), (4, 32)):
-        compare(sdgp.prune_nm(x, n, m, dim, "rescale"), reference.prune_nm(x, n, m, dim, "rescale"), "rescale")
-
-
-@st.composite
-def strided_tensors(draw: st.DrawFn) -> Tensor:
-    """Any shape, permuted and sliced."""
-    shape = draw(st.lists(st.integers(1, 9) | st.sampled_from([16, 31, 64, 70]), min_size=1, max_size=4))
-    order = draw(st.permutations(range(len(shape))))
-    steps = draw(st.lists(st.sampled_from([1, 1, 1, 2]), min_size=len(shape), max_size=len(shape)))
-    whole = torch.randn([shape[d] * steps[d] for d in order])
-    x = whole.permute(*[order.index(d) for d in range(len(shape))])
-    return x[tuple(slice(None, None, step) for step in steps)]
+        same_as_reference(
+            sdgp.prune_nm(x, n, m, dim, "rescale"), reference.prune_nm(x, n, m, dim, "rescale"), "rescale"
+        )
 
 
 @given(x=strided_tensors(), data=st.data())
@@ -143,26 +115,12 @@ def test_any_strides(x: Tensor, data: st.DataObject) -> None:
     dim = data.draw(st.integers(-x.ndim, x.ndim - 1))
     method = data.draw(st.sampled_from(METHODS))
     seed = draw_seed()
-    compare(sdgp.prune_nm(x, n, m, dim, method, seed), reference.prune_nm(x, n, m, dim, method, seed), method)
+    same_as_reference(sdgp.prune_nm(x, n, m, dim, method, seed), reference.prune_nm(x, n, m, dim, method, seed), method)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
-    program = "import sdgp, sys; print(sdgp._load.C.isa()); sys.exit(0)"
-    environment = {**os.environ, "SDGP_FORCE_ISA": isa}
-    found = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False
-    )
-    if found.returncode != 0:
-        assert "SDGP_FORCE_ISA: expected an instruction set that this CPU runs" in found.stderr
-        pytest.skip(f"this CPU does not run {isa}")
-    assert found.stdout.strip() == isa
-    if isa == sdgp._load.C.isa():
-        return  # what this process tests anyway
-    parity = [f"{__file__}::test_equals_reference", f"{__file__}::test_any_strides"]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *parity]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stdout
+    rerun(isa, f"{__file__}::test_equals_reference", f"{__file__}::test_any_strides")
 
 
 # Properties.

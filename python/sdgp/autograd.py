@@ -258,7 +258,7 @@ def conv2d_products(
 
     def sparse(seed: _OptionalTensor) -> Tensor:
         values, indices = compress_nm(grad_by_group, n, m, 1, method, seed)
-        channels_last = input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous()
+        channels_last = _is_channels_last(input) or _is_channels_last(weight)  # as ATen decides
         size = input.shape[2:]
         return conv2d_input_grad_nm(values, indices, m, weight, size, stride, padding, dilation, groups, channels_last)
 
@@ -289,6 +289,10 @@ def _once(op: str, sources: tuple[_OptionalTensor, ...], *gradients: _OptionalTe
     if anchor is None:
         return gradients
     return tuple(None if grad is None else _Once.apply(grad.detach(), anchor, op) for grad in gradients)
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""spmm_nm and the convolution's product: against the reference in float64, within the error that their dtype allows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from compare import INSTRUCTION_SETS, identical, rerun
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import DTYPES
+from torch import Tensor
+
+import sdgp
+from sdgp import reference
+from sdgp.ops import conv2d_input_grad_nm
+
+inf, nan = torch.inf, torch.nan
+SOME_PATTERNS = ((2, 4), (1, 2), (3, 7), (4, 4), (8, 32), (31, 64), (1, 64), (1, 1))
+
+
+def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Within the bound of a sum of ``terms`` products in the accumulator, and one rounding to the result's dtype.
+
+    ``exact`` is float64, ``magnitude`` the same product of absolute values.
+    """
+    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    error = (actual.double() - exact).abs()
+    bound = (terms + 2) * torch.finfo(accumulator).eps * magnitude
+    if actual.dtype != accumulator:
+        bound = (
+            bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
+        )
+    assert (error <= bound).all(), (error - bound).max()
+
+
+def by_reference(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact product, and that of absolute values."""
+    values, dense = values.double(), dense.double()
+    return tuple(reference.spmm_nm(v, indices, m, d) for v, d in ((values, dense), (values.abs(), dense.abs())))  # type: ignore[return-value]
+
+
+def compressed(shape: tuple[int, ...], n: int, m: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return sdgp.compress_nm(torch.randn(shape).to(dtype), n, m)
+
+
+# By hand.
+
+
+def test_by_hand() -> None:
+    values, indices = sdgp.compress_nm(torch.tensor([[3.0, -1.0, 0.5, -4.0], [0.0, 0.0, 1.0, 2.0]]), 2, 4)
+    dense = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0], [4.0, 40.0]])
+    assert sdgp.spmm_nm(values, indices, 4, dense).tolist() == [[-13, -130], [11, 110]]
+    assert reference.spmm_nm(values, indices, 4, dense).tolist() == [[-13, -130], [11, 110]]
+
+
+def test_pruned_places_do_not_matter() -> None:
+    values, indices = sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
+    for product in (sdgp.spmm_nm, reference.spmm_nm):
+        assert product(values, indices, 4, torch.tensor([[1.0], [nan], [inf], [2.0]])).tolist() == [-5]
+        assert product(values, indices, 4, torch.tensor([[inf], [0.0], [0.0], [2.0]])).tolist() == [inf]
+        assert product(values, indices, 4, torch.tensor([[nan], [0.0], [0.0], [2.0]])).isnan().all()
+
+
+# Against the reference.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "cols"),
+    [
+        ((8,), 7),
+        ((1, 1), 1),
+        ((5, 70), 1000),
+        ((2, 3, 64), 33),
+        ((2, 0, 8), 5),
+        ((0, 8), 5),
+        ((5, 8), 0),
+        ((300, 33), 16),
+        ((2, 1, 2, 130), 129),
+        ((40, 64), 250),
+    ],
+    ids=str,
+)
+def test_equals_reference(shape: tuple[int, ...], cols: int, dtype: torch.dtype) -> None:
+    dense = torch.randn(shape[-1], cols).to(dtype)
+    for n, m in SOME_PATTERNS:
+        values, indices = compressed(shape, n, m, dtype)
+        actual = sdgp.spmm_nm(values, indices, m, dense)
+        assert (actual.dtype, actual.shape, actual.is_contiguous()) == (dtype, (*shape[:-1], cols), True)
+        near(actual, *by_reference(values, indices, m, dense), values.shape[-1])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "size", "cols"), [(1, 5000, 3), (3, 4999, 130), (300, 1500, 500), (600, 40, 33)])
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (8, 32), (3, 7)])
+def test_large(n: int, m: int, rows: int, size: int, cols: int, dtype: torch.dtype) -> None:
+    values, indices = compressed((rows, size), n, m, dtype)
+    dense = torch.randn(size, cols).to(dtype)
+    pruned = reference.decompress_nm(values, indices, m, size).double()
+    exact, magnitude = pruned @ dense.double(), pruned.abs() @ dense.double().abs()
+    near(sdgp.spmm_nm(values, indices, m, dense), exact, magnitude, values.shape[-1])
+
+
+@settings(max_examples=60)
+@given(
+    rows=st.integers(0, 40),
+    size=st.integers(1, 300),
+    cols=st.integers(1, 140),
+    m=st.integers(1, 64),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(["contiguous", "transposed", "sliced", "expanded"]),
+    data=st.data(),
+)
+def test_any_shape_and_strides(
+    rows: int, size: int, cols: int, m: int, dtype: torch.dtype, layout: str, data: st.DataObject
+) -> None:
+    n = data.draw(st.integers(1, m))
+    values, indices = compressed((rows, size), n, m, dtype)
+    dense = {
+        "contiguous": lambda: torch.randn(size, cols),
+        "transposed": lambda: torch.randn(cols, size).t(),
+        "sliced": lambda: torch.randn(2 * size, 3 * cols)[::2, 1::3],
+        "expanded": lambda: torch.randn(size, 1).expand(size, cols),
+    }[layout]()
+    dense = dense if dtype == torch.float32 else dense.to(dtype)
+    actual = sdgp.spmm_nm(values, indices, m, dense)
+    near(actual, *by_reference(values, indices, m, dense), values.shape[-1])
+    strided = [x.t().contiguous().t() for x in (values, indices)]
+    identical(sdgp.spmm_nm(*strided, m, dense), actual)
+
+
+PAIRS = st.tuples(st.integers(1, 3), st.integers(1, 3))
+
+
+@settings(max_examples=80)
+@given(
+    samples=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    per_group=st.tuples(st.integers(1, 5), st.integers(1, 12)),
+    size=st.tuples(st.integers(7, 12), st.integers(7, 12)),
+    kernel=PAIRS,
+    stride=PAIRS,
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    dilation=PAIRS,
+    m=st.sampled_from([1, 2, 3, 4, 8, 9]),
+    dtype=st.sampled_from(DTYPES),
+    channels_last=st.booleans(),
+    data=st.data(),
+)
+def test_convolution(
+    samples: int,
+    groups: int,
+    per_group: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    m: int,
+    dtype: torch.dtype,
+    channels_last: bool,
+    data: st.DataObject,
+) -> None:
+    n = data.draw(st.integers(1, m))
+    channels_in, out = per_group
+    out_size = [
+        (i + 2 * p - d * (k - 1) - 1) // s + 1
+        for i, p, d, k, s in zip(size, padding, dilation, kernel, stride, strict=True)
+    ]
+    weight = torch.randn(groups * out, channels_in, *kernel).to(dtype)
+    if data.draw(st.booleans()):
+        weight = weight.contiguous(memory_format=torch.channels_last)
+    apart = groups > 1 and out % m != 0
+    shape = (samples * groups, out) if apart else (samples, groups * out)
+    values, indices = sdgp.compress_nm(torch.randn(*shape, *out_size).to(dtype), n, m, 1)
+    arguments: tuple[Any, ...] = (size, stride, padding, dilation, groups, channels_last)
+    actual = conv2d_input_grad_nm(values, indices, m, weight, *arguments)
+    exact = reference.conv2d_input_grad_nm(values.double(), indices, m, weight.double(), *arguments)
+    magnitude = reference.conv2d_input_grad_nm(values.double().abs(), indices, m, weight.double().abs(), *arguments)
+    assert actual.shape == exact.shape
+    assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    near(actual, exact, magnitude, values.shape[1] * kernel[0] * kernel[1])
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_of_many_channels(stride: int, channels_last: bool) -> None:
+    values, indices = sdgp.compress_nm(torch.randn(2, 520, 9, 9), 2, 8, 1)
+    size = [9 * stride, 9 * stride]
+    arguments: tuple[Any, ...] = (size, [stride, stride], [1, 1], [1, 1], 1, channels_last)
+    weight = torch.randn(520, 300, 3, 3)
+    actual = conv2d_input_grad_nm(values, indices, 8, weight, *arguments)
+    exact = reference.conv2d_input_grad_nm(values.double(), indices, 8, weight.double(), *arguments)
+    magnitude = reference.conv2d_input_grad_nm(values.double().abs(), indices, 8, weight.double().abs(), *arguments)
+    near(actual, exact, magnitude, 130 * 9)
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_every_instruction_set(isa: str) -> None:
+    names = ("equals_reference", "large", "any_shape_and_strides", "convolution", "convolution_of_many_channels")
+    rerun(isa, *(f"{__file__}::test_{name}" for name in names))
+
+
+# Properties.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_values_are_summed_in_float32(dtype: torch.dtype) -> None:
+    values = torch.tensor([60000.0, 60000.0, -60000.0, 1.0]).to(dtype)
+    indices = torch.tensor([0, 1, 2, 3], dtype=torch.uint8)
+    product = sdgp.spmm_nm(values, indices, 4, torch.ones(4, 1, dtype=dtype))
+    assert torch.equal(product, (values.double().sum(0, keepdim=True)).to(dtype))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threads_do_not_change_the_result(dtype: torch.dtype) -> None:
+    values, indices = compressed((700, 260), 2, 8, dtype)
+    dense = torch.randn(260, 390).to(dtype)
+    with_two = sdgp.spmm_nm(values, indices, 8, dense)
+    image, image_indices = sdgp.compress_nm(torch.randn(3, 64, 17, 17).to(dtype), 2, 8, 1)
+    weight = torch.randn(64, 40, 3, 3).to(dtype)
+    arguments: tuple[Any, ...] = (image, image_indices, 8, weight, [17, 17], [1, 1], [1, 1], [1, 1], 1, False)
+    image_with_two = conv2d_input_grad_nm(*arguments)
+    torch.set_num_threads(1)
+    identical(sdgp.spmm_nm(values, indices, 8, dense), with_two)
+    identical(conv2d_input_grad_nm(*arguments), image_with_two)
+
+
+# Edge cases.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [inf, -inf, nan])
+def test_a_weight_that_is_not_finite_reaches_its_rows_only(value: float, dtype: torch.dtype) -> None:
+    values, indices = compressed((50, 64), 2, 4, dtype)
+    dense = torch.randn(64, 70).to(dtype)
+    dense[5, 3] = value
+    actual = sdgp.spmm_nm(values, indices, 4, dense)
+    named = (indices[:, 2:4] == 1).any(1)
+    assert named.any()
+    assert not named.all()
+    assert torch.equal(~actual.isfinite()[:, 3], named)
+    assert actual[:, [0, 1, 2, 4]].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [inf, -inf, nan])
+def test_a_gradient_that_is_not_finite_reaches_its_row_only(value: float) -> None:
+    x = torch.randn(50, 64)
+    x[7, 5] = value
+    values, indices = sdgp.compress_nm(x, 2, 4)
+    rows = sdgp.spmm_nm(values, indices, 4, torch.randn(64, 70)).isfinite().all(1)
+    assert (~rows).nonzero().flatten().tolist() == [7]
+
+
+def test_no_reduction_is_zero() -> None:
+    values, indices = sdgp.compress_nm(torch.empty(3, 0), 2, 4)
+    assert torch.equal(sdgp.spmm_nm(values, indices, 4, torch.empty(0, 5)), torch.zeros(3, 5))
+
+
+def test_pixels_that_no_output_reads_are_zero() -> None:
+    values, indices = sdgp.compress_nm(torch.randn(1, 8, 3, 3), 2, 4, 1)
+    grad = conv2d_input_grad_nm(values, indices, 4, torch.randn(8, 4, 1, 1), [6, 6], [2, 2], [0, 0], [1, 1], 1, False)
+    assert grad[..., 1::2, :].count_nonzero() == grad[..., 1::2].count_nonzero() == 0
+    assert grad[..., ::2, ::2].count_nonzero() == grad[..., ::2, ::2].numel()
