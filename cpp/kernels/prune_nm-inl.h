@@ -261,7 +261,9 @@ void prune_compiled(const PruneArgs& args, const Plan& plan, int64_t begin, int6
 
 template <class C, Method kMethod>
 void prune_range(const PruneArgs& args, int64_t begin, int64_t end) {
-  prune_compiled<C, kMethod>(args, make_plan(args, kLanes<typename C::E>), begin, end);
+  PruneArgs mixed = args;
+  mixed.seed = mix_seed(args.seed);
+  prune_compiled<C, kMethod>(mixed, make_plan(args, kLanes<typename C::E>), begin, end);
 }
 
 using RangeFunction = void (*)(const PruneArgs&, int64_t, int64_t);

@@ -118,7 +118,7 @@ struct Rescale {
   static SDGP_INLINE Elem<C> ratio(Elem<C> all, Elem<C> kept) { return kept == 0 ? splat<E>(1) : all / kept; }
 
   // A pruned place stays 0 where its factor is inf or NaN.
-  static SDGP_INLINE Elem<C> times(Elem<C> x, Elem<C> factor) { return keep_if(x != 0, x * factor); }
+  static SDGP_INLINE Elem<C> times(Elem<C> x, Elem<C> factor) { return keep_if(x != 0, C::round(x * factor)); }
 
   // Lines of at least kL consecutive elements are summed and multiplied where they lie. The last vector of a line ends
   // with it; of what it shares with the one before it, nothing counts twice.

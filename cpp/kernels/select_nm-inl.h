@@ -135,6 +135,13 @@ SDGP_INLINE void select_largest(const Vec<K>* key, int n, Vec<K>* keep) {
 // b = mix(a + (hi ^ k1)). mvue takes one uniform number from b; random gives each element the key
 // finish(start(b + j * golden) ^ a), where mix(x) = finish(start(x)) is C. Wellons' "lowbias32" (public domain).
 // Lanes hold 32-bit words even where U has 64 bits.
+inline uint64_t mix_seed(uint64_t seed) {
+  uint64_t z = seed + 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
 template <class C>
 SDGP_INLINE Unsigned<C> word(Unsigned<C> x) {
   if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu;
@@ -159,14 +166,9 @@ struct RandomState {
   Unsigned<C> a;
   Unsigned<C> b;
 
-  SDGP_INLINE RandomState(uint64_t seed, const LaneGroups<C>& group) {
-    using U = typename C::U;
-    uint64_t z = seed + 0x9e3779b97f4a7c15u;
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
-    z ^= z >> 31;
-    const U k0 = static_cast<U>(z & 0xffffffffu);
-    const U k1 = static_cast<U>(z >> 32);
+  SDGP_INLINE RandomState(uint64_t mixed_seed, const LaneGroups<C>& group) {
+    const auto k0 = static_cast<typename C::U>(mixed_seed & 0xffffffffu);
+    const auto k1 = static_cast<typename C::U>(mixed_seed >> 32);
     a = mix_finish<C>(mix_start<C>(group.lo ^ k0));
     b = mix_finish<C>(mix_start<C>(word<C>(a + (group.hi ^ k1))));
   }
@@ -206,8 +208,8 @@ SDGP_INLINE void prune_magnitude(Elem<C>* x, int n, bool scale) {
 }
 
 template <class C, int kM>
-SDGP_INLINE void prune_random(Elem<C>* x, int n, bool scale, uint64_t seed, const LaneGroups<C>& group) {
-  const RandomState<C> state(seed, group);
+SDGP_INLINE void prune_random(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, const LaneGroups<C>& group) {
+  const RandomState<C> state(mixed_seed, group);
   Key<C> key[kM];
   Key<C> keep[kM];
 #pragma GCC unroll 64
@@ -232,7 +234,7 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
     kept = add_if(keep[j], kept, (Elem<C>)key[j]);
   }
   const Elem<C> factor = kept == 0 ? splat<typename C::E>(1) : all / kept;
-  for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], scale ? factor : x[j] * factor);
+  for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], C::round(scale ? factor : x[j] * factor));
 }
 
 // Note [mvue]
@@ -243,7 +245,7 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
 // The sample: with the elements below step laid end to end, each |x_i| long, those are kept that hold one of the points
 // (u + k) * step. `left` enforces "at most n" where rounding would place a point too many.
 template <class C, int kM>
-SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const LaneGroups<C>& group) {
+SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, const LaneGroups<C>& group) {
   using E = typename C::E;
   using K = typename C::K;
   constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
@@ -253,27 +255,29 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const 
     magnitude[j] = (Elem<C>)magnitude_key<C>(x[j]);
     total += magnitude[j];
   }
-  const Key<C> finite = total - total == 0;
+  const Key<C> not_finite = total - total != 0;
 
   Elem<C> step = splat(static_cast<E>(__builtin_inf()));
   Elem<C> rest = total;
   Key<C> places = splat(static_cast<K>(n));
-  for (int round = 0; round < n; ++round) {
-    Elem<C> mean = rest / __builtin_convertvector(places, Elem<C>);
-    mean = mean == 0 ? splat(kSmallest) : mean;  // where it underflowed; `rest > 0` decides about the others
+  for (int round = 1;; ++round) {
+    // kSmallest where it underflowed; `rest > 0` decides about the others.
+    const Elem<C> mean = vmax(rest / __builtin_convertvector(places, Elem<C>), splat(kSmallest));
     const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
-    if (!any(lower)) break;
     step = lower ? mean : step;
+    if (round == n || !any(lower)) break;
     rest = Elem<C>{};
     places = splat(static_cast<K>(n));
 #pragma GCC unroll 8
     for (int j = 0; j < kM; ++j) {
-      rest = add_if(!(magnitude[j] >= step), rest, magnitude[j]);
-      places = decrement_if(magnitude[j] >= step, places);
+      const Key<C> above = magnitude[j] >= step;
+      rest = add_unless(above, rest, magnitude[j]);
+      places = decrement_if(above, places);
     }
   }
 
-  const RandomState<C> state(seed, group);
+  const RandomState<C> state(mixed_seed, group);
+  const Elem<C> value = C::round(step);
   Elem<C> point = state.uniform() * step;
   Elem<C> reached{};
   Key<C> left = splat(static_cast<K>(n));
@@ -281,29 +285,30 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t seed, const 
 #pragma GCC unroll 8
   for (int j = 0; j < kM; ++j) {
     const Key<C> above = magnitude[j] >= step;
-    reached = add_if(!above, reached, magnitude[j]);
+    reached = add_unless(above, reached, magnitude[j]);
     const Key<C> hit = reached > point;
     point = add_if(hit, point, step);
     const Key<C> keep = (above | hit) & (left > 0);
     left = decrement_if(keep, left);
     const Key<C> sign = (Key<C>)x[j] ^ (Key<C>)magnitude[j];
-    out[j] = keep_if(keep, above ? x[j] : (Elem<C>)((Key<C>)step | sign));
+    out[j] = keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude[j], value) | sign));
   }
   if (scale) [[unlikely]] {
     for (int j = 0; j < kM; ++j) {
       const Key<C> keep = out[j] != 0;
-      out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : step / magnitude[j]);
+      out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j]));
     }
   }
-  if (any(~finite)) [[unlikely]] {
+  if (any(not_finite)) [[unlikely]] {
     Elem<C> fallback[kM];
     for (int j = 0; j < kM; ++j) fallback[j] = x[j];
     prune_magnitude<C, kM>(fallback, n, scale);
-    for (int j = 0; j < kM; ++j) out[j] = finite ? out[j] : fallback[j];
+    for (int j = 0; j < kM; ++j) out[j] = not_finite ? fallback[j] : out[j];
   }
   for (int j = 0; j < kM; ++j) x[j] = out[j];
 }
 
+// Here args.seed is the mixed one.
 template <class C, Method kMethod, int kM>
 SDGP_INLINE void prune_tile(Elem<C>* x, const PruneArgs& args, const LaneGroups<C>& group) {
   if constexpr (kMethod == Method::kMagnitude) {

@@ -66,8 +66,8 @@ SDGP_INLINE bool any(M mask) {
 #endif
 }
 
-// Masked forms of x, a + x and count - 1. With AVX-512 a comparison lands in a mask register that the operation takes
-// as it is; before, it is a vector of ones and zeros, good for an `and`.
+// Masked forms of x, a + x (where the mask is true, or where it is not) and count - 1. With AVX-512 a comparison lands
+// in a mask register that the operation takes as it is; before, it is a vector of ones and zeros, good for an `and`.
 #if defined(__AVX512F__)
 template <class M, class V>
 SDGP_INLINE V keep_if(M mask, V x) {
@@ -76,6 +76,10 @@ SDGP_INLINE V keep_if(M mask, V x) {
 template <class M, class V>
 SDGP_INLINE V add_if(M mask, V a, V x) {
   return mask ? a + x : a;
+}
+template <class M, class V>
+SDGP_INLINE V add_unless(M mask, V a, V x) {
+  return mask ? a : a + x;
 }
 template <class M, class V>
 SDGP_INLINE V decrement_if(M mask, V count) {
@@ -91,6 +95,14 @@ SDGP_INLINE V add_if(M mask, V a, V x) {
   return a + keep_if(mask, x);
 }
 template <class M, class V>
+SDGP_INLINE V add_unless(M mask, V a, V x) {
+#if defined(__AVX2__)
+  return a + (V)_mm256_andnot_si256((__m256i)mask, (__m256i)x);  // GCC 12 makes a blend of `& ~mask`: three times it
+#else
+  return a + (V)((M)x & ~mask);
+#endif
+}
+template <class M, class V>
 SDGP_INLINE V decrement_if(M mask, V count) {
   return count + (V)mask;
 }
@@ -104,6 +116,9 @@ template <class V>
 SDGP_INLINE V vmin(V a, V b) {
   return a > b ? b : a;
 }
+#if defined(__AVX2__) && !defined(__AVX512F__)
+SDGP_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }  // GCC 12: a blend, as above
+#endif
 
 // Adds the upper half of the lanes to the lower until one is left.
 template <class V>
@@ -143,11 +158,13 @@ SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
 
 SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) { return (Vec<float>)(widen(h) << 16); }
 
+SDGP_INLINE HalfVec bfloat16_from_float(Vec<float> f) { return narrow((Vec<uint32_t>)f >> 16); }
+
 // To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so
 // their low half is zero and the addition carries nothing into the upper.
-SDGP_INLINE HalfVec bfloat16_from_float(Vec<float> f) {
+SDGP_INLINE Vec<float> round_to_bfloat16(Vec<float> f) {
   const auto bits = (Vec<uint32_t>)f;
-  return narrow((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+  return (Vec<float>)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
 }
 
 SDGP_INLINE Vec<float> float_from_float16(HalfVec h) {
@@ -184,7 +201,7 @@ SDGP_INLINE HalfVec float16_from_float(Vec<float> f) {
 }
 
 // How a stored type becomes lanes and back. E: the lane; K: the signed integer of its width, in which magnitudes are
-// compared; U: its unsigned twin.
+// compared; U: its unsigned twin. What a computation yields is rounded before it is stored.
 template <class Lane, class Signed, class Word>
 struct Direct {
   using T = Lane;
@@ -193,13 +210,16 @@ struct Direct {
   using U = Word;
   static constexpr E kOne = 1;
   static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
+  static SDGP_INLINE Vec<E> round(Vec<E> v) { return v; }
   static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
 };
 using Float32 = Direct<float, int32_t, uint32_t>;
 using Float64 = Direct<double, int64_t, uint64_t>;
 
-// A 16-bit float, widened to float lanes.
-template <Vec<float> (*kWiden)(HalfVec), HalfVec (*kNarrow)(Vec<float>)>
+SDGP_INLINE Vec<float> unrounded(Vec<float> v) { return v; }
+
+// A 16-bit float, widened to float lanes. kRound where kNarrow cuts off.
+template <Vec<float> (*kWiden)(HalfVec), HalfVec (*kNarrow)(Vec<float>), Vec<float> (*kRound)(Vec<float>)>
 struct Widened {
   using T = uint16_t;
   using E = float;
@@ -207,10 +227,11 @@ struct Widened {
   using U = uint32_t;
   static constexpr E kOne = 1;
   static SDGP_INLINE Vec<E> load(const T* p) { return kWiden(load_bits<HalfVec>(p)); }
+  static SDGP_INLINE Vec<E> round(Vec<E> v) { return kRound(v); }
   static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, kNarrow(v)); }
 };
-using Float16 = Widened<&float_from_float16, &float16_from_float>;
-using BFloat16 = Widened<&float_from_bfloat16, &bfloat16_from_float>;
+using Float16 = Widened<&float_from_float16, &float16_from_float, &unrounded>;
+using BFloat16 = Widened<&float_from_bfloat16, &bfloat16_from_float, &round_to_bfloat16>;
 
 // A 16-bit float as its bits: enough for magnitude, with twice the lanes and no conversion.
 template <int16_t kOneBits>
