@@ -41,7 +41,8 @@ install-test: $(VENV)/ready $(SECOND)/ready
 wheel: dist/built
 
 bench: $(VENV)/installed
-	$(BIN)/python benchmarks/prune_nm.py
+	set -e; for subject in prune_nm compress_nm spmm_nm conv2d train_step auto; do \
+	  $(BIN)/python benchmarks/$$subject.py; done
 
 $(VENV)/ready: requirements/dev.txt requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
