@@ -29,13 +29,16 @@ def run(layer: nn.Module, dtype: torch.dtype, x: Tensor, backward_inside: bool) 
     return output, gradients(output, output.detach(), x, *layer.parameters())
 
 
+@pytest.mark.parametrize("backend", ["pruned", "sparse"])
 @pytest.mark.parametrize("backward_inside", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_backward_is_the_closed_form(name: str, method: str, dtype: torch.dtype, backward_inside: bool) -> None:
+def test_backward_is_the_closed_form(
+    name: str, method: str, dtype: torch.dtype, backward_inside: bool, backend: str
+) -> None:
     dense, dim, shape = LAYERS[name]
-    layer = sdgp.convert(copy.deepcopy(dense), "2:4", method, backend="pruned")
+    layer = sdgp.convert(copy.deepcopy(dense), "2:4", method, backend=backend)
     x = torch.randn(shape, requires_grad=True)
     exact, expected = run(dense, dtype, x, backward_inside)
     torch.manual_seed(1)

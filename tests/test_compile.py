@@ -21,12 +21,13 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("backend", ["pruned", "sparse"])
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group"])
-def test_compiled_training_step(method: str) -> None:
+def test_compiled_training_step(method: str, backend: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 12), nn.ReLU(), nn.Linear(12, 4)
     )
-    sdgp.convert(model, "2:4", method, backend="pruned")
+    sdgp.convert(model, "2:4", method, backend=backend)
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
 
     def step(x: Tensor) -> Tensor:
@@ -38,9 +39,10 @@ def test_compiled_training_step(method: str) -> None:
         close(got, wanted)
 
 
+@pytest.mark.parametrize("backend", ["pruned", "sparse"])
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_mvue(dynamic: bool) -> None:
-    layer = sdgp.Linear(16, 32, backend="pruned")
+def test_compiled_mvue(dynamic: bool, backend: str) -> None:
+    layer = sdgp.Linear(16, 32, backend=backend)
     compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
     for batch in (3, 5):
         x = torch.randn(batch, 16, requires_grad=True)
@@ -50,6 +52,19 @@ def test_compiled_mvue(dynamic: bool) -> None:
         assert x.grad is not None
         # Each row of the gradient is a sum of at most 16 of the weight's 32 rows: not the exact one.
         assert not torch.allclose(x.grad, layer.weight.sum(0).expand(batch, -1))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_sparse_conv2d(dynamic: bool, memory_format: torch.memory_format) -> None:
+    layer = sdgp.Conv2d(4, 12, 3, stride=2, padding=1, groups=2, method="magnitude", backend="sparse")
+    compiled = torch.compile(layer, fullgraph=True, dynamic=dynamic)
+    for batch in (2, 3):
+        x = torch.randn(batch, 4, 9, 9).contiguous(memory_format=memory_format).requires_grad_()
+        grad_output = torch.randn(batch, 12, 5, 5)
+        expected = gradients(layer(x), grad_output, x, *layer.parameters())
+        for got, wanted in zip(gradients(compiled(x), grad_output, x, *layer.parameters()), expected, strict=True):
+            close(got, wanted)
 
 
 @pytest.mark.filterwarnings("ignore:.*autocast")
@@ -66,8 +81,9 @@ def test_compiled_autocast() -> None:
     torch.testing.assert_close(actual, expected, rtol=0.05, atol=0.05)
 
 
-def test_compiled_mvue_is_unbiased() -> None:
-    layer = sdgp.Linear(16, 32, backend="pruned")
+@pytest.mark.parametrize("backend", ["pruned", "sparse"])
+def test_compiled_mvue_is_unbiased(backend: str) -> None:
+    layer = sdgp.Linear(16, 32, backend=backend)
     compiled = torch.compile(layer, fullgraph=True)
     x, grad_output = torch.randn(500, 16, requires_grad=True), torch.randn(1, 32)
     draws = torch.stack([gradients(compiled(x), grad_output.expand(500, -1), x)[0] for _ in range(40)])

@@ -73,8 +73,12 @@ def innermost(x: Tensor, dim: int) -> bool:
     return x.movedim(dim, -1).is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", METHODS)
+# What packing sees of a method is which places stay: the other dtypes want no more than the one that may keep fewer.
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [(method, torch.float32) for method in METHODS] + [("mvue", dtype) for dtype in DTYPES[1:]],
+    ids=str,
+)
 @each_sample()
 def test_equals_reference(sample: Sample, method: str, dtype: torch.dtype) -> None:
     x = cast(sample.make(), dtype)

@@ -21,7 +21,11 @@ import sdgp
 
 X = torch.randn(4, 8)
 
-OPS = {"prune_nm": sdgp.prune_nm, "_prune_nm_scale": torch.ops.sdgp._prune_nm_scale}
+OPS = {
+    "prune_nm": sdgp.prune_nm,
+    "_prune_nm_scale": torch.ops.sdgp._prune_nm_scale,
+    "compress_nm": sdgp.compress_nm,
+}
 
 PRUNE_NM: list[tuple[str, Callable[[Any, torch.Tensor], Any], str]] = [
     ("n > m", lambda op, x: op(x, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
@@ -136,6 +140,206 @@ def test_prune_nm_layout(make: Callable[[], torch.Tensor], layout: str) -> None:
     for op, call in OPS.items():
         with pytest.raises(RuntimeError, match=message(op, expected)):
             call(make(), 2, 4)
+
+
+# Compressed tensors.
+
+VALUES, INDICES = sdgp.compress_nm(torch.randn(3, 10), 2, 4)  # (3, 6)
+IMAGE_VALUES, IMAGE_INDICES = sdgp.compress_nm(torch.randn(2, 8, 5, 5), 2, 4, 1)
+PRODUCTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "decompress_nm": (sdgp.decompress_nm, {"values": VALUES, "indices": INDICES, "m": 4, "size": 10}),
+    "spmm_nm": (sdgp.spmm_nm, {"values": VALUES, "indices": INDICES, "m": 4, "dense": torch.randn(10, 5)}),
+    "_conv2d_input_grad_nm": (
+        sdgp.ops.conv2d_input_grad_nm,
+        {
+            "values": IMAGE_VALUES,
+            "indices": IMAGE_INDICES,
+            "m": 4,
+            "weight": torch.randn(8, 3, 3, 3),
+            "input_size": (7, 7),
+            "stride": (1, 1),
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+            "channels_last": False,
+        },
+    ),
+}
+EACH = tuple(PRODUCTS)
+CONV_OP = ("_conv2d_input_grad_nm",)
+GROUPS = "expected the size of values to be ceil({} / {}) = {} groups times n, 1 <= n <= {}, got {}"
+
+COMPRESSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+    (EACH, {"m": 0}, "expected 1 <= m <= 64, got 0"),
+    (EACH, {"m": 65}, "expected 1 <= m <= 64, got 65"),
+    (CONV_OP, {"m": 0, "groups": 2}, "expected 1 <= m <= 64, got 0"),
+    (EACH[:2], {"m": 3}, GROUPS.format(10, 3, 4, 3, 6)),
+    (EACH[:2], {"m": 1}, GROUPS.format(10, 1, 10, 1, 6)),
+    (CONV_OP, {"m": 3}, GROUPS.format(8, 3, 3, 3, 4)),
+    (("decompress_nm",), {"size": 13}, GROUPS.format(13, 4, 4, 4, 6)),
+    (("decompress_nm",), {"size": 0}, GROUPS.format(0, 4, 0, 4, 6)),
+    (("decompress_nm",), {"size": 4}, GROUPS.format(4, 4, 1, 4, 6)),
+    (("decompress_nm",), {"size": -1}, "expected size >= 0, got -1"),
+    (("decompress_nm",), {"dim": 2}, "expected dim in [-2, 1], got 2"),
+    (("decompress_nm",), {"dim": -3}, "expected dim in [-2, 1], got -3"),
+    (
+        EACH[:2],
+        {"values": torch.tensor(1.0), "indices": torch.tensor(0, dtype=torch.uint8)},
+        "expected at least 1 dimension, got a scalar",
+    ),
+    (("spmm_nm",), {"dense": torch.randn(13, 5)}, GROUPS.format(13, 4, 4, 4, 6)),
+    (("spmm_nm",), {"dense": torch.randn(0, 5)}, GROUPS.format(0, 4, 0, 4, 6)),
+    (("spmm_nm",), {"dense": torch.randn(10)}, "expected dense (size, cols), got (10,)"),
+    (("spmm_nm",), {"dense": torch.randn(1, 10, 5)}, "expected dense (size, cols), got (1, 10, 5)"),
+    (
+        ("spmm_nm",),
+        {"dense": torch.randn(10, 5).double()},
+        "expected dense to be float32 as the values are, got float64",
+    ),
+    (EACH, {"indices": INDICES[:2]}, "expected values and indices of one shape, got {values} and (2, 6)"),
+    (EACH, {"indices": INDICES[0]}, "expected values and indices of one shape, got {values} and (6,)"),
+    (EACH, {"indices": INDICES.int()}, "expected indices to be uint8, got int32"),
+    (EACH[:2], {"values": VALUES.int()}, "expected float32, float64, float16 or bfloat16, got int32"),
+    (CONV_OP, {"values": VALUES}, "expected values (N, C, H, W), got (3, 6)"),
+    (CONV_OP, {"weight": torch.randn(8, 3)}, "expected weight (out, in / groups, kH, kW), got (8, 3)"),
+    (CONV_OP, {"weight": torch.randn(9, 3, 3, 3)}, GROUPS.format(9, 4, 3, 4, 4)),
+    (
+        CONV_OP,
+        {"weight": torch.randn(8, 3, 3, 3).half()},
+        "expected weight to be float32 as the values are, got float16",
+    ),
+    (CONV_OP, {"groups": 0}, "expected groups that divide 8 output channels, got 0"),
+    (CONV_OP, {"groups": 3}, "expected groups that divide 8 output channels, got 3"),
+    (
+        CONV_OP,
+        {"groups": 4, "values": IMAGE_VALUES[:1], "indices": IMAGE_INDICES[:1]},
+        "expected samples x groups values, got (1, 4, 5, 5) for 4 groups",
+    ),
+    (CONV_OP, {"stride": (1,)}, "expected stride to be a pair, got 1 numbers"),
+    (CONV_OP, {"stride": (0, 1)}, "expected stride >= 1, got 0"),
+    (CONV_OP, {"stride": (1, -2)}, "expected stride >= 1, got -2"),
+    (CONV_OP, {"dilation": (0, 1)}, "expected dilation >= 1, got 0"),
+    (CONV_OP, {"padding": (0, -1)}, "expected padding >= 0, got -1"),
+    (CONV_OP, {"padding": (0, 0, 0)}, "expected padding to be a pair, got 3 numbers"),
+    (CONV_OP, {"input_size": (7, -7)}, "expected input_size >= 0, got -7"),
+    (CONV_OP, {"input_size": (7,)}, "expected input_size to be a pair, got 1 numbers"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("op", "changed", "text"),
+    [(op, changed, text) for ops, changed, text in COMPRESSED for op in ops],
+    ids=[f"{op}: {text}" for ops, _, text in COMPRESSED for op in ops],
+)
+def test_compressed(op: str, changed: dict[str, Any], text: str, mode: Callable[[], Any], device: str) -> None:
+    call, arguments = PRODUCTS[op]
+    arguments = {**arguments, **changed}
+    text = text.replace("{values}", str(tuple(arguments["values"].shape)))
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
+    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
+        call(**arguments)
+
+
+OTHERS = [
+    *((op, "indices", "indices") for op in EACH),
+    ("spmm_nm", "dense", "dense"),
+    ("_conv2d_input_grad_nm", "weight", "weight"),
+]
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize(("op", "moved", "name"), OTHERS)
+def test_compressed_on_two_devices(op: str, moved: str, name: str, device: str, other: str) -> None:
+    call, arguments = PRODUCTS[op]
+    places = {key: other if key == moved else device for key in arguments}
+    arguments = {
+        key: value.to(places[key]) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()
+    }
+    with pytest.raises(RuntimeError, match=message(op, f"expected {name} on the same device ({device}), got {other}")):
+        call(**arguments)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "privateuseone:0"])
+def test_compressed_on_a_device_without_a_kernel(device: str) -> None:
+    values, indices = _Elsewhere.on(device), _Elsewhere.on(device, torch.uint8)
+    expected = f"expected a tensor on a device with an sdgp kernel (cpu), got {device}"
+    with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+        sdgp.decompress_nm(values, indices, 4, 4)
+    expected = f"expected indices on the same device (cpu), got {device}"
+    with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+        sdgp.decompress_nm(torch.randn(1), indices, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op in EACH for name, x in PRODUCTS[op][1].items() if isinstance(x, torch.Tensor)]
+)
+def test_compressed_layout(op: str, name: str) -> None:
+    call, arguments = PRODUCTS[op]
+    expected = "expected a strided tensor, got layout sparse_coo; call .to_dense() first"
+    with pytest.raises(RuntimeError, match=message(op, expected)):
+        call(**{**arguments, name: arguments[name].to_sparse()})
+
+
+# Only the CPU sees what the indices are.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("wrong", [4, 5, 15, 16, 63, 64, 127, 128, 255])
+@pytest.mark.parametrize("op", EACH)
+def test_an_index_beyond_its_group(op: str, wrong: int, dtype: torch.dtype) -> None:
+    call, arguments = PRODUCTS[op]
+    arguments = {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in arguments.items()
+    }
+    size = {"decompress_nm": 10, "spmm_nm": 10, "_conv2d_input_grad_nm": 8}[op]
+    expected = message(op, f"expected every index below 4 and inside the size {size}, got one that is not")
+    for at in (0, arguments["indices"].numel() // 2, arguments["indices"].numel() - 1):
+        indices = arguments["indices"].clone(memory_format=torch.preserve_format)
+        indices.movedim(1, -1).view(-1)[at] = wrong
+        with pytest.raises(RuntimeError, match=expected):
+            call(**{**arguments, "indices": indices})
+
+
+@pytest.mark.parametrize("op", EACH[:2])
+def test_an_index_beyond_the_tail(op: str) -> None:
+    call, arguments = PRODUCTS[op]  # 10 = 4 + 4 + 2: the last group has no index 2
+    indices = INDICES.clone()
+    indices[1, 5] = 2
+    expected = "expected every index below 4 and inside the size 10, got one that is not"
+    with pytest.raises(RuntimeError, match=message(op, expected)):
+        call(**{**arguments, "indices": indices})
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 2), (3, 7), (8, 32), (31, 64)])
+@pytest.mark.parametrize("rows", [1, 70, 700])
+def test_one_bad_index_among_many(rows: int, n: int, m: int) -> None:
+    values, indices = sdgp.compress_nm(torch.randn(rows, 389), n, m)
+    dense = torch.randn(389, 70)
+    expected = f"expected every index below {m} and inside the size 389, got one that is not"
+    for row, slot in ((0, 0), (rows - 1, values.shape[1] - 1), (rows // 2, values.shape[1] // 2)):
+        corrupt = indices.clone()
+        corrupt[row, slot] = m
+        with pytest.raises(RuntimeError, match=message("spmm_nm", expected)):
+            sdgp.spmm_nm(values, corrupt, m, dense)
+        with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+            sdgp.decompress_nm(values, corrupt, m, 389)
+
+
+@pytest.mark.parametrize("bad", [4, 255])
+def test_any_index_that_a_convolution_reads_is_checked(bad: int) -> None:
+    call, arguments = PRODUCTS["_conv2d_input_grad_nm"]
+    expected = "expected every index below 4 and inside the size 8, got one that is not"
+    for at in range(0, IMAGE_INDICES.numel(), 7):
+        indices = IMAGE_INDICES.clone(memory_format=torch.preserve_format)
+        indices.movedim(1, -1).view(-1)[at] = bad
+        with pytest.raises(RuntimeError, match=message("_conv2d_input_grad_nm", expected)):
+            call(**{**arguments, "indices": indices})
 
 
 @pytest.mark.parametrize(

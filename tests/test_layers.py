@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ import sdgp
 # linear.
 
 
-@pytest.mark.parametrize("backend", ["pruned", "dense"])
+@pytest.mark.parametrize("backend", ["pruned", "dense", "sparse"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(16,), (5, 16), (2, 3, 16), (2, 1, 3, 16), (0, 16)])
@@ -217,8 +218,10 @@ def test_without_grad_it_is_the_plain_operator() -> None:
 # Autograd.
 
 
-@pytest.mark.parametrize("layer", [sdgp.Linear(8, 8, backend="pruned"), sdgp.Conv2d(8, 8, 1, backend="pruned")])
-def test_double_backward_is_refused(layer: nn.Module) -> None:
+@pytest.mark.parametrize("backend", ["pruned", "sparse"])
+@pytest.mark.parametrize("make", [lambda: sdgp.Linear(8, 8), lambda: sdgp.Conv2d(8, 8, 1)], ids=["linear", "conv2d"])
+def test_double_backward_is_refused(make: Callable[[], nn.Module], backend: str) -> None:
+    layer = sdgp.convert(make(), backend=backend)
     op = type(layer).__name__.lower()
     x = torch.randn(2, 8, 8, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)

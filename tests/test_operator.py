@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""prune_nm as a citizen of PyTorch: registration, gradient, TorchScript, torch.compile, meta, inference mode."""
+"""The ops as citizens of PyTorch: registration, gradient, TorchScript, torch.compile, meta, inference mode."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from compare import identical
 from samples import DTYPES, METHODS, Sample, draw_seed, each_sample
 from torch import Tensor
 
@@ -28,6 +31,120 @@ def test_opcheck(sample: Sample, method: str) -> None:
 def test_opcheck_sees_every_dtype() -> None:
     for dtype in DTYPES:
         torch.library.opcheck(OP, (torch.randn(4, 8, dtype=dtype), 2, 4))
+
+
+# The ops without a gradient.
+
+
+def products(channels_last: bool = False, apart: bool = False) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each op, by its name."""
+    values, indices = sdgp.compress_nm(torch.randn(3, 22), 2, 4)
+    out = 6 if apart else 8  # 6: no whole number of groups of 4 in each of the convolution's groups
+    image, weight = torch.randn(3, 2 * out, 5, 5), torch.randn(2 * out, 3, 3, 3)
+    image = image.reshape(6, out, 5, 5) if apart else image
+    image_values, image_indices = sdgp.compress_nm(image, 2, 4, 1)
+    geometry = ([9, 10], [2, 2], [1, 1], [1, 1], 2, channels_last)
+    return {
+        "compress_nm": (torch.randn(3, 22), 2, 4, -1, "mvue", draw_seed()),
+        "decompress_nm": (values, indices, 4, 22, -1),
+        "spmm_nm": (values, indices, 4, torch.randn(22, 7)),
+        "_conv2d_input_grad_nm": (image_values, image_indices, 4, weight, *geometry),
+    }
+
+
+WITHOUT_GRADIENT = tuple(products())
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+def test_opcheck_without_gradient(op: str, channels_last: bool, apart: bool) -> None:
+    torch.library.opcheck(getattr(torch.ops.sdgp, op).default, products(channels_last, apart)[op])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@each_sample("vector", "rows_tail", "nchw", "channels_last", "transposed", "empty", "every_other")
+def test_opcheck_compress(sample: Sample, method: str) -> None:
+    arguments = (sample.make(), 2, 4, sample.dim, method, draw_seed())
+    torch.library.opcheck(torch.ops.sdgp.compress_nm.default, arguments)
+
+
+def both(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The results on the CPU and on the meta device."""
+    on_meta = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
+    actual, meta = call(*arguments), call(*on_meta)
+    return (actual, meta) if isinstance(actual, tuple) else ((actual,), (meta,))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+def test_meta_equals_the_cpu(op: str, channels_last: bool, apart: bool) -> None:
+    for dtype in DTYPES:
+        arguments = tuple(
+            x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+            for x in products(channels_last, apart)[op]
+        )
+        for actual, meta in zip(*both(getattr(torch.ops.sdgp, op), arguments), strict=True):
+            assert meta.is_meta
+            assert (meta.shape, meta.dtype, meta.stride()) == (actual.shape, actual.dtype, actual.stride())
+
+
+@each_sample()
+def test_meta_of_compressed_samples(sample: Sample) -> None:
+    x = sample.make()
+    for n, m in ((2, 4), (3, 7)):
+        for actual, meta in zip(*both(sdgp.compress_nm, (x, n, m, sample.dim)), strict=True):
+            assert (meta.shape, meta.dtype, meta.stride()) == (actual.shape, actual.dtype, actual.stride())
+        values, indices = sdgp.compress_nm(x, n, m, sample.dim)
+        arguments = (values, indices, m, x.shape[sample.dim], sample.dim)
+        ((actual,), (meta,)) = both(sdgp.decompress_nm, arguments)
+        assert (meta.shape, meta.dtype, meta.stride()) == (actual.shape, actual.dtype, actual.stride())
+
+
+@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+def test_inference_mode_without_gradient(op: str) -> None:
+    call, arguments = getattr(torch.ops.sdgp, op), products()[op]
+    expected = call(*arguments)
+    with torch.inference_mode():
+        actual = call(*arguments)
+    pairs = zip(actual, expected, strict=True) if isinstance(actual, tuple) else [(actual, expected)]
+    for got, wanted in pairs:
+        assert got.is_inference()
+        identical(got, wanted)
+
+
+def test_torchscript_multiplies() -> None:
+    class Multiply(torch.nn.Module):
+        def forward(self, x: Tensor, dense: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
+            values, indices = torch.ops.sdgp.compress_nm(x, 2, 4, -1, "mvue", seed)
+            restored = torch.ops.sdgp.decompress_nm(values, indices, 4, x.size(-1))
+            return torch.ops.sdgp.spmm_nm(values, indices, 4, dense), restored
+
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(Multiply()), buffer)
+    buffer.seek(0)
+    loaded = torch.jit.load(buffer)
+    x, dense, seed = torch.randn(6, 22), torch.randn(22, 5), draw_seed()
+    product, restored = loaded(x, dense, seed)
+    identical(restored, sdgp.prune_nm(x, 2, 4, -1, "mvue", seed))
+    torch.testing.assert_close(product, restored @ dense)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_without_gradient(dynamic: bool) -> None:
+    torch._dynamo.reset()
+    seed = draw_seed()
+
+    def multiply(x: Tensor, dense: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices = sdgp.compress_nm(x * 2, 2, 4, -1, "mvue", seed)
+        return sdgp.spmm_nm(values, indices, 4, dense) + 1, sdgp.decompress_nm(values, indices, 4, x.shape[-1])
+
+    compiled = torch.compile(multiply, fullgraph=True, dynamic=dynamic)
+    for rows, size, cols in ((3, 8, 5), (4, 18, 7)):
+        x, dense = torch.randn(rows, size), torch.randn(size, cols)
+        for actual, expected in zip(compiled(x, dense), multiply(x, dense), strict=True):
+            torch.testing.assert_close(actual, expected)
 
 
 # The gradient: the same mask and factor on the incoming one.
