@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The models that train_step.py trains. Plain PyTorch: nothing here knows of pruning."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+import torchvision  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+
+def resnet18() -> nn.Module:
+    """As for images of 32 x 32: a 3 x 3 stem of stride 1, no pooling after it."""
+    model: nn.Module = torchvision.models.resnet18(num_classes=10)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    return model
+
+
+def resnet50() -> nn.Module:
+    model: nn.Module = torchvision.models.resnet50()
+    return model
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward, each after a LayerNorm, added to what comes in. Each projection is an nn.Linear."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
+        y = self.norm_attention(x)
+        query, key, value = (
+            projection(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
+            for projection in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        result: Tensor = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
+        return result
+
+
+class Transformer(nn.Module):
+    """A language model over bytes."""
+
+    def __init__(self, width: int = 512, heads: int = 8, hidden: int = 2048, depth: int = 4, length: int = 128) -> None:
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(256, width), nn.Parameter(torch.zeros(length, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, hidden) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 256)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (batch, length) -> (batch, length, 256)
+        result: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens) + self.position)))
+        return result
+
+
+class Adapter(nn.Module):
+    """A linear layer that stands still, plus a trained product of two narrow ones (Hu et al., LoRA, 2022)."""
+
+    def __init__(self, base: nn.Linear, rank: int) -> None:
+        super().__init__()
+        self.base = base
+        self.narrow = nn.Linear(base.in_features, rank, bias=False)
+        self.widen = nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x) + self.widen(self.narrow(x))
+        return result
+
+
+def with_adapters(model: Transformer, rank: int) -> Transformer:
+    """Freezes the model and puts an adapter on every linear layer of its blocks."""
+    model.requires_grad_(False)
+    for block in model.blocks:
+        for name, layer in list(block.named_children()):
+            if isinstance(layer, nn.Linear):
+                setattr(block, name, Adapter(layer, rank))
+    return model
