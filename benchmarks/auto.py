@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Is backend="auto" never slower than dense? Forward and backward of a layer, 1 x 1 to 4096 x 4096, batch 1 to 256.
+
+One line per layer and batch: milliseconds of the plain layer; the converted one's time as a multiple of it; the same of
+a second plain layer, which is the noise; and what auto chose. The choice itself, made in the first backward of a shape,
+is not in the time.
+
+    python benchmarks/auto.py                                   # everything, ten minutes or so
+    python benchmarks/auto.py --layer linear --pattern 4:32
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from bench import committed_machine, interleaved, store
+from torch import Tensor, nn
+
+import sdgp
+
+METHOD = "mvue"
+BATCHES = (1, 16, 256)
+LINEAR = (  # in, out
+    *((size, size) for size in (1, 16, 64, 256, 1024, 4096)),
+    *((64, 4096), (4096, 64), (768, 3072), (3072, 768)),
+)
+CONV2D = (  # kernel, in, out, height and width
+    *((1, 1, 1, 1), (1, 64, 64, 14), (1, 256, 64, 28), (1, 64, 256, 28), (1, 512, 2048, 7)),
+    *((3, 3, 64, 32), (3, 16, 16, 32), (3, 64, 64, 16), (3, 256, 256, 8), (3, 512, 512, 4)),
+)
+
+
+def layers(kind: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """(name, layer, input), for every batch."""
+    for batch in BATCHES:
+        if kind == "linear":
+            for features_in, features_out in LINEAR:
+                name = f"linear {features_in} -> {features_out}, batch {batch}"
+                yield name, nn.Linear(features_in, features_out), torch.randn(batch, features_in)
+        else:
+            for kernel, channels_in, channels_out, size in CONV2D:
+                name = f"conv {kernel}x{kernel} {channels_in} -> {channels_out}, {size}x{size}, batch {batch}"
+                layer = nn.Conv2d(channels_in, channels_out, kernel, padding=kernel // 2)
+                input = torch.randn(batch, channels_in, size, size)
+                yield name, *(x.to(memory_format=torch.channels_last) for x in (layer, input))  # type: ignore[misc]
+
+
+def make_call(layer: nn.Module, input: Tensor) -> Callable[[], object]:
+    input = input.detach().requires_grad_()
+    wanted = (input, *layer.parameters())
+    grad_output = torch.randn_like(layer(input))
+    return lambda: torch.autograd.grad(layer(input), wanted, grad_output)
+
+
+def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: int) -> dict[str, Any]:
+    converted = sdgp.convert(copy.deepcopy(layer), pattern, METHOD, backend="auto")
+    candidates = {
+        "dense": make_call(layer, input),
+        "auto": make_call(converted, input),
+        "dense again": make_call(copy.deepcopy(layer), input),
+    }
+    for call in candidates.values():  # auto chooses here
+        call()
+    start = time.perf_counter()
+    candidates["dense"]()
+    rounds = max(rounds, min(1000, int(0.2 / (time.perf_counter() - start))))  # what takes microseconds is noisier
+    seconds = interleaved(candidates, rounds)
+    (chosen,) = sdgp.report(converted)
+    return {
+        "layer": name,
+        "pattern": pattern,
+        "method": METHOD,
+        "dense_ms": round(seconds["dense"] * 1e3, 4),
+        "times_dense": round(seconds["auto"] / seconds["dense"], 3),
+        "noise": round(seconds["dense again"] / seconds["dense"], 3),
+        "chosen": chosen.note,
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    head = f"{row['layer']:42s} | {row['pattern']:>4s} | dense {row['dense_ms']:9.4f} ms"
+    print(f"{head} | auto {row['times_dense']:.3f}x | noise {row['noise']:.3f}x | {row['chosen']}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layer", nargs="*", choices=("linear", "conv2d"), default=["linear", "conv2d"])
+    parser.add_argument("--pattern", nargs="*", default=["2:4", "4:32"])
+    parser.add_argument("--rounds", type=int, default=15, help="the least; quick layers get up to 1000")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    machine = committed_machine(args.rounds) if args.store else None
+    rows = []
+    for kind in args.layer:
+        for name, layer, input in layers(kind):
+            for pattern in args.pattern:
+                rows.append(measure(name, layer, input, pattern, args.rounds))
+                show(rows[-1])
+    slowest = max(rows, key=lambda row: row["times_dense"])
+    print(f"slowest beside dense: {slowest['times_dense']:.3f}x, {slowest['layer']}, {slowest['pattern']}")
+    if machine is not None:
+        store("auto", machine, rows, args.store)
+
+
+if __name__ == "__main__":
+    main()
