@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""backend="auto" beside dense: forward and backward of single layers, 1 x 1 to 4096 x 4096, batch 1 to 256.
+"""Is backend="auto" never slower than dense? Forward and backward of a layer, 1 x 1 to 4096 x 4096, batch 1 to 256.
 
 One line per layer and batch: milliseconds of the plain layer; the converted one's time as a multiple of it; the same of
 a second plain layer, which is the noise; and what auto chose. The choice itself, made in the first backward of a shape,
