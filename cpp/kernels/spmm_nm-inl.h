@@ -112,7 +112,7 @@ SDGP_INLINE void store_element(typename C::T* p, typename C::E value) {
     *p = value;
   } else {
     typename C::T lanes[kLanes<typename C::E>];
-    C::store(lanes, splat<typename C::E>(value));
+    C::store(lanes, C::round(splat<typename C::E>(value)));
     *p = lanes[0];
   }
 }
@@ -129,7 +129,7 @@ template <class C>
 SDGP_INLINE void store_elements(const typename C::E* from, typename C::T* to, int64_t count) {
   constexpr int kL = kLanes<typename C::E>;
   int64_t i = 0;
-  for (; i + kL <= count; i += kL) C::store(to + i, load_bits<Elem<C>>(from + i));
+  for (; i + kL <= count; i += kL) C::store(to + i, C::round(load_bits<Elem<C>>(from + i)));
   for (; i < count; ++i) store_element<C>(to + i, from[i]);
 }
 

@@ -38,14 +38,13 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64
   prefer_huge_pages(indices);
 
   CompressArgs args{};
-  args.prune = describe_prune(input, input, call, n, m, seed);
-  Tensor pruned = input;
-  if (call.method == Method::kRescale && args.prune.dim_per_factor && n != m) {  // its sums run across rows
-    pruned = torch::stable::empty_like(input);
-    prune_into(input, pruned, call, n, m, seed, false);
-    args.prune = describe_prune(pruned, pruned, call, n, m, seed);
+  Tensor source = input;
+  if (call.method == Method::kRescale && n != m) {  // its sums run across rows, in an order that the whole decides
+    source = torch::stable::empty_like(input);
+    prune_into(input, source, call, n, m, seed, false);
     args.pruned = true;
   }
+  args.prune = describe_prune(source, source, call, n, m, seed);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();
