@@ -5,24 +5,17 @@
 #include "kernels/kernels.h"
 
 #include <cmath>
-#include <cstdio>
 #include <cstring>
 #include <limits>
 #include <random>
-#include <set>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "harness.h"
+
 namespace {
 
-int failures = 0;
-
-void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
-}
+using sdgp::test::expect;
 
 // A (outer, size, inner) tensor pruned along its middle: contiguous, or with the middle dimension innermost.
 struct Shape {
@@ -190,15 +183,7 @@ void test_dtypes(const Shape& shape, int n, int m, const std::string& what) {
   }
 }
 
-}  // namespace
-
-int main() {
-  try {
-    std::printf("kernels of %s\n", sdgp::kernels().isa);
-  } catch (const std::runtime_error& error) {
-    std::printf("%s\n", error.what());
-    return 77;
-  }
+void test_all() {
   for (const Shape& shape : kShapes) {
     for (const auto& [n, m] : kPatterns) {
       const std::string what = std::to_string(n) + ":" + std::to_string(m) + " of (" + std::to_string(shape.outer) +
@@ -211,6 +196,8 @@ int main() {
       }
     }
   }
-  std::printf(failures ? "%d failures\n" : "passed\n", failures);
-  return failures != 0;
 }
+
+}  // namespace
+
+int main() { return sdgp::test::run(&test_all); }
