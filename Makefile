@@ -7,7 +7,7 @@ DEMO_ARGS ?=
 
 CXX_FILES := $(shell find cpp tests -name '*.h' -o -name '*.cpp')
 
-.PHONY: all demo test lint cpp-test wheel python-test second-test install-test bench clean
+.PHONY: all demo test lint cpp-test sanitize wheel python-test second-test install-test bench clean
 all: test
 
 # One wheel is built, and both environments install that file.
@@ -28,6 +28,13 @@ cpp-test: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/cpp -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_WERROR=ON
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+
+# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
+sanitize: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/sanitize -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g"
+	$(BIN)/cmake --build build/sanitize
+	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
 
 python-test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
