@@ -194,8 +194,22 @@ struct PruneKernel {
     }
   };
 
+  static void prune_staged(const PruneArgs& args, const Plan& plan, const T* in, T* out, int64_t lane,
+                           const LaneGroups<C>& group) {
+    Elem<C> x[kM];
+    if (plan.rows_inside) {
+      for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
+      prune_slow(x, args, group);
+      for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
+    } else {
+      load_groups(in + lane * kM, x);
+      prune_slow(x, args, group);
+      store_groups(out + lane * kM, x);
+    }
+  }
+
   static void run_staged(const PruneArgs& args, const Plan& plan, Pieces pieces) {
-    constexpr int kMost = 64;
+    constexpr int kMost = 64;  // pieces at a time
     constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
     const Dim* const inner = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
     alignas(kVectorBytes) T in[kM * kStaged] = {};
@@ -219,20 +233,7 @@ struct PruneKernel {
         lanes += p.lanes();
       }
       if (count == 0) return;
-      for (int64_t lane = 0; lane < lanes; lane += kL) {
-        Elem<C> x[kM];
-        if (plan.rows_inside) {
-          for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
-        } else {
-          load_groups(in + lane * kM, x);
-        }
-        prune_slow(x, args, groups.at(lane));
-        if (plan.rows_inside) {
-          for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
-        } else {
-          store_groups(out + lane * kM, x);
-        }
-      }
+      for (int64_t lane = 0; lane < lanes; lane += kL) prune_staged(args, plan, in, out, lane, groups.at(lane));
       lanes = 0;
       for (int i = 0; i < count; ++i) {
         const Piece& p = piece[i];

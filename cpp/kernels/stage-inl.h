@@ -110,8 +110,8 @@ class Pieces {
     base_ = find_row(args_, args_.ndim - 1, outer_);
   }
 
-  // The next piece, where one is left and fits into `room` lanes of a buffer of `capacity`. Whole runs are taken where
-  // that wastes less than half of the buffer.
+  // The next piece, where one is left and fits into `room` lanes of a buffer of `capacity`. A run is cut where it is
+  // longer than half of the buffer.
   bool next(int64_t room, int64_t capacity, Piece& piece) {
     if (left_ == 0 || room == 0) return false;
     int64_t count = 1;

@@ -154,7 +154,7 @@ void run(PruneArgs args, const void* in, void* out, int64_t pieces) {
   for (int64_t p = 0; p < pieces; ++p) table.prune_nm(args, units * p / pieces, units * (p + 1) / pieces);
 }
 
-// A float's nearest below in T's format, which is enough for random bits; 16-bit formats share a trick: any bits do.
+// Normal values, or special ones. 16-bit types get a float's upper half.
 template <class T>
 void fill(T* x, int64_t size, bool special) {
   std::mt19937 generator(7);
