@@ -4,6 +4,8 @@ VENV := .venv
 SECOND := .venv-second
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
+BENCH_ARGS ?=
+BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp tests -name '*.h' -o -name '*.cpp')
 
@@ -48,8 +50,7 @@ install-test: $(VENV)/ready $(SECOND)/ready
 wheel: dist/built
 
 bench: $(VENV)/installed
-	set -e; for subject in prune_nm compress_nm spmm_nm conv2d train_step auto; do \
-	  $(BIN)/python benchmarks/$$subject.py; done
+	for subject in $(BENCHMARKS); do $(BIN)/python benchmarks/$$subject.py $(BENCH_ARGS) || exit; done
 
 $(VENV)/ready: requirements/dev.txt requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)

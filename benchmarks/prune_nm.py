@@ -4,7 +4,7 @@
 One line per tensor and pattern; every method's time as a multiple of the clone's. Where it says ``topk``, that is
 abs + topk + gather + scatter, for magnitude. After the common shapes come some that no fast path serves.
 
-    make bench                                         # everything, ten minutes or so
+    python benchmarks/prune_nm.py                      # everything, ten minutes or so
     python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
 """
 
