@@ -11,14 +11,13 @@ is not in the time.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from bench import committed_machine, interleaved, store
+from bench import arguments, begin, interleaved, store
 from torch import Tensor, nn
 
 import sdgp
@@ -88,16 +87,11 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__, rounds="the least; quick layers get up to 1000")
     parser.add_argument("--layer", nargs="*", choices=("linear", "conv2d"), default=["linear", "conv2d"])
     parser.add_argument("--pattern", nargs="*", default=["2:4", "4:32"])
-    parser.add_argument("--rounds", type=int, default=15, help="the least; quick layers get up to 1000")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    machine = committed_machine(args.rounds) if args.store else None
+    machine = begin(args)
     rows = []
     for kind in args.layer:
         for name, layer, input in layers(kind):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import sys
@@ -10,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sdgp._machine import changes, machine
 
@@ -34,7 +37,23 @@ def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = 15) -> d
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def committed_machine(rounds: int) -> dict[str, Any]:
+def arguments(description: str | None, rounds: str | None = None) -> argparse.ArgumentParser:
+    """What every program takes: --rounds (``rounds``: its help), --threads, --store."""
+    result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--rounds", type=int, default=15, help=rounds)
+    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
+    return result
+
+
+def begin(args: argparse.Namespace) -> dict[str, Any] | None:
+    """Sets threads and seed; the machine for :func:`store`, None where nothing is to be stored."""
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return _committed_machine(args.rounds) if args.store else None
+
+
+def _committed_machine(rounds: int) -> dict[str, Any]:
     """What :func:`store` wants: where a benchmark runs, if its rows may be kept. Asked before it runs."""
     if rounds < 10:
         raise SystemExit(f"--store: expected at least 10 rounds, got {rounds}")

@@ -7,14 +7,13 @@ multiple of the clone's.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from bench import committed_machine, interleaved, store
+from bench import arguments, begin, interleaved, store
 from prune_nm import METHODS, PATTERNS, show, tensors
 from torch import Tensor
 
@@ -41,15 +40,10 @@ def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int) -> dict[s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    machine = committed_machine(args.rounds) if args.store else None
+    machine = begin(args)
     rows = []
     for name, x, dim, _ in islice(tensors(16, torch.float32), 4):  # the common shapes
         for pattern in args.pattern:

@@ -8,7 +8,6 @@ product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all
 
 from __future__ import annotations
 
-import argparse
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -16,7 +15,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import committed_machine, interleaved, store
+from bench import arguments, begin, interleaved, store
 from torch import Tensor
 
 import sdgp
@@ -101,19 +100,13 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
 
 def main(subject: str, description: str | None, cases: Callable[[], Iterable[Case]]) -> None:
     """The command line of both programs. Cases are made one at a time: together they would fill the memory."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(description)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         subject += ", huge pages"
-    machine = committed_machine(args.rounds) if args.store else {}
-    machine |= speeds()
+    machine = (begin(args) or {}) | speeds()
     product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
     rows = []

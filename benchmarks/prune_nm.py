@@ -10,12 +10,11 @@ abs + topk + gather + scatter, for magnitude. After the common shapes come some 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from bench import committed_machine, interleaved, store
+from bench import arguments, begin, interleaved, store
 from torch import Tensor
 
 import sdgp
@@ -86,17 +85,12 @@ def show(mib: int, row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
     parser.add_argument("--pattern", nargs="*", help="only these (default: all)")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    machine = committed_machine(args.rounds) if args.store else None
+    machine = begin(args)
     rows = []
     for mib in args.mib:
         for dtype in args.dtype:

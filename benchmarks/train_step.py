@@ -10,7 +10,6 @@ One line per model, pattern and backend: milliseconds, what is saved, and how ma
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import models
 import torch
 import torch.nn.functional as F
-from bench import committed_machine, interleaved, store
+from bench import arguments, begin, interleaved, store
 from torch import Tensor, nn
 
 import sdgp
@@ -117,17 +116,12 @@ def show(row: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments(__doc__)
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pattern", nargs="*", default=["2:4", "4:32"])
     parser.add_argument("--backend", nargs="*", choices=("auto", "pruned", "sparse"), default=["auto", "sparse"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    machine = committed_machine(args.rounds) if args.store else None
+    machine = begin(args)
     rows = []
     for name in args.model:
         rows += measure(name, args.pattern, args.backend, args.rounds)

@@ -379,3 +379,46 @@ def test_measuring_times_both_products() -> None:
         assert calls == [opponent, "sparse"] * 4  # in turn, the first round for warming up
         assert choice.dense_ms > 0
         assert choice.sparse_ms > 0
+
+
+@pytest.mark.parametrize(
+    ("backend", "dense_ms", "sparse_ms", "sparse"),
+    [
+        ("pruned", 1.0, 0.9, True),
+        ("pruned", 1.0, 0.97, False),  # noise
+        ("auto", 10.0, 9.0, True),
+        ("auto", 10.0, 9.7, False),
+        ("auto", 0.5, 0.4, False),  # less than the calls of a layer that may prune
+        ("auto", 0.5, 0.3, True),
+    ],
+)
+def test_by_how_much_sparse_must_win(
+    backend: str, dense_ms: float, sparse_ms: float, sparse: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(backends.time, "perf_counter", lambda: clock[0])
+
+    def product(milliseconds: float) -> Callable[..., Tensor]:
+        def call(*_: object) -> Tensor:
+            clock[0] += milliseconds / 1e3
+            return torch.empty(0)
+
+        return call
+
+    opponent = product(dense_ms)
+    products = backends.Products((), dense=opponent, pruned=opponent, sparse=product(sparse_ms))
+    choice = backends.measure(products, Pruning.parse("linear", "2:4", "mvue", backend))
+    assert choice.sparse == sparse
+    assert choice.dense_ms == pytest.approx(dense_ms)
+    assert choice.sparse_ms == pytest.approx(sparse_ms)
+
+
+@sparse_wins
+def test_an_evaluation_keeps_what_the_report_says(measured: Measured) -> None:
+    layer, x, grad_output = large("auto")
+    data_gradient(layer, x, grad_output)
+    before = sdgp.report(layer)[0].note
+    with torch.no_grad():
+        layer(x)
+    assert sdgp.report(layer)[0].note == before
+    assert before.startswith("pruned, sparse product: ")

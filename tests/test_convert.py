@@ -128,8 +128,8 @@ class Special(nn.Linear):
         (nn.ConvTranspose2d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not ConvTranspose2d"),
         (nn.LSTM(8, 8), "dense: only nn.Linear and nn.Conv2d are converted, not LSTM"),
         (nn.LazyLinear(8), "dense: LazyLinear is a subclass that sdgp does not know"),
-        (nn.Linear(8, 8), "exact so far: no backward has measured it"),
-        (nn.Conv2d(1, 8, 3), "exact so far: no backward has measured it"),
+        (nn.Linear(8, 8), "exact so far: no gradient was measured, or large enough to be"),
+        (nn.Conv2d(1, 8, 3), "exact so far: no gradient was measured, or large enough to be"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -40,7 +40,7 @@ def linear(
         pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`: groups of m output features.
         method: see :func:`sdgp.prune_nm`.
         backend: ``"auto"``: the faster of the sparse product and the exact dense one, measured at the first backward of
-            a shape: never slower, and exact where dense. ``"pruned"``: always prunes, then takes the faster product.
+            a shape, and exact where dense is. ``"pruned"``: always prunes, then takes the faster product.
             ``"sparse"``, ``"dense"``: prunes and forces that product.
 
     Returns:

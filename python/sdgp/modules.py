@@ -25,7 +25,7 @@ class _Pruning(nn.Module):
 
     pruning: Pruning
     paused: bool
-    last_key: Key | None  # of the choice that the last forward led to
+    last_key: Key | None  # of the choice that the last forward with a data gradient led to
     _dense: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -47,7 +47,8 @@ class _Pruning(nn.Module):
         return dense
 
     def _note(self, key: Key | None) -> None:
-        if key != self.last_key and not torch.compiler.is_compiling():
+        # No key: no gradient was asked for, as in an evaluation, which changes no choice.
+        if key is not None and key != self.last_key and not torch.compiler.is_compiling():
             self.last_key = key
 
     def extra_repr(self) -> str:

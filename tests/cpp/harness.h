@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the kernels' tests share: expectations that are counted, and a main that skips where the CPU lacks the
+// What the kernels' tests share: expectations, each failure told once, and a main that skips where the CPU lacks the
 // instruction set.
 #pragma once
 
 #include <cstdio>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -12,12 +13,10 @@
 
 namespace sdgp::test {
 
-inline int failures = 0;
+inline std::set<std::string> failures;
 
 inline void expect(bool ok, const std::string& what) {
-  if (ok) return;
-  ++failures;
-  if (failures <= 20) std::printf("FAILED: %s\n", what.c_str());
+  if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
 }
 
 inline int run(void (*test)()) {
@@ -28,8 +27,8 @@ inline int run(void (*test)()) {
     return 77;
   }
   test();
-  std::printf(failures ? "%d failures\n" : "passed\n", failures);
-  return failures != 0;
+  std::printf(failures.empty() ? "passed\n" : "%zu failures\n", failures.size());
+  return !failures.empty();
 }
 
 }  // namespace sdgp::test

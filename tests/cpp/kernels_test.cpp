@@ -9,15 +9,13 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <map>
 #include <random>
-#include <set>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "harness.h"
 #include "scalar.h"
 
 namespace {
@@ -25,12 +23,7 @@ namespace {
 using sdgp::DType;
 using sdgp::Method;
 using sdgp::PruneArgs;
-
-std::set<std::string> failures;
-
-void expect(bool ok, const std::string& what) {
-  if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
-}
+using sdgp::test::expect;
 
 // `size` elements that end, or begin, where a page that traps begins or ends.
 template <class T>
@@ -283,18 +276,12 @@ void test_layout(const Layout& layout, int n, int m) {
   }
 }
 
-}  // namespace
-
-int main() {
-  try {
-    std::printf("kernels of %s\n", sdgp::kernels().isa);
-  } catch (const std::runtime_error& error) {
-    std::printf("%s\n", error.what());
-    return 77;
-  }
+void test_all() {
   for (const Layout& layout : layouts()) {
     for (const auto& [n, m] : kPatterns) test_layout(layout, n, m);
   }
-  std::printf(failures.empty() ? "passed\n" : "%zu failures\n", failures.size());
-  return !failures.empty();
 }
+
+}  // namespace
+
+int main() { return sdgp::test::run(&test_all); }

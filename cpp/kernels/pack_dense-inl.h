@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The dense operand of a sparse product: how it is cut into blocks that fit the first-level cache, and packed so that a
+// block is consecutive. Compiled once per instruction set.
+#pragma once
+
+#include "plan-inl.h"
+#include "vec-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+constexpr int kMaxPanel = 8;  // vectors: 2 FMA ports x 4 cycles of latency are in flight
+
+// Of the dense operand in the first-level cache; the rest is for what streams past.
+inline int64_t block_bytes() {
+  const int64_t wanted = first_level_cache_bytes() / 3 * 2;
+  return wanted < 49152 ? wanted : 49152;
+}
+
+static_assert(kMaxGroupSize * kMaxPanel * kVectorBytes <= 65536, "an offset into a block has 16 bits");
+
+// How the dense operand is cut and packed: [group][panel][block][tap][row][panel's columns], all of E, the last
+// panel's missing columns zero.
+struct DensePlan {
+  int64_t taps;
+  int64_t panel;  // vectors
+  int64_t panels;
+  int64_t width;  // columns of a panel
+  int64_t rows;   // of the reduction in a block, a multiple of m; the last block may have fewer
+  int64_t blocks;
+  int64_t tap_set;  // taps that share the first-level cache
+
+  int64_t row_bytes(int64_t element_size) const { return width * element_size; }
+  int64_t block_rows(const SpmmArgs& args, int64_t block) const {
+    const int64_t left = args.size - block * rows;
+    return left < rows ? left : rows;
+  }
+  int64_t panel_offset(const SpmmArgs& args, int64_t group, int64_t at) const {
+    return (group * panels + at) * args.size * taps * width;
+  }
+  int64_t block_offset(int64_t block) const { return block * rows * taps * width; }
+};
+
+template <class E>
+DensePlan make_dense_plan(const SpmmArgs& args) {
+  DensePlan plan{};
+  plan.taps = args.height.kernel * args.width.kernel;
+  const int64_t vectors = ceil_div(args.cols, kLanes<E>);
+  plan.panels = ceil_div(vectors, kMaxPanel);
+  plan.panel = ceil_div(vectors, plan.panels);
+  plan.panels = ceil_div(vectors, plan.panel);
+  plan.width = plan.panel * kLanes<E>;
+  const int64_t groups = ceil_div(args.size, args.m);
+  const int64_t group_bytes = args.m * plan.width * static_cast<int64_t>(sizeof(E));
+  const int64_t cache = block_bytes();
+  const int64_t fit = group_bytes < cache ? cache / group_bytes : 1;
+  plan.blocks = ceil_div(groups, fit);
+  plan.rows = ceil_div(groups, plan.blocks) * args.m;
+  plan.blocks = ceil_div(args.size, plan.rows);
+  plan.tap_set = cache / (plan.rows * plan.width * static_cast<int64_t>(sizeof(E)));
+  if (plan.tap_set < 1) plan.tap_set = 1;
+  if (plan.tap_set > plan.taps) plan.tap_set = plan.taps;
+  return plan;
+}
+
+template <class C>
+SDGP_INLINE typename C::E load_element(const typename C::T* p) {
+  if constexpr (sizeof(typename C::T) == sizeof(typename C::E)) {
+    return *p;
+  } else {
+    typename C::T lanes[kLanes<typename C::E>] = {*p};
+    return C::load(lanes)[0];
+  }
+}
+
+template <class C>
+SDGP_INLINE void store_element(typename C::T* p, typename C::E value) {
+  if constexpr (sizeof(typename C::T) == sizeof(typename C::E)) {
+    *p = value;
+  } else {
+    typename C::T lanes[kLanes<typename C::E>];
+    C::store(lanes, C::round(splat<typename C::E>(value)));
+    *p = lanes[0];
+  }
+}
+
+template <class C>
+SDGP_INLINE void load_elements(const typename C::T* from, typename C::E* to, int64_t count) {
+  constexpr int kL = kLanes<typename C::E>;
+  int64_t i = 0;
+  for (; i + kL <= count; i += kL) store_bits(to + i, C::load(from + i));
+  for (; i < count; ++i) to[i] = load_element<C>(from + i);
+}
+
+template <class C>
+SDGP_INLINE void store_elements(const typename C::E* from, typename C::T* to, int64_t count) {
+  constexpr int kL = kLanes<typename C::E>;
+  int64_t i = 0;
+  for (; i + kL <= count; i += kL) C::store(to + i, C::round(load_bits<Elem<C>>(from + i)));
+  for (; i < count; ++i) store_element<C>(to + i, from[i]);
+}
+
+template <class C>
+void pack_range(const SpmmArgs& args, int64_t begin, int64_t end) {
+  using E = typename C::E;
+  const DensePlan plan = make_dense_plan<E>(args);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t block = unit % plan.blocks;
+    const int64_t panel = unit / plan.blocks % plan.panels;
+    const int64_t group = unit / plan.blocks / plan.panels;
+    const int64_t first_col = panel * plan.width;
+    const int64_t cols = args.cols - first_col < plan.width ? args.cols - first_col : plan.width;
+    E* to = static_cast<E*>(args.packed) + plan.panel_offset(args, group, panel) + plan.block_offset(block);
+    for (int64_t tap = 0; tap < plan.taps; ++tap) {
+      const int64_t at = tap / args.width.kernel * args.dense_height_stride +
+                         tap % args.width.kernel * args.dense_width_stride + first_col * args.dense_col_stride;
+      for (int64_t k = 0; k < plan.block_rows(args, block); ++k, to += plan.width) {
+        const auto* from = static_cast<const typename C::T*>(args.dense) + at +
+                           (group * args.size + block * plan.rows + k) * args.dense_row_stride;
+        if (args.dense_col_stride == 1) {
+          load_elements<C>(from, to, cols);
+        } else {
+          for (int64_t j = 0; j < cols; ++j) to[j] = load_element<C>(from + j * args.dense_col_stride);
+        }
+        for (int64_t j = cols; j < plan.width; ++j) to[j] = 0;
+      }
+    }
+  }
+}
+
+// Element types of the packed operand: 16-bit floats are widened.
+inline int64_t packed_size(const SpmmArgs& args) {
+  const auto size = [&](const DensePlan& plan) {
+    return args.groups * plan.panels * args.size * plan.taps * plan.width;
+  };
+  return args.dtype == DType::kFloat64 ? size(make_dense_plan<double>(args)) : size(make_dense_plan<float>(args));
+}
+
+inline int64_t pack_units(const SpmmArgs& args) {
+  const auto units = [&](const DensePlan& plan) { return args.groups * plan.panels * plan.blocks; };
+  return args.dtype == DType::kFloat64 ? units(make_dense_plan<double>(args)) : units(make_dense_plan<float>(args));
+}
+
+inline void pack(const SpmmArgs& args, int64_t begin, int64_t end) {
+  switch (args.dtype) {
+    case DType::kFloat32: return pack_range<Float32>(args, begin, end);
+    case DType::kFloat64: return pack_range<Float64>(args, begin, end);
+    case DType::kFloat16: return pack_range<Float16>(args, begin, end);
+    case DType::kBFloat16: return pack_range<BFloat16>(args, begin, end);
+  }
+}
+
+}  // namespace sdgp::SDGP_ISA
