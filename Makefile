@@ -7,13 +7,13 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
-CXX_FILES := $(shell find cpp tests -name '*.h' -o -name '*.cpp')
+CXX_FILES := $(shell find cpp cuda tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: all demo test lint cpp-test sanitize wheel python-test second-test install-test bench clean
 all: test
 
 # One wheel is built, and both environments install that file.
-WHEEL_INPUTS := $(shell find cpp cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
+WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)

@@ -152,8 +152,10 @@ inline void check_seed(const char* op, const Tensor& input, const std::optional<
   }
 }
 
-[[noreturn]] inline void refuse_device(const char* op, const Tensor& input) {
-  check(false, op, ": expected a tensor on a device with an sdgp kernel (cpu), got ", name_of(device_of(input)));
+// `devices`: those that have a kernel of this op.
+[[noreturn]] inline void refuse_device(const char* op, const Tensor& input, const char* devices = "cpu") {
+  check(false, op, ": expected a tensor on a device with an sdgp kernel (", devices, "), got ",
+        name_of(device_of(input)));
   __builtin_unreachable();
 }
 

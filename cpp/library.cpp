@@ -16,4 +16,7 @@ STABLE_TORCH_LIBRARY(sdgp, library) {
   library.def(
       "_conv2d_input_grad_nm(Tensor values, Tensor indices, int m, Tensor weight, SymInt[] input_size, int[] stride, "
       "int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");
+  library.def(
+      "_pack_24(Tensor input, int n, int m, str method=\"magnitude\", Tensor? seed=None, "
+      "str layout=\"cusparselt_sm80\") -> Tensor");
 }

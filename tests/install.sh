@@ -2,6 +2,7 @@
 # Each way to install from source, into an environment of its own, and from outside the tree an import and a call.
 # Takes two environments to borrow packages from, so that no torch is installed for this: one with all that a build
 # needs, and one with the torch that requirements/constraints-second.txt names, which the isolated build fetches.
+# Without the CUDA kernels: the wheel that the other tests install has them, and they take minutes to compile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=$(realpath "$1") second=$(realpath "$2")
@@ -21,7 +22,7 @@ install() { # name, environment to borrow from, arguments of pip install
   echo "--- $1: pip install ${*:3}"
   "$tools/bin/python" -m venv "$work/$1"
   (cd "$2" && realpath lib/python*/site-packages) > "$(echo "$work/$1"/lib/python*/site-packages)/borrowed.pth"
-  timeout 900 "$work/$1/bin/pip" install --quiet "${@:3}"
+  timeout 900 "$work/$1/bin/pip" install --quiet -C cmake.define.SDGP_CUDA=OFF "${@:3}"
   (cd "$work" && "$1/bin/python" -c "$CHECK")
 }
 

@@ -19,6 +19,8 @@ from sdgp import backends
 from sdgp.backends import Choice
 from sdgp.pattern import Pruning
 
+CPU = torch.device("cpu")
+
 # The sparse product is the dense one of the same draws, to rounding.
 
 
@@ -372,7 +374,9 @@ def test_measuring_times_both_products() -> None:
     def product(name: str) -> Callable[..., Tensor]:
         return lambda *_: (calls.append(name), torch.empty(0))[1]
 
-    products = backends.Products((), dense=product("dense"), pruned=product("pruned"), sparse=product("sparse"))
+    products = backends.Products(
+        (), torch.device("cpu"), None, dense=product("dense"), pruned=product("pruned"), sparse=product("sparse")
+    )
     for backend, opponent in (("auto", "dense"), ("pruned", "pruned")):
         calls.clear()
         choice = backends.measure(products, Pruning.parse("linear", "2:4", "mvue", backend), rounds=3)
@@ -406,7 +410,9 @@ def test_by_how_much_sparse_must_win(
         return call
 
     opponent = product(dense_ms)
-    products = backends.Products((), dense=opponent, pruned=opponent, sparse=product(sparse_ms))
+    products = backends.Products(
+        (), torch.device("cpu"), None, dense=opponent, pruned=opponent, sparse=product(sparse_ms)
+    )
     choice = backends.measure(products, Pruning.parse("linear", "2:4", "mvue", backend))
     assert choice.sparse == sparse
     assert choice.dense_ms == pytest.approx(dense_ms)

@@ -108,9 +108,11 @@ class _Elsewhere(torch.Tensor):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "mps", "xla:0", "hpu", "mtia", "lazy", "privateuseone:0"])
 def test_prune_nm_on_a_device_without_a_kernel(device: str, op: str) -> None:
-    expected = f"expected a tensor on a device with an sdgp kernel (cpu), got {device}"
-    with pytest.raises(RuntimeError, match=message(op, expected)):
-        OPS[op](_Elsewhere.on(device), 1, 2)
+    if not (device.startswith("cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"sdgp::{op}", "CUDA")):
+        devices = "cpu" if op == "compress_nm" else "cpu, or cuda where sdgp was built for it"
+        expected = f"expected a tensor on a device with an sdgp kernel ({devices}), got {device}"
+        with pytest.raises(RuntimeError, match=message(op, expected)):
+            OPS[op](_Elsewhere.on(device), 1, 2)
     with pytest.raises(RuntimeError, match=message(op, f"expected seed on the input's device (cpu), got {device}")):
         OPS[op](X, 2, 4, method="mvue", seed=_Elsewhere.on(device, torch.int64))
 
@@ -263,6 +265,37 @@ def test_compressed_on_two_devices(op: str, moved: str, name: str, device: str, 
         call(**arguments)
 
 
+MATRIX = torch.randn(4, 8).half()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((MATRIX[0], 2, 4), "expected a matrix, got (8,)"),
+        ((MATRIX.float(), 2, 4), "expected float16 or bfloat16, got float32"),
+        ((MATRIX, 4, 8), "expected n <= 2 and m a multiple of 4, or 1:2, got 4:8"),
+        ((MATRIX, 1, 6), "expected n <= 2 and m a multiple of 4, or 1:2, got 1:6"),
+        ((MATRIX, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
+        ((MATRIX, 2, 4, "best"), f'expected method to be one of {", ".join(sdgp.pattern.METHODS)}, got "best"'),
+        (
+            (MATRIX, 2, 4, "magnitude", None, "rows"),
+            'expected layout to be cusparselt_sm80, cusparselt_sm90 or cutlass_sm80, got "rows"',
+        ),
+    ],
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_pack_24(device: str, arguments: tuple[Any, ...], expected: str) -> None:
+    input, *others = arguments
+    with pytest.raises(RuntimeError, match=message("_pack_24", expected)):
+        sdgp.ops.pack_24(input.to(device), *others)
+
+
+def test_pack_24_on_a_device_without_a_kernel() -> None:
+    expected = "expected a tensor on a device with an sdgp kernel (cuda, where sdgp was built for it), got cpu"
+    with pytest.raises(RuntimeError, match=message("_pack_24", expected)):
+        sdgp.ops.pack_24(MATRIX, 2, 4)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "privateuseone:0"])
 def test_compressed_on_a_device_without_a_kernel(device: str) -> None:
     values, indices = _Elsewhere.on(device), _Elsewhere.on(device, torch.uint8)
@@ -375,7 +408,7 @@ CONV = nn.Conv2d(4, 8, 3)
 IMAGE = torch.randn(2, 4, 8, 8, requires_grad=True)
 METHODS = "expected method to be one of magnitude, random, rescale, rescale_group, mvue, got 'max'"
 SPARSE = (
-    'expected backend="sparse" on a device with a sparse product (cpu), got meta; '
+    'backend="sparse" expected a device that has a sparse product (cpu, cuda), got meta; '
     'use "pruned" for the same gradients through the faster product there is'
 )
 

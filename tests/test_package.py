@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from torch import Tensor
 import sdgp
 
 LIBRARY = Path(sdgp.cmake_prefix_path) / "lib" / "libsdgp.so"
+CUDA_LIBRARY = LIBRARY.with_name("libsdgp_cuda.so")
+needs_cuda_library = pytest.mark.skipif(
+    not CUDA_LIBRARY.exists() and not shutil.which("nvcc"), reason="built where there was no nvcc"
+)
 
 # All that a library on LibTorch's stable ABI may ask of it: the C shims.
 STABLE = re.compile(r"^(aoti_torch_|torch_)[a-zA-Z0-9_]+$")
@@ -30,16 +35,55 @@ def defined_by(library: Path) -> set[str]:
     return {line.split()[-1].split("@")[0] for line in lines}
 
 
-@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
-def test_no_symbol_outside_the_stable_abi() -> None:
-    undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", str(LIBRARY)).splitlines()}
+def needed_of_torch(library: Path) -> set[str]:
+    undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", str(library)).splitlines()}
     # A symbol with a version comes from glibc, libstdc++ or libgcc; `w` is weak (ITM, gmon).
-    unversioned = {name for name in undefined if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))}
-    assert unversioned, "expected the library to use torch"
-    assert {name for name in unversioned if not STABLE.match(name)} == set()
-    # And each of them is there in the torch that runs.
+    return {name for name in undefined if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))}
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
+@pytest.mark.parametrize("library", [LIBRARY, pytest.param(CUDA_LIBRARY, marks=needs_cuda_library)])
+def test_no_symbol_outside_the_stable_abi(library: Path) -> None:
+    needed = needed_of_torch(library)
+    assert needed, "expected the library to use torch"
+    assert {name for name in needed if not STABLE.match(name)} == set()
+    # And each of them is there in the torch that runs; one of them only where it has CUDA.
     shims = defined_by(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
-    assert unversioned - shims == set()
+    of_cuda = {"aoti_torch_get_current_cuda_stream"} if library == CUDA_LIBRARY else set()
+    assert needed - shims == of_cuda
+    if of_cuda and torch.version.cuda:
+        assert of_cuda <= defined_by(Path(torch.__file__).parent / "lib" / "libtorch_cuda.so")
+
+
+def architectures(library: Path) -> set[tuple[str, int]]:
+    """("elf" or "ptx", compute capability x 10) of all device code, read from the fatbinaries' headers."""
+    data, at = library.read_bytes(), 0
+    found = set()
+    while (at := data.find(struct.pack("<IHH", 0xBA55ED50, 1, 16), at)) >= 0:
+        (size,) = struct.unpack_from("<Q", data, at + 8)
+        entry = at + 16
+        while entry < at + 16 + size:
+            kind, _, header, payload = struct.unpack_from("<HHIQ", data, entry)
+            (architecture,) = struct.unpack_from("<I", data, entry + 28)
+            found.add(({1: "ptx", 2: "elf"}[kind], architecture))
+            entry += header + payload
+        at = entry
+    return found
+
+
+@needs_cuda_library
+def test_device_code_for_every_architecture() -> None:
+    compiled = {("elf", architecture) for architecture in (80, 86, 89, 90, 100, 120)}
+    assert architectures(CUDA_LIBRARY) == compiled | {("ptx", 120)}
+
+
+@needs_cuda_library
+def test_cuda_ops_are_there_where_torch_has_cuda() -> None:
+    for op in ("prune_nm", "_prune_nm_scale", "_pack_24"):
+        found = torch._C._dispatch_has_kernel_for_dispatch_key(f"sdgp::{op}", "CUDA")
+        assert found == (torch.version.cuda is not None)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", str(CUDA_LIBRARY)))
+    assert {name for name in needed if "cu" in name} == {"libtorch_cuda.so"}  # the CUDA runtime is inside
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
@@ -52,7 +96,7 @@ def test_exports_nothing_but_its_c_functions() -> None:
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
 def test_records_no_path_of_the_machine_that_built_it() -> None:
-    for library in (LIBRARY, *Path(sdgp.cmake_prefix_path).glob("_C*.so")):
+    for library in (*LIBRARY.parent.glob("*.so"), *Path(sdgp.cmake_prefix_path).glob("_C*.so")):
         dynamic = output("readelf", "-d", str(library))
         for line in dynamic.splitlines():
             if "RPATH" in line or "RUNPATH" in line:

@@ -96,7 +96,7 @@ template <class C>
 SDGP_INLINE void store_elements(const typename C::E* from, typename C::T* to, int64_t count) {
   constexpr int kL = kLanes<typename C::E>;
   int64_t i = 0;
-  for (; i + kL <= count; i += kL) C::store(to + i, C::round(load_bits<Elem<C>>(from + i)));
+  for (; i + kL <= count; i += kL) C::store(to + i, C::round(load_bits<Vec<typename C::E>>(from + i)));
   for (; i < count; ++i) store_element<C>(to + i, from[i]);
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.h"
+#include "sorting_network.h"
 #include "vec-inl.h"
 
 namespace sdgp::SDGP_ISA {
@@ -36,42 +37,6 @@ SDGP_INLINE Key<C> magnitude_key(Elem<C> x) {
   constexpr K kNotSign = static_cast<K>(~(static_cast<typename C::U>(1) << (sizeof(K) * 8 - 1)));
   return (Key<C>)x & kNotSign;
 }
-
-struct Comparator {
-  int low;
-  int high;
-};
-
-// Batcher's odd-even merge sort for kM inputs.
-template <int kM>
-struct SortingNetwork {
-  template <class Emit>
-  static constexpr void generate(Emit emit) {
-    for (int p = 1; p < kM; p *= 2) {
-      for (int k = p; k >= 1; k /= 2) {
-        for (int j = k % p; j + k < kM; j += 2 * k) {
-          for (int i = 0; i < k && i + j + k < kM; ++i) {
-            if ((i + j) / (2 * p) == (i + j + k) / (2 * p)) emit(Comparator{i + j, i + j + k});
-          }
-        }
-      }
-    }
-  }
-  static constexpr int count() {
-    int n = 0;
-    generate([&](Comparator) { ++n; });
-    return n;
-  }
-  struct List {
-    Comparator at[count() > 0 ? count() : 1];
-  };
-  static constexpr List list() {
-    List list{};
-    int n = 0;
-    generate([&](Comparator c) { list.at[n++] = c; });
-    return list;
-  }
-};
 
 // Sets keep[j] to all ones where key j is among the n largest of its lane; ties go to the lower index. Keys are not
 // negative.

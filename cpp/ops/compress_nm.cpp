@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "memory.h"
-#include "prune_args.h"
+#include "prune_cpu.h"
 #include "views.h"
 
 namespace sdgp {
@@ -44,7 +44,7 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64
     prune_into(input, source, call, n, m, seed, false);
     args.pruned = true;
   }
-  args.prune = describe_prune(source, source, call, n, m, seed);
+  args.prune = describe_prune_cpu(source, source, call, n, m, seed);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();

@@ -41,16 +41,6 @@ void describe_dims(const Tensor& input, const Tensor& output, int64_t pruned, Pr
   }
 }
 
-uint64_t read_seed(const Tensor& input, const std::optional<Tensor>& seed) {
-  if (seed) return static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  const int64_t one = 1;
-  const Tensor drawn = torch::stable::new_empty(input, {&one, 1}, ScalarType::Long);
-  StableIValue stack[2] = {torch::stable::detail::from(drawn), torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "", stack, TORCH_ABI_VERSION));
-  const Tensor result = torch::stable::detail::to<Tensor>(stack[0]);
-  return static_cast<uint64_t>(*result.const_data_ptr<int64_t>());
-}
-
 }  // namespace
 
 PruneCall validate_prune(const char* op, const Tensor& input, int64_t n, int64_t m, int64_t dim,
@@ -64,15 +54,13 @@ PruneCall validate_prune(const char* op, const Tensor& input, int64_t n, int64_t
   return {dtype, known, front_dim};
 }
 
-PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m,
-                         const std::optional<Tensor>& seed) {
+PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m) {
   PruneArgs args{};
   args.in = input.const_data_ptr();
   args.dtype = call.dtype;
   args.method = call.method;
   args.n = static_cast<int>(n);
   args.m = static_cast<int>(m);
-  args.seed = is_random(call.method) && n != m ? read_seed(input, seed) : 0;
   args.size = input.size(call.dim);
   args.in_stride = input.stride(call.dim);
   args.out_stride = output.stride(call.dim);
@@ -80,24 +68,12 @@ PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneC
   return args;
 }
 
-void prune_into(const Tensor& input, Tensor& output, const PruneCall& call, int64_t n, int64_t m,
-                const std::optional<Tensor>& seed, bool scale) {
-  if (input.numel() == 0) return;
-  if (n == m) {
-    if (scale) {
-      torch::stable::fill_(output, 1.0);
-    } else {
-      torch::stable::copy_(output, input);
-    }
-    return;
-  }
-  PruneArgs args = describe_prune(input, output, call, n, m, seed);
-  args.out = output.mutable_data_ptr();
-  args.scale = scale;
-  const Kernels& table = kernels();
-  const int64_t units = table.prune_nm_units(args);
-  torch::stable::parallel_for(0, units, grain_of(units, input.numel()),
-                              [&](int64_t begin, int64_t end) { table.prune_nm(args, begin, end); });
+Tensor draw_seed(const Tensor& input) {
+  const int64_t one = 1;
+  const Tensor drawn = torch::stable::new_empty(input, {&one, 1}, ScalarType::Long);
+  StableIValue stack[2] = {torch::stable::detail::from(drawn), torch::stable::detail::from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "", stack, TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 }  // namespace sdgp

@@ -13,11 +13,6 @@
 
 namespace sdgp {
 
-constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs more than it gains (as in ATen)
-
-// Work units per thread, at least, where `units` share `elements`.
-inline int64_t grain_of(int64_t units, int64_t elements) { return 1 + units * kGrainElements / (elements + 1); }
-
 struct PruneCall {
   DType dtype;
   Method method;
@@ -27,12 +22,10 @@ struct PruneCall {
 PruneCall validate_prune(const char* op, const Tensor& input, int64_t n, int64_t m, int64_t dim,
                          std::string_view method, const std::optional<Tensor>& seed);
 
-// `output` gives the strides; of a tensor with elements. Draws the seed where a method needs one and none is given.
-PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m,
-                         const std::optional<Tensor>& seed);
+// `output` gives the strides; of a tensor with elements. The seed stays open.
+PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m);
 
-// prune_nm of `input` into `output`, on the CPU.
-void prune_into(const Tensor& input, Tensor& output, const PruneCall& call, int64_t n, int64_t m,
-                const std::optional<Tensor>& seed, bool scale);
+// One int64 from the generator of the input's device, on that device.
+Tensor draw_seed(const Tensor& input);
 
 }  // namespace sdgp

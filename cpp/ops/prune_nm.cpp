@@ -5,7 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "prune_args.h"
+#include "prune_cpu.h"
 
 namespace sdgp {
 namespace {
@@ -36,7 +36,7 @@ template <bool kScale>
 Tensor prune_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
                             const std::optional<Tensor>& seed) {
   validate_prune(op_name(kScale), input, n, m, dim, method, seed);
-  refuse_device(op_name(kScale), input);
+  refuse_device(op_name(kScale), input, "cpu, or cuda where sdgp was built for it");
 }
 
 }  // namespace

@@ -37,12 +37,7 @@ def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> T
 def _compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    op = "compress_nm"
-    _check(1 <= n <= m <= MAX_GROUP_SIZE, f"{op}: expected 1 <= n <= m <= {MAX_GROUP_SIZE}, got n={n}, m={m}")
-    _check(method in METHODS, f'{op}: expected method to be one of {", ".join(METHODS)}, got "{method}"')
-    _check_dtype(op, input)
-    _check_dim(op, input, dim)
-    _check_seed(op, input, seed)
+    _check_prune("compress_nm", input, n, m, dim, method, seed)
     kept = _ceil_div(input.shape[dim], m) * n
     dim %= input.ndim
     return _empty_innermost(input, dim, kept, input.dtype), _empty_innermost(input, dim, kept, torch.uint8)
@@ -105,6 +100,30 @@ def _conv2d_input_grad_nm(
     return values.new_empty(samples, channels_in * groups, *input_size)
 
 
+@_fake("_pack_24")
+def _pack_24(
+    input: Tensor,
+    n: int,
+    m: int,
+    method: str = "magnitude",
+    seed: Tensor | None = None,
+    layout: str = "cusparselt_sm80",
+) -> Tensor:
+    op = "_pack_24"
+    _check_prune(op, input, n, m, -1, method, seed)
+    _check(input.ndim == 2, f"{op}: expected a matrix, got {tuple(input.shape)}")
+    _check(input.dtype in (torch.float16, torch.bfloat16), f"{op}: expected float16 or bfloat16, got {_name(input)}")
+    _check(
+        (n <= 2 and m % 4 == 0) or (n, m) == (1, 2),
+        f"{op}: expected n <= 2 and m a multiple of 4, or 1:2, got {n}:{m}",
+    )
+    layouts = ("cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80")
+    expected = "expected layout to be cusparselt_sm80, cusparselt_sm90 or cutlass_sm80"
+    _check(layout in layouts, f'{op}: {expected}, got "{layout}"')
+    rows, cols = (_ceil_div(size, tile) * tile for size, tile in zip(input.shape, (128, 64), strict=True))
+    return input.new_empty(rows * cols // 16 * 9)
+
+
 # The requirements of cpp/checks.h, as far as a tensor without data can break them.
 
 _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -113,6 +132,14 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 def _check(ok: bool, message: str) -> None:
     if not ok:
         raise RuntimeError(message)
+
+
+def _check_prune(op: str, input: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor | None) -> None:
+    _check(1 <= n <= m <= MAX_GROUP_SIZE, f"{op}: expected 1 <= n <= m <= {MAX_GROUP_SIZE}, got n={n}, m={m}")
+    _check(method in METHODS, f'{op}: expected method to be one of {", ".join(METHODS)}, got "{method}"')
+    _check_dtype(op, input)
+    _check_dim(op, input, dim)
+    _check_seed(op, input, seed)
 
 
 def _check_dim(op: str, tensor: Tensor, dim: int) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import re
 from pathlib import Path
@@ -31,6 +32,15 @@ def _load() -> ModuleType:
     if _C.version != installed:
         raise ImportError(f"sdgp is installed as {installed}, found a compiled library of {_C.version}: reinstall sdgp")
     _C.isa()  # an unusable SDGP_FORCE_ISA fails here, not in some backward pass
+    cuda = Path(_C.__file__ or "").parent / "lib" / "libsdgp_cuda.so"
+    if torch.version.cuda is not None and cuda.exists():
+        try:
+            ctypes.CDLL(str(cuda))
+        except OSError as error:
+            raise ImportError(
+                f"sdgp's CUDA library did not load under torch {torch.__version__}: {error}; reinstall sdgp, or build "
+                "it without: pip install . -C cmake.define.SDGP_CUDA=OFF"
+            ) from error
     return _C
 
 

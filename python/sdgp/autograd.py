@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from . import backends
+from . import backends, semi_structured
 from .backends import Key, Products
 from .ops import compress_nm, conv2d_input_grad_nm, prune_nm, spmm_nm
 from .pattern import PatternLike, Pruning
@@ -69,7 +69,7 @@ def pruned_linear(input: Tensor, weight: Tensor, bias: _OptionalTensor, pruning:
         return F.linear(input, weight, bias), None
     input, weight, bias = _autocast(input, weight, bias)
     key = backends.make_key(pruning, work, input, weight)
-    if pruning.backend == "auto" and backends.found_exact(key, input.device):
+    if pruning.backend == "auto" and backends.found_exact(key):
         return F.linear(input, weight, bias), key
     output: Tensor = _Linear.apply(input, weight, bias, pruning, key)
     return output, key
@@ -137,8 +137,10 @@ def pruned_conv2d(
     input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
     input, weight, bias = _autocast(input, weight, bias)
     batched = input if input.ndim == 4 else input.unsqueeze(0)
-    key = backends.make_key(pruning, work, batched, weight, batched.shape[2:], batched.is_contiguous(), *geometry)
-    if pruning.backend == "auto" and backends.found_exact(key, input.device):
+    *window, groups = geometry
+    shape = batched.shape[2:], batched.is_contiguous()
+    key = backends.make_key(pruning, work, batched, weight, *shape, *window, groups=groups)
+    if pruning.backend == "auto" and backends.found_exact(key):
         return F.conv2d(input, weight, bias, *geometry), key
     output: Tensor = _Conv2d.apply(batched, weight, bias, *geometry, pruning, key)
     return output if input.ndim == 4 else output.squeeze(0), key
@@ -175,7 +177,7 @@ class _Linear(Function):
         grad_input = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             products = linear_products(grad_output, weight, ctx.pruning, ctx.key)
-            grad_input = backends.data_gradient("linear", products, ctx.pruning, grad_output.device)
+            grad_input = backends.data_gradient("linear", products, ctx.pruning)
         if ctx.needs_input_grad[1]:
             grad_weight = _rows(grad_output).t() @ _rows(input)
         if ctx.needs_input_grad[2]:
@@ -189,11 +191,16 @@ def linear_products(grad_output: Tensor, weight: Tensor, pruning: Pruning, key: 
     (n, m), method, _ = pruning
 
     def sparse(seed: _OptionalTensor) -> Tensor:
+        if grad_output.is_cuda:
+            operand = _pack(grad_output, -1, pruning, seed)
+            return semi_structured.multiply(operand, weight).reshape(*grad_output.shape[:-1], weight.shape[1])
         values, indices = compress_nm(grad_output, n, m, -1, method, seed)
         return spmm_nm(values, indices, m, weight)
 
     return Products(
         key,
+        grad_output.device,
+        backends.obstacle(pruning, grad_output),
         dense=lambda: grad_output @ weight,
         pruned=lambda seed: prune_nm(grad_output, n, m, -1, method, seed) @ weight,
         sparse=sparse,
@@ -233,7 +240,7 @@ class _Conv2d(Function):
         grad_input = grad_weight = grad_bias = None
         if needs_input:
             products = conv2d_products(grad_output, input, weight, ctx.geometry, ctx.pruning, ctx.key)
-            grad_input = backends.data_gradient("conv2d", products, ctx.pruning, grad_output.device)
+            grad_input = backends.data_gradient("conv2d", products, ctx.pruning)
         if needs_weight or needs_bias:
             mask = (False, needs_weight, needs_bias)
             _, grad_weight, grad_bias = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
@@ -257,12 +264,42 @@ def conv2d_products(
         return dense(prune_nm(grad_by_group, n, m, 1, method, seed).reshape(grad_output.shape))
 
     def sparse(seed: _OptionalTensor) -> Tensor:
-        values, indices = compress_nm(grad_by_group, n, m, 1, method, seed)
         channels_last = _is_channels_last(input) or _is_channels_last(weight)  # as ATen decides
         size = input.shape[2:]
+        if grad_output.is_cuda:
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            operand = _pack(grad_output, 1, pruning, seed)
+            columns = semi_structured.multiply(operand, weight.flatten(1))  # (pixels, in x kH x kW)
+            return _fold(columns, grad_output, weight, size, geometry).contiguous(memory_format=memory_format)
+        values, indices = compress_nm(grad_by_group, n, m, 1, method, seed)
         return conv2d_input_grad_nm(values, indices, m, weight, size, stride, padding, dilation, groups, channels_last)
 
-    return Products(key, dense=lambda: dense(grad_output), pruned=pruned, sparse=sparse)
+    return Products(
+        key,
+        grad_output.device,
+        backends.obstacle(pruning, grad_output, groups),
+        dense=lambda: dense(grad_output),
+        pruned=pruned,
+        sparse=sparse,
+    )
+
+
+def _pack(grad_output: Tensor, dim: int, pruning: Pruning, seed: _OptionalTensor) -> semi_structured.Operand:
+    """The pruned gradient as a matrix (all others, dim), for a product on CUDA."""
+    pattern, method, _ = pruning
+    if method == "rescale":  # its sums run over the other dimensions, which a matrix no longer tells apart
+        grad_output, method = prune_nm(grad_output, *pattern, dim, method), "magnitude"
+    return semi_structured.pack(_rows(grad_output.movedim(dim, -1)), pattern, method, seed)
+
+
+def _fold(columns: Tensor, grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Sequence[Any]) -> Tensor:
+    """Adds up (pixels of the gradient, in x kH x kW) where the taps meet: (N, in, H, W)."""
+    stride, padding, dilation, _ = geometry
+    samples, kernel = grad_output.shape[0], weight.shape[2:]
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        return columns.reshape(samples, *size, weight.shape[1]).movedim(-1, 1)
+    taps = columns.reshape(samples, -1, columns.shape[1]).transpose(1, 2)
+    return F.fold(taps, (size[0], size[1]), kernel, dilation, padding, stride)
 
 
 class _Once(Function):

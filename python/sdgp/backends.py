@@ -6,11 +6,12 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
+from . import semi_structured
 from .pattern import Pruning
 
 #: What a choice depends on: device, dtype, threads, the settings and the shapes of a product.
@@ -18,6 +19,9 @@ Key: TypeAlias = tuple[object, ...]
 
 # Multiply-adds of a data gradient below which the sparse product's calls alone cost more than they can save.
 LEAST_WORK = 4 * 2**20
+
+# On a GPU they are some 0.1 ms of launches; a dense product of this size takes as long.
+_LEAST_WORK_CUDA = 2**35
 
 # The sparse product must win by this much: less is measuring noise.
 _MARGIN = 0.95
@@ -31,6 +35,8 @@ class Products(NamedTuple):
     """One data gradient, three ways; the argument is the seed of random methods, None: drawn."""
 
     key: Key
+    device: torch.device
+    obstacle: str | None  # to the sparse one: "requirement, got actual"
     dense: Callable[[], Tensor]
     pruned: Callable[[Tensor | None], Tensor]
     sparse: Callable[[Tensor | None], Tensor]
@@ -47,8 +53,19 @@ class Choice(NamedTuple):
 _choices: dict[Key, Choice] = {}
 
 
-def has_sparse_product(device: torch.device) -> bool:
-    return device.type == "cpu"
+def obstacle(pruning: Pruning, gradient: Tensor, groups: int = 1) -> str | None:
+    """Why there is no sparse product for a gradient like this, as "requirement, got actual"; None: there is one.
+
+    ``groups``: of a convolution.
+    """
+    device = gradient.device
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"a device that has a sparse product (cpu, cuda), got {device}"
+    if groups > 1:
+        return f"a convolution of one group on cuda, got groups={groups}"
+    return semi_structured.obstacle(device, gradient.dtype, pruning.pattern)
 
 
 def prunes(pruning: Pruning) -> bool:
@@ -61,13 +78,15 @@ def stays_exact(pruning: Pruning, work: int) -> bool:
     return pruning.pattern.n == pruning.pattern.m or (pruning.backend == "auto" and work < LEAST_WORK)
 
 
-def make_key(pruning: Pruning, work: int, input: Tensor, weight: Tensor, *geometry: object) -> Key:
+def make_key(pruning: Pruning, work: int, input: Tensor, weight: Tensor, *geometry: object, groups: int = 1) -> Key:
     """The key of a layer's data gradient of ``work`` multiply-adds. Batches of similar size share one: their number of
     values rounded up to a power of two."""
-    if work < LEAST_WORK:
+    if work < (LEAST_WORK if input.device.type == "cpu" else _LEAST_WORK_CUDA):
         return _STATIC, False
     if torch.compiler.is_compiling():
         return _STATIC, _static_rule(pruning, input, weight)
+    if input.device.type != "cpu" and (missing := obstacle(pruning, input, groups)) is not None:
+        return _STATIC, False, missing
     return (
         input.device,
         input.dtype,
@@ -76,11 +95,13 @@ def make_key(pruning: Pruning, work: int, input: Tensor, weight: Tensor, *geomet
         tuple(weight.shape),
         weight.is_contiguous(),
         (input.numel() - 1).bit_length(),
+        groups,
         *geometry,
     )
 
 
-# Where nothing is measured, under torch.compile and for small products, a key holds the decision itself.
+# Where nothing is measured (under torch.compile, for small products, where there is no sparse one) a key holds the
+# decision itself, and perhaps the obstacle.
 _STATIC = "static"
 
 
@@ -88,13 +109,11 @@ def _static_rule(pruning: Pruning, input: Tensor, weight: Tensor) -> bool:
     """Whether the sparse product has won with a margin wherever it was measured."""
     (n, m), _, _ = pruning
     large = weight.shape[0] >= 128 and weight.shape[1] >= 128 and input.numel() >= 2**18
-    return has_sparse_product(input.device) and input.dtype == torch.float32 and 4 * n <= m and large
+    return input.device.type == "cpu" and input.dtype == torch.float32 and 4 * n <= m and large
 
 
-def found_exact(key: Key, device: torch.device) -> bool:
+def found_exact(key: Key) -> bool:
     """Under ``auto``: whether the exact product is known to be the faster, or there is no sparse one."""
-    if not has_sparse_product(device):
-        return True
     if key[0] == _STATIC:
         return not key[1]
     choice = _choices.get(key)
@@ -106,25 +125,23 @@ def choice_of(key: Key | None) -> Choice | None:
     return None if key is None else _choices.get(key)
 
 
-def data_gradient(op: str, products: Products, pruning: Pruning, device: torch.device) -> Tensor:
+def data_gradient(op: str, products: Products, pruning: Pruning) -> Tensor:
     """The data gradient by the product that the settings name, or by the faster one.
 
     Raises:
-        ValueError: ``op: requirement, got actual``, where ``sparse`` is forced on a device without such a product.
+        ValueError: ``op: requirement, got actual``, where ``sparse`` is forced and there is no such product.
     """
     backend = pruning.backend
-    if backend == "dense":
-        return products.pruned(None)
-    if not has_sparse_product(device):
-        if backend == "sparse":
+    if backend == "sparse":
+        if products.obstacle is not None:
             raise ValueError(
-                f'{op}: expected backend="sparse" on a device with a sparse product (cpu), got {device}; '
+                f'{op}: backend="sparse" expected {products.obstacle}; '
                 'use "pruned" for the same gradients through the faster product there is'
             )
-        return products.pruned(None) if backend == "pruned" else products.dense()
-    if backend == "sparse" or _is_sparse_faster(products, pruning):
         return products.sparse(None)
-    return products.pruned(None) if backend == "pruned" else products.dense()
+    if backend != "dense" and products.obstacle is None and _is_sparse_faster(products, pruning):
+        return products.sparse(None)
+    return products.dense() if backend == "auto" else products.pruned(None)
 
 
 def _is_sparse_faster(products: Products, pruning: Pruning) -> bool:
@@ -132,13 +149,16 @@ def _is_sparse_faster(products: Products, pruning: Pruning) -> bool:
         return bool(products.key[1])
     choice = _choices.get(products.key)
     if choice is None:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return False  # a graph is recorded: nothing can be measured
         choice = _choices[products.key] = measure(products, pruning)
     return choice.sparse
 
 
 def measure(products: Products, pruning: Pruning, rounds: int = _ROUNDS) -> Choice:
     """Times the dense product beside the sparse one, in turn; pruning and packing included. Leaves generators alone."""
-    seed = torch.zeros(1, dtype=torch.int64)
+    device = products.device
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
     exact_is_possible = pruning.backend != "pruned"
     contestants: tuple[Callable[[], object], ...] = (
         products.dense if exact_is_possible else lambda: products.pruned(seed),
@@ -147,14 +167,35 @@ def measure(products: Products, pruning: Pruning, rounds: int = _ROUNDS) -> Choi
     times: tuple[list[float], list[float]] = ([], [])
     with torch.no_grad():
         for round in range(1 + rounds):
-            for call, seconds in zip(contestants, times, strict=True):
-                start = time.perf_counter()
-                call()
+            for call, milliseconds in zip(contestants, times, strict=True):
+                elapsed = _elapsed_ms(call, device)
                 if round > 0:
-                    seconds.append(time.perf_counter() - start)
-    dense, sparse = (1e3 * statistics.median(seconds) for seconds in times)
-    calls = _CALLS_MS if exact_is_possible else 0.0
+                    milliseconds.append(elapsed)
+    dense, sparse = map(statistics.median, times)
+    calls = _CALLS_MS if exact_is_possible and device.type == "cpu" else 0.0  # a GPU runs behind its calls
     return Choice(sparse + calls < _MARGIN * dense, dense, sparse)
+
+
+def _elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return 1e3 * (time.perf_counter() - start)
+    event: Callable[..., Any] = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    with torch.cuda.device(device):
+        call()  # keeps the GPU busy while the launches of the timed call are queued
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for what was asked of a device, so that a clock may be read."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def describe(pruning: Pruning, key: Key | None) -> str:
@@ -165,6 +206,8 @@ def describe(pruning: Pruning, key: Key | None) -> str:
     if pruning.backend in ("dense", "sparse"):
         return f"pruned, {pruning.backend} product"
     pruned, sparse = "pruned, dense product", "pruned, sparse product"
+    if key is not None and key[0] == _STATIC and len(key) > 2:
+        return f"{'exact' if pruning.backend == 'auto' else pruned}: a sparse product needs {key[2]}"
     if choice is None and pruning.backend == "auto":
         return "exact so far: no gradient was measured, or large enough to be"
     if choice is None:

@@ -182,6 +182,30 @@ def conv2d_input_grad_nm(
     return result
 
 
+def pack_24(
+    input: Tensor,
+    n: int,
+    m: int,
+    method: str = "magnitude",
+    seed: Tensor | None = None,
+    layout: str = "cusparselt_sm80",
+) -> Tensor:
+    """Prunes a matrix along its rows and packs it as the operand of a 2:4 product on CUDA, in one pass.
+
+    Args:
+        input: (rows, cols), float16 or bfloat16.
+        n, m: n <= 2 and m a multiple of 4, or 1:2.
+        method, seed: see :func:`prune_nm`.
+        layout: of the metadata: ``cusparselt_sm80``, ``cusparselt_sm90`` or ``cutlass_sm80``.
+
+    Returns:
+        One dimension: the kept values, (rows, cols / 2), then the metadata; rows rounded up to a multiple of 128, cols
+        of 64, the missing elements zero.
+    """
+    packed: Tensor = torch.ops.sdgp._pack_24(input, n, m, method, _seed(input, method, seed), layout)
+    return packed
+
+
 def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:
     if seed is not None or method not in ("random", "mvue"):
         return seed

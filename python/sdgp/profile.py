@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .backends import describe, has_sparse_product, measure
+from .backends import describe, measure, synchronize
 from .convert import check_module, format_table, paused
 from .modules import Conv2d, Linear
 
@@ -108,18 +108,21 @@ def profile(
         torch.autograd.backward((_default_loss if loss is None else loss)(output))
 
     result = Profile()
+    device = next(iter(layers)).weight.device
     with _state_kept(model):
         step()  # warm-up; under auto, the choices are made here
         gradients = _layer_gradients(layers, step)
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             for dense in (True, False):
+                synchronize(device)
                 start = time.perf_counter()
                 if dense:
                     with paused(model):
                         step()
                 else:
                     step()
+                synchronize(device)
                 times[dense].append(time.perf_counter() - start)
         result.dense_ms, result.step_ms = (1e3 * statistics.median(times[dense]) for dense in (True, False))
     for layer, name in layers.items():
@@ -155,7 +158,7 @@ def _measure_layer(
     layer: Linear | Conv2d, name: str, grad_output: Tensor, input: Tensor, rounds: int, step_ms: float
 ) -> LayerProfile:
     products = layer.products(grad_output, input)
-    choice = measure(products, layer.pruning, rounds) if has_sparse_product(grad_output.device) else None
+    choice = measure(products, layer.pruning, rounds) if products.obstacle is None else None
     return LayerProfile(
         layer=name,
         shape=str(tuple(grad_output.shape)),

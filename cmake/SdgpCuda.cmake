@@ -1,0 +1,49 @@
+# SPDX-License-Identifier: BSD-3-Clause
+#
+# Defines the target sdgp_cuda. Needs nvcc and the CUDA runtime alone: no other CUDA library, and a torch of any build.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  # Ampere, Ada, Hopper, Blackwell; PTX of the last for what comes after.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
+endif()
+enable_language(CUDA)
+
+# What libsdgp_cuda wants of libtorch_cuda is one function. A stand-in with that library's name lets it be built beside
+# a CPU-only torch; at run time torch has loaded the real one.
+file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stand_in.cpp"
+     "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
+add_library(sdgp_torch_cuda SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stand_in.cpp")
+set_target_properties(sdgp_torch_cuda PROPERTIES OUTPUT_NAME torch_cuda LIBRARY_OUTPUT_DIRECTORY
+                                                                        "${CMAKE_CURRENT_BINARY_DIR}/stand_in")
+
+add_library(
+  sdgp_cuda SHARED
+  cpp/ops/prune_args.cpp
+  cuda/kernels.cpp
+  cuda/ops/pack_24.cpp
+  cuda/ops/prune_nm.cpp
+  cuda/pack_24_bfloat16.cu
+  cuda/pack_24_float16.cu
+  cuda/prune_nm_bfloat16.cu
+  cuda/prune_nm_float16.cu
+  cuda/prune_nm_float32.cu
+  cuda/prune_nm_float64.cu)
+add_dependencies(sdgp_cuda sdgp_torch_cuda)
+target_link_libraries(sdgp_cuda PRIVATE stdc++ TorchStable::torch_cpu "$<TARGET_FILE:sdgp_torch_cuda>")
+target_compile_features(sdgp_cuda PRIVATE cxx_std_20 cuda_std_20)
+target_compile_definitions(sdgp_cuda PRIVATE USE_CUDA)
+set_target_properties(
+  sdgp_cuda
+  PROPERTIES CUDA_RUNTIME_LIBRARY Static
+             CXX_VISIBILITY_PRESET hidden
+             CUDA_VISIBILITY_PRESET hidden
+             VISIBILITY_INLINES_HIDDEN ON
+             INSTALL_RPATH "")
+target_link_options(sdgp_cuda INTERFACE "LINKER:--no-as-needed")
+# No contraction, as on the CPU: random and mvue must select the same positions.
+set(SDGP_CUDA_FLAGS -fmad=false --expt-relaxed-constexpr -Xfatbin=-compress-all "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")
+if(SDGP_WERROR)
+  list(APPEND SDGP_CUDA_FLAGS -Werror=all-warnings)
+  target_compile_options(sdgp_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:-Werror>")
+endif()
+target_compile_options(sdgp_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${SDGP_CUDA_FLAGS}>"
+                                         "$<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-ffp-contract=off>")

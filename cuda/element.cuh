@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// How a stored element becomes a number and back. Bits: the stored word; E: what arithmetic runs in; K: magnitudes as
+// integers (Note [Magnitude order] in cpp/kernels/select_nm-inl.h).
+#pragma once
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+#include "host_device.cuh"
+
+namespace sdgp::cuda {
+
+template <class Word, class Number, Word kOneBits>
+struct Direct {
+  using Bits = Word;
+  using E = Number;
+  using K = Word;
+  static constexpr Bits kOne = kOneBits;
+  static SDGP_HOST_DEVICE E widen(Bits x) { return bits_of<E>(x); }
+  static SDGP_HOST_DEVICE Bits narrow(E x) { return bits_of<Bits>(x); }
+};
+using Float32 = Direct<uint32_t, float, 0x3f800000u>;
+using Float64 = Direct<uint64_t, double, 0x3ff0000000000000u>;
+
+struct Float16 {
+  using Bits = uint16_t;
+  using E = float;
+  using K = uint32_t;
+  static constexpr Bits kOne = 0x3c00;
+#if defined(__CUDACC__)
+  static SDGP_HOST_DEVICE E widen(Bits x) { return __half2float(__ushort_as_half(x)); }
+  static SDGP_HOST_DEVICE Bits narrow(E x) { return __half_as_ushort(__float2half_rn(x)); }
+#else
+  static E widen(Bits x) { return static_cast<E>(bits_of<_Float16>(x)); }
+  static Bits narrow(E x) { return bits_of<Bits>(static_cast<_Float16>(x)); }
+#endif
+};
+
+struct BFloat16 {
+  using Bits = uint16_t;
+  using E = float;
+  using K = uint32_t;
+  static constexpr Bits kOne = 0x3f80;
+  static SDGP_HOST_DEVICE E widen(Bits x) { return bits_of<E>(static_cast<uint32_t>(x) << 16); }
+#if defined(__CUDACC__)
+  static SDGP_HOST_DEVICE Bits narrow(E x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
+#else
+  static Bits narrow(E x) {  // to nearest, ties to even
+    const auto word = bits_of<uint32_t>(x);
+    if (x != x) return static_cast<Bits>(word >> 16 | 0x40);
+    return static_cast<Bits>((word + 0x7fff + (word >> 16 & 1)) >> 16);
+  }
+#endif
+};
+
+template <class C>
+SDGP_HOST_DEVICE typename C::Bits without_sign(typename C::Bits x) {
+  constexpr int kSign = sizeof(x) * 8 - 1;
+  return static_cast<typename C::Bits>(x & ~(typename C::Bits{1} << kSign));
+}
+
+template <class C>
+SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
+  return C::widen(without_sign<C>(x));
+}
+
+// To the precision that is stored.
+template <class C>
+SDGP_HOST_DEVICE typename C::E rounded(typename C::E x) {
+  return C::widen(C::narrow(x));
+}
+
+}  // namespace sdgp::cuda

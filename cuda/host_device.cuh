@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What lets a device function run on the host too: everything that a kernel's thread computes is such a function, and
+// the tests run it without a GPU.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define SDGP_HOST_DEVICE __host__ __device__ __forceinline__
+#define SDGP_UNROLL _Pragma("unroll")
+#else
+#define SDGP_HOST_DEVICE inline
+#define SDGP_UNROLL
+#endif
+
+namespace sdgp::cuda {
+
+template <class To, class From>
+SDGP_HOST_DEVICE To bits_of(From from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
+
+template <class T>
+SDGP_HOST_DEVICE T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
+}  // namespace sdgp::cuda

@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#include "pack_24_launch.cuh"
+
+namespace sdgp::cuda {
+
+template void pack_24_as<Float16>(const PackArgs&, void*);
+
+}  // namespace sdgp::cuda

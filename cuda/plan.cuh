@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// How a pruning kernel finds its group: one thread takes one group, or kV neighbouring rows' groups, and thread
+// numbers run through the output in memory order.
+#pragma once
+
+#include "../cpp/kernels/kernels.h"
+#include "host_device.cuh"
+
+namespace sdgp::cuda {
+
+constexpr int kMaxAxes = 8;  // more dimensions that do not merge: the op copies first
+
+// Division by a number that the host knows, of numbers below 2^63, by multiplication (Granlund, Montgomery, 1994).
+struct Divisor {
+  uint64_t size;
+  uint64_t magic;
+  int shift;
+
+  static Divisor of(uint64_t size) {
+    int shift = 0;
+    while (shift < 63 && (uint64_t{1} << shift) < size) ++shift;
+    const auto excess = static_cast<unsigned __int128>((uint64_t{1} << shift) - size) << 64;
+    return {size, static_cast<uint64_t>(excess / size) + 1, shift};
+  }
+
+  SDGP_HOST_DEVICE uint64_t quotient(uint64_t x) const {
+#if defined(__CUDA_ARCH__)
+    const uint64_t high = __umul64hi(x, magic);
+#else
+    const auto high = static_cast<uint64_t>(static_cast<unsigned __int128>(x) * magic >> 64);
+#endif
+    return (high + x) >> shift;
+  }
+};
+
+// One dimension that thread numbers run through: a dimension of rows, or the groups of a row.
+struct ThreadAxis {
+  Divisor size;
+  int64_t in_stride;
+  int64_t out_stride;
+  int64_t group_step;   // of the logical group index
+  int64_t factor_step;  // of rescale's factors
+};
+
+struct PruneParams {
+  const void* in;
+  void* out;
+  const int64_t* seed;  // on the device, so that a captured graph draws anew
+  const void* factors;  // rescale
+  bool scale;
+  int n;
+  int m;
+  int64_t size;
+  int64_t in_stride;
+  int64_t out_stride;
+  int64_t factor_step;      // from element to element
+  int64_t row_group_step;   // kV rows: from one to the next
+  int64_t row_factor_step;  // likewise
+  bool vector_in;           // a group lies in aligned vectors
+  bool vector_out;
+  uint64_t threads;
+  int group_axis;
+  int axes;
+  ThreadAxis axis[kMaxAxes];  // outermost first
+};
+
+struct Place {
+  int64_t in = 0;  // element offsets of the group's first element
+  int64_t out = 0;
+  int64_t factor = 0;
+  uint64_t group = 0;  // logical, over the tensor
+  int64_t in_row = 0;  // which group of its row
+};
+
+SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
+  Place place;
+  for (int a = params.axes - 1; a >= 0; --a) {
+    const ThreadAxis& axis = params.axis[a];
+    const uint64_t rest = a > 0 ? axis.size.quotient(thread) : 0;
+    const auto at = static_cast<int64_t>(thread - rest * axis.size.size);
+    thread = rest;
+    place.in += at * axis.in_stride;
+    place.out += at * axis.out_stride;
+    place.factor += at * axis.factor_step;
+    place.group += static_cast<uint64_t>(at * axis.group_step);
+    if (a == params.group_axis) place.in_row = at;
+  }
+  return place;
+}
+
+// Elements that one 4-byte access moves where rows are neighbours.
+constexpr int rows_per_thread(size_t element_size) { return element_size == 2 ? 2 : 1; }
+
+inline size_t size_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return 4;
+    case DType::kFloat64: return 8;
+    case DType::kFloat16:
+    case DType::kBFloat16: return 2;
+  }
+  return 0;
+}
+
+// The group size that a kernel is compiled for.
+constexpr int compiled_size(int m) { return m <= 4 ? 4 : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+
+struct PrunePlan {
+  PruneParams params;
+  int rows_per_thread;
+};
+
+// Of at most kMaxAxes - 1 dimensions besides the pruned one.
+inline PrunePlan plan_prune(const PruneArgs& args) {
+  PrunePlan plan{};
+  PruneParams& params = plan.params;
+  params.in = args.in;
+  params.out = args.out;
+  params.scale = args.scale;
+  params.n = args.n;
+  params.m = args.m;
+  params.size = args.size;
+  params.in_stride = args.in_stride;
+  params.out_stride = args.out_stride;
+  const int64_t groups = ceil_div<int64_t>(args.size, args.m);
+  const int64_t factors_per_sample = args.dim_per_factor ? args.size : 1;
+  params.factor_step = args.dim_per_factor ? 1 : 0;
+
+  // The groups' axis goes where their stride in the output puts it; the dimensions are sorted by theirs already.
+  const int64_t group_stride = args.m * args.out_stride;
+  const ThreadAxis group_axis{Divisor::of(static_cast<uint64_t>(groups)), args.m * args.in_stride, group_stride, 1,
+                              args.m * params.factor_step};
+  params.group_axis = -1;
+  for (int d = 0; d < args.ndim; ++d) {
+    const Dim& dim = args.dims[d];
+    if (params.group_axis < 0 && dim.out_stride < group_stride) {
+      params.group_axis = params.axes;
+      params.axis[params.axes++] = group_axis;
+    }
+    params.axis[params.axes++] = {Divisor::of(static_cast<uint64_t>(dim.size)), dim.in_stride, dim.out_stride,
+                                  dim.row_step * groups, dim.per_factor ? factors_per_sample : 0};
+  }
+  if (params.group_axis < 0) {
+    params.group_axis = params.axes;
+    params.axis[params.axes++] = group_axis;
+  }
+
+  const size_t element_size = size_of(args.dtype);
+  const size_t group_bytes = static_cast<size_t>(args.m) * element_size;
+  const size_t vector_bytes = group_bytes < 16 ? group_bytes : 16;
+  const bool whole = args.m == compiled_size(args.m) && args.size % args.m == 0;
+  const auto aligned = [&](const void* pointer, size_t bytes, bool in) {
+    bool result = reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
+    for (int a = 0; a < params.axes; ++a) {
+      const int64_t stride = in ? params.axis[a].in_stride : params.axis[a].out_stride;
+      result = result && static_cast<size_t>(stride) * element_size % bytes == 0;
+    }
+    return result;
+  };
+  params.vector_in = whole && args.in_stride == 1 && aligned(args.in, vector_bytes, true);
+  params.vector_out = whole && args.out_stride == 1 && aligned(args.out, vector_bytes, false);
+
+  // Neighbouring rows share a thread where they pair up, aligned in both tensors.
+  plan.rows_per_thread = 1;
+  ThreadAxis& last = params.axis[params.axes - 1];
+  const auto rows = static_cast<uint64_t>(rows_per_thread(element_size));
+  if (rows > 1 && params.group_axis != params.axes - 1 && last.in_stride == 1 && last.out_stride == 1 &&
+      last.size.size % rows == 0) {
+    const ThreadAxis one = last;
+    const auto step = static_cast<int64_t>(rows);
+    last = {Divisor::of(one.size.size / rows), step, step, step * one.group_step, step * one.factor_step};
+    const size_t bytes = rows * element_size;
+    const bool even = static_cast<size_t>(args.in_stride) * element_size % bytes == 0 &&
+                      static_cast<size_t>(args.out_stride) * element_size % bytes == 0;
+    if (even && aligned(args.in, bytes, true) && aligned(args.out, bytes, false)) {
+      params.row_group_step = one.group_step;
+      params.row_factor_step = one.factor_step;
+      plan.rows_per_thread = static_cast<int>(rows);
+    } else {
+      last = one;
+    }
+  }
+  params.threads = 1;
+  for (int a = 0; a < params.axes; ++a) params.threads *= params.axis[a].size.size;
+  return plan;
+}
+
+}  // namespace sdgp::cuda

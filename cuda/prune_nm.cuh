@@ -1,0 +1,113 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// prune_nm by one thread: load the group, prune it, store it.
+//
+// Note [Thread layout]
+// A thread owns one group, so no thread waits for another. Where groups are neighbours in memory (the last dimension,
+// channels_last) a group is read in vectors of up to 16 bytes and a warp's accesses are consecutive; where rows are
+// (NCHW along C), element j of 32 neighbouring rows is one access, of two rows a thread for 16-bit types.
+#pragma once
+
+#include "plan.cuh"
+#include "select_nm.cuh"
+
+namespace sdgp::cuda {
+
+struct alignas(16) Vector16 {
+  uint32_t word[4];
+};
+
+// kM elements that begin aligned.
+template <class Bits, int kM>
+SDGP_HOST_DEVICE void load_vectors(const Bits* from, Bits* x) {
+  constexpr int kBytes = kM * sizeof(Bits) < 16 ? kM * sizeof(Bits) : 16;
+  using Vector = std::conditional_t<kBytes == 16, Vector16, uint64_t>;
+  constexpr int kPer = kBytes / sizeof(Bits);
+  SDGP_UNROLL
+  for (int i = 0; i < kM / kPer; ++i) {
+    const Vector vector = reinterpret_cast<const Vector*>(from)[i];
+    memcpy(x + i * kPer, &vector, kBytes);
+  }
+}
+
+template <class Bits, int kM>
+SDGP_HOST_DEVICE void store_vectors(const Bits* x, Bits* to) {
+  constexpr int kBytes = kM * sizeof(Bits) < 16 ? kM * sizeof(Bits) : 16;
+  using Vector = std::conditional_t<kBytes == 16, Vector16, uint64_t>;
+  constexpr int kPer = kBytes / sizeof(Bits);
+  SDGP_UNROLL
+  for (int i = 0; i < kM / kPer; ++i) {
+    Vector vector;
+    memcpy(&vector, x + i * kPer, kBytes);
+    reinterpret_cast<Vector*>(to)[i] = vector;
+  }
+}
+
+// x[v][j]: element j of row v.
+template <class Bits, int kM, int kV>
+SDGP_HOST_DEVICE void load_group(const Bits* from, int64_t stride, int length, bool vectors, Bits (*x)[kM]) {
+  if (kV == 1 && vectors) return load_vectors<Bits, kM>(from, x[0]);
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    Bits row[kV] = {};
+    if (j < length) {
+      if constexpr (kV == 2) {
+        const auto pair = *reinterpret_cast<const uint32_t*>(from + j * stride);
+        memcpy(row, &pair, sizeof pair);
+      } else {
+        row[0] = from[j * stride];
+      }
+    }
+    SDGP_UNROLL
+    for (int v = 0; v < kV; ++v) x[v][j] = row[v];
+  }
+}
+
+template <class Bits, int kM, int kV>
+SDGP_HOST_DEVICE void store_group(const Bits (*x)[kM], Bits* to, int64_t stride, int length, bool vectors) {
+  if (kV == 1 && vectors) return store_vectors<Bits, kM>(x[0], to);
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    if (j >= length) continue;
+    if constexpr (kV == 2) {
+      const Bits row[2] = {x[0][j], x[1][j]};
+      uint32_t pair;
+      memcpy(&pair, row, sizeof pair);
+      *reinterpret_cast<uint32_t*>(to + j * stride) = pair;
+    } else {
+      to[j * stride] = x[0][j];
+    }
+  }
+}
+
+SDGP_HOST_DEVICE int group_length(int m, int64_t size, int64_t group_in_row) {
+  const int64_t left = size - group_in_row * m;
+  return left < m ? static_cast<int>(left) : m;
+}
+
+template <class C, Method kMethod, int kM, int kV>
+SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
+  using Bits = typename C::Bits;
+  constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
+  const Place place = find_place(params, thread);
+  const int length = group_length(params.m, params.size, place.in_row);
+  Bits x[kV][kM];
+  load_group<Bits, kM, kV>(static_cast<const Bits*>(params.in) + place.in, params.in_stride, length, params.vector_in,
+                           x);
+  const uint64_t mixed_seed = kDraws ? mix_seed(static_cast<uint64_t>(*params.seed)) : 0;
+  SDGP_UNROLL
+  for (int v = 0; v < kV; ++v) {
+    if constexpr (kMethod == Method::kRescale) {
+      const auto* factor =
+          static_cast<const typename C::E*>(params.factors) + place.factor + v * params.row_factor_step;
+      prune_rescale<C, kM>(x[v], params.n, length, params.scale, factor, params.factor_step);
+    } else {
+      const uint64_t group = place.group + static_cast<uint64_t>(v * params.row_group_step);
+      prune_group<C, kMethod, kM>(x[v], params.n, length, params.scale, mixed_seed, group);
+    }
+  }
+  store_group<Bits, kM, kV>(x, static_cast<Bits*>(params.out) + place.out, params.out_stride, length,
+                            params.vector_out);
+}
+
+}  // namespace sdgp::cuda

@@ -1,0 +1,203 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The factors of rescale: sum |x| / sum |kept|, the sums over all that shares a factor. Three kernels: partial sums,
+// the factors from them, and prune_nm's with the factors applied. No atomics: the order of additions depends on the
+// shape alone, so a result does not depend on the device.
+//
+// Note [Partial sums]
+// A warp takes one sample and a stretch of what its sums run over. With a factor per channel, its lanes are 32
+// neighbouring groups and each runs through the stretch's positions, or, where rows are neighbours in memory, its lanes
+// are 32 neighbouring positions of one group and are added up at the end. With one factor per row, its lanes are
+// neighbouring groups of the row, added up at the end.
+#pragma once
+
+#include "prune_nm.cuh"
+
+namespace sdgp::cuda {
+
+constexpr int kWarp = 32;
+constexpr int64_t kStretch = 512;  // positions or groups that a warp sums; more warps than that fill a GPU
+
+enum class Lanes { kGroupsOfPosition, kPositionsOfGroup, kGroupsOfRow };
+
+struct SumParams {
+  const void* in;
+  void* partial;  // (2, stretches, factors): of all, of the kept
+  void* factor;   // (factors)
+  Lanes lanes;
+  int n;
+  int m;
+  int64_t size;
+  int64_t in_stride;
+  bool vector_in;
+  int64_t groups;
+  int64_t positions;  // rows of a sample
+  int64_t samples;
+  int64_t sample_stride;
+  int64_t stretches;
+  int64_t tiles;    // warps side by side on one stretch
+  int64_t factors;  // all of them
+  int64_t factors_per_sample;
+  int axes;
+  ThreadAxis axis[kMaxAxes];  // of a sample's rows
+};
+
+inline SumParams plan_sums(const PruneArgs& args) {
+  SumParams params{};
+  params.in = args.in;
+  params.n = args.n;
+  params.m = args.m;
+  params.size = args.size;
+  params.in_stride = args.in_stride;
+  params.groups = ceil_div<int64_t>(args.size, args.m);
+  params.positions = 1;
+  params.samples = 1;
+  params.factors_per_sample = args.dim_per_factor ? args.size : 1;
+  int64_t row_stride = INT64_MAX;  // of neighbouring rows
+  for (int d = 0; d < args.ndim; ++d) {
+    const Dim& dim = args.dims[d];
+    if (dim.per_factor) {
+      params.samples = dim.size;
+      params.sample_stride = dim.in_stride;
+    } else {
+      params.positions *= dim.size;
+      params.axis[params.axes++] = {Divisor::of(static_cast<uint64_t>(dim.size)), dim.in_stride, 0, 0, 0};
+      row_stride = dim.in_stride;
+    }
+  }
+  params.factors = params.samples * params.factors_per_sample;
+  if (!args.dim_per_factor) {
+    params.lanes = Lanes::kGroupsOfRow;
+    params.tiles = 1;
+    params.stretches = ceil_div(params.groups, kStretch);
+  } else if (row_stride < args.in_stride) {
+    params.lanes = Lanes::kPositionsOfGroup;
+    params.tiles = params.groups;
+    params.stretches = ceil_div(params.positions, kStretch);
+  } else {
+    params.lanes = Lanes::kGroupsOfPosition;
+    params.tiles = ceil_div<int64_t>(params.groups, kWarp);
+    params.stretches = ceil_div(params.positions, kStretch);
+  }
+  const size_t element_size = size_of(args.dtype);
+  const size_t group_bytes = static_cast<size_t>(args.m) * element_size;
+  const size_t bytes = group_bytes < 16 ? group_bytes : 16;
+  params.vector_in = args.m == compiled_size(args.m) && args.size % args.m == 0 && args.in_stride == 1 &&
+                     reinterpret_cast<uintptr_t>(args.in) % bytes == 0 &&
+                     static_cast<size_t>(params.sample_stride) * element_size % bytes == 0;
+  for (int a = 0; a < params.axes; ++a) {
+    params.vector_in = params.vector_in && static_cast<size_t>(params.axis[a].in_stride) * element_size % bytes == 0;
+  }
+  return params;
+}
+
+SDGP_HOST_DEVICE int64_t position_offset(const SumParams& params, int64_t position) {
+  int64_t offset = 0;
+  auto rest = static_cast<uint64_t>(position);
+  for (int a = params.axes - 1; a >= 0; --a) {
+    const ThreadAxis& axis = params.axis[a];
+    const uint64_t outer = a > 0 ? axis.size.quotient(rest) : 0;
+    offset += static_cast<int64_t>(rest - outer * axis.size.size) * axis.in_stride;
+    rest = outer;
+  }
+  return offset;
+}
+
+// What one warp sums, and where it goes.
+struct WarpShare {
+  int64_t sample;
+  int64_t tile;
+  int64_t stretch;
+
+  SDGP_HOST_DEVICE WarpShare(const SumParams& params, int64_t warp) {
+    tile = warp % params.tiles;
+    stretch = warp / params.tiles % params.stretches;
+    sample = warp / params.tiles / params.stretches;
+  }
+};
+
+// One lane's sums: of each element of its group, or, for one factor per row, all in element 0.
+template <class C, int kM>
+struct LaneSums {
+  using E = typename C::E;
+  using Bits = typename C::Bits;
+  E all[kM];
+  E kept[kM];
+
+  SDGP_HOST_DEVICE LaneSums() {
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) all[j] = kept[j] = 0;
+  }
+
+  SDGP_HOST_DEVICE void add(const SumParams& params, int64_t sample, int64_t position, int64_t group) {
+    const int length = group_length(params.m, params.size, group);
+    const Bits* from = static_cast<const Bits*>(params.in) + sample * params.sample_stride +
+                       position_offset(params, position) + group * params.m * params.in_stride;
+    Bits x[1][kM];
+    load_group<Bits, kM, 1>(from, params.in_stride, length, params.vector_in, x);
+    const Mask<kM> keep = select_magnitude<C, kM>(x[0], params.n);
+    const bool per_row = params.lanes == Lanes::kGroupsOfRow;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      const E size = magnitude<C>(x[0][j]);
+      const E kept_size = has<kM>(keep, j) ? size : E{0};
+      if (per_row) {
+        all[0] += size;
+        kept[0] += kept_size;
+      } else {
+        all[j] += size;
+        kept[j] += kept_size;
+      }
+    }
+  }
+
+  SDGP_HOST_DEVICE void sum(const SumParams& params, const WarpShare& share, int lane) {
+    const int64_t begin = share.stretch * kStretch;
+    const int64_t length = params.lanes == Lanes::kGroupsOfRow ? params.groups : params.positions;
+    const int64_t end = begin + kStretch < length ? begin + kStretch : length;
+    if (params.lanes == Lanes::kGroupsOfPosition) {
+      const int64_t group = share.tile * kWarp + lane;
+      if (group >= params.groups) return;
+      for (int64_t position = begin; position < end; ++position) add(params, share.sample, position, group);
+    } else if (params.lanes == Lanes::kPositionsOfGroup) {
+      for (int64_t at = begin + lane; at < end; at += kWarp) add(params, share.sample, at, share.tile);
+    } else {
+      for (int64_t at = begin + lane; at < end; at += kWarp) add(params, share.sample, 0, at);
+    }
+  }
+
+  // From a lane whose sums are whole.
+  SDGP_HOST_DEVICE void store(const SumParams& params, const WarpShare& share, int lane) const {
+    E* partial =
+        static_cast<E*>(params.partial) + share.stretch * params.factors + share.sample * params.factors_per_sample;
+    E* partial_kept = partial + params.stretches * params.factors;
+    if (params.lanes == Lanes::kGroupsOfRow) {
+      *partial = all[0];
+      *partial_kept = kept[0];
+      return;
+    }
+    const int64_t group = params.lanes == Lanes::kGroupsOfPosition ? share.tile * kWarp + lane : share.tile;
+    if (group >= params.groups) return;
+    const int length = group_length(params.m, params.size, group);
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      if (j >= length) continue;
+      partial[group * params.m + j] = all[j];
+      partial_kept[group * params.m + j] = kept[j];
+    }
+  }
+};
+
+template <class E>
+SDGP_HOST_DEVICE void find_factor(const SumParams& params, int64_t factor) {
+  const E* partial = static_cast<const E*>(params.partial) + factor;
+  E all = 0;
+  E kept = 0;
+  for (int64_t stretch = 0; stretch < params.stretches; ++stretch) {
+    all += partial[stretch * params.factors];
+    kept += partial[(params.stretches + stretch) * params.factors];
+  }
+  static_cast<E*>(params.factor)[factor] = kept == 0 ? E{1} : all / kept;
+}
+
+}  // namespace sdgp::cuda

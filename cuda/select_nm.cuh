@@ -1,0 +1,250 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// What happens inside one group, by one thread: the same positions, bit for bit, as cpp/kernels/select_nm-inl.h, whose
+// notes hold here. kM is the compiled group size; a smaller group is padded with zeros at its end. Compiled without
+// contraction of multiply and add (-fmad=false).
+#pragma once
+
+#include <limits>
+#include <type_traits>
+#include <utility>
+
+#include "../cpp/kernels/kernels.h"
+#include "../cpp/kernels/sorting_network.h"
+#include "element.cuh"
+
+namespace sdgp::cuda {
+
+template <int kM>
+using Mask = std::conditional_t<(kM <= 32), uint32_t, uint64_t>;
+
+// One bit per element.
+template <int kM>
+SDGP_HOST_DEVICE bool has(Mask<kM> mask, int j) {
+  return mask >> j & 1;
+}
+
+template <class K>
+SDGP_HOST_DEVICE void compare_exchange(K& low, K& high) {
+  const K smaller = low < high ? low : high;
+  high = low < high ? high : low;
+  low = smaller;
+}
+
+template <class K, int kM, int... kI>
+SDGP_HOST_DEVICE void sort(K* key, std::integer_sequence<int, kI...>) {
+  constexpr auto kNetwork = SortingNetwork<kM>::list();
+  (compare_exchange(key[kNetwork.at[kI].low], key[kNetwork.at[kI].high]), ...);
+}
+
+// The n largest keys; ties go to the lower index. Up to 8, and for the sizes that are not worth a network: each
+// element's rank. Else: sort, read the n-th largest, keep what is above it and the first of those equal to it.
+template <class K, int kM>
+SDGP_HOST_DEVICE Mask<kM> select_largest(const K* key, int n) {
+  Mask<kM> keep = 0;
+  if constexpr (kM <= 8) {
+    int rank[kM];
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) rank[j] = 0;
+    SDGP_UNROLL
+    for (int i = 0; i < kM; ++i) {
+      SDGP_UNROLL
+      for (int j = i + 1; j < kM; ++j) {
+        const bool larger = key[j] > key[i];
+        rank[i] += larger;
+        rank[j] += !larger;
+      }
+    }
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) keep |= static_cast<Mask<kM>>(rank[j] < n) << j;
+  } else if constexpr (kM <= 32 && sizeof(K) <= 4) {
+    K sorted[kM];
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) sorted[j] = key[j];
+    sort<K, kM>(sorted, std::make_integer_sequence<int, SortingNetwork<kM>::count()>{});
+    K threshold = 0;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) threshold = j == kM - n ? sorted[j] : threshold;  // an index would go through memory
+    int left = n;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) left -= key[j] > threshold;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      const bool tie = key[j] == threshold && left > 0;
+      left -= tie;
+      keep |= static_cast<Mask<kM>>(key[j] > threshold || tie) << j;
+    }
+  } else {
+    for (int j = 0; j < kM; ++j) {
+      int rank = 0;
+      for (int i = 0; i < kM; ++i) rank += i < j ? key[i] >= key[j] : key[i] > key[j];
+      keep |= static_cast<Mask<kM>>(rank < n) << j;
+    }
+  }
+  return keep;
+}
+
+template <class C, int kM>
+SDGP_HOST_DEVICE Mask<kM> select_magnitude(const typename C::Bits* x, int n) {
+  typename C::K key[kM];
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) key[j] = without_sign<C>(x[j]);
+  return select_largest<typename C::K, kM>(key, n);
+}
+
+// x[j] = keep[j] ? x[j] : 0, or the multiplier that does the same.
+template <class C, int kM>
+SDGP_HOST_DEVICE void apply_mask(typename C::Bits* x, Mask<kM> keep, bool scale) {
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) x[j] = !has<kM>(keep, j) ? typename C::Bits{0} : scale ? C::kOne : x[j];
+}
+
+SDGP_HOST_DEVICE uint32_t mix_start(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  return x ^ (x >> 15);
+}
+
+SDGP_HOST_DEVICE uint32_t mix_finish(uint32_t x) {
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
+}
+
+SDGP_HOST_DEVICE uint64_t mix_seed(uint64_t seed) {
+  uint64_t z = seed + 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return z ^ (z >> 31);
+}
+
+// Note [Random numbers]
+struct RandomState {
+  uint32_t a;
+  uint32_t b;
+
+  SDGP_HOST_DEVICE RandomState(uint64_t mixed_seed, uint64_t group) {
+    a = mix_finish(mix_start(static_cast<uint32_t>(group) ^ static_cast<uint32_t>(mixed_seed)));
+    b = mix_finish(mix_start(a + (static_cast<uint32_t>(group >> 32) ^ static_cast<uint32_t>(mixed_seed >> 32))));
+  }
+
+  SDGP_HOST_DEVICE uint32_t key(int j) const {
+    return mix_finish(mix_start(b + static_cast<uint32_t>(j) * 0x9e3779b9u) ^ a) >> 1;
+  }
+
+  template <class E>
+  SDGP_HOST_DEVICE E uniform() const {
+    return static_cast<E>(((b >> 9) << 1) | 1) * static_cast<E>(5.9604644775390625e-8);  // 2^-24
+  }
+};
+
+template <int kM>
+SDGP_HOST_DEVICE Mask<kM> select_random(int n, int length, const RandomState& state) {
+  uint32_t key[kM];
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) key[j] = j < length ? state.key(j) : 0;
+  return select_largest<uint32_t, kM>(key, n);
+}
+
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, int n, bool scale) {
+  using E = typename C::E;
+  const Mask<kM> keep = select_magnitude<C, kM>(x, n);
+  E all = 0;
+  E kept = 0;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    const E size = magnitude<C>(x[j]);
+    all += size;
+    if (has<kM>(keep, j)) kept += size;
+  }
+  const E factor = kept == 0 ? E{1} : all / kept;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    x[j] = has<kM>(keep, j) ? C::narrow(scale ? factor : C::widen(x[j]) * factor) : typename C::Bits{0};
+  }
+}
+
+// rescale, where the factors are known: factor[j * step].
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, int n, int length, bool scale, const typename C::E* factor,
+                                    int64_t step) {
+  apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    const typename C::E value = C::widen(x[j]);
+    if (value == 0 || j >= length) {  // a pruned place stays 0 where its factor is inf or NaN
+      x[j] = 0;
+    } else {
+      x[j] = C::narrow(value * factor[j * step]);
+    }
+  }
+}
+
+// Note [mvue]
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, int n, bool scale, const RandomState& state) {
+  using E = typename C::E;
+  using Bits = typename C::Bits;
+  constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
+  E total = 0;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) total += magnitude<C>(x[j]);
+  if (total - total != 0) {  // inf or NaN
+    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+    return;
+  }
+  E step = std::numeric_limits<E>::infinity();
+  E rest = total;
+  int places = n;
+  for (int round = 0; round < n; ++round) {
+    if (places <= 0 || !(rest > 0)) break;
+    const E quotient = rest / static_cast<E>(places);
+    const E mean = quotient > kSmallest ? quotient : kSmallest;  // where it underflowed
+    if (!(mean < step)) break;
+    step = mean;
+    rest = 0;
+    places = n;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      const E size = magnitude<C>(x[j]);
+      const bool above = size >= step;
+      if (!above) rest += size;
+      places -= above;
+    }
+  }
+  const E value = rounded<C>(step);
+  E point = state.uniform<E>() * step;
+  E reached = 0;
+  int left = n;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    const E size = magnitude<C>(x[j]);
+    const bool above = size >= step;
+    if (!above) reached += size;
+    const bool hit = reached > point;
+    if (hit) point += step;
+    const bool keep = (above || hit) && left > 0;
+    left -= keep;
+    const E larger = size > value ? size : value;
+    const auto kept = static_cast<Bits>(C::narrow(larger) | (x[j] ^ without_sign<C>(x[j])));
+    x[j] = keep ? kept : Bits{0};
+    if (scale && without_sign<C>(x[j]) != 0) x[j] = above ? C::kOne : C::narrow(step / size);
+  }
+}
+
+// One group: its elements (those from `length` on are zeros), its logical index.
+template <class C, Method kMethod, int kM>
+SDGP_HOST_DEVICE void prune_group(typename C::Bits* x, int n, int length, bool scale, uint64_t mixed_seed,
+                                  uint64_t group) {
+  if constexpr (kMethod == Method::kMagnitude) {
+    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+  } else if constexpr (kMethod == Method::kRandom) {
+    apply_mask<C, kM>(x, select_random<kM>(n, length, RandomState(mixed_seed, group)), scale);
+  } else if constexpr (kMethod == Method::kRescaleGroup) {
+    prune_rescale_group<C, kM>(x, n, scale);
+  } else {
+    prune_mvue<C, kM>(x, n, scale, RandomState(mixed_seed, group));
+  }
+}
+
+}  // namespace sdgp::cuda

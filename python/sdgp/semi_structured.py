@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The sparse product on CUDA: PyTorch's semi-structured (2:4) one. sdgp prunes and packs its operand in one pass.
+
+``torch.sparse`` offers two: cuSPARSELt's, and CUTLASS's on GPUs of compute capability 8.x. cuSPARSELt does not document
+the order of its metadata, so sdgp's is compared with its compressor's once per device and dtype; where they differ,
+that compressor packs.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .ops import pack_24, prune_nm
+from .pattern import Pattern
+
+TILE_ROWS, TILE_COLS = 128, 64  # an operand has whole tiles
+_DENSE_MULTIPLE = 8  # of the dense operand's columns
+
+
+def fits(pattern: Pattern) -> bool:
+    """Whether what a pattern keeps is 2:4: at most two of every four."""
+    n, m = pattern
+    return (n <= 2 and m % 4 == 0) or (n, m) == (1, 2)
+
+
+def obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern) -> str | None:
+    """What the product would need and does not have, as "requirement, got actual"; None: nothing."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"float16 or bfloat16 on cuda (torch.autocast), got {str(dtype).removeprefix('torch.')}"
+    if not fits(pattern):
+        return f"a pattern that 2:4 tensor cores take (n <= 2 and m a multiple of 4, or 1:2), got {pattern}"
+    return _obstacle_of_device(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _obstacle_of_device(index: int) -> str | None:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sdgp::_pack_24", "CUDA"):
+        return "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        return f"a GPU of compute capability 8.0 or newer, got {major}.{minor}"
+    if major > 8 and not torch.backends.cusparselt.is_available():
+        return f"a torch with cuSPARSELt, got {torch.__version__} without"
+    return None
+
+
+class Operand(NamedTuple):
+    """A pruned matrix (rows, cols) as the product takes it."""
+
+    packed: Tensor
+    layout: str | None  # None: cuSPARSELt's own compressor wrote it
+    rows: int
+    cols: int
+    padded_cols: int
+
+
+def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = None) -> Operand:
+    """Prunes (rows, cols) along its rows, as :func:`sdgp.prune_nm` does, and packs it."""
+    n, m = pattern
+    rows, cols = matrix.shape
+    padded_rows, padded_cols = _round_up(rows, TILE_ROWS), _round_up(cols, TILE_COLS)
+    layout = metadata_layout(matrix.device.index, matrix.dtype)
+    if layout is None:
+        pruned = F.pad(prune_nm(matrix, n, m, -1, method, seed), (0, padded_cols - cols, 0, padded_rows - rows))
+        return Operand(torch._cslt_compress(pruned.contiguous()), None, rows, cols, padded_cols)
+    return Operand(pack_24(matrix, n, m, method, seed, layout), layout, rows, cols, padded_cols)
+
+
+def multiply(operand: Operand, dense: Tensor) -> Tensor:
+    """(rows, cols) times ``dense`` (cols, columns) -> (rows, columns)."""
+    columns = dense.shape[1]
+    missing = (0, -columns % _DENSE_MULTIPLE, 0, operand.padded_cols - operand.cols)
+    if any(missing):
+        dense = F.pad(dense, missing)
+    product = _multiply_packed(operand.packed, operand.layout, operand.padded_cols, dense.contiguous())
+    return product[: operand.rows, :columns]
+
+
+def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tensor) -> Tensor:
+    result: Tensor
+    if layout == "cutlass_sm80":
+        rows = packed.numel() * 16 // 9 // cols
+        values = packed[: rows * cols // 2].view(rows, cols // 2)
+        metadata = packed[rows * cols // 2 :].view(torch.int16).view(rows, cols // 16)
+        result = torch._sparse_semi_structured_mm(values, metadata, dense)
+    else:
+        result = torch._cslt_sparse_mm(packed, dense)  # algorithm 0: others have returned wrong results
+    return result
+
+
+@functools.cache
+def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
+    """The layout that a device's product reads, found by trying; None, with a warning, where sdgp knows none."""
+    device = torch.device("cuda", index)
+    if not torch.backends.cusparselt.is_available():
+        return "cutlass_sm80"
+    generator = torch.Generator(device).manual_seed(0)
+    matrix = torch.randn(2 * TILE_ROWS, 3 * TILE_COLS, dtype=torch.float32, device=device, generator=generator).to(
+        dtype
+    )
+    expected = torch._cslt_compress(prune_nm(matrix, 2, 4)).flatten().view(torch.int16)
+    newest_first = ("cusparselt_sm90", "cusparselt_sm80")
+    for layout in newest_first:
+        if torch.equal(pack_24(matrix, 2, 4, "magnitude", None, layout).view(torch.int16), expected):
+            return layout
+    major, minor = torch.cuda.get_device_capability(index)
+    warnings.warn(
+        f"sdgp: this GPU's 2:4 metadata (compute capability {major}.{minor}, {torch.version.cuda}) has an order that "
+        "sdgp does not know; PyTorch's own compressor packs instead, in a pass of its own",
+        stacklevel=2,
+    )
+    return None
+
+
+def _round_up(size: int, step: int) -> int:
+    return (size + step - 1) // step * step

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What the CUDA kernels' threads compute, on the host: the same as the CPU's ops, and PyTorch's metadata.
+
+Needs a C++ compiler and no GPU. What a GPU alone can show stands in test_cuda.py.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from compare import same, same_as_reference, strided_tensors
+from hypothesis import given
+from hypothesis import strategies as st
+from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
+from torch import Tensor
+from torch.sparse._semi_structured_conversions import (
+    sparse_semi_structured_from_dense_cutlass,
+    sparse_semi_structured_to_dense_cutlass,
+)
+
+import sdgp
+
+ROOT = Path(__file__).parents[1]
+METHODS_BY_KERNEL = ("magnitude", "random", "rescale", "rescale_group", "mvue")  # as Method counts them
+DTYPES_BY_KERNEL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as DType counts them
+LAYOUTS = ("cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80")  # as Metadata in cuda/kernels.h
+TILE_ROWS, TILE_COLS = 128, 64
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("needs a C++ compiler")
+    library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
+    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+    source = ROOT / "tests" / "cpp" / "cuda_on_host.cpp"
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+
+def prune(
+    kernels: ctypes.CDLL, x: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor, scale: bool = False
+) -> tuple[Tensor, int]:
+    """prune_nm, and which path it took: rows per thread * 4 + vectors read * 2 + vectors written."""
+    output = torch.empty_like(x).fill_(7)
+    dim %= x.ndim
+    others = [d for d in range(x.ndim) if d != dim]
+    sample = 1 if dim == 0 else 0
+    row_step = {d: int(torch.tensor([x.shape[e] for e in others if e > d]).prod()) for d in others}
+    others = sorted((d for d in others if x.shape[d] != 1), key=lambda d: -output.stride(d))
+    path: int = kernels.prune_on_host(
+        ctypes.c_void_p(x.data_ptr()),
+        ctypes.c_void_p(output.data_ptr()),
+        DTYPES_BY_KERNEL.index(x.dtype),
+        METHODS_BY_KERNEL.index(method),
+        int(scale),
+        n,
+        m,
+        ctypes.c_int64(seed.item()),
+        *(ctypes.c_int64(size) for size in (x.shape[dim], x.stride(dim), output.stride(dim))),
+        int(x.ndim > 2),
+        len(others),
+        _array([x.shape[d] for d in others]),
+        _array([x.stride(d) for d in others]),
+        _array([output.stride(d) for d in others]),
+        _array([row_step[d] for d in others]),
+        _array([d == sample for d in others]),
+    )
+    return output, path
+
+
+@each_sample()
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("method", METHODS)
+def test_prunes_as_the_cpu_does(kernels: ctypes.CDLL, sample: Sample, dtype: torch.dtype, method: str) -> None:
+    x = cast(sample.make(), dtype)
+    if x.numel() == 0:
+        pytest.skip("the op launches nothing")
+    for n, m in PATTERNS:
+        if n == m:
+            continue
+        seed = draw_seed()
+        for scale in (False, True):
+            op = torch.ops.sdgp._prune_nm_scale if scale else torch.ops.sdgp.prune_nm
+            actual, _ = prune(kernels, x, n, m, sample.dim, method, seed, scale)
+            expected = op(x, n, m, sample.dim, method, seed)
+            assert actual.stride() == expected.stride()
+            same_as_reference(actual, expected, method)
+
+
+@given(x=strided_tensors(), data=st.data())
+def test_any_shape_and_strides(kernels: ctypes.CDLL, x: Tensor, data: st.DataObject) -> None:
+    x = x.to(data.draw(st.sampled_from(DTYPES)))
+    dim = data.draw(st.integers(0, x.ndim - 1))
+    m = data.draw(st.integers(2, 64))
+    n = data.draw(st.integers(1, m - 1))
+    method = data.draw(st.sampled_from(METHODS))
+    seed = draw_seed()
+    expected = torch.ops.sdgp.prune_nm(x, n, m, dim, method, seed)
+    same_as_reference(prune(kernels, x, n, m, dim, method, seed)[0], expected, method)
+
+
+def test_every_path_is_taken(kernels: ctypes.CDLL) -> None:
+    def path(x: Tensor, m: int, dim: int) -> int:
+        return prune(kernels, x, 1, m, dim, "magnitude", draw_seed())[1]
+
+    one_row, two_rows, vectors = 4, 8, 3
+    assert path(torch.randn(8, 64), 4, 1) == one_row + vectors
+    assert path(torch.randn(8, 64, 6, 6).bfloat16(), 4, 1) == two_rows
+    assert path(torch.randn(8, 64, 6, 6), 4, 1) == one_row  # 4 bytes a row fill a warp's access
+    assert path(torch.randn(8, 64, 5, 5).bfloat16(), 4, 1) == one_row  # an odd number of rows
+    assert path(torch.randn(8, 64, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last), 8, 1) == 4 + vectors
+    assert path(torch.randn(8, 63), 3, 1) == one_row
+    assert path(torch.randn(513)[1:], 4, 0) == one_row + 1  # reads begin unaligned
+
+
+def test_long_sums_of_rescale(kernels: ctypes.CDLL) -> None:
+    for shape, dim in (((2, 1300, 40), -1), ((2, 8, 40, 41), 1), ((3, 5000), -1), ((1, 8, 1100), 1)):
+        x, seed = torch.randn(shape), draw_seed()
+        expected = torch.ops.sdgp.prune_nm(x, 2, 4, dim, "rescale", None)
+        same_as_reference(prune(kernels, x, 2, 4, dim, "rescale", seed)[0], expected, "rescale")
+
+
+def pack(
+    kernels: ctypes.CDLL, x: Tensor, n: int, m: int, method: str, seed: Tensor, layout: str
+) -> tuple[Tensor, Tensor]:
+    """Values (rows, cols / 2) and metadata, as 16-bit words, of whole tiles."""
+    rows = -(-x.shape[0] // TILE_ROWS) * TILE_ROWS
+    cols = -(-x.shape[1] // TILE_COLS) * TILE_COLS
+    packed = torch.full((rows * cols // 16 * 9,), 7, dtype=x.dtype)
+    kernels.pack_on_host(
+        ctypes.c_void_p(x.data_ptr()),
+        *map(ctypes.c_int64, (*x.shape, x.stride(0))),
+        DTYPES_BY_KERNEL.index(x.dtype),
+        METHODS_BY_KERNEL.index(method),
+        n,
+        m,
+        ctypes.c_int64(seed.item()),
+        LAYOUTS.index(layout),
+        ctypes.c_int64(rows),
+        ctypes.c_int64(cols),
+        ctypes.c_void_p(packed.data_ptr()),
+    )
+    return packed[: rows * cols // 2].view(rows, cols // 2), packed[rows * cols // 2 :].view(torch.int16)
+
+
+def padded(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, -x.shape[1] % TILE_COLS, 0, -x.shape[0] % TILE_ROWS))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue"])
+@pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (1, 8), (2, 8), (2, 16), (1, 32)])
+@pytest.mark.parametrize("shape", [(256, 192), (130, 70), (3, 200), (128, 64)])
+def test_packs_what_prune_nm_keeps(
+    kernels: ctypes.CDLL, dtype: torch.dtype, method: str, pattern: tuple[int, int], shape: tuple[int, int]
+) -> None:
+    x, seed = torch.randn(shape).to(dtype), draw_seed()
+    values, metadata = pack(kernels, x, *pattern, method, seed, "cutlass_sm80")
+    rows, cols = values.shape[0], 2 * values.shape[1]
+    dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(rows, cols // 16))
+    same(dense, padded(torch.ops.sdgp.prune_nm(x, *pattern, -1, method, seed)))
+
+
+def test_strided_rows_and_special_values(kernels: ctypes.CDLL) -> None:
+    x = torch.randn(128, 80).half()
+    x[torch.rand_like(x) < 0.1] = torch.inf
+    x[torch.rand_like(x) < 0.1] = -0.0
+    for view in (x[:, :64], x[:, 3:67]):  # rows that begin aligned, and not
+        values, metadata = pack(kernels, view, 2, 4, "magnitude", draw_seed(), "cutlass_sm80")
+        dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(128, 4))
+        same(dense, sdgp.prune_nm(view, 2, 4))
+
+
+def full_24(rows: int, cols: int) -> Tensor:
+    """Exactly two of every four: nothing is left to choose."""
+    return sdgp.prune_nm(torch.rand(rows, cols).half() + 1, 2, 4)
+
+
+def test_metadata_is_that_of_cutlass(kernels: ctypes.CDLL) -> None:
+    x = full_24(256, 192)
+    values, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cutlass_sm80")
+    expected_values, expected_metadata = sparse_semi_structured_from_dense_cutlass(x)
+    assert torch.equal(values, expected_values)
+    assert torch.equal(metadata, expected_metadata.flatten())
+
+
+def nibbles(x: Tensor) -> Tensor:
+    """(rows, cols / 4): the two places of each quad."""
+    places = (x.view(x.shape[0], -1, 4) != 0).nonzero()[:, 2].view(x.shape[0], -1, 2)
+    return places[..., 0] | places[..., 1] << 2
+
+
+def test_metadata_of_cusparselt_on_hopper(kernels: ctypes.CDLL) -> None:
+    rows, cols = 256, 192
+    x = full_24(rows, cols)
+    quads = nibbles(x)
+    expected = torch.zeros(rows * cols // 8, dtype=torch.int64)
+    order = (0, 4, 1, 5, 2, 6, 3, 7)
+    for row in range(rows):
+        for quad in range(cols // 4):
+            col = 4 * quad
+            at = col // 32 * 256 + row % 8 * 8 + row % 64 // 16 * 64 + row // 64 * 8 * cols
+            at += order.index(quad % 8)  # a byte: rows r and r + 8
+            expected[at] |= quads[row, quad] << (4 * (row % 16 // 8))
+    values, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cusparselt_sm90")
+    assert torch.equal(values, x[x != 0].view(rows, cols // 2))
+    assert torch.equal(metadata.view(torch.uint8), expected.to(torch.uint8))
+
+
+def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:
+    # Inside 32 x 32 as CUTLASS; 128 x 64 tiles of such squares, both down the columns.
+    rows, cols = 256, 192
+    x = full_24(rows, cols)
+    _, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cusparselt_sm80")
+    tiles = metadata.view(cols // 64, rows // 128, 2, 4, 64)  # (tile col, tile row, square col, square row, words)
+    for row in range(0, rows, 32):
+        for col in range(0, cols, 32):
+            square = x[row : row + 32, col : col + 32].contiguous()
+            _, expected = sparse_semi_structured_from_dense_cutlass(square)
+            actual = tiles[col // 64, row // 128, col % 64 // 32, row % 128 // 32]
+            assert torch.equal(actual, expected.flatten())
