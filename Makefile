@@ -5,11 +5,13 @@ SECOND := .venv-second
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
+SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test lint cpp-test sanitize wheel python-test second-test install-test bench clean
+.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel python-test second-test install-test bench clean
 all: test
 
 # One wheel is built, and both environments install that file.
@@ -37,6 +39,11 @@ sanitize: $(VENV)/ready
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The GPU tests under compute-sanitizer: for a machine with a GPU, in an environment that has sdgp and pytest.
+cuda-sanitize:
+	for tool in memcheck racecheck; do REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
+	  --error-exitcode 1 $(PYTHON) -m pytest -q -x -m cuda tests/test_cuda.py -k $(SANITIZED) || exit; done
 
 python-test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest

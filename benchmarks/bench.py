@@ -18,7 +18,7 @@ from sdgp._machine import changes, machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-MEASURED = ("CMakeLists.txt", "cpp", "python", "benchmarks/*.py")
+MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "benchmarks/*.py")
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The models that train_step.py trains. Plain PyTorch: nothing here knows of pruning."""
+"""The models that train_step.py and gpu.py train. Plain PyTorch: nothing here knows of pruning."""
 
 from __future__ import annotations
+
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,47 @@ class Transformer(nn.Module):
         return result
 
 
+class LlamaBlock(nn.Module):
+    """As Llama's, but for the rotation of positions: RMSNorm, attention, a gated feed-forward, no biases."""
+
+    def __init__(self, width: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
+        y = self.norm_attention(x)
+        query, key, value = (
+            projection(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
+            for projection in (self.query, self.key, self.value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        y = self.norm_mlp(x)
+        result: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return result
+
+
+class Llama(nn.Module):
+    """A stack of blocks of Llama-7B's size, over bytes."""
+
+    def __init__(self, width: int = 4096, heads: int = 32, hidden: int = 11008, depth: int = 4) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, width)
+        self.blocks = nn.Sequential(*(LlamaBlock(width, heads, hidden) for _ in range(depth)))
+        self.norm, self.head = nn.RMSNorm(width), nn.Linear(width, 256, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:  # (batch, length) -> (batch, length, 256)
+        result: Tensor = self.head(self.norm(self.blocks(self.embedding(tokens))))
+        return result
+
+
+_Model = TypeVar("_Model", Transformer, Llama)
+
+
 class Adapter(nn.Module):
     """A linear layer that stands still, plus a trained product of two narrow ones (Hu et al., LoRA, 2022)."""
 
@@ -72,7 +115,7 @@ class Adapter(nn.Module):
         return result
 
 
-def with_adapters(model: Transformer, rank: int) -> Transformer:
+def with_adapters(model: _Model, rank: int) -> _Model:
     """Freezes the model and puts an adapter on every linear layer of its blocks."""
     model.requires_grad_(False)
     for block in model.blocks:
