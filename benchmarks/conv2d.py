@@ -63,7 +63,6 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=name if stride == 1 else f"{name} / {stride}",
             grad_output=grad_output,
-            dim=1,
             weight=weight,
             result_bytes=input.nbytes,
             flop=2 * grad_output.numel() * channels_in * kernel**2,

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What spmm_nm.py and conv2d.py share: a layer's sparse data gradient beside the dense one, and the machine's speeds.
 
-The sparse side is what a layer does in its backward: prune and compress, pack the weight, multiply. Tensors above some
+The sparse side is what a layer does in its backward: pack the weight, prune, multiply. Tensors above some
 32 MiB are new to the process in every call, dense or sparse, and the system's page faults may take longer than the
 product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
 """
@@ -18,7 +18,6 @@ import torch
 from bench import arguments, begin, interleaved, store
 from torch import Tensor
 
-import sdgp
 from sdgp.backends import Products
 from sdgp.pattern import Pruning
 
@@ -32,7 +31,6 @@ class Case(NamedTuple):
 
     name: str
     grad_output: Tensor
-    dim: int  # of the output channels
     weight: Tensor
     result_bytes: int
     flop: int  # of the dense product
@@ -40,13 +38,11 @@ class Case(NamedTuple):
 
 
 def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
-    n, m = sdgp.Pattern.parse(pattern)
     candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
     for method in METHODS:
         products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
         candidates["dense"] = products.dense
         candidates[f"sparse {method}"] = partial(products.sparse, None)
-        candidates[f"compress {method}"] = partial(sdgp.compress_nm, case.grad_output, n, m, case.dim, method)
     milliseconds = {name: 1e3 * seconds for name, seconds in interleaved(candidates, rounds).items()}
     dense = milliseconds["dense"]
     sparse = {method: milliseconds[f"sparse {method}"] for method in METHODS}
@@ -60,7 +56,6 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         "clone_ms": round(milliseconds["clone"], 3),
         "dense_ms": round(dense, 3),
         "sparse_ms": {method: round(value, 3) for method, value in sparse.items()},
-        "compress_ms": {method: round(milliseconds[f"compress {method}"], 3) for method in METHODS},
         "times_dense": {method: round(dense / value, 3) for method, value in sparse.items()},
     }
 
@@ -68,9 +63,7 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
 def show(row: dict[str, Any]) -> None:
     dense = f"dense {row['dense_ms']:7.2f} ms {row['gflop'] / row['dense_ms'] * 1e3:5.1f} GFLOP/s"
     sparse = " | ".join(
-        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_dense'][method]:5.2f}x "
-        f"(compress {row['compress_ms'][method] / row['sparse_ms'][method]:4.0%})"
-        for method in METHODS
+        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_dense'][method]:5.2f}x" for method in METHODS
     )
     head = f"{row['shape']:29s} | {row['pattern']:>5s}"
     print(f"{head} | {dense} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)

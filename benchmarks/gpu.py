@@ -155,7 +155,12 @@ MLPS = {
 }
 # (model, tokens, in, out)
 LINEARS = [
-    *((model, count, *shape) for model, (tokens, mlp) in MLPS.items() for count in tokens for shape in (mlp, mlp[::-1])),
+    *(
+        (model, count, *shape)
+        for model, (tokens, mlp) in MLPS.items()
+        for count in tokens
+        for shape in (mlp, mlp[::-1])
+    ),
     ("GPT-2", 16384, 768, 2304),
     ("Llama-7B", 16384, 4096, 4096),
     ("ResNet-50 1x1", 64 * 56**2, 64, 256),

@@ -2,8 +2,8 @@
 """From what spmm_nm.py and conv2d.py stored: how near each sparse data gradient comes to what the machine allows.
 
 Prints Markdown. The bound is the longer of two times: the arithmetic that the pattern leaves, at the rate of the
-fastest dense product; and the bytes that must move, at the rate of the fastest clone: gradient, its values and indices
-twice (written, read), weight and result. Choosing, packing and fresh pages are left out.
+fastest dense product; and the bytes that must move, at the rate of the fastest clone: gradient, weight and result.
+Choosing, packing and fresh pages are left out.
 
     python benchmarks/roofline.py benchmarks/results/NAME.json
 """
@@ -23,8 +23,7 @@ HEAD = ("shape", "N:M", "arithmetic", "memory", "measured", "of the bound", "x d
 def bounds(row: dict[str, Any], machine: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds: (arithmetic, memory)."""
     n, m = sdgp.Pattern.parse(row["pattern"])
-    compressed = row["gradient_bytes"] * n / m * 5 / 4  # float32 values and uint8 indices
-    moved = row["gradient_bytes"] + 2 * compressed + row["weight_bytes"] + row["result_bytes"]
+    moved = row["gradient_bytes"] + row["weight_bytes"] + row["result_bytes"]
     arithmetic = row["gflop"] * n / m / machine["best_dense_product_gflop_per_s"] * 1e3
     return arithmetic, moved / machine["best_clone_gb_per_s"] / 1e6
 

@@ -34,7 +34,6 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"linear {tokens}, {features_in} -> {features_out}",
             grad_output=grad_output,
-            dim=-1,
             weight=weight,
             result_bytes=4 * tokens * features_in,
             flop=2 * tokens * features_in * features_out,

@@ -166,10 +166,12 @@ inline void check_same_device(const char* op, const Tensor& first, const char* n
   }
 }
 
-inline void check_same_dtype(const char* op, const Tensor& first, const char* name, const Tensor& other) {
+// `like`: what `first` is, for the message.
+inline void check_same_dtype(const char* op, const Tensor& first, const char* name, const Tensor& other,
+                             const char* like = "the values are") {
   const int32_t expected = dtype_of(first), actual = dtype_of(other);
   if (actual != expected) {
-    check(false, op, ": expected ", name, " to be ", name_of_dtype(expected), " as the values are, got ",
+    check(false, op, ": expected ", name, " to be ", name_of_dtype(expected), " as ", like, ", got ",
           name_of_dtype(actual));
   }
 }

@@ -93,8 +93,8 @@ class _Elsewhere(torch.Tensor):
     """A tensor without data that says it is on a device which this torch may well not have."""
 
     @staticmethod
-    def on(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.Tensor._make_wrapper_subclass(_Elsewhere, (1,), device=device, dtype=dtype)  # type: ignore[attr-defined]
+    def on(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1,)) -> torch.Tensor:
+        return torch.Tensor._make_wrapper_subclass(_Elsewhere, shape, device=device, dtype=dtype)  # type: ignore[attr-defined]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -147,37 +147,18 @@ def test_prune_nm_layout(make: Callable[[], torch.Tensor], layout: str) -> None:
 # Compressed tensors.
 
 VALUES, INDICES = sdgp.compress_nm(torch.randn(3, 10), 2, 4)  # (3, 6)
-IMAGE_VALUES, IMAGE_INDICES = sdgp.compress_nm(torch.randn(2, 8, 5, 5), 2, 4, 1)
 PRODUCTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "decompress_nm": (sdgp.decompress_nm, {"values": VALUES, "indices": INDICES, "m": 4, "size": 10}),
     "spmm_nm": (sdgp.spmm_nm, {"values": VALUES, "indices": INDICES, "m": 4, "dense": torch.randn(10, 5)}),
-    "_conv2d_input_grad_nm": (
-        sdgp.ops.conv2d_input_grad_nm,
-        {
-            "values": IMAGE_VALUES,
-            "indices": IMAGE_INDICES,
-            "m": 4,
-            "weight": torch.randn(8, 3, 3, 3),
-            "input_size": (7, 7),
-            "stride": (1, 1),
-            "padding": (0, 0),
-            "dilation": (1, 1),
-            "groups": 1,
-            "channels_last": False,
-        },
-    ),
 }
 EACH = tuple(PRODUCTS)
-CONV_OP = ("_conv2d_input_grad_nm",)
 GROUPS = "expected the size of values to be ceil({} / {}) = {} groups times n, 1 <= n <= {}, got {}"
 
 COMPRESSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (EACH, {"m": 0}, "expected 1 <= m <= 64, got 0"),
     (EACH, {"m": 65}, "expected 1 <= m <= 64, got 65"),
-    (CONV_OP, {"m": 0, "groups": 2}, "expected 1 <= m <= 64, got 0"),
     (EACH[:2], {"m": 3}, GROUPS.format(10, 3, 4, 3, 6)),
     (EACH[:2], {"m": 1}, GROUPS.format(10, 1, 10, 1, 6)),
-    (CONV_OP, {"m": 3}, GROUPS.format(8, 3, 3, 3, 4)),
     (("decompress_nm",), {"size": 13}, GROUPS.format(13, 4, 4, 4, 6)),
     (("decompress_nm",), {"size": 0}, GROUPS.format(0, 4, 0, 4, 6)),
     (("decompress_nm",), {"size": 4}, GROUPS.format(4, 4, 1, 4, 6)),
@@ -202,29 +183,6 @@ COMPRESSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (EACH, {"indices": INDICES[0]}, "expected values and indices of one shape, got {values} and (6,)"),
     (EACH, {"indices": INDICES.int()}, "expected indices to be uint8, got int32"),
     (EACH[:2], {"values": VALUES.int()}, "expected float32, float64, float16 or bfloat16, got int32"),
-    (CONV_OP, {"values": VALUES}, "expected values (N, C, H, W), got (3, 6)"),
-    (CONV_OP, {"weight": torch.randn(8, 3)}, "expected weight (out, in / groups, kH, kW), got (8, 3)"),
-    (CONV_OP, {"weight": torch.randn(9, 3, 3, 3)}, GROUPS.format(9, 4, 3, 4, 4)),
-    (
-        CONV_OP,
-        {"weight": torch.randn(8, 3, 3, 3).half()},
-        "expected weight to be float32 as the values are, got float16",
-    ),
-    (CONV_OP, {"groups": 0}, "expected groups that divide 8 output channels, got 0"),
-    (CONV_OP, {"groups": 3}, "expected groups that divide 8 output channels, got 3"),
-    (
-        CONV_OP,
-        {"groups": 4, "values": IMAGE_VALUES[:1], "indices": IMAGE_INDICES[:1]},
-        "expected samples x groups values, got (1, 4, 5, 5) for 4 groups",
-    ),
-    (CONV_OP, {"stride": (1,)}, "expected stride to be a pair, got 1 numbers"),
-    (CONV_OP, {"stride": (0, 1)}, "expected stride >= 1, got 0"),
-    (CONV_OP, {"stride": (1, -2)}, "expected stride >= 1, got -2"),
-    (CONV_OP, {"dilation": (0, 1)}, "expected dilation >= 1, got 0"),
-    (CONV_OP, {"padding": (0, -1)}, "expected padding >= 0, got -1"),
-    (CONV_OP, {"padding": (0, 0, 0)}, "expected padding to be a pair, got 3 numbers"),
-    (CONV_OP, {"input_size": (7, -7)}, "expected input_size >= 0, got -7"),
-    (CONV_OP, {"input_size": (7,)}, "expected input_size to be a pair, got 1 numbers"),
 ]
 
 
@@ -249,7 +207,6 @@ def test_compressed(op: str, changed: dict[str, Any], text: str, mode: Callable[
 OTHERS = [
     *((op, "indices", "indices") for op in EACH),
     ("spmm_nm", "dense", "dense"),
-    ("_conv2d_input_grad_nm", "weight", "weight"),
 ]
 
 
@@ -329,8 +286,7 @@ def test_an_index_beyond_its_group(op: str, wrong: int, dtype: torch.dtype) -> N
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
-    size = {"decompress_nm": 10, "spmm_nm": 10, "_conv2d_input_grad_nm": 8}[op]
-    expected = message(op, f"expected every index below 4 and inside the size {size}, got one that is not")
+    expected = message(op, "expected every index below 4 and inside the size 10, got one that is not")
     for at in (0, arguments["indices"].numel() // 2, arguments["indices"].numel() - 1):
         indices = arguments["indices"].clone(memory_format=torch.preserve_format)
         indices.movedim(1, -1).view(-1)[at] = wrong
@@ -364,15 +320,107 @@ def test_one_bad_index_among_many(rows: int, n: int, m: int) -> None:
             sdgp.decompress_nm(values, corrupt, m, 389)
 
 
-@pytest.mark.parametrize("bad", [4, 255])
-def test_any_index_that_a_convolution_reads_is_checked(bad: int) -> None:
-    call, arguments = PRODUCTS["_conv2d_input_grad_nm"]
-    expected = "expected every index below 4 and inside the size 8, got one that is not"
-    for at in range(0, IMAGE_INDICES.numel(), 7):
-        indices = IMAGE_INDICES.clone(memory_format=torch.preserve_format)
-        indices.movedim(1, -1).view(-1)[at] = bad
-        with pytest.raises(RuntimeError, match=message("_conv2d_input_grad_nm", expected)):
-            call(**{**arguments, "indices": indices})
+# The data gradients of layers.
+
+GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "_linear_input_grad_nm": (
+        sdgp.ops.linear_input_grad_nm,
+        {"grad_output": torch.randn(3, 8), "weight": torch.randn(8, 5), "n": 2, "m": 4, "method": "mvue"},
+    ),
+    "_conv2d_input_grad_nm": (
+        sdgp.ops.conv2d_input_grad_nm,
+        {
+            "grad_output": torch.randn(2, 8, 5, 5),
+            "weight": torch.randn(8, 3, 3, 3),
+            "n": 2,
+            "m": 4,
+            "method": "mvue",
+            "seed": None,
+            "input_size": (7, 7),
+            "stride": (1, 1),
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+            "channels_last": False,
+        },
+    ),
+}
+BOTH = tuple(GRADIENTS)
+LINEAR_OP, CONV_OP = ((op,) for op in BOTH)
+ALONE = "expected a method that needs one group at a time, got rescale; prune by it, then call this by magnitude"
+
+BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
+    (BOTH, {"n": 5}, "expected 1 <= n <= m <= 64, got n=5, m=4"),
+    (BOTH, {"m": 65}, "expected 1 <= n <= m <= 64, got n=2, m=65"),
+    (BOTH, {"method": "max"}, f'expected method to be one of {", ".join(sdgp.pattern.METHODS)}, got "max"'),
+    (BOTH, {"method": "rescale"}, ALONE),
+    (BOTH, {"seed": torch.zeros(2, dtype=torch.int64)}, "expected seed to have one element, got 2"),
+    (LINEAR_OP, {"grad_output": torch.tensor(1.0)}, "expected at least 1 dimension, got a scalar"),
+    (LINEAR_OP, {"grad_output": torch.randn(3, 9)}, "expected grad_output (..., 8), got (3, 9)"),
+    (LINEAR_OP, {"grad_output": torch.ones(3, 8).int()}, "expected float32, float64, float16 or bfloat16, got int32"),
+    (LINEAR_OP, {"weight": torch.randn(8)}, "expected weight (out, in), got (8,)"),
+    (LINEAR_OP, {"weight": torch.randn(8, 5).half()}, "expected weight to be float32 as the gradient is, got float16"),
+    (CONV_OP, {"grad_output": torch.randn(8, 5, 5)}, "expected grad_output (N, C, H, W), got (8, 5, 5)"),
+    (CONV_OP, {"grad_output": torch.randn(2, 9, 5, 5)}, "expected grad_output (N, 8, H, W), got (2, 9, 5, 5)"),
+    (CONV_OP, {"weight": torch.randn(8, 3)}, "expected weight (out, in / groups, kH, kW), got (8, 3)"),
+    (
+        CONV_OP,
+        {"weight": torch.randn(8, 3, 3, 3).half()},
+        "expected weight to be float32 as the gradient is, got float16",
+    ),
+    (CONV_OP, {"groups": 0}, "expected groups that divide 8 output channels, got 0"),
+    (CONV_OP, {"groups": 3}, "expected groups that divide 8 output channels, got 3"),
+    (CONV_OP, {"stride": (1,)}, "expected stride to be a pair, got 1 numbers"),
+    (CONV_OP, {"stride": (0, 1)}, "expected stride >= 1, got 0"),
+    (CONV_OP, {"stride": (1, -2)}, "expected stride >= 1, got -2"),
+    (CONV_OP, {"dilation": (0, 1)}, "expected dilation >= 1, got 0"),
+    (CONV_OP, {"padding": (0, -1)}, "expected padding >= 0, got -1"),
+    (CONV_OP, {"padding": (0, 0, 0)}, "expected padding to be a pair, got 3 numbers"),
+    (CONV_OP, {"input_size": (7, -7)}, "expected input_size >= 0, got -7"),
+    (CONV_OP, {"input_size": (7,)}, "expected input_size to be a pair, got 1 numbers"),
+]
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("op", "changed", "text"),
+    [(op, changed, text) for ops, changed, text in BAD_GRADIENTS for op in ops],
+    ids=[f"{op}: {text}" for ops, _, text in BAD_GRADIENTS for op in ops],
+)
+def test_gradients(op: str, changed: dict[str, Any], text: str, mode: Callable[[], Any], device: str) -> None:
+    call, arguments = GRADIENTS[op]
+    arguments = {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value
+        for name, value in {**arguments, **changed}.items()
+    }
+    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
+        call(**arguments)
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("op", BOTH)
+def test_gradients_on_two_devices(op: str, device: str, other: str) -> None:
+    call, arguments = GRADIENTS[op]
+    arguments = {
+        **arguments,
+        "grad_output": arguments["grad_output"].to(device),
+        "weight": arguments["weight"].to(other),
+    }
+    expected = message(op, f"expected weight on the same device ({device}), got {other}")
+    with pytest.raises(RuntimeError, match=expected):
+        call(**{**arguments, "method": "magnitude"})
+
+
+@pytest.mark.parametrize("op", BOTH)
+def test_gradients_on_a_device_without_a_kernel(op: str) -> None:
+    expected = "expected a tensor on a device with an sdgp kernel (cpu), got xpu"
+    shape = (1,) * GRADIENTS[op][1]["weight"].ndim
+    elsewhere, weight = _Elsewhere.on("xpu", shape=shape), _Elsewhere.on("xpu", shape=shape)
+    call, arguments = GRADIENTS[op]
+    arguments = {**arguments, "grad_output": elsewhere, "weight": weight, "n": 1, "m": 1, "method": "magnitude"}
+    with pytest.raises(RuntimeError, match=message(op, expected)):
+        call(**arguments)
 
 
 @pytest.mark.parametrize(

@@ -41,14 +41,13 @@ def products(channels_last: bool = False, apart: bool = False) -> dict[str, tupl
     values, indices = sdgp.compress_nm(torch.randn(3, 22), 2, 4)
     out = 6 if apart else 8  # 6: no whole number of groups of 4 in each of the convolution's groups
     image, weight = torch.randn(3, 2 * out, 5, 5), torch.randn(2 * out, 3, 3, 3)
-    image = image.reshape(6, out, 5, 5) if apart else image
-    image_values, image_indices = sdgp.compress_nm(image, 2, 4, 1)
     geometry = ([9, 10], [2, 2], [1, 1], [1, 1], 2, channels_last)
     return {
         "compress_nm": (torch.randn(3, 22), 2, 4, -1, "mvue", draw_seed()),
         "decompress_nm": (values, indices, 4, 22, -1),
         "spmm_nm": (values, indices, 4, torch.randn(22, 7)),
-        "_conv2d_input_grad_nm": (image_values, image_indices, 4, weight, *geometry),
+        "_linear_input_grad_nm": (torch.randn(2, 3, 22), torch.randn(22, 7), 2, 4, "mvue", draw_seed()),
+        "_conv2d_input_grad_nm": (image, weight, 2, 4, "mvue", draw_seed(), *geometry),
     }
 
 

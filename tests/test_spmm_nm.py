@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from compare import INSTRUCTION_SETS, identical, rerun
+from compare import INSTRUCTION_SETS, identical, rerun, strided_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import DTYPES
+from samples import DTYPES, PATTERNS, draw_seed
 from torch import Tensor
 
 import sdgp
 from sdgp import reference
-from sdgp.ops import conv2d_input_grad_nm
+from sdgp.ops import conv2d_input_grad_nm, linear_input_grad_nm
 
 inf, nan = torch.inf, torch.nan
 SOME_PATTERNS = ((2, 4), (1, 2), (3, 7), (4, 4), (8, 32), (31, 64), (1, 64), (1, 1))
@@ -173,34 +173,85 @@ def test_convolution(
     weight = torch.randn(groups * out, channels_in, *kernel).to(dtype)
     if data.draw(st.booleans()):
         weight = weight.contiguous(memory_format=torch.channels_last)
-    apart = groups > 1 and out % m != 0
-    shape = (samples * groups, out) if apart else (samples, groups * out)
-    values, indices = sdgp.compress_nm(torch.randn(*shape, *out_size).to(dtype), n, m, 1)
+    grad = torch.randn(samples, groups * out, *out_size).to(dtype)
+    layout = data.draw(st.sampled_from(["contiguous", "channels_last", "every other column"]))
+    if layout == "channels_last":
+        grad = grad.contiguous(memory_format=torch.channels_last)
+    elif layout == "every other column":
+        grad = grad.repeat_interleave(2, -1)[..., ::2]
+    method = data.draw(st.sampled_from(["magnitude", "random", "mvue"]))
     arguments: tuple[Any, ...] = (size, stride, padding, dilation, groups, channels_last)
-    actual = conv2d_input_grad_nm(values, indices, m, weight, *arguments)
-    exact = reference.conv2d_input_grad_nm(values.double(), indices, m, weight.double(), *arguments)
-    magnitude = reference.conv2d_input_grad_nm(values.double().abs(), indices, m, weight.double().abs(), *arguments)
+    actual, exact, magnitude = convolutions(grad, weight, n, m, method, *arguments)
     assert actual.shape == exact.shape
     assert actual.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
-    near(actual, exact, magnitude, values.shape[1] * kernel[0] * kernel[1])
+    near(actual, exact, magnitude, groups * out * kernel[0] * kernel[1])
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolution_of_many_channels(stride: int, channels_last: bool) -> None:
-    values, indices = sdgp.compress_nm(torch.randn(2, 520, 9, 9), 2, 8, 1)
     size = [9 * stride, 9 * stride]
     arguments: tuple[Any, ...] = (size, [stride, stride], [1, 1], [1, 1], 1, channels_last)
-    weight = torch.randn(520, 300, 3, 3)
-    actual = conv2d_input_grad_nm(values, indices, 8, weight, *arguments)
-    exact = reference.conv2d_input_grad_nm(values.double(), indices, 8, weight.double(), *arguments)
-    magnitude = reference.conv2d_input_grad_nm(values.double().abs(), indices, 8, weight.double().abs(), *arguments)
-    near(actual, exact, magnitude, 130 * 9)
+    grad, weight = torch.randn(2, 520, 9, 9), torch.randn(520, 300, 3, 3)
+    near(*convolutions(grad, weight, 2, 8, "mvue", *arguments), 130 * 9)
+
+
+def convolutions(
+    grad: Tensor, weight: Tensor, n: int, m: int, method: str, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The data gradient, the exact one of what was pruned, and that of the magnitudes."""
+    seed = draw_seed()
+    actual = conv2d_input_grad_nm(grad, weight, n, m, method, seed, *arguments)
+    groups = arguments[4]
+    by_group = grad
+    if groups > 1 and grad.shape[1] // groups % m != 0:
+        by_group = grad.reshape(-1, grad.shape[1] // groups, *grad.shape[2:])
+    pruned = sdgp.ops.prune_nm(by_group, n, m, 1, method, seed).reshape(grad.shape).double()
+    all_kept = (1, 1, "magnitude", None, *arguments)
+    exact = reference.conv2d_input_grad_nm(pruned, weight.double(), *all_kept)
+    return actual, exact, reference.conv2d_input_grad_nm(pruned.abs(), weight.double().abs(), *all_kept)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: "{}:{}".format(*pattern))
+def test_linear_prunes_as_prune_nm_does(pattern: tuple[int, int], dtype: torch.dtype) -> None:
+    # Long rows that are read in several slabs, few that fill no chunk, tails.
+    for method in ("magnitude", "random", "rescale_group", "mvue"):
+        for rows, size, cols in ((300, 2100, 33), (5, 70, 260), (1, 3, 1)):
+            grad, weight, seed = torch.randn(rows, size).to(dtype), torch.randn(size, cols).to(dtype), draw_seed()
+            actual = linear_input_grad_nm(grad, weight, *pattern, method, seed)
+            pruned = sdgp.ops.prune_nm(grad, *pattern, -1, method, seed).double()
+            near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), size)
+
+
+@pytest.mark.parametrize("method", ["magnitude", "mvue"])
+def test_convolution_equals_its_reference(method: str) -> None:
+    grad, weight, seed = torch.randn(2, 24, 7, 6), torch.randn(24, 5, 3, 3), draw_seed()
+    arguments: tuple[Any, ...] = (grad, weight, 2, 4, method, seed, [7, 6], [1, 1], [1, 1], [1, 1], 1, False)
+    torch.testing.assert_close(conv2d_input_grad_nm(*arguments), reference.conv2d_input_grad_nm(*arguments))
+    arguments = (torch.randn(3, 9, 22), torch.randn(22, 7), 2, 4, method, seed)
+    torch.testing.assert_close(linear_input_grad_nm(*arguments), reference.linear_input_grad_nm(*arguments))
+
+
+@given(grad=strided_tensors(), data=st.data())
+def test_linear_of_any_strides(grad: Tensor, data: st.DataObject) -> None:
+    weight = torch.randn(12, grad.shape[-1]).t() if data.draw(st.booleans()) else torch.randn(grad.shape[-1], 12)
+    n, m = data.draw(st.sampled_from(PATTERNS))
+    pruned = sdgp.prune_nm(grad, n, m).double()
+    actual = linear_input_grad_nm(grad, weight, n, m)
+    near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), grad.shape[-1])
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
-    names = ("equals_reference", "large", "any_shape_and_strides", "convolution", "convolution_of_many_channels")
+    names = (
+        "equals_reference",
+        "large",
+        "any_shape_and_strides",
+        "convolution",
+        "convolution_of_many_channels",
+        "linear_prunes_as_prune_nm_does",
+    )
     rerun(isa, *(f"{__file__}::test_{name}" for name in names))
 
 
@@ -221,13 +272,15 @@ def test_threads_do_not_change_the_result(dtype: torch.dtype) -> None:
     values, indices = compressed((700, 260), 2, 8, dtype)
     dense = torch.randn(260, 390).to(dtype)
     with_two = sdgp.spmm_nm(values, indices, 8, dense)
-    image, image_indices = sdgp.compress_nm(torch.randn(3, 64, 17, 17).to(dtype), 2, 8, 1)
-    weight = torch.randn(64, 40, 3, 3).to(dtype)
-    arguments: tuple[Any, ...] = (image, image_indices, 8, weight, [17, 17], [1, 1], [1, 1], [1, 1], 1, False)
+    image, weight, seed = torch.randn(3, 64, 17, 17).to(dtype), torch.randn(64, 40, 3, 3).to(dtype), draw_seed()
+    arguments: tuple[Any, ...] = (image, weight, 2, 8, "mvue", seed, [17, 17], [1, 1], [1, 1], [1, 1], 1, False)
     image_with_two = conv2d_input_grad_nm(*arguments)
+    rows = torch.randn(700, 260).to(dtype)
+    rows_with_two = linear_input_grad_nm(rows, dense, 2, 8, "mvue", seed)
     torch.set_num_threads(1)
     identical(sdgp.spmm_nm(values, indices, 8, dense), with_two)
     identical(conv2d_input_grad_nm(*arguments), image_with_two)
+    identical(linear_input_grad_nm(rows, dense, 2, 8, "mvue", seed), rows_with_two)
 
 
 # Edge cases.
@@ -262,7 +315,8 @@ def test_no_reduction_is_zero() -> None:
 
 
 def test_pixels_that_no_output_reads_are_zero() -> None:
-    values, indices = sdgp.compress_nm(torch.randn(1, 8, 3, 3), 2, 4, 1)
-    grad = conv2d_input_grad_nm(values, indices, 4, torch.randn(8, 4, 1, 1), [6, 6], [2, 2], [0, 0], [1, 1], 1, False)
+    window: tuple[Any, ...] = ([6, 6], [2, 2], [0, 0], [1, 1], 1, False)
+    gradient, weight = torch.randn(1, 8, 3, 3), torch.randn(8, 4, 1, 1)
+    grad = conv2d_input_grad_nm(gradient, weight, 2, 4, "magnitude", None, *window)
     assert grad[..., 1::2, :].count_nonzero() == grad[..., 1::2].count_nonzero() == 0
     assert grad[..., ::2, ::2].count_nonzero() == grad[..., ::2, ::2].numel()

@@ -135,12 +135,51 @@ struct Packer {
     }
   }
 
-  // One full group, in blocks of eight. Writes up to kPack elements beyond it.
-  SDGP_INLINE void pack_blocks(const T* x, T* values, uint8_t* indices) const {
+  // Whether place_block takes blocks of `rows` elements.
+  bool places(int64_t rows) const { return whole ? rows % kPack == 0 : m % kPack == 0; }
+
+  // Some whole groups, and for indices the byte offsets of rows of a dense operand. Writes up to kPack elements beyond
+  // what they keep.
+  void place_block(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
+    if (whole) {
+      const int kept = kPack / m * n;
+      for (int64_t i = 0; i < size; i += kPack, values += kept, offsets += kept) {
+        const uint64_t order = table.order[kept_bits(x + i)];
+        store_in_order(x + i, order, values);
+        store_offsets(order, i, row_bytes, offsets);
+      }
+      return;
+    }
+    for (int64_t i = 0; i < size; i += m) {
+      const uint64_t bits = group_bits(x + i);
+      for (int j = 0; j < m; j += kPack) {
+        const auto block = static_cast<uint32_t>(bits >> j & 0xff);
+        const uint64_t order = table.order[block];
+        store_in_order(x + i + j, order, values);
+        store_offsets(order, i + j, row_bytes, offsets);
+        values += __builtin_popcount(block);
+        offsets += __builtin_popcount(block);
+      }
+    }
+  }
+
+  static SDGP_INLINE void store_offsets(uint64_t order, int64_t first, uint16_t row_bytes, uint16_t* offsets) {
+    const auto lanes =
+        __builtin_convertvector(load_bits<VecType<uint8_t, kPack>::type>(&order), VecType<uint16_t, 2 * kPack>::type);
+    store_bits(offsets, (lanes + static_cast<uint16_t>(first)) * row_bytes);
+  }
+
+  // The bits of what a full group keeps, filled up.
+  SDGP_INLINE uint64_t group_bits(const T* x) const {
     uint64_t bits = 0;
     for (int j = 0; j < m; j += kPack) bits |= static_cast<uint64_t>(kept_bits(x + j)) << j;
     bits &= ~uint64_t{0} >> (64 - m);
-    bits = fill_bits(bits, n - __builtin_popcountll(bits));
+    return fill_bits(bits, n - __builtin_popcountll(bits));
+  }
+
+  // One full group, in blocks of eight. Writes up to kPack elements beyond it.
+  SDGP_INLINE void pack_blocks(const T* x, T* values, uint8_t* indices) const {
+    const uint64_t bits = group_bits(x);
     for (int j = 0; j < m; j += kPack) {
       const auto block = static_cast<uint32_t>(bits >> j & 0xff);
       const uint64_t order = table.order[block];
@@ -185,7 +224,37 @@ void transpose_block(const T* from, int64_t size, int64_t rows, T* to) {
   }
 }
 
-// Values are moved as the words that hold them.
+// A block of rows as a buffer has them, row after row, pruned or, where `copy` says so, as they are. Values are moved
+// as the words that hold them. Of `part`, the input, the size, the pattern and the seed are used; its one dimension is
+// the rows.
+template <class T>
+class PrunedRows {
+ public:
+  // Readable kPack - 1 elements beyond its end; valid until the next call.
+  const T* read(PruneArgs part, bool copy) {
+    Dim& rows = part.dims[0];
+    const int64_t count = rows.size * part.size;
+    const bool side_by_side = rows.in_stride == 1 && part.in_stride != 1 && rows.size > 1;
+    T* buffer = pruned_.reserve(count + kPack);
+    part.out = buffer;
+    part.out_stride = side_by_side ? rows.size : 1;
+    part.ndim = 1;
+    rows.out_stride = side_by_side ? 1 : part.size;
+    if (copy) {  // all of every group
+      part.method = Method::kMagnitude;
+      part.n = part.m = 4;
+    }
+    prune_nm(part, 0, prune_nm_units(part));
+    if (!side_by_side) return buffer;
+    transpose_block(buffer, part.size, rows.size, transposed_.reserve(count + kPack));
+    return transposed_.data;
+  }
+
+ private:
+  Scratch<T> pruned_;
+  Scratch<T> transposed_;
+};
+
 template <class T>
 void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
   const PruneArgs& whole = args.prune;
@@ -193,38 +262,23 @@ void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
   const int64_t groups = ceil_div(whole.size, whole.m);
   const int64_t kept = groups * whole.n;
   const Packer<T> packer(whole.n, whole.m);
-  Scratch<T> pruned;
-  Scratch<T> transposed;
+  PrunedRows<T> pruned;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit % plan.pieces * plan.piece;
-    const int64_t rows = plan.inner - first < plan.piece ? plan.inner - first : plan.piece;
-    Dim inner = whole.ndim ? whole.dims[whole.ndim - 1] : Dim{1, whole.size, 0, 1, false};
+    const Dim inner = whole.ndim ? whole.dims[whole.ndim - 1] : Dim{1, whole.size, 0, 1, false};
     const Row outer = find_row(whole, whole.ndim ? whole.ndim - 1 : 0, unit / plan.pieces);
     const uint64_t row = outer.index + static_cast<uint64_t>(first * inner.row_step);
-    const bool side_by_side = inner.in_stride == 1 && whole.in_stride != 1 && rows > 1;
 
     PruneArgs part = whole;
     part.in = static_cast<const T*>(whole.in) + outer.in + first * inner.in_stride;
-    T* buffer = pruned.reserve(rows * whole.size + kPack);
-    part.out = buffer;
-    part.out_stride = side_by_side ? rows : 1;
     part.first_group = row * static_cast<uint64_t>(groups);
-    part.ndim = 1;
     part.dims[0] = inner;
-    part.dims[0].size = rows;
-    part.dims[0].out_stride = side_by_side ? 1 : whole.size;
-    if (args.pruned || whole.n == whole.m) {  // a copy: all of every group
-      part.method = Method::kMagnitude;
-      part.n = part.m = 4;
-    }
-    prune_nm(part, 0, prune_nm_units(part));
-    if (side_by_side) {
-      transpose_block(buffer, whole.size, rows, transposed.reserve(rows * whole.size + kPack));
-      buffer = transposed.data;
-    }
+    part.dims[0].size = plan.inner - first < plan.piece ? plan.inner - first : plan.piece;
+    const T* buffer = pruned.read(part, args.pruned || whole.n == whole.m);
 
     T* values = static_cast<T*>(args.values) + row * static_cast<uint64_t>(kept);
     uint8_t* indices = args.indices + row * static_cast<uint64_t>(kept);
+    const int64_t rows = part.dims[0].size;
     if (inner.row_step == 1 && whole.size % whole.m == 0) {
       packer.pack_row(buffer, rows * whole.size, values, indices);
       continue;

@@ -46,8 +46,11 @@ struct PruneArgs {
   int64_t size;  // along the pruned dimension
   int64_t in_stride;
   int64_t out_stride;
-  bool dim_per_factor;   // rescale: a factor is not shared along the pruned dimension
-  uint64_t first_group;  // logical index of the first group: counts from here where this is a part of a larger tensor
+  bool dim_per_factor;  // rescale: a factor is not shared along the pruned dimension
+  // Where this is a part of a larger tensor: the logical index of its first group, and the groups of a whole row; 0: of
+  // these rows.
+  uint64_t first_group;
+  int64_t row_groups;
   int ndim;
   Dim dims[kMaxDims];  // the other dimensions, coalesced, outermost stride first
 };
@@ -82,9 +85,21 @@ struct Axis2d {
   int64_t dilation;
 };
 
-// The data gradient of a convolution from a compressed gradient. A plain product is the one with 1 x 1 pixels and taps.
+// The gradient that enters a product, pruned on the way. Strides in elements.
+struct Gradient {
+  const void* data;
+  Method method;  // not rescale, whose sums want all of it
+  uint64_t seed;
+  int64_t sample_stride;
+  int64_t pixel_stride;
+  int64_t channel_stride;
+  bool by_group;  // logical rows are (sample, convolution group, pixel), else (sample, pixel)
+};
+
+// The data gradient of a convolution. A plain product is the one with 1 x 1 pixels and taps.
 struct SpmmArgs {
-  const void* values;  // kept values, and their indices alike: strides in elements, a row's values consecutive
+  const Gradient* gradient;  // or null, then:
+  const void* values;        // kept values, and their indices alike: strides in elements, a row's values consecutive
   const uint8_t* indices;
   int64_t sample_stride;
   int64_t row_stride;  // from pixel to pixel
@@ -106,6 +121,7 @@ struct SpmmArgs {
   int64_t samples;
   Axis2d height;
   Axis2d width;
+  int64_t threads;  // that share the units
 };
 
 struct Kernels {

@@ -24,8 +24,9 @@ enum class Layout { kRows, kGroups, kStaged };
 // Groups of a row are `full` ones and perhaps a shorter last.
 struct Plan {
   Layout layout;
-  int64_t rows;    // all positions of the other dimensions
-  int64_t groups;  // per row
+  int64_t rows;        // all positions of the other dimensions
+  int64_t groups;      // per row
+  int64_t row_groups;  // per row of the tensor that this is a part of
   int64_t full;
   int64_t inner;     // positions along the innermost of the other dimensions
   int64_t chunks;    // kRows: pieces of `inner`; kGroups: pieces of a row
@@ -38,6 +39,7 @@ inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
   plan.rows = 1;
   for (int d = 0; d < args.ndim; ++d) plan.rows *= args.dims[d].size;
   plan.groups = ceil_div(args.size, args.m);
+  plan.row_groups = args.row_groups ? args.row_groups : plan.groups;
   plan.full = args.size / args.m;
   const Dim* last = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
   plan.inner = last ? last->size : 1;
@@ -85,6 +87,8 @@ inline void flatten_rows(PruneArgs& args) {
     const Dim& last = args.dims[args.ndim - 1];
     const bool consecutive = last.in_stride == args.size && last.out_stride == args.size && last.row_step == 1;
     if (args.in_stride != 1 || args.out_stride != 1 || !consecutive || args.size % args.m != 0) return;
+    if (args.row_groups != 0 && args.row_groups != args.size / args.m) return;
+    args.row_groups *= last.size;
     for (int d = 0; d + 1 < args.ndim; ++d) args.dims[d].row_step /= last.size;
     args.size *= last.size;
     --args.ndim;

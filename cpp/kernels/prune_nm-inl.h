@@ -66,7 +66,8 @@ struct PruneKernel {
 
   static void run_rows(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     const Dim& inner = args.dims[args.ndim - 1];
-    const LaneOffsets<C> offsets([&](int lane) { return static_cast<uint64_t>(lane * inner.row_step * plan.groups); });
+    const LaneOffsets<C> offsets(
+        [&](int lane) { return static_cast<uint64_t>(lane * inner.row_step * plan.row_groups); });
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t chunk = unit % plan.chunks;
       const int64_t group = unit / plan.chunks % plan.groups;
@@ -81,7 +82,7 @@ struct PruneKernel {
         const int64_t p = at + kL <= stop ? at : stop - kL;
         const uint64_t index =
             args.first_group +
-            (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.groups) +
+            (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.row_groups) +
             static_cast<uint64_t>(group);
         Elem<C> x[kM];
         if (length == kM) {
@@ -148,7 +149,7 @@ struct PruneKernel {
         Elem<C> x[kM];
         load_groups(in + g * kM, x);
         const uint64_t index =
-            args.first_group + row.index * static_cast<uint64_t>(plan.groups) + static_cast<uint64_t>(g);
+            args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g);
         prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false));
         store_groups(out + g * kM, x);
       }
@@ -175,7 +176,8 @@ struct PruneKernel {
     typename C::U length[kStaged] = {};
 
     void describe(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t first_lane) {
-      const uint64_t row_step = args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.groups) : 0;
+      const uint64_t row_step =
+          args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.row_groups) : 0;
       for (int64_t r = 0; r < piece.rows; ++r) {
         for (int64_t g = 0; g < piece.groups; ++g) {
           const int64_t at = first_lane + (plan.rows_inside ? g * piece.rows + r : r * piece.groups + g);

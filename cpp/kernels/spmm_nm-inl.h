@@ -5,17 +5,19 @@
 // order it goes through the caches; the loops are row_kernel-inl.h's. Compiled once per instruction set.
 #pragma once
 
+#include "compress_nm-inl.h"
 #include "gather-inl.h"
 #include "row_kernel-inl.h"
 
 namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kChunkRows = 256;        // result rows that share a trip of the dense operand to that cache
-constexpr int64_t kSlabBytes = 1 << 19;    // of kept values and offsets in the second-level cache
+constexpr int64_t kSlabBytes = 3 << 18;    // of kept values and offsets in the second-level cache
 constexpr int64_t kResultBytes = 1 << 20;  // of partial sums that wait for the next slab
-constexpr int64_t kMinUnits = 64;          // enough for the threads of a large machine
+constexpr int64_t kUnitsPerThread = 4;
 
-// Work is cut into chunks of result rows x convolution groups x parts of the panels.
+// Work is cut into chunks of result rows x convolution groups x parts of the panels. No result depends on the cut: each
+// is summed in the order of the blocks.
 struct SpmmPlan {
   DensePlan dense;
   int64_t rows;  // of the result, over all samples
@@ -31,8 +33,9 @@ SpmmPlan make_spmm_plan(const SpmmArgs& args) {
   plan.rows = args.samples * args.height.in * args.width.in;
   plan.chunks = ceil_div(plan.rows, kChunkRows);
   const int64_t panel_bytes = kChunkRows * plan.dense.width * static_cast<int64_t>(sizeof(E));
-  plan.parts = ceil_div(plan.dense.panels * panel_bytes, kResultBytes);
-  const int64_t wanted = ceil_div(kMinUnits, plan.chunks * args.groups);
+  // What each part has to do again is more where it has to prune.
+  plan.parts = ceil_div(plan.dense.panels * panel_bytes, args.gradient ? 4 * kResultBytes : kResultBytes);
+  const int64_t wanted = args.threads > 1 ? ceil_div(kUnitsPerThread * args.threads, plan.chunks * args.groups) : 1;
   const int64_t most = ceil_div(plan.dense.panels, 3);  // each part reads all of the N:M rows again
   const int64_t split = wanted < most ? wanted : most;
   if (plan.parts < split) plan.parts = split;
@@ -44,6 +47,7 @@ template <class C>
 class Spmm {
   using T = typename C::T;
   using E = typename C::E;
+  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, typename C::U>;  // that holds a T
 
  public:
   static bool run(const SpmmArgs& args, int64_t begin, int64_t end) {
@@ -61,17 +65,24 @@ class Spmm {
   static constexpr VecType<int8_t, kStep>::type kStepLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
 
   explicit Spmm(const SpmmArgs& args)
-      : args_(args), plan_(make_spmm_plan<E>(args)), dense_(plan_.dense), gather_(args, dense_, kChunkRows) {}
+      : args_(args),
+        plan_(make_spmm_plan<E>(args)),
+        dense_(plan_.dense),
+        gather_(args, dense_, kChunkRows),
+        packer_(args.n, args.m) {}
 
   void run_unit(int64_t unit) {
     const int64_t part = unit % plan_.parts;
-    group_ = unit / plan_.parts % args_.groups;
-    const int64_t chunk = unit / plan_.parts / args_.groups;
-    first_row_ = chunk * kChunkRows;
-    rows_ = plan_.rows - first_row_ < kChunkRows ? plan_.rows - first_row_ : kChunkRows;
     panel_begin_ = dense_.panels * part / plan_.parts;
     panel_end_ = dense_.panels * (part + 1) / plan_.parts;
-    gather_.find(first_row_, rows_);
+    if (unit / plan_.parts != chunk_and_group_) {  // else the unit before left its sources, perhaps its kept values too
+      chunk_and_group_ = unit / plan_.parts;
+      group_ = chunk_and_group_ % args_.groups;
+      first_row_ = chunk_and_group_ / args_.groups * kChunkRows;
+      rows_ = plan_.rows - first_row_ < kChunkRows ? plan_.rows - first_row_ : kChunkRows;
+      gather_.find(first_row_, rows_);
+      kept_end_ = 0;
+    }
 
     const int64_t kept_bytes = static_cast<int64_t>(sizeof(uint16_t) + sizeof(E)) * gather_.sources;
     const int64_t block_kept = dense_.rows / args_.m * args_.n;
@@ -82,7 +93,9 @@ class Spmm {
     for (int64_t slab = 0; slab < slabs; ++slab) {
       const int64_t block_begin = dense_.blocks * slab / slabs;
       const int64_t block_end = dense_.blocks * (slab + 1) / slabs;
-      read_kept(block_begin, block_end);
+      if (kept_begin_ != block_begin || kept_end_ != block_end) read_kept(block_begin, block_end);
+      kept_begin_ = block_begin;
+      kept_end_ = block_end;
       for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
         E* panel_sums = slabs > 1 ? sums + (panel - panel_begin_) * rows_ * dense_.width : sums;
         multiply_panel(panel, block_begin, block_end, panel_sums);
@@ -96,12 +109,27 @@ class Spmm {
     return (before < groups ? before : groups) * args_.n;
   }
 
-  // Brings a slab's kept values and offsets into the order of the row kernel: [block][source][kept]. Indices out of
-  // range are noted, and read as the last one in it.
+  // Brings a slab's kept values and offsets into the order of the row kernel: [block][source][kept].
   void read_kept(int64_t block_begin, int64_t block_end) {
     const int64_t begin = kept_before(block_begin);
     const int64_t count = kept_before(block_end) - begin;
-    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    // Whole steps are written: what is too much falls to the next row, which is written later, or to a gap.
+    const int64_t blocks = block_end - block_begin;
+    offsets_.reserve(count * gather_.sources + blocks * kStep);
+    values_.reserve(count * gather_.sources + blocks * kStep);
+    if (args_.gradient != nullptr) return compress_rows(block_begin, block_end, count);
+    find_bases(begin, count);
+    const T* const values = static_cast<const T*>(args_.values);
+    const int64_t end = source_offset(gather_.first_source + gather_.sources - 1) + begin + count;
+    for (int64_t s = 0; s < gather_.sources; ++s) {
+      const int64_t at = source_offset(gather_.first_source + s) + begin;
+      place_row(s, values + at, args_.indices + at, count, values + end);
+    }
+  }
+
+  // For place_row: of each of a row's kept values from `begin` on, where its group begins in the block, and its group's
+  // last index.
+  void find_bases(int64_t begin, int64_t count) {
     uint16_t* base = base_.reserve(count + kStep);
     uint8_t* last = last_.reserve(count + kStep);
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
@@ -111,42 +139,119 @@ class Spmm {
       base[i] = static_cast<uint16_t>(first % dense_.rows * row_bytes);
       last[i] = i < count ? static_cast<uint8_t>((left < args_.m ? left : args_.m) - 1) : 255;
     }
-    // Whole steps are written: what is too much falls to the next row, which is written later, or to a gap.
-    const int64_t blocks = block_end - block_begin;
-    uint16_t* offsets = offsets_.reserve(count * gather_.sources + blocks * kStep);
-    E* values = values_.reserve(count * gather_.sources + blocks * kStep);
-    const int64_t readable = source_offset(gather_.first_source + gather_.sources - 1) + begin + count;
+  }
+
+  // The same from the gradient itself: some rows at a time are pruned and packed, in the first-level cache.
+  void compress_rows(int64_t block_begin, int64_t block_end, int64_t count) {
+    const Gradient& gradient = *args_.gradient;
+    const int64_t first = block_begin * dense_.rows;
+    const int64_t last = block_end * dense_.rows < args_.size ? block_end * dense_.rows : args_.size;
+    const int64_t pixels = args_.height.out * args_.width.out;
+    const bool one_run = !gradient.by_group && gradient.sample_stride == pixels * gradient.pixel_stride;
+    const int64_t row_groups =
+        gradient.by_group || args_.groups == 1 ? ceil_div(args_.size, args_.m) : args_.size / args_.m * args_.groups;
+    PruneArgs part{};
+    part.dtype = args_.dtype;
+    part.method = gradient.method;
+    part.n = args_.n;
+    part.m = args_.m;
+    part.seed = gradient.seed;
+    part.size = last - first;
+    part.in_stride = gradient.channel_stride;
+    part.row_groups = row_groups;
+    const int64_t least = gradient.channel_stride == 1 ? 1 : 64;  // rows that lie side by side
+    const int64_t piece = kCompressElements / part.size > least ? kCompressElements / part.size : least;
+    const bool whole = part.size % args_.m == 0;
+    const bool placed = sizeof(T) == sizeof(E) && whole && packer_.places(part.size) && packer_.places(dense_.rows);
+    if (!placed) find_bases(kept_before(block_begin), count);
+    for (int64_t s = 0, rows = 0; s < gather_.sources; s += rows) {
+      const int64_t source = gather_.first_source + s;
+      const int64_t sample = one_run ? 0 : source / pixels;
+      const int64_t pixel = source - sample * pixels;
+      rows = gather_.sources - s < piece ? gather_.sources - s : piece;
+      if (!one_run && rows > pixels - pixel) rows = pixels - pixel;
+      part.in = static_cast<const T*>(gradient.data) + sample * gradient.sample_stride + pixel * gradient.pixel_stride +
+                (group_ * args_.size + first) * gradient.channel_stride;
+      const int64_t row = gradient.by_group ? (sample * args_.groups + group_) * pixels + pixel : source;
+      const int64_t groups_before = gradient.by_group ? 0 : group_ * (args_.size / args_.m);
+      part.first_group = static_cast<uint64_t>(row * row_groups + groups_before + first / args_.m);
+      part.dims[0] = {rows, gradient.pixel_stride, 0, 1, false};
+      if (part.in_stride == 1) prefetch_rows(part, s + rows < gather_.sources ? rows : 0);
+      const Word* buffer = pruned_.read(part, args_.n == args_.m);
+      if (placed) {
+        for (int64_t r = 0; r < rows; ++r) place_pruned(s + r, buffer + r * part.size, part.size);
+        continue;
+      }
+      Word* words = row_values_.reserve(piece * count + kStep);
+      uint8_t* indices = row_indices_.reserve(piece * count + kStep);
+      for (int64_t r = 0; r < rows; ++r) {
+        packer_.pack_row(buffer + r * part.size, part.size, words + r * count, indices + r * count);
+      }
+      const T* values = reinterpret_cast<const T*>(words);
+      for (int64_t r = 0; r < rows; ++r) {
+        place_row(s + r, values + r * count, indices + r * count, count, values + piece * count + kStep);
+      }
+    }
+  }
+
+  // The `rows` rows after those of `part`: a slab's pieces of them are too short for the hardware's prefetcher.
+  static void prefetch_rows(const PruneArgs& part, int64_t rows) {
+    const T* row = static_cast<const T*>(part.in) + part.dims[0].size * part.dims[0].in_stride;
+    for (int64_t r = 0; r < rows; ++r, row += part.dims[0].in_stride) {
+      for (int64_t i = 0; i < part.size; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + i, 0, 2);
+    }
+  }
+
+  // One row's pruned elements, whole groups, to their places.
+  SDGP_INLINE void place_pruned(int64_t s, const Word* row, int64_t size) {
+    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    int64_t first_kept = 0;  // of the block, over all sources
+    for (int64_t i = 0; i < size; i += dense_.rows) {
+      const int64_t length = size - i < dense_.rows ? size - i : dense_.rows;
+      const int64_t to = first_kept + s * (length / args_.m * args_.n);
+      packer_.place_block(row + i, length, reinterpret_cast<Word*>(values_.data) + to, offsets_.data + to, row_bytes);
+      first_kept += block_kept * gather_.sources + kStep;
+    }
+  }
+
+  // One row's kept values to their places. Indices out of range are noted, and read as the last one in it. From `end`
+  // on nothing may be read.
+  SDGP_INLINE void place_row(int64_t s, const T* row, const uint8_t* row_indices, int64_t count, const T* end) {
+    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    const uint16_t* base = base_.data;
+    const uint8_t* last = last_.data;
+    uint16_t* offsets = offsets_.data;
+    E* values = values_.data;
     Step bad{};
-    for (int64_t s = 0; s < gather_.sources; ++s) {
-      const int64_t at = source_offset(gather_.first_source + s) + begin;
-      int64_t gap = 0;
-      for (int64_t i = 0; i < count; i += block_kept, gap += kStep) {
-        const int64_t length = count - i < block_kept ? count - i : block_kept;
-        const int64_t to = i * gather_.sources + s * length + gap;
-        for (int64_t j = 0; j < length; j += kStep) {
-          const T* value = static_cast<const T*>(args_.values) + at + i + j;
-          const uint8_t* index = args_.indices + at + i + j;
-          T value_copy[kStep];
-          uint8_t index_copy[kStep];
-          __builtin_prefetch(value + kAhead * args_.row_stride);
-          __builtin_prefetch(index + kAhead * args_.row_stride);
-          if (at + i + j + kStep > readable) [[unlikely]] {
-            for (int64_t k = 0; k < kStep; ++k) {
-              value_copy[k] = j + k < length ? value[k] : T{};
-              index_copy[k] = j + k < length ? index[k] : 0;
-            }
-            value = value_copy;
-            index = index_copy;
+    int64_t gap = 0;
+    for (int64_t i = 0; i < count; i += block_kept, gap += kStep) {
+      const int64_t length = count - i < block_kept ? count - i : block_kept;
+      const int64_t to = i * gather_.sources + s * length + gap;
+      for (int64_t j = 0; j < length; j += kStep) {
+        const T* value = row + i + j;
+        const uint8_t* index = row_indices + i + j;
+        T value_copy[kStep];
+        uint8_t index_copy[kStep];
+        __builtin_prefetch(value + kAhead * args_.row_stride);
+        __builtin_prefetch(index + kAhead * args_.row_stride);
+        if (value + kStep > end) [[unlikely]] {
+          for (int64_t k = 0; k < kStep; ++k) {
+            value_copy[k] = j + k < length ? value[k] : T{};
+            index_copy[k] = j + k < length ? index[k] : 0;
           }
-          for (int64_t k = 0; k < kStep; k += kLanes<E>) store_bits(values + to + j + k, C::load(value + k));
-          const auto at_index = load_bits<Step>(index);
-          const auto limit = load_bits<Step>(last + i + j);
-          const Step safe = at_index < limit ? at_index : limit;
-          const Step inside = (Step)(kStepLanes < static_cast<int8_t>(length - j < kStep ? length - j : kStep));
-          bad |= (safe ^ at_index) & inside;
-          const auto rows = __builtin_convertvector(safe, WideStep);
-          store_bits(offsets + to + j, load_bits<WideStep>(base + i + j) + rows * row_bytes);
+          value = value_copy;
+          index = index_copy;
         }
+        for (int64_t k = 0; k < kStep; k += kLanes<E>) store_bits(values + to + j + k, C::load(value + k));
+        const auto at_index = load_bits<Step>(index);
+        const auto limit = load_bits<Step>(last + i + j);
+        const Step safe = at_index < limit ? at_index : limit;
+        const Step inside = (Step)(kStepLanes < static_cast<int8_t>(length - j < kStep ? length - j : kStep));
+        bad |= (safe ^ at_index) & inside;
+        const auto rows = __builtin_convertvector(safe, WideStep);
+        store_bits(offsets + to + j, load_bits<WideStep>(base + i + j) + rows * row_bytes);
       }
     }
     const auto halves = (VecType<uint64_t, 16>::type)bad;
@@ -227,11 +332,18 @@ class Spmm {
   const DensePlan& dense_;
   Gather gather_;
   bool valid_ = true;
+  int64_t chunk_and_group_ = -1;
+  int64_t kept_begin_ = 0;  // blocks
+  int64_t kept_end_ = 0;
   int64_t group_ = 0;
   int64_t first_row_ = 0;
   int64_t rows_ = 0;
   int64_t panel_begin_ = 0;
   int64_t panel_end_ = 0;
+  const Packer<Word> packer_;
+  PrunedRows<Word> pruned_;
+  Scratch<Word> row_values_;
+  Scratch<uint8_t> row_indices_;
   Scratch<uint16_t> base_;
   Scratch<uint8_t> last_;
   Scratch<uint16_t> offsets_;

@@ -132,7 +132,7 @@ class Pieces {
     piece.first.out = base_.out + row * inner.out_stride + group * args_.m * args_.out_stride;
     piece.first.index =
         args_.first_group +
-        (base_.index + static_cast<uint64_t>(row * inner.row_step)) * static_cast<uint64_t>(plan_.groups) +
+        (base_.index + static_cast<uint64_t>(row * inner.row_step)) * static_cast<uint64_t>(plan_.row_groups) +
         static_cast<uint64_t>(group);
     advance(count, run);
     return true;

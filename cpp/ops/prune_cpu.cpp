@@ -6,12 +6,16 @@
 
 namespace sdgp {
 
+uint64_t seed_on_cpu(const Tensor& input, const PruneCall& call, int64_t n, int64_t m,
+                     const std::optional<Tensor>& seed) {
+  if (!is_random(call.method) || n == m) return 0;
+  return static_cast<uint64_t>(*(seed ? *seed : draw_seed(input)).const_data_ptr<int64_t>());
+}
+
 PruneArgs describe_prune_cpu(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m,
                              const std::optional<Tensor>& seed) {
   PruneArgs args = describe_prune(input, output, call, n, m);
-  if (is_random(call.method) && n != m) {
-    args.seed = static_cast<uint64_t>(*(seed ? *seed : draw_seed(input)).const_data_ptr<int64_t>());
-  }
+  args.seed = seed_on_cpu(input, call, n, m, seed);
   return args;
 }
 

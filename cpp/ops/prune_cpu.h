@@ -12,7 +12,11 @@ constexpr int64_t kGrainElements = 32768;  // below this, a second thread costs 
 // Work units per thread, at least, where `units` share `elements`.
 inline int64_t grain_of(int64_t units, int64_t elements) { return 1 + units * kGrainElements / (elements + 1); }
 
-// describe_prune, with the seed: the given one or, where a method needs one and none is given, a drawn one.
+// The given seed or, where a method needs one and none is given, a drawn one.
+uint64_t seed_on_cpu(const Tensor& input, const PruneCall& call, int64_t n, int64_t m,
+                     const std::optional<Tensor>& seed);
+
+// describe_prune, with the seed.
 PruneArgs describe_prune_cpu(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m,
                              const std::optional<Tensor>& seed);
 

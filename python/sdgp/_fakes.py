@@ -60,12 +60,26 @@ def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return values.new_empty(*values.shape[:-1], dense.shape[1])
 
 
+@_fake("_linear_input_grad_nm")
+def _linear_input_grad_nm(
+    grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
+) -> Tensor:
+    op = "_linear_input_grad_nm"
+    _check_gradient(op, grad_output, weight, n, m, -1, method, seed)
+    _check(weight.ndim == 2, f"{op}: expected weight (out, in), got {tuple(weight.shape)}")
+    out, columns = weight.shape
+    _check(grad_output.shape[-1] == out, f"{op}: expected grad_output (..., {out}), got {tuple(grad_output.shape)}")
+    return grad_output.new_empty(*grad_output.shape[:-1], columns)
+
+
 @_fake("_conv2d_input_grad_nm")
 def _conv2d_input_grad_nm(
-    values: Tensor,
-    indices: Tensor,
-    m: int,
+    grad_output: Tensor,
     weight: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
     input_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -74,30 +88,22 @@ def _conv2d_input_grad_nm(
     channels_last: bool,
 ) -> Tensor:
     op = "_conv2d_input_grad_nm"
-    _check(values.ndim == 4, f"{op}: expected values (N, C, H, W), got {tuple(values.shape)}")
+    shape = tuple(grad_output.shape)
+    _check(grad_output.ndim == 4, f"{op}: expected grad_output (N, C, H, W), got {shape}")
+    _check_gradient(op, grad_output, weight, n, m, 1, method, seed)
     _check(weight.ndim == 4, f"{op}: expected weight (out, in / groups, kH, kW), got {tuple(weight.shape)}")
-    channels_out, channels_in = weight.shape[:2]
-    _check(
-        groups >= 1 and channels_out % groups == 0,
-        f"{op}: expected groups that divide {channels_out} output channels, got {groups}",
-    )
-    _check_group_size(op, m)
-    apart = groups > 1 and channels_out // groups % m != 0
-    samples = values.shape[0] // groups if apart else values.shape[0]
-    _check(
-        not apart or values.shape[0] % groups == 0,
-        f"{op}: expected samples x groups values, got {tuple(values.shape)} for {groups} groups",
-    )
-    _check_compressed(op, values, indices, m, channels_out // groups if apart else channels_out, 1)
-    _check_like(op, values, "weight", weight)
+    out, channels_in = weight.shape[:2]
+    _check(grad_output.shape[1] == out, f"{op}: expected grad_output (N, {out}, H, W), got {shape}")
+    _check(groups >= 1 and out % groups == 0, f"{op}: expected groups that divide {out} output channels, got {groups}")
     pairs = (("input_size", input_size, 0), ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     for axis in range(2):
         for name, pair, least in pairs:
             _check(len(pair) == 2, f"{op}: expected {name} to be a pair, got {len(pair)} numbers")
             _check(pair[axis] >= least, f"{op}: expected {name} >= {least}, got {pair[axis]}")
+    samples = grad_output.shape[0]
     if channels_last:
-        return values.new_empty(samples, *input_size, channels_in * groups).movedim(-1, 1)
-    return values.new_empty(samples, channels_in * groups, *input_size)
+        return grad_output.new_empty(samples, *input_size, channels_in * groups).movedim(-1, 1)
+    return grad_output.new_empty(samples, channels_in * groups, *input_size)
 
 
 @_fake("_pack_24")
@@ -142,6 +148,15 @@ def _check_prune(op: str, input: Tensor, n: int, m: int, dim: int, method: str, 
     _check_seed(op, input, seed)
 
 
+def _check_gradient(
+    op: str, grad_output: Tensor, weight: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor | None
+) -> None:
+    _check_prune(op, grad_output, n, m, dim, method, seed)
+    alone = "expected a method that needs one group at a time, got rescale; prune by it, then call this by magnitude"
+    _check(method != "rescale", f"{op}: {alone}")
+    _check_like(op, grad_output, "weight", weight, "the gradient is")
+
+
 def _check_dim(op: str, tensor: Tensor, dim: int) -> None:
     ndim = tensor.ndim
     _check(ndim >= 1, f"{op}: expected at least 1 dimension, got a scalar")
@@ -181,9 +196,9 @@ def _check_compressed(op: str, values: Tensor, indices: Tensor, m: int, size: in
     )
 
 
-def _check_like(op: str, values: Tensor, name: str, other: Tensor) -> None:
+def _check_like(op: str, values: Tensor, name: str, other: Tensor, like: str = "the values are") -> None:
     same = other.dtype == values.dtype
-    _check(same, f"{op}: expected {name} to be {_name(values)} as the values are, got {_name(other)}")
+    _check(same, f"{op}: expected {name} to be {_name(values)} as {like}, got {_name(other)}")
     _check_same_device(op, values, name, other)
 
 

@@ -13,7 +13,7 @@ from torch.autograd import Function
 
 from . import backends, semi_structured
 from .backends import Key, Products
-from .ops import compress_nm, conv2d_input_grad_nm, prune_nm, spmm_nm
+from .ops import conv2d_input_grad_nm, linear_input_grad_nm, prune_nm
 from .pattern import PatternLike, Pruning
 
 _Pair: TypeAlias = tuple[int, int]
@@ -191,11 +191,11 @@ def linear_products(grad_output: Tensor, weight: Tensor, pruning: Pruning, key: 
     (n, m), method, _ = pruning
 
     def sparse(seed: _OptionalTensor) -> Tensor:
-        if grad_output.is_cuda:
-            operand = _pack(grad_output, -1, pruning, seed)
-            return semi_structured.multiply(operand, weight).reshape(*grad_output.shape[:-1], weight.shape[1])
-        values, indices = compress_nm(grad_output, n, m, -1, method, seed)
-        return spmm_nm(values, indices, m, weight)
+        grad, rest = _rescaled(grad_output, -1, pruning)
+        if grad.is_cuda:
+            operand = semi_structured.pack(_rows(grad), pruning.pattern, rest, seed)
+            return semi_structured.multiply(operand, weight).reshape(*grad.shape[:-1], weight.shape[1])
+        return linear_input_grad_nm(grad, weight, n, m, rest, seed)
 
     return Products(
         key,
@@ -266,13 +266,16 @@ def conv2d_products(
     def sparse(seed: _OptionalTensor) -> Tensor:
         channels_last = _is_channels_last(input) or _is_channels_last(weight)  # as ATen decides
         size = input.shape[2:]
-        if grad_output.is_cuda:
+        grad, rest = _rescaled(grad_by_group, 1, pruning)
+        grad = grad.reshape(grad_output.shape)
+        if grad.is_cuda:
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            operand = _pack(grad_output, 1, pruning, seed)
+            operand = semi_structured.pack(_rows(grad.movedim(1, -1)), pruning.pattern, rest, seed)
             columns = semi_structured.multiply(operand, weight.flatten(1))  # (pixels, in x kH x kW)
-            return _fold(columns, grad_output, weight, size, geometry).contiguous(memory_format=memory_format)
-        values, indices = compress_nm(grad_by_group, n, m, 1, method, seed)
-        return conv2d_input_grad_nm(values, indices, m, weight, size, stride, padding, dilation, groups, channels_last)
+            return _fold(columns, grad, weight, size, geometry).contiguous(memory_format=memory_format)
+        return conv2d_input_grad_nm(
+            grad, weight, n, m, rest, seed, size, stride, padding, dilation, groups, channels_last
+        )
 
     return Products(
         key,
@@ -284,12 +287,13 @@ def conv2d_products(
     )
 
 
-def _pack(grad_output: Tensor, dim: int, pruning: Pruning, seed: _OptionalTensor) -> semi_structured.Operand:
-    """The pruned gradient as a matrix (all others, dim), for a product on CUDA."""
+def _rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, str]:
+    """What a sparse product prunes, and by what: rescale's sums want all of the gradient, so it comes first, and of
+    what it leaves magnitude keeps everything."""
     pattern, method, _ = pruning
-    if method == "rescale":  # its sums run over the other dimensions, which a matrix no longer tells apart
-        grad_output, method = prune_nm(grad_output, *pattern, dim, method), "magnitude"
-    return semi_structured.pack(_rows(grad_output.movedim(dim, -1)), pattern, method, seed)
+    if method != "rescale":
+        return grad_output, method
+    return prune_nm(grad_output, *pattern, dim, method), "magnitude"
 
 
 def _fold(columns: Tensor, grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Sequence[Any]) -> Tensor:

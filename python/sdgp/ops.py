@@ -150,11 +150,35 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return result
 
 
+def linear_input_grad_nm(
+    grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
+) -> Tensor:
+    """The data gradient of a linear layer: ``prune_nm(grad_output, n, m, -1, method, seed) @ weight``.
+
+    The pruned gradient is never stored: some rows at a time are pruned, packed and multiplied in the caches.
+
+    Args:
+        grad_output: (..., out).
+        weight: (out, in), any strides.
+        n, m, method, seed: see :func:`prune_nm`. Not ``rescale``, which wants all of the gradient first: prune by it,
+            then call this with ``magnitude``.
+
+    Returns:
+        (..., in).
+    """
+    result: Tensor = torch.ops.sdgp._linear_input_grad_nm(
+        grad_output, weight, n, m, method, _seed(grad_output, method, seed)
+    )
+    return result
+
+
 def conv2d_input_grad_nm(
-    values: Tensor,
-    indices: Tensor,
-    m: int,
+    grad_output: Tensor,
     weight: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
     input_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -162,13 +186,13 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """The data gradient of a 2-D convolution, from its compressed output gradient.
+    """The data gradient of a 2-D convolution, from its output gradient, pruned on the way.
 
     Args:
-        values, indices: (N, kept, H', W'); or (N * groups, kept, H', W') where the output channels of a convolution
-            group are no multiple of m, so that no pruning group crosses two of them.
-        m: the size of a group.
+        grad_output: (N, out, H', W').
         weight: (out, in / groups, kH, kW), any strides.
+        n, m, method, seed: as in :func:`linear_input_grad_nm`. No group of m crosses two of the convolution: where its
+            groups' channels are no multiple of m, what is pruned is (N * groups, out / groups, H', W').
         input_size: (H, W).
         stride, padding, dilation, groups: of the convolution.
         channels_last: the memory format of the result.
@@ -176,8 +200,9 @@ def conv2d_input_grad_nm(
     Returns:
         (N, in, H, W).
     """
+    drawn = _seed(grad_output, method, seed)
     result: Tensor = torch.ops.sdgp._conv2d_input_grad_nm(
-        values, indices, m, weight, input_size, stride, padding, dilation, groups, channels_last
+        grad_output, weight, n, m, method, drawn, input_size, stride, padding, dilation, groups, channels_last
     )
     return result
 

@@ -77,11 +77,22 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return (values.to(wide).unsqueeze(-1) * rows).sum(-2).to(values.dtype)
 
 
+def linear_input_grad_nm(
+    grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
+) -> Tensor:
+    """:func:`sdgp.ops.linear_input_grad_nm`: prune, then multiply."""
+    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    pruned = prune_nm(grad_output, n, m, -1, method, seed)
+    return (pruned.to(wide) @ weight.to(wide)).to(grad_output.dtype)
+
+
 def conv2d_input_grad_nm(
-    values: Tensor,
-    indices: Tensor,
-    m: int,
+    grad_output: Tensor,
     weight: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
     input_size: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -89,24 +100,24 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """:func:`sdgp.ops.conv2d_input_grad_nm`, by PyTorch's transposed convolution of the decompressed tensor."""
-    wide = torch.float64 if values.dtype == torch.float64 else torch.float32
-    out = weight.shape[0] // groups
-    apart = groups > 1 and out % m != 0
-    grad_output = decompress_nm(values, indices, m, out if apart else weight.shape[0], 1).to(wide)
-    samples = grad_output.shape[0] // (groups if apart else 1)
-    grad_output = grad_output.reshape(samples, weight.shape[0], *values.shape[2:])
+    """:func:`sdgp.ops.conv2d_input_grad_nm`: prune, then PyTorch's transposed convolution."""
+    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    samples, out = grad_output.shape[:2]
+    by_group = grad_output
+    if groups > 1 and out // groups % m != 0:
+        by_group = grad_output.reshape(samples * groups, out // groups, *grad_output.shape[2:])
+    pruned = prune_nm(by_group, n, m, 1, method, seed).reshape(grad_output.shape)
     unread = [  # what the convolution leaves of the input at its end
         size + 2 * p - d * (k - 1) - 1 - s * (out - 1)
         for size, p, d, k, s, out in zip(
-            input_size, padding, dilation, weight.shape[2:], stride, values.shape[2:], strict=True
+            input_size, padding, dilation, weight.shape[2:], stride, grad_output.shape[2:], strict=True
         )
     ]
     result = torch.nn.functional.conv_transpose2d(
-        grad_output, weight.to(wide), None, stride, padding, unread, groups, dilation
+        pruned.to(wide), weight.to(wide), None, stride, padding, unread, groups, dilation
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return result.to(values.dtype).contiguous(memory_format=memory_format)
+    return result.to(grad_output.dtype).contiguous(memory_format=memory_format)
 
 
 def _scale_and_value(
