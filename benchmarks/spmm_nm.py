@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The data gradient of linear layers: compress_nm and spmm_nm beside PyTorch's `grad_output @ weight`.
+"""The data gradient of linear layers: the sparse product beside PyTorch's `grad_output @ weight`.
 
-One line per shape (tokens, in -> out) and pattern: the dense product; per method the sparse one, its speed as a
-multiple of the dense one's, and the share of it that compress_nm takes; a clone() of the gradient.
+One line per shape (tokens, in -> out) and pattern: the dense product; per method the sparse one, pruning included, and
+its speed as a multiple of the dense one's; a clone() of the gradient.
 
     python benchmarks/spmm_nm.py                                # everything, ten minutes or so
     python benchmarks/spmm_nm.py --shape "768 -> 3072" --pattern 2:4

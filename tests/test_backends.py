@@ -375,7 +375,7 @@ def test_measuring_times_both_products() -> None:
         return lambda *_: (calls.append(name), torch.empty(0))[1]
 
     products = backends.Products(
-        (), torch.device("cpu"), None, dense=product("dense"), pruned=product("pruned"), sparse=product("sparse")
+        (), CPU, lambda: None, dense=product("dense"), pruned=product("pruned"), sparse=product("sparse")
     )
     for backend, opponent in (("auto", "dense"), ("pruned", "pruned")):
         calls.clear()
@@ -410,9 +410,7 @@ def test_by_how_much_sparse_must_win(
         return call
 
     opponent = product(dense_ms)
-    products = backends.Products(
-        (), torch.device("cpu"), None, dense=opponent, pruned=opponent, sparse=product(sparse_ms)
-    )
+    products = backends.Products((), CPU, lambda: None, dense=opponent, pruned=opponent, sparse=product(sparse_ms))
     choice = backends.measure(products, Pruning.parse("linear", "2:4", "mvue", backend))
     assert choice.sparse == sparse
     assert choice.dense_ms == pytest.approx(dense_ms)

@@ -70,9 +70,9 @@ def test_an_obstacle_leaves_auto_exact_and_pruned_dense() -> None:
     def product(name: str):  # type: ignore[no-untyped-def]
         return lambda *_: name
 
-    products = backends.Products(
-        ("key",), CUDA, "more", dense=product("exact"), pruned=product("pruned"), sparse=product("sparse")
-    )
+    key = (backends._STATIC, False, "more")
+    three = {"dense": product("exact"), "pruned": product("pruned"), "sparse": product("sparse")}
+    products = backends.Products(key, CUDA, lambda: "more", **three)
     taken = {
         backend: backends.data_gradient("linear", products, Pruning(Pattern(2, 4), "mvue", backend))
         for backend in ("auto", "pruned", "dense")

@@ -68,6 +68,17 @@ PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneC
   return args;
 }
 
+bool nothing_to_choose(const Tensor& input, Tensor& output, int64_t n, int64_t m, bool scale) {
+  if (input.numel() == 0) return true;
+  if (n != m) return false;
+  if (scale) {
+    torch::stable::fill_(output, 1.0);
+  } else {
+    torch::stable::copy_(output, input);
+  }
+  return true;
+}
+
 Tensor draw_seed(const Tensor& input) {
   const int64_t one = 1;
   const Tensor drawn = torch::stable::new_empty(input, {&one, 1}, ScalarType::Long);

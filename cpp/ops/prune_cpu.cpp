@@ -21,15 +21,7 @@ PruneArgs describe_prune_cpu(const Tensor& input, const Tensor& output, const Pr
 
 void prune_into(const Tensor& input, Tensor& output, const PruneCall& call, int64_t n, int64_t m,
                 const std::optional<Tensor>& seed, bool scale) {
-  if (input.numel() == 0) return;
-  if (n == m) {
-    if (scale) {
-      torch::stable::fill_(output, 1.0);
-    } else {
-      torch::stable::copy_(output, input);
-    }
-    return;
-  }
+  if (nothing_to_choose(input, output, n, m, scale)) return;
   PruneArgs args = describe_prune_cpu(input, output, call, n, m, seed);
   args.out = output.mutable_data_ptr();
   args.scale = scale;

@@ -28,15 +28,7 @@ const int64_t* seed_pointer(const Tensor& input, const PruneCall& call, const st
 
 void prune_into_cuda(const Tensor& input, Tensor& output, const PruneCall& call, int64_t n, int64_t m,
                      const std::optional<Tensor>& seed, bool scale) {
-  if (input.numel() == 0) return;
-  if (n == m) {
-    if (scale) {
-      torch::stable::fill_(output, 1.0);
-    } else {
-      torch::stable::copy_(output, input);
-    }
-    return;
-  }
+  if (nothing_to_choose(input, output, n, m, scale)) return;
   PruneArgs args = describe_prune(input, output, call, n, m);
   if (args.ndim >= cuda::kMaxAxes) {  // this many dimensions, and no two of them merge
     const Tensor source = torch::stable::contiguous(input);

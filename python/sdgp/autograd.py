@@ -200,7 +200,7 @@ def linear_products(grad_output: Tensor, weight: Tensor, pruning: Pruning, key: 
     return Products(
         key,
         grad_output.device,
-        backends.obstacle(pruning, grad_output),
+        lambda: backends.obstacle(pruning, grad_output),
         dense=lambda: grad_output @ weight,
         pruned=lambda seed: prune_nm(grad_output, n, m, -1, method, seed) @ weight,
         sparse=sparse,
@@ -280,7 +280,7 @@ def conv2d_products(
     return Products(
         key,
         grad_output.device,
-        backends.obstacle(pruning, grad_output, groups),
+        lambda: backends.obstacle(pruning, grad_output, groups),
         dense=lambda: dense(grad_output),
         pruned=pruned,
         sparse=sparse,

@@ -36,7 +36,7 @@ class Products(NamedTuple):
 
     key: Key
     device: torch.device
-    obstacle: str | None  # to the sparse one: "requirement, got actual"
+    obstacle: Callable[[], str | None]  # to the sparse one: "requirement, got actual"
     dense: Callable[[], Tensor]
     pruned: Callable[[Tensor | None], Tensor]
     sparse: Callable[[Tensor | None], Tensor]
@@ -133,13 +133,14 @@ def data_gradient(op: str, products: Products, pruning: Pruning) -> Tensor:
     """
     backend = pruning.backend
     if backend == "sparse":
-        if products.obstacle is not None:
+        missing = products.obstacle()
+        if missing is not None:
             raise ValueError(
-                f'{op}: backend="sparse" expected {products.obstacle}; '
+                f'{op}: backend="sparse" expected {missing}; '
                 'use "pruned" for the same gradients through the faster product there is'
             )
         return products.sparse(None)
-    if backend != "dense" and products.obstacle is None and _is_sparse_faster(products, pruning):
+    if backend != "dense" and _is_sparse_faster(products, pruning):  # of what has no sparse one, the key says no
         return products.sparse(None)
     return products.dense() if backend == "auto" else products.pruned(None)
 

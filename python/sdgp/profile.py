@@ -158,7 +158,7 @@ def _measure_layer(
     layer: Linear | Conv2d, name: str, grad_output: Tensor, input: Tensor, rounds: int, step_ms: float
 ) -> LayerProfile:
     products = layer.products(grad_output, input)
-    choice = measure(products, layer.pruning, rounds) if products.obstacle is None else None
+    choice = measure(products, layer.pruning, rounds) if products.obstacle() is None else None
     return LayerProfile(
         layer=name,
         shape=str(tuple(grad_output.shape)),
