@@ -4,6 +4,8 @@
 // numbers run through the output in memory order.
 #pragma once
 
+#include <type_traits>
+
 #include "../cpp/kernels/kernels.h"
 #include "host_device.cuh"
 
@@ -104,6 +106,18 @@ inline size_t size_of(DType dtype) {
 
 // The group size that a kernel is compiled for.
 constexpr int compiled_size(int m) { return m <= 4 ? 4 : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
+
+// Calls visit with it as a constant.
+template <class Visit>
+void with_compiled_size(int m, Visit visit) {
+  switch (compiled_size(m)) {
+    case 4: return visit(std::integral_constant<int, 4>{});
+    case 8: return visit(std::integral_constant<int, 8>{});
+    case 16: return visit(std::integral_constant<int, 16>{});
+    case 32: return visit(std::integral_constant<int, 32>{});
+    default: return visit(std::integral_constant<int, 64>{});
+  }
+}
 
 struct PrunePlan {
   PruneParams params;

@@ -28,17 +28,6 @@ void launch_prune(const PrunePlan& plan, cudaStream_t stream) {
   check_launch("prune_nm");
 }
 
-template <class Visit>
-void with_compiled_size(int m, Visit visit) {
-  switch (compiled_size(m)) {
-    case 4: return visit(std::integral_constant<int, 4>{});
-    case 8: return visit(std::integral_constant<int, 8>{});
-    case 16: return visit(std::integral_constant<int, 16>{});
-    case 32: return visit(std::integral_constant<int, 32>{});
-    default: return visit(std::integral_constant<int, 64>{});
-  }
-}
-
 template <class C>
 void prune_nm_as(const PruneArgs& args, const int64_t* seed, const void* factors, void* stream) {
   PrunePlan plan = plan_prune(args);

@@ -14,17 +14,6 @@ namespace sdgp::cuda {
 namespace {
 
 template <class Visit>
-void with_size(int m, Visit visit) {
-  switch (compiled_size(m)) {
-    case 4: return visit(std::integral_constant<int, 4>{});
-    case 8: return visit(std::integral_constant<int, 8>{});
-    case 16: return visit(std::integral_constant<int, 16>{});
-    case 32: return visit(std::integral_constant<int, 32>{});
-    default: return visit(std::integral_constant<int, 64>{});
-  }
-}
-
-template <class Visit>
 void with_dtype(DType dtype, Visit visit) {
   switch (dtype) {
     case DType::kFloat32: return visit(Float32{});
@@ -96,7 +85,7 @@ extern "C" int prune_on_host(const void* in, void* out, int dtype, int method, i
   plan.params.seed = &seed;
   with_dtype(args.dtype, [&](auto type) {
     using C = decltype(type);
-    with_size(m, [&](auto compiled) {
+    with_compiled_size(m, [&](auto compiled) {
       constexpr int kM = decltype(compiled)::value;
       std::vector<typename C::E> factors;
       if (args.method == Method::kRescale) {

@@ -404,6 +404,74 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   }
 }
 
+// A gradient that is pruned on the way gives, bit for bit, what its compressed form gives.
+template <class F>
+void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool channels_first, const std::string& what) {
+  using T = typename F::Type;
+  sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
+  const bool apart = p.groups > 1 && p.size % m != 0;
+  const int64_t pixels = p.height.out * p.width.out;
+  const int64_t channels = p.groups * p.size;
+  const auto data = draw<F>(p.samples * channels * pixels);
+  const auto dense = draw<F>(channels * p.cols * p.height.kernel * p.width.kernel);
+  args.dense = dense.data();
+  const int64_t channel_stride = channels_first ? pixels : 1;
+  const int64_t pixel_stride = channels_first ? 1 : channels;
+
+  sdgp::CompressArgs compress{};
+  sdgp::PruneArgs& prune = compress.prune;
+  prune.in = data.data();
+  prune.dtype = F::kDType;
+  prune.method = method;
+  prune.n = n;
+  prune.m = m;
+  prune.seed = 7;
+  prune.size = apart ? p.size : channels;
+  prune.in_stride = prune.out_stride = channel_stride;
+  const int64_t rows = apart ? p.groups * pixels : pixels;  // of a sample
+  if (p.samples > 1) {
+    prune.dims[prune.ndim++] = {p.samples, channels * pixels, channels * pixels, rows, false};
+  }
+  if (apart) prune.dims[prune.ndim++] = {p.groups, p.size * channel_stride, p.size * channel_stride, pixels, false};
+  if (pixels > 1) prune.dims[prune.ndim++] = {pixels, pixel_stride, pixel_stride, 1, false};
+  std::vector<T> values(static_cast<size_t>(p.samples * args.sample_stride));
+  std::vector<uint8_t> indices(values.size());
+  compress.values = values.data();
+  compress.indices = indices.data();
+  const sdgp::Kernels& table = sdgp::kernels();
+  table.compress_nm(compress, 0, table.compress_nm_units(compress));
+
+  args.values = values.data();
+  args.indices = indices.data();
+  std::vector<T> expected(static_cast<size_t>(p.samples * p.height.in * p.width.in * p.groups * p.cols));
+  std::vector<T> actual(expected.size());
+  multiply(args, expected, 1);
+  const sdgp::Gradient gradient{data.data(), method, 7, channels * pixels, pixel_stride, channel_stride, apart};
+  args.gradient = &gradient;
+  for (const int64_t threads : {1, 3}) {
+    args.threads = threads;
+    expect(multiply(args, actual, 2 * threads - 1), what + ", valid");
+    expect(std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0, what);
+  }
+}
+
+void test_all_gradients() {
+  const int patterns[][2] = {{2, 4}, {1, 2}, {3, 7}, {4, 4}, {8, 32}, {5, 24}, {31, 64}};
+  for (const Product& product : kProducts) {
+    for (const auto& [n, m] : patterns) {
+      for (const bool channels_first : {false, true}) {
+        for (const auto method : {sdgp::Method::kMagnitude, sdgp::Method::kMvue}) {
+          const std::string what = std::string(product.name) + " gradient " + std::to_string(n) + ":" +
+                                   std::to_string(m) + (channels_first ? " first" : " last");
+          test_gradient<Real<float>>(product, n, m, method, channels_first, what + " float32");
+          test_gradient<Real<double>>(product, n, m, method, channels_first, what + " float64");
+          test_gradient<BFloat16>(product, n, m, method, channels_first, what + " bfloat16");
+        }
+      }
+    }
+  }
+}
+
 void test_all_products() {
   const int patterns[][2] = {{2, 4}, {1, 2}, {3, 7}, {4, 4}, {8, 32}, {31, 64}, {1, 1}};
   for (const Product& product : kProducts) {
@@ -420,6 +488,7 @@ void test_all_products() {
 void test_all() {
   test_all_compress();
   test_all_products();
+  test_all_gradients();
 }
 
 }  // namespace
