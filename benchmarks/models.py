@@ -24,6 +24,17 @@ def resnet50() -> nn.Module:
     return model
 
 
+def attention(block: Block | LlamaBlock, x: Tensor) -> Tensor:
+    """Causal attention by a block's four projections: (batch, length, width) -> the same."""
+    query, key, value = (
+        projection(x).unflatten(-1, (block.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
+        for projection in (block.query, block.key, block.value)
+    )
+    attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+    result: Tensor = block.out(attended.transpose(1, 2).flatten(-2))
+    return result
+
+
 class Block(nn.Module):
     """Attention and a feed-forward, each after a LayerNorm, added to what comes in. Each projection is an nn.Linear."""
 
@@ -35,13 +46,7 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
-        y = self.norm_attention(x)
-        query, key, value = (
-            projection(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
-            for projection in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        x = x + attention(self, self.norm_attention(x))
         result: Tensor = x + self.down(F.gelu(self.up(self.norm_mlp(x))))
         return result
 
@@ -72,13 +77,7 @@ class LlamaBlock(nn.Module):
         self.down = nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:  # (batch, length, width)
-        y = self.norm_attention(x)
-        query, key, value = (
-            projection(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
-            for projection in (self.query, self.key, self.value)
-        )
-        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(-2))
+        x = x + attention(self, self.norm_attention(x))
         y = self.norm_mlp(x)
         result: Tensor = x + self.down(F.silu(self.gate(y)) * self.up(y))
         return result

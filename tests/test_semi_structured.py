@@ -16,13 +16,13 @@ CUDA = torch.device("cuda", 0)
 
 @pytest.mark.parametrize("pattern", ["1:2", "2:4", "1:4", "2:8", "1:12", "2:16", "1:32", "2:64"])
 def test_patterns_that_fit(pattern: str) -> None:
-    assert semi_structured.fits(Pattern.parse(pattern))
+    assert Pattern.parse(pattern).fits_24
 
 
 @pytest.mark.parametrize("pattern", ["3:4", "4:8", "1:3", "2:6", "1:6", "4:32"])
 def test_patterns_that_do_not(pattern: str) -> None:
     n, m = Pattern.parse(pattern)
-    assert not semi_structured.fits(Pattern(n, m))
+    assert not Pattern(n, m).fits_24
     missing = semi_structured.obstacle(CUDA, torch.bfloat16, Pattern(n, m))
     assert missing == f"a pattern that 2:4 tensor cores take (n <= 2 and m a multiple of 4, or 1:2), got {n}:{m}"
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _load as _load  # registers the ops
-from .pattern import MAX_GROUP_SIZE, METHODS
+from .pattern import MAX_GROUP_SIZE, METHODS, Pattern
 
 _Shape = TypeVar("_Shape", bound=Callable[..., object])
 
@@ -120,7 +120,7 @@ def _pack_24(
     _check(input.ndim == 2, f"{op}: expected a matrix, got {tuple(input.shape)}")
     _check(input.dtype in (torch.float16, torch.bfloat16), f"{op}: expected float16 or bfloat16, got {_name(input)}")
     _check(
-        (n <= 2 and m % 4 == 0) or (n, m) == (1, 2),
+        Pattern(n, m).fits_24,
         f"{op}: expected n <= 2 and m a multiple of 4, or 1:2, got {n}:{m}",
     )
     layouts = ("cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80")

@@ -40,6 +40,12 @@ class Pattern(NamedTuple):
                 return cls(n, m)
         raise ValueError(f'pattern: expected "n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}, got {pattern!r}')
 
+    @property
+    def fits_24(self) -> bool:
+        """Whether what it keeps is 2:4 too: at most two of every four."""
+        n, m = self
+        return (n <= 2 and m % 4 == 0) or (n, m) == (1, 2)
+
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
 

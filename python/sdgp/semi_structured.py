@@ -23,17 +23,11 @@ TILE_ROWS, TILE_COLS = 128, 64  # an operand has whole tiles
 _DENSE_MULTIPLE = 8  # of the dense operand's columns
 
 
-def fits(pattern: Pattern) -> bool:
-    """Whether what a pattern keeps is 2:4: at most two of every four."""
-    n, m = pattern
-    return (n <= 2 and m % 4 == 0) or (n, m) == (1, 2)
-
-
 def obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern) -> str | None:
     """What the product would need and does not have, as "requirement, got actual"; None: nothing."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"float16 or bfloat16 on cuda (torch.autocast), got {str(dtype).removeprefix('torch.')}"
-    if not fits(pattern):
+    if not pattern.fits_24:
         return f"a pattern that 2:4 tensor cores take (n <= 2 and m a multiple of 4, or 1:2), got {pattern}"
     return _obstacle_of_device(device.index if device.index is not None else torch.cuda.current_device())
 
