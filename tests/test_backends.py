@@ -199,8 +199,8 @@ either_wins = pytest.mark.parametrize("measured", [True, False], indirect=True, 
 def large(backend: str, method: str = "magnitude") -> tuple[nn.Module, Tensor, Tensor]:
     """A layer at the size from which products are measured, its input and its output's gradient."""
     layer = sdgp.Linear(256, 256, bias=False, pattern="1:4", method=method, backend=backend)
-    assert backends.LEAST_WORK == 64 * 256 * 256
-    return layer, torch.randn(64, 256, requires_grad=True), torch.randn(64, 256)
+    assert backends.LEAST_WORK == 256 * 256 * 256
+    return layer, torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
 
 
 def data_gradient(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Tensor:
@@ -271,7 +271,7 @@ def test_one_measurement_for_each_key(measured: Measured) -> None:
     for other in (large("pruned")[0], large("auto", "mvue")[0]):
         data_gradient(other, x, grad_output)
     assert len(measured.keys) == 3
-    for rows in (65, 128, 100):  # up to a power of two, they are one
+    for rows in (257, 512, 400):  # up to a power of two, they are one
         data_gradient(layer, torch.randn(rows, 256, requires_grad=True), torch.randn(rows, 256))
     assert len(measured.keys) == 4
     data_gradient(layer.double(), x.detach().double().requires_grad_(), grad_output.double())
@@ -292,7 +292,7 @@ def test_the_number_of_threads_is_part_of_the_key(measured: Measured) -> None:
 @sparse_wins
 @pytest.mark.parametrize("layer", [sdgp.Linear(256, 256), sdgp.Conv2d(16, 16, 3)], ids=["linear", "conv2d"])
 def test_a_small_product_is_never_measured(measured: Measured, layer: nn.Module) -> None:
-    x = torch.randn((63, 256) if isinstance(layer, sdgp.Linear) else (2, 16, 8, 8), requires_grad=True)
+    x = torch.randn((255, 256) if isinstance(layer, sdgp.Linear) else (2, 16, 8, 8), requires_grad=True)
     grad_output = torch.randn_like(layer(x))
     exact = data_gradient(layer.to_dense(), x, grad_output)
     assert torch.equal(data_gradient(layer, x, grad_output), exact)

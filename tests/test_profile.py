@@ -53,7 +53,7 @@ def test_backend_that_was_measured(sparse: bool, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(backends, "_choices", {})
     monkeypatch.setattr(backends, "measure", lambda *_: backends.Choice(sparse, 2.0, 1.0))
     layer = sdgp.Linear(256, 256)
-    result = sdgp.profile(layer, torch.randn(64, 256, requires_grad=True), rounds=1)
+    result = sdgp.profile(layer, torch.randn(256, 256, requires_grad=True), rounds=1)
     assert [(row.layer, row.backend) for row in result] == [
         ("(model)", "pruned, sparse product" if sparse else "exact")
     ]

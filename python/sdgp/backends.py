@@ -17,8 +17,9 @@ from .pattern import Pruning
 #: What a choice depends on: device, dtype, threads, the settings and the shapes of a product.
 Key: TypeAlias = tuple[object, ...]
 
-# Multiply-adds of a data gradient below which the sparse product's calls alone cost more than they can save.
-LEAST_WORK = 4 * 2**20
+# Multiply-adds of a data gradient below which nothing is looked at: its dense product takes some 0.2 ms, of which the
+# sparse one's calls and the looking would cost most of what pruning saves.
+LEAST_WORK = 16 * 2**20
 
 # On a GPU they are some 0.1 ms of launches; a dense product of this size takes as long.
 _LEAST_WORK_CUDA = 2**35
