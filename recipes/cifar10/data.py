@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""CIFAR-10, decoded into memory: what torchvision downloads, a folder of images, or ffcv's files."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from rich.progress import track
+from torch import Tensor
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+
+from ..common.errors import UserError
+from ..common.process import World
+
+if TYPE_CHECKING:
+    from .train import Config
+
+_MEAN, _STD = (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)
+
+
+class Images(NamedTuple):
+    """Decoded images and their classes, on the device that trains."""
+
+    pixels: Tensor  # (N, height, width, 3), uint8
+    labels: Tensor  # (N)
+
+    def normalized(self, indices: Tensor, channels_last: bool) -> Tensor:
+        """(len(indices), 3, height, width), float32, of mean 0 and standard deviation 1 over all of CIFAR-10."""
+        mean, std = (torch.tensor(values, device=self.pixels.device) for values in (_MEAN, _STD))
+        images = ((self.pixels[indices] - mean) / std).permute(0, 3, 1, 2)
+        return images if channels_last else images.contiguous()
+
+
+class Cifar(NamedTuple):
+    name: str  # as results call it
+    train: Images
+    test: Images
+
+
+def load(config: Config, folder: Path | None, world: World) -> Cifar:
+    """The data in ``folder``, whichever of the three forms it has.
+
+    Raises:
+        UserError: none of them, a part missing, another number of classes, an image that cannot be read.
+    """
+    if folder is None:
+        raise UserError(
+            "--data: expected a folder, got none: what torchvision's CIFAR10 downloaded, or train/ and test/"
+        )
+    if (folder / "cifar-10-batches-py").is_dir():
+        name, read = "CIFAR-10", _read_torchvision
+    elif (folder / "train").is_dir() and (folder / "test").is_dir():
+        name, read = "CIFAR-10, image files", _read_folder
+    elif (folder / "train.beton").is_file() and (folder / "test.beton").is_file():
+        name, read = "CIFAR-10, ffcv", _read_beton
+    else:
+        raise UserError(
+            f"--data: expected cifar-10-batches-py/, train/ and test/, or train.beton and test.beton in {folder}, "
+            "got none of these"
+        )
+    parts = [read(folder, part, config) for part in ("train", "test")]
+    for part, images in zip(("train", "test"), parts, strict=True):
+        if int(images.labels.max()) >= config.classes:
+            raise UserError(f"--data: expected {config.classes} classes, got {int(images.labels.max()) + 1} in {part}")
+    return Cifar(name, *(Images(*(tensor.to(world.device) for tensor in part)) for part in parts))
+
+
+def _read_torchvision(folder: Path, part: str, config: Config) -> Images:
+    try:  # torchvision compares every file with its hash before it unpickles it
+        data = CIFAR10(str(folder), train=part == "train")
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"--data: expected all of CIFAR-10 in {folder}, got: {error}") from None
+    return Images(torch.from_numpy(data.data), torch.tensor(data.targets))
+
+
+def _read_folder(folder: Path, part: str, config: Config) -> Images:
+    try:
+        listing = ImageFolder(str(folder / part))
+    except FileNotFoundError as error:  # no class folder, or an empty one
+        raise UserError(f"--data: {error}") from None
+    if len(listing.classes) != config.classes:
+        raise UserError(
+            f"--data: expected {config.classes} class folders in {folder / part}, got {len(listing.classes)}"
+        )
+    decode = _decoder(config.bad_images)
+    with ThreadPoolExecutor() as pool:
+        paths = [path for path, _ in listing.samples]
+        decoded = list(track(pool.map(decode, paths), f"decoding {part}", len(paths), transient=True))
+    good = [(pixels, label) for pixels, (_, label) in zip(decoded, listing.samples, strict=True) if pixels is not None]
+    by_size = {tuple(pixels.shape): path for pixels, path in zip(decoded, paths, strict=True) if pixels is not None}
+    if len(by_size) != 1:
+        raise UserError(f"--data: expected images of one size in {folder / part}, got {by_size or 'no good image'}")
+    if len(good) < len(paths):
+        print(f"{folder / part}: skipped {len(paths) - len(good)} of {len(paths)} images that cannot be read")
+    return Images(torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good]))
+
+
+def _decoder(bad_images: str) -> Callable[[str], Tensor | None]:
+    def decode(path: str) -> Tensor | None:
+        try:
+            return decode_image(path, ImageReadMode.RGB).permute(1, 2, 0)
+        except RuntimeError as error:
+            if bad_images == "skip":
+                return None
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"--data: expected an image, got {path}: {reason}; --set bad_images=skip leaves such files out"
+            ) from None
+
+    return decode
+
+
+def _read_beton(folder: Path, part: str, config: Config) -> Images:
+    try:
+        from ffcv.fields.decoders import IntDecoder, SimpleRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import ToTensor
+    except ImportError as error:
+        raise UserError(
+            f"--data: expected ffcv to be installed (pip install 'sdgp[ffcv]') for .beton files: {error}"
+        ) from None
+    pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
+    loader = Loader(
+        str(folder / f"{part}.beton"), batch_size=500, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines
+    )
+    batches = [(images.clone(), labels.flatten().clone()) for images, labels in loader]  # it reuses its buffers
+    images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
+    return Images(images, labels)

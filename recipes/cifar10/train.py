@@ -1,0 +1,206 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""CIFAR-10 with pruned data gradients: the published network and its written recipe, or a small one for a CPU.
+
+    python -m recipes.cifar10.train recipes/cifar10/configs/rescale_2_4.toml --data DIR
+    python -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml recipes/cifar10/configs/small.toml --data DIR
+    torchrun --nproc-per-node 4 -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml --data DIR
+
+DIR: what torchvision.datasets.CIFAR10 has downloaded, or train/CLASS/*.jpg and test/CLASS/*.jpg, or train.beton and
+test.beton (with ffcv). All images live decoded in memory, on the GPU where there is one; batches are augmented there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.errors import UserError
+from ..common.launch import Job, launch
+from ..common.process import World, derive_seed
+from ..common.run import Run
+from ..common.settings import Settings
+from .data import Cifar, Images, load
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The published recipe as it was written; the code that came with it peaked at epoch 2 instead of 5."""
+
+    width: int = 128  # channels of the first convolution
+    epochs: int = 150
+    batch_size: int = 512  # of all processes
+    lr: float = 0.5
+    peak_epoch: float = 5.0  # the learning rate is a triangle: 0, lr, 0
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    label_smoothing: float = 0.1
+    flip: bool = True
+    translate: int = 2  # pixels
+    cutout: int = 4  # pixels a side
+    amp: Literal["off", "bfloat16", "float16"] = "float16"
+    channels_last: bool = True
+    classes: int = 10
+    bad_images: Literal["error", "skip"] = "error"
+
+
+class Residual(nn.Module):
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class Scale(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def make_model(config: Config) -> nn.Sequential:
+    """The published network, ``width`` channels wide at its first layer and up to four times that inside."""
+
+    def block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Sequential:
+        conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
+        return nn.Sequential(conv, nn.BatchNorm2d(channels_out), nn.ReLU(inplace=True))
+
+    width = config.width
+    return nn.Sequential(
+        block(3, width),  # (N, width, 32, 32)
+        block(width, 2 * width, 5, 2, 2),  # (N, 2 width, 16, 16)
+        Residual(block(2 * width, 2 * width), block(2 * width, 2 * width)),
+        block(2 * width, 4 * width),
+        nn.MaxPool2d(2),  # (N, 4 width, 8, 8)
+        Residual(block(4 * width, 4 * width), block(4 * width, 4 * width)),
+        block(4 * width, 2 * width, padding=0),  # (N, 2 width, 6, 6)
+        nn.AdaptiveMaxPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, config.classes, bias=False),
+        Scale(0.2),
+    )
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """As published: every convolution but the first, and no linear layer."""
+    return isinstance(module, nn.Conv2d) and module.in_channels > 3
+
+
+def augment(images: Tensor, config: Config) -> Tensor:
+    """Flip, translate and cut out, each image its own way; (N, 3, H, W), whose mean is 0, which also fills gaps."""
+    device, (samples, _, height, width) = images.device, images.shape
+    if config.flip:
+        images = torch.where(torch.rand(samples, 1, 1, 1, device=device) < 0.5, images, images.flip(3))
+    if (pad := config.translate) > 0:
+        padded = F.pad(images, (pad, pad, pad, pad))
+        row, column = torch.randint(0, 2 * pad + 1, (2, samples, 1, 1), device=device)
+        rows = row + torch.arange(height, device=device).view(1, -1, 1)
+        columns = column + torch.arange(width, device=device)
+        images = padded[torch.arange(samples, device=device).view(-1, 1, 1), :, rows, columns].permute(0, 3, 1, 2)
+    if (side := config.cutout) > 0:
+        top, left = torch.randint(0, height - side + 1, (2, samples, 1, 1), device=device)
+        rows, columns = torch.arange(height, device=device).view(-1, 1), torch.arange(width, device=device)
+        hole = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        images = images.masked_fill(hole.unsqueeze(1), 0)
+    return images
+
+
+def batches(
+    images: Images, config: Config, seed: int, epoch: int, first: int, world: World
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of each whole batch of an epoch, from batch ``first`` on."""
+    order = torch.randperm(
+        len(images.labels), generator=torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
+    )
+    for index in range(first, len(order) // config.batch_size):
+        batch = order[index * config.batch_size : (index + 1) * config.batch_size]
+        mine = batch[world.rank :: world.size].to(world.device)
+        yield augment(images.normalized(mine, config.channels_last), config), images.labels[mine]
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    rising, falling = epoch / config.peak_epoch, (config.epochs - epoch) / (config.epochs - config.peak_epoch)
+    return config.lr * min(rising, falling)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, config: Config, world: World) -> float:
+    """Top-1 in percent, of each image together with its mirror image."""
+    model.eval()
+    correct = torch.zeros((), device=world.device)
+    mine = torch.arange(world.rank, len(images.labels), world.size, device=world.device)
+    for batch in mine.split(512):
+        x = images.normalized(batch, config.channels_last)
+        with config.autocast(world.device):
+            scores = model(x) + model(x.flip(3))
+        correct += (scores.argmax(1) == images.labels[batch]).sum()
+    return 100 * float(world.sum(correct)) / len(images.labels)
+
+
+def prepare(config: Config, world: World) -> nn.Module:
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = make_model(config).to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    return config.convert(model, is_pruned)
+
+
+def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
+    steps = len(data.train.labels) // config.batch_size
+    if steps == 0 or config.batch_size % world.size:
+        raise UserError(
+            f"config: expected batch_size to be at most {len(data.train.labels)}, the number of images, and a multiple "
+            f"of the {world.size} processes, got {config.batch_size}"
+        )
+    if not 0 < config.peak_epoch < config.epochs:
+        raise UserError(f"config: expected 0 < peak_epoch < epochs = {config.epochs}, got {config.peak_epoch}")
+    torch.manual_seed(seed)
+    model = prepare(config, world)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+    scaler = config.scaler(world.device)
+    run = Run(job.folder, job.results, config, seed, world, total=steps * config.epochs, unit="images")
+    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    if config.compile:
+        wrapped.compile()
+    with run:
+        for epoch in range(first // steps, config.epochs):
+            model.train()
+            parts = batches(data.train, config, seed, epoch, first % steps, world)
+            with config.exact_epoch(model, epoch, config.epochs):
+                for step, (images, labels) in run.steps(first, parts):
+                    optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) / steps)
+                    with config.autocast(world.device):
+                        scores = wrapped(images)
+                        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
+                    run.after_backward(step, loss)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    hits = (scores.argmax(1) == labels).sum()
+                    if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
+                        return
+            first = (epoch + 1) * steps
+            run.after_epoch(first, epoch, top1=accuracy(model, data.test, config, world))
+    run.finish("cifar10", data=data.name, top1=run.last["top1"])
+
+
+def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:
+    model = prepare(config, world)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--eval: {error}") from None
+    return f"top-1 {accuracy(model, data.test, config, world):.2f} % of {len(data.test.labels)} images"
+
+
+if __name__ == "__main__":
+    launch("cifar10", __doc__, Config, load, train, evaluate)

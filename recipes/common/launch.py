@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A recipe's command line, and its runs: one for each seed."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from . import checkpoint, config, process
+from .config import difference
+from .errors import UserError
+from .process import World
+from .settings import Settings
+
+_Config = TypeVar("_Config", bound=Settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Where a run keeps its files, and whether it goes on with them."""
+
+    folder: Path
+    results: Path
+    resume: bool
+
+
+def launch(
+    recipe: str,
+    doc: str | None,
+    config_type: type[_Config],
+    load: Callable[[_Config, Path | None, World], Any],
+    train: Callable[[_Config, Any, int, World, Job], None],
+    evaluate: Callable[[_Config, Any, World, dict[str, torch.Tensor]], str],
+) -> None:
+    """Parses the command line and trains each seed, or evaluates a checkpoint.
+
+    Args:
+        load: the data of a config, from the folder that ``--data`` names.
+        train: one run.
+        evaluate: what to say of a checkpoint's weights.
+    """
+    args = _parse(doc)
+    try:
+        settings = config.load(config_type, args.config, args.set)
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        world = process.start(args.device)
+        try:
+            if args.eval is not None:
+                print(_evaluate(args.eval, settings, args.data, world, load, evaluate))
+                return
+            data = load(settings, args.data, world)
+            for seed in range(args.seed, args.seed + args.seeds):
+                folder = args.out / recipe / "+".join(file.stem for file in args.config) / f"seed{seed}"
+                train(
+                    settings, data, seed, world, Job(folder, args.results or args.out / f"{recipe}.jsonl", args.resume)
+                )
+        finally:
+            process.stop()
+    except UserError as error:
+        sys.exit(f"{recipe}: {error}")
+
+
+def _evaluate(
+    path: Path,
+    settings: _Config,
+    data: Path | None,
+    world: World,
+    load: Callable[[_Config, Path | None, World], Any],
+    evaluate: Callable[[_Config, Any, World, dict[str, torch.Tensor]], str],
+) -> str:
+    weights, training = checkpoint.load(path)
+    if changed := difference(training.get("config", {}), dataclasses.asdict(settings)):
+        print(f"--eval: the checkpoint was trained with another config: {changed}", file=sys.stderr)
+    return evaluate(settings, load(settings, data, world), world, weights)
+
+
+def _parse(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="*", type=Path, help="TOML files, a later one over an earlier; none: defaults")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="over the files; may be repeated"
+    )
+    parser.add_argument("--data", type=Path, help="where the data is")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--seeds", type=int, default=1, help="how many, one run each")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for checkpoints and metrics")
+    parser.add_argument("--results", type=Path, help="file that gets a line per finished run; default OUT/RECIPE.jsonl")
+    parser.add_argument("--resume", action="store_true", help="go on from each run's checkpoint, where there is one")
+    parser.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="evaluate this, train nothing")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
+    parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU")
+    return parser.parse_args()

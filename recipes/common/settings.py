@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What every recipe's config begins with: how to prune, in which epochs, in which precision."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+import sdgp
+
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The fields that all recipes share; a recipe's config adds its own."""
+
+    method: Literal["dense", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "dense"
+    pattern: str = "2:4"
+    backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
+    dense_first: int = 0  # epochs with exact gradients at the start
+    dense_last: int = 0  # and at the end
+    amp: Literal["off", "bfloat16", "float16"] = "off"
+    compile: bool = False
+
+    @property
+    def row(self) -> str:
+        """``mvue 2:4``: its row in the tables."""
+        return "dense" if self.method == "dense" else f"{self.method} {self.pattern}"
+
+    def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
+        """Makes ``model`` prune as the config says; a dense one stays what it is."""
+        if self.method == "dense":
+            return model
+        try:
+            return sdgp.convert(model, self.pattern, self.method, filter=filter, backend=self.backend)
+        except ValueError as error:
+            raise UserError(f"config: {error}") from None
+
+    def exact_epoch(self, model: nn.Module, epoch: int, epochs: int) -> contextlib.AbstractContextManager[object]:
+        """Exact gradients within, if the epoch is one of the dense ones."""
+        exact = epoch < self.dense_first or epoch >= epochs - self.dense_last
+        return sdgp.paused(model) if exact else contextlib.nullcontext()
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        dtype = torch.float16 if self.amp == "float16" else torch.bfloat16
+        return torch.autocast(device.type, dtype, enabled=self.amp != "off")
+
+    def scaler(self, device: torch.device) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(device.type, enabled=self.amp == "float16")

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""ImageNet, or any folder of images in its layout: decoded by PyTorch's workers, or by ffcv from its own files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+
+from ..common.errors import UserError
+from ..common.process import World, derive_seed
+
+if TYPE_CHECKING:
+    from .train import Config
+
+_MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+_CROP = 224 / 256  # the part of an image's shorter side that an evaluation sees
+
+
+class Part(NamedTuple):
+    """Training or validation data: a folder of class folders, or one ffcv file."""
+
+    path: Path
+    listing: ImageFolder | None  # None: ffcv
+    size: int
+
+
+class ImageNet(NamedTuple):
+    name: str  # as results call it
+    train: Part
+    val: Part
+
+
+def load(config: Config, folder: Path | None, world: World) -> ImageNet:
+    """What ``folder`` holds: train/ and val/, or train.beton and val.beton.
+
+    Raises:
+        UserError: neither, or another number of classes.
+    """
+    if folder is None:
+        raise UserError("--data: expected a folder with train/ and val/, or train.beton and val.beton, got none")
+    if (folder / "train.beton").is_file() and (folder / "val.beton").is_file():
+        parts = [Part(path, None, _beton_size(path)) for path in (folder / "train.beton", folder / "val.beton")]
+        return ImageNet(f"{folder.name}, ffcv", *parts)
+    if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
+        raise UserError(f"--data: expected train/ and val/, or train.beton and val.beton in {folder}, got neither")
+    try:
+        listings = [ImageFolder(str(folder / part)) for part in ("train", "val")]
+    except FileNotFoundError as error:
+        raise UserError(f"--data: {error}") from None
+    for part, listing in zip(("train", "val"), listings, strict=True):
+        if len(listing.classes) != config.classes:
+            raise UserError(
+                f"--data: expected {config.classes} class folders in {folder / part}, got {len(listing.classes)}; "
+                "--set classes=N trains on another number"
+            )
+    if listings[0].classes != listings[1].classes:
+        odd = sorted(set(listings[0].classes) ^ set(listings[1].classes))
+        raise UserError(f"--data: expected the same classes in train/ and val/, got {', '.join(odd[:5])} in one only")
+    return ImageNet(folder.name, *(Part(Path(listing.root), listing, len(listing)) for listing in listings))
+
+
+def train_batches(
+    part: Part, config: Config, seed: int, epoch: int, first: int, resolution: int, world: World
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of each whole batch of an epoch, from batch ``first`` on: normalized images and classes."""
+    order = torch.randperm(part.size, generator=torch.Generator().manual_seed(derive_seed("epoch", seed, epoch)))
+    whole = order[: part.size // config.batch_size * config.batch_size].view(-1, config.batch_size)
+    mine = whole[first:, world.rank :: world.size]
+    if part.listing is None:
+        yield from _ffcv(part, mine, config, world, resolution, augment=True)
+    else:
+        crop = v2.Compose([v2.RandomResizedCrop(resolution, antialias=True), v2.RandomHorizontalFlip()])
+        yield from _workers(
+            _Decoded(part.listing, crop, derive_seed("crop", seed, epoch)), mine.tolist(), config, world
+        )
+
+
+def val_batches(part: Part, config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    """This process's part of all images, in batches of at most 256."""
+    mine = torch.arange(world.rank, part.size, world.size).split(256)
+    if part.listing is None:
+        yield from _ffcv(part, mine, config, world, config.eval_resolution, augment=False)
+    else:
+        resize = v2.Resize(round(config.eval_resolution / _CROP), antialias=True)
+        centre = v2.Compose([resize, v2.CenterCrop(config.eval_resolution)])
+        yield from _workers(_Decoded(part.listing, centre, 0), [batch.tolist() for batch in mine], config, world)
+
+
+class _Decoded(Dataset[tuple[Tensor | None, int, str]]):
+    """(image, class, why not): what is random about an image depends on seed, epoch and image, not on the worker."""
+
+    def __init__(self, listing: ImageFolder, transform: v2.Transform, seed: int) -> None:
+        self._samples, self._transform, self._seed = listing.samples, transform, seed
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
+        path, label = self._samples[index]
+        try:
+            image = decode_image(path, ImageReadMode.RGB)
+        except RuntimeError as error:
+            return None, label, f"{path}: {str(error).splitlines()[0]}"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(self._seed, index))
+            return self._transform(image), label, ""
+
+
+def _collate(samples: list[tuple[Tensor | None, int, str]]) -> tuple[Tensor, Tensor, list[str]]:
+    good = [(image, label) for image, label, _ in samples if image is not None]
+    images = torch.stack([image for image, _ in good]) if good else torch.empty(0, 3, 1, 1, dtype=torch.uint8)
+    return images, torch.tensor([label for _, label in good]), [reason for _, _, reason in samples if reason]
+
+
+def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 2) // world.size, 1)
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=world.device.type == "cuda"
+    )
+    for images, labels, bad in loader:
+        for reason in bad:
+            if config.bad_images == "error":
+                raise UserError(f"--data: expected an image, got {reason}; --set bad_images=skip leaves such files out")
+            print(f"skipped {reason}")
+        if len(labels):
+            yield _normalized(images.to(world.device, non_blocking=True), config), labels.to(world.device)
+
+
+def _normalized(images: Tensor, config: Config) -> Tensor:
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    return ((images - mean) / std).contiguous(memory_format=memory_format)
+
+
+def _beton_size(path: Path) -> int:
+    try:
+        from ffcv.reader import Reader
+    except ImportError as error:
+        raise UserError(f"--data: .beton files need ffcv (pip install 'sdgp[ffcv]'): {error}") from None
+    return int(Reader(str(path)).num_samples)
+
+
+def _ffcv(
+    part: Part, batches: Any, config: Config, world: World, resolution: int, *, augment: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    from ffcv.fields.decoders import CenterCropRGBImageDecoder, IntDecoder, RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    size = (resolution, resolution)
+    crop = RandomResizedCropRGBImageDecoder(size) if augment else CenterCropRGBImageDecoder(size, _CROP)
+    images = [crop, *([RandomHorizontalFlip()] if augment else []), ToTensor(), ToTorchImage(channels_last=False)]
+    loader = Loader(
+        str(part.path),
+        batch_size=len(batches[0]),
+        num_workers=config.workers if config.workers > 0 else max((os.cpu_count() or 2) // world.size, 1),
+        order=OrderOption.SEQUENTIAL,
+        indices=torch.cat(list(batches)).numpy(),
+        pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},
+        drop_last=False,
+    )
+    for pixels, labels in loader:
+        on_device = pixels.to(world.device, non_blocking=True)
+        yield _normalized(on_device, config), labels.flatten().to(world.device)

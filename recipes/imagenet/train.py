@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""ImageNet with pruned data gradients: ResNet-18, ResNet-50 and RegNetX-400MF by the published recipe, like for like.
+
+    torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/imagenet/configs/resnet50_mvue_2_4.toml --data DIR
+    python -m recipes.imagenet.train recipes/imagenet/configs/resnet18_dense.toml --data DIR --set classes=10
+
+DIR: train/CLASS/* and val/CLASS/*, or the train.beton and val.beton that `python -m recipes.pack` makes of them.
+All networks here have BlurPool; of the published ones the dense ResNet-18 had none while the pruned ones did.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision import models
+
+from ..common.errors import UserError
+from ..common.launch import Job, launch
+from ..common.process import World
+from ..common.run import Run
+from ..common.settings import Settings
+from .data import ImageNet, load, train_batches, val_batches
+
+
+@dataclass(frozen=True)
+class Config(Settings):
+    """The published recipe for 4 GPUs; ResNet-50's batch, lr and decay are in its configs."""
+
+    net: Literal["resnet18", "resnet50", "regnet_x_400mf"] = "resnet18"
+    epochs: int = 88
+    batch_size: int = 4096  # of all processes
+    lr: float = 1.0
+    peak_epoch: float = 2.0  # the learning rate is a triangle: 0, lr, 0
+    momentum: float = 0.9
+    weight_decay: float = 5e-5  # none on BatchNorm
+    label_smoothing: float = 0.1
+    blurpool: bool = True
+    resolution: int = 160  # up to epoch grow_from
+    last_resolution: int = 192  # from epoch grow_to on; between them in steps of 32
+    grow_from: int = 65
+    grow_to: int = 76
+    eval_resolution: int = 256
+    amp: Literal["off", "bfloat16", "float16"] = "float16"
+    channels_last: bool = True
+    classes: int = 1000
+    workers: int = -1  # -1: all cores, shared by the processes
+    bad_images: Literal["error", "skip"] = "error"
+
+
+class Blur(nn.Module):
+    """Blurs each channel by (1, 2, 1) both ways before it is sampled at stride 2 (Zhang, ICML 2019)."""
+
+    kernel: Tensor
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        row = torch.tensor([1.0, 2.0, 1.0]) / 4
+        self.register_buffer("kernel", torch.outer(row, row).expand(channels, 1, 3, 3).contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.kernel.to(x.dtype), padding=1, groups=x.shape[1])
+
+
+def add_blurpool(model: nn.Module) -> None:
+    """A blur in front of every strided convolution but the first ones, which see few channels."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
+                setattr(module, name, nn.Sequential(Blur(child.in_channels), child))
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """As published: every convolution but the first, and no linear layer."""
+    return isinstance(module, nn.Conv2d) and module.in_channels > 3
+
+
+def prepare(config: Config, world: World) -> nn.Module:
+    model: nn.Module = getattr(models, config.net)(num_classes=config.classes)
+    if config.blurpool:
+        add_blurpool(model)
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    model = model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    return config.convert(model, is_pruned)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+    rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, 0.0, config.momentum)
+
+
+def learning_rate(config: Config, epoch: float) -> float:
+    rising, falling = epoch / config.peak_epoch, (config.epochs - epoch) / (config.epochs - config.peak_epoch)
+    return config.lr * min(rising, falling)
+
+
+def resolution(config: Config, epoch: int) -> int:
+    if epoch <= config.grow_from:
+        return config.resolution
+    if epoch >= config.grow_to:
+        return config.last_resolution
+    part = (epoch - config.grow_from) / (config.grow_to - config.grow_from)
+    return round((config.resolution + part * (config.last_resolution - config.resolution)) / 32) * 32
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, data: ImageNet, config: Config, world: World) -> dict[str, float]:
+    """Top-1 and top-5 in percent, of each image together with its mirror image."""
+    model.eval()
+    sums = torch.zeros(3, device=world.device)
+    for images, labels in val_batches(data.val, config, world):
+        with config.autocast(world.device):
+            scores = model(images) + model(images.flip(3))
+        hits = scores.topk(min(5, config.classes)).indices == labels.unsqueeze(1)
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=world.device)])
+    top1, top5, count = world.sum(sums).tolist()
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> None:
+    steps = data.train.size // config.batch_size
+    if steps == 0 or config.batch_size % world.size:
+        raise UserError(
+            f"config: expected batch_size to be at most {data.train.size}, the number of images, and a multiple of the "
+            f"{world.size} processes, got {config.batch_size}"
+        )
+    if not 0 < config.peak_epoch < config.epochs:
+        raise UserError(f"config: expected 0 < peak_epoch < epochs = {config.epochs}, got {config.peak_epoch}")
+    torch.manual_seed(seed)
+    model = prepare(config, world)
+    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
+    run = Run(job.folder, job.results, config, seed, world, total=steps * config.epochs, unit="images")
+    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    wrapped = DistributedDataParallel(model) if world.size > 1 else model
+    if config.compile:
+        wrapped.compile()
+    with run:
+        for epoch in range(first // steps, config.epochs):
+            model.train()
+            size = resolution(config, epoch)
+            batches = train_batches(data.train, config, seed, epoch, first % steps, size, world)
+            with config.exact_epoch(model, epoch, config.epochs):
+                for step, (images, labels) in run.steps(first, batches):
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(config, (step + 1) / steps)
+                    with config.autocast(world.device):
+                        scores = wrapped(images)
+                        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
+                    optimizer.zero_grad()
+                    scaler.scale(loss).backward()
+                    run.after_backward(step, loss)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    hits = (scores.argmax(1) == labels).sum()
+                    if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
+                        return
+            first = (epoch + 1) * steps
+            run.after_epoch(first, epoch, resolution=size, **accuracy(model, data, config, world))
+    run.finish("imagenet", data=data.name, top1=run.last["top1"])
+
+
+def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:
+    model = prepare(config, world)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--eval: {error}") from None
+    result = accuracy(model, data, config, world)
+    return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {data.val.size} images"
+
+
+if __name__ == "__main__":
+    launch("imagenet", __doc__, Config, load, train, evaluate)

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A GPT on bytes, from scratch, with pruned data gradients in every linear layer of its blocks; bits per byte.
+
+    python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml
+    python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml recipes/lm/configs/gpt2.toml --data TEXT
+    torchrun --nproc-per-node 8 -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml --set size=gpt2 --set shard=true
+
+Without --data it learns the source of Python's standard library (PSF-2.0), which every Python has. An epoch is
+``epoch_steps`` steps, then a validation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.errors import UserError
+from ..common.launch import Job, launch
+from ..common.process import World
+from ..common.run import Run
+from .text import Text, TextSettings, batches, learning_rate, load_text
+
+SIZES = {  # layers, heads, width
+    "tiny": (6, 4, 128),
+    "gpt2": (12, 12, 768),
+    "gpt2-medium": (24, 16, 1024),
+    "gpt2-large": (36, 20, 1280),
+    "gpt2-xl": (48, 25, 1600),
+}
+
+
+@dataclass(frozen=True)
+class Config(TextSettings):
+    """The defaults are a run for a CPU; what a GPU trains is in configs/gpt2.toml."""
+
+    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
+    weight_decay: float = 0.1
+    beta2: float = 0.95
+    shard: bool = False  # FSDP2 instead of DDP
+
+
+class Block(nn.Module):
+    def __init__(self, heads: int, width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:  # (batch, context, width)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (batch, context, 3, heads, width / heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(
+            query, key, value, is_causal=True
+        )  # (batch, heads, context, width / heads)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class GPT(nn.Module):
+    """GPT-2's layout over 256 bytes; the head shares the embedding's weight."""
+
+    def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
+        super().__init__()
+        self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
+        self.blocks = nn.ModuleList(Block(heads, width) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                ends_branch = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * layers) if ends_branch else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, text: Tensor, targets: Tensor) -> Tensor:
+        """The mean loss in nats; both (batch, context)."""
+        x = self.bytes(text) + self.positions.weight[: text.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        scores = F.linear(self.norm(x), self.bytes.weight)
+        return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) -> float:
+    """Over the first ``validation_bytes``, in windows side by side."""
+    model.eval()
+    windows = text[: config.validation_bytes + 1].long().unfold(0, config.context + 1, config.context)
+    rounds = -(-len(windows) // (64 * world.size))  # each process as many, or FSDP would wait for ever
+    sums = torch.zeros(2, device=world.device)
+    for index in range(rounds):
+        at = 64 * (index * world.size + world.rank)
+        batch = (windows[at : at + 64] if at < len(windows) else windows[:1]).to(world.device)
+        with config.autocast(world.device):
+            loss = model(batch[:, :-1], batch[:, 1:])
+        sums += torch.stack([loss.float(), torch.ones_like(loss)]).mul(len(batch) if at < len(windows) else 0)
+    total, count = world.sum(sums).tolist()
+    return total / count / math.log(2)
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW, without decay on what has one dimension."""
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2))
+
+
+def prepare(config: Config, world: World) -> nn.Module:
+    model = GPT(*SIZES[config.size], config.context).to(world.device)
+    config.convert(model, is_pruned)
+    if config.shard and world.size > 1:
+        dtype = None if config.amp == "off" else torch.bfloat16
+        for part in (*model.blocks, model):
+            fully_shard(part, mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+    return model
+
+
+def load(config: Config, path: Path | None, world: World) -> Text:
+    return load_text(path, config.context + 1)
+
+
+def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
+    if config.batch_size % world.size:
+        raise UserError(
+            f"config: expected batch_size to be a multiple of {world.size} processes, got {config.batch_size}"
+        )
+    torch.manual_seed(seed)
+    model = prepare(config, world)
+    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
+    total = config.epochs * config.epoch_steps
+    run = Run(job.folder, job.results, config, seed, world, total=total, unit="tokens")
+    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    wrapped = DistributedDataParallel(model) if world.size > 1 and not config.shard else model
+    if config.compile:
+        wrapped.compile()
+    with run:
+        for epoch in range(first // config.epoch_steps, config.epochs):
+            model.train()
+            parts = batches(text.train, config, world, config.epoch_steps - first % config.epoch_steps)
+            with config.exact_epoch(model, epoch, config.epochs):
+                for step, micro_batches in run.steps(first, parts):
+                    for group in optimizer.param_groups:
+                        group["lr"] = learning_rate(config, (step + 1) / config.epoch_steps)
+                    optimizer.zero_grad()
+                    losses = torch.zeros((), device=world.device)
+                    for sequences, targets in micro_batches:
+                        with config.autocast(world.device):
+                            loss = wrapped(sequences, targets) / config.accumulate
+                        scaler.scale(loss).backward()
+                        losses += loss.detach()
+                    scaler.unscale_(optimizer)
+                    run.after_backward(step, losses)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    tokens = config.accumulate * config.batch_size // world.size * config.context
+                    if run.after_step(step, epoch, tokens, loss=losses * tokens):
+                        return
+            first = (epoch + 1) * config.epoch_steps
+            run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text.validation, config, world))
+    run.finish("gpt", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+
+
+def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
+    model = GPT(*SIZES[config.size], config.context).to(world.device)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--eval: {error}") from None
+    return f"{bits_per_byte(model, text.validation, config, world):.4f} bits per byte of {text.name}"
+
+
+if __name__ == "__main__":
+    launch("gpt", __doc__, Config, load, train, evaluate)

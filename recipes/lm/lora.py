@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""LoRA fine-tuning of a causal language model of transformers, with pruned data gradients in its frozen linear layers.
+
+    python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
+    python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml
+    torchrun --nproc-per-node 2 -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
+
+DIR_OR_NAME: what from_pretrained takes; safetensors only, no code of the model's. Without one it builds a Llama of
+random weights over bytes (``size``): that shows the way and the speed, not what fine-tuning is worth. Base weights are
+frozen and have no gradient, so that the data gradient is half of all products.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import peft
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..common.errors import UserError
+from ..common.launch import Job, launch
+from ..common.process import World
+from ..common.run import Run
+from .text import Text, TextSettings, batches, learning_rate, load_text
+
+SIZES = {  # layers, heads, key and value heads, width, inner width
+    "tiny": (4, 4, 2, 256, 688),
+    "llama-1b": (16, 32, 8, 2048, 8192),
+}
+
+
+@dataclass(frozen=True)
+class Config(TextSettings):
+    model: str = ""  # "": random weights
+    size: Literal["tiny", "llama-1b"] = "tiny"  # of those
+    rank: int = 8
+    alpha: int = 16
+    epochs: int = 4
+    epoch_steps: int = 50
+    batch_size: int = 16  # sequences, of all processes
+    lr: float = 1e-3
+    warmup: float = 0.5
+
+
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """The frozen layers: not the adapters, which are small, nor the head."""
+    return "lora_" not in name and "lm_head" not in name
+
+
+def prepare(config: Config, world: World) -> nn.Module:
+    torch.manual_seed(0)  # the same base for every seed
+    if config.model:
+        try:
+            base: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                config.model, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(f"config: expected a causal language model, got model={config.model!r}: {error}") from None
+    else:
+        layers, heads, key_heads, width, inner = SIZES[config.size]
+        base = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(
+                vocab_size=256,
+                hidden_size=width,
+                intermediate_size=inner,
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=key_heads,
+                max_position_embeddings=config.context,
+                bos_token_id=None,
+                eos_token_id=None,
+            )
+        )
+    adapters = peft.LoraConfig(
+        r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, adapters).to(world.device)
+    return config.convert(model, is_pruned)
+
+
+def load(config: Config, path: Path | None, world: World) -> Text:
+    """The text, in the model's tokens."""
+    text = load_text(path, config.context + 1)
+    validation = text.validation[: config.validation_bytes]
+    if not config.model:
+        return text._replace(validation=validation)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+
+    def tokens(part: Tensor) -> Tensor:
+        return torch.tensor(tokenizer(bytes(part.tolist()).decode(errors="replace"))["input_ids"])
+
+    return Text(text.name, tokens(text.train), tokens(validation), len(validation))
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, text: Text, config: Config, world: World) -> float:
+    model.eval()
+    windows = text.validation.long().unfold(0, config.context + 1, config.context)
+    total = torch.zeros((), device=world.device)
+    for window in windows[world.rank :: world.size].split(16):
+        batch = window.to(world.device)
+        with config.autocast(world.device):
+            total += loss_of(model, batch[:, :-1], batch[:, 1:]).float() * len(batch)
+    per_token = float(world.sum(total)) / len(windows) / math.log(2)
+    return per_token * len(text.validation) / (text.validation_bytes or len(text.validation))
+
+
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    scores: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+
+
+def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
+    if config.batch_size % world.size:
+        raise UserError(
+            f"config: expected batch_size to be a multiple of {world.size} processes, got {config.batch_size}"
+        )
+    model = prepare(config, world)
+    torch.manual_seed(seed)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in trained.items():
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again: peft drew it from the base's seed
+    optimizer, scaler = torch.optim.AdamW(trained.values(), config.lr, weight_decay=0.0), config.scaler(world.device)
+    total = config.epochs * config.epoch_steps
+    run = Run(job.folder, job.results, config, seed, world, total=total, unit="tokens")
+    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    wrapped: Any = DistributedDataParallel(model) if world.size > 1 else model
+    if config.compile:
+        wrapped.compile()
+    with run:
+        for epoch in range(first // config.epoch_steps, config.epochs):
+            model.train()
+            parts = batches(text.train, config, world, config.epoch_steps - first % config.epoch_steps)
+            with config.exact_epoch(model, epoch, config.epochs):
+                for step, micro_batches in run.steps(first, parts):
+                    optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) / config.epoch_steps)
+                    optimizer.zero_grad()
+                    losses = torch.zeros((), device=world.device)
+                    for tokens, targets in micro_batches:
+                        with config.autocast(world.device):
+                            loss = loss_of(wrapped, tokens, targets) / config.accumulate
+                        scaler.scale(loss).backward()
+                        losses += loss.detach()
+                    scaler.unscale_(optimizer)
+                    run.after_backward(step, losses)
+                    nn.utils.clip_grad_norm_(trained.values(), config.clip)
+                    scaler.step(optimizer)
+                    scaler.update()
+                    count = config.accumulate * config.batch_size // world.size * config.context
+                    if run.after_step(step, epoch, count, loss=losses * count):
+                        return
+            first = (epoch + 1) * config.epoch_steps
+            run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text, config, world))
+    run.finish("lora", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+
+
+def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
+    """Of a checkpoint, which holds the adapters only."""
+    model = prepare(config, world)
+    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    if unexpected:
+        raise UserError(f"--eval: expected the adapters of this model, got {', '.join(unexpected[:3])}")
+    return f"{bits_per_byte(model, text, config, world):.4f} bits per byte of {text.name}"
+
+
+if __name__ == "__main__":
+    launch("lora", __doc__, Config, load, train, evaluate)

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What language models learn from: a file of the user's, or the Python standard library's own source (PSF-2.0)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.errors import UserError
+from ..common.process import World
+from ..common.settings import Settings
+
+_HELD_OUT = 20  # every so-many-th file, or part of one file, is for validation
+
+
+class Text(NamedTuple):
+    """A text in two parts, as bytes or a model's tokens."""
+
+    name: str  # as results call it, with the beginning of its hash: only runs on the same text compare
+    train: Tensor  # (bytes), uint8
+    validation: Tensor  # (bytes), uint8
+    validation_bytes: int = 0  # where these are tokens, of how many bytes
+
+
+@dataclass(frozen=True)
+class TextSettings(Settings):
+    """What the configs of language models share; an epoch is ``epoch_steps`` steps, then a validation."""
+
+    context: int = 128  # bytes or tokens
+    epochs: int = 12
+    epoch_steps: int = 100
+    batch_size: int = 32  # sequences, of all processes
+    accumulate: int = 1  # backward passes a step
+    lr: float = 3e-3
+    warmup: float = 1.0  # epochs; then a cosine to a hundredth
+    clip: float = 1.0
+    validation_bytes: int = 2**17
+
+
+def load_text(path: Path | None, least: int) -> Text:
+    """The file at ``path``, or the standard library.
+
+    Args:
+        least: bytes that each part must have.
+
+    Raises:
+        UserError: no such file, or too short.
+    """
+    if path is None:
+        name, pieces = "Python standard library", _standard_library()
+    else:
+        try:
+            whole = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"--data: expected a text file, got {path}: {error.strerror}") from None
+        size = max(len(whole) // (10 * _HELD_OUT), 1)
+        name, pieces = path.name, [(str(at), whole[at : at + size]) for at in range(0, len(whole), size)]
+    parts: tuple[list[bytes], list[bytes]] = ([], [])
+    for index, (key, piece) in enumerate(pieces):
+        held_out = (zlib.crc32(key.encode()) if path is None else index) % _HELD_OUT == _HELD_OUT - 1
+        parts[held_out].append(piece)
+    train, validation = (b"".join(part) for part in parts)
+    if min(len(train), len(validation)) < least:
+        raise UserError(
+            f"--data: expected at least {least} bytes to train on and to validate with, "
+            f"got {len(train)} and {len(validation)} in {name}"
+        )
+    digest = hashlib.sha256(train + validation).hexdigest()[:8]
+    numbers = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, validation)]
+    return Text(f"{name}, {len(train) / 1e6:.1f} MB, sha256 {digest}", numbers[0], numbers[1])
+
+
+def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """This process's micro-batches of each step: sequences from anywhere in the text, and the same a byte later."""
+    offsets, sequences = torch.arange(config.context + 1), config.batch_size // world.size
+    for _ in range(steps):
+        starts = torch.randint(0, len(text) - config.context, (config.accumulate, sequences, 1))
+        chosen = text[starts + offsets].long().to(world.device, non_blocking=True)
+        yield [(part[:, :-1], part[:, 1:]) for part in chosen]
+
+
+def learning_rate(config: TextSettings, epoch: float) -> float:
+    if epoch < config.warmup:
+        return config.lr * epoch / config.warmup
+    cosine = (1 + math.cos(math.pi * (epoch - config.warmup) / max(config.epochs - config.warmup, 1e-9))) / 2
+    return config.lr * (0.01 + 0.99 * cosine)
+
+
+def _standard_library() -> list[tuple[str, bytes]]:
+    root = Path(sysconfig.get_path("stdlib"))
+    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+    files = sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
+    return [(str(path.relative_to(root)), path.read_bytes()) for path in files]

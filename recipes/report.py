@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tables of recipes/README.md and their plots, drawn from result lines; what nobody has run stays empty.
+
+    python -m recipes.report                       # of results/*.jsonl, into recipes/README.md and results/*.png
+    python -m recipes.report runs/cifar10.jsonl    # prints the tables of these runs, and plots them beside the file
+
+Runs share a table if they differ in seed and pruning only: the same recipe, settings, data and kind of machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import matplotlib
+
+from .common.config import tomllib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+_BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
+_PRUNING = ("method", "pattern", "backend", "dense_first", "dense_last")
+_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "model"}  # what names a table
+_PUBLISHED_WIDTH = 128
+
+Line: TypeAlias = dict[str, Any]
+
+
+class Group(NamedTuple):
+    """Runs that compare."""
+
+    title: str
+    slug: str
+    runs: dict[str, list[Line]]  # by row
+    published: dict[str, float]
+
+    @property
+    def metric(self) -> str:
+        return "top1" if "top1" in next(iter(self.runs.values()))[0] else "bits_per_byte"
+
+
+def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> list[Group]:
+    """Every group in the order of the lines."""
+    sorted_lines: dict[str, list[Line]] = defaultdict(list)
+    for line in lines:
+        same = {key: value for key, value in line["config"].items() if key not in _PRUNING}
+        where = (line["device"], line["machine"]["cpu"], line["processes"])
+        sorted_lines[json.dumps([line["recipe"], same, line["data"], where])].append(line)
+    result: list[Group] = []
+    for members in sorted_lines.values():
+        first = members[0]
+        recipe, config, main = first["recipe"], first["config"], _MAIN[first["recipe"]]
+        runs: dict[str, list[Line]] = defaultdict(list)
+        for line in members:
+            runs[_row(line)].append(line)
+        as_published = recipe == "imagenet" or (recipe == "cifar10" and config["width"] == _PUBLISHED_WIDTH)
+        name = f"imagenet {config['net']}" if recipe == "imagenet" else recipe
+        processor = first["machine"]["cpu"] if first["device"] == "cpu" else first["device"]
+        title = f"{recipe}, {main} {config[main]}, {config['epochs']} epochs; {first['data']}; {processor}"
+        slug = f"{recipe}-{config[main]}" + (
+            f"-{len(result)}" if any(g.slug == f"{recipe}-{config[main]}" for g in result) else ""
+        )
+        order = sorted(runs, key=lambda row: (row != "dense", row.split()[0] == "mvue"))
+        result.append(
+            Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})
+        )
+    return result
+
+
+def _row(line: Line) -> str:
+    config = line["config"]
+    first, last = config["dense_first"], config["dense_last"]
+    return line["row"] + (
+        f", {first} dense epochs first, {last} last" if line["row"] != "dense" and first + last else ""
+    )
+
+
+def table(group: Group) -> str:
+    """Markdown: a line a row, with mean ± standard deviation over seeds."""
+    metric, name, digits = (group.metric, "top-1", 2) if group.metric == "top1" else (group.metric, "bits per byte", 3)
+    unit = next(key for key in next(iter(group.runs.values()))[0] if key.endswith("_per_s"))
+    head = ["data gradient", *(["published"] if group.published else []), name, "- dense", "seeds"]
+    head += [f"{unit.removesuffix('_per_s')}/s", "waiting for data"]
+    dense = group.runs.get("dense")
+    rows = [head, ["---"] * len(head)]
+    for row in dict.fromkeys([*group.published, *group.runs]):
+        cells = [row, *([str(group.published.get(row, ""))] if group.published else [])]
+        runs = group.runs.get(row)
+        if runs is None:
+            cells += [""] * (len(head) - len(cells))
+        else:
+            values = [run[metric] for run in runs]
+            spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+            mean = statistics.mean(values)
+            less = (
+                f"{mean - statistics.mean(run[metric] for run in dense):+.{digits}f}"
+                if dense and row != "dense"
+                else ""
+            )
+            speed, waiting = (statistics.mean(run[key] for run in runs) for key in (unit, "waiting"))
+            cells += [
+                f"{mean:.{digits}f}{spread}",
+                less.replace("-", "\u2212"),
+                str(len(runs)),
+                f"{speed:.0f}",
+                f"{waiting:.1%}",
+            ]
+        rows.append(cells)
+    return f"**{group.title}**\n\n" + "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def _nobody(name: str, rows: dict[str, float]) -> str:
+    """The table of a published network that nobody has run here."""
+    lines = ["| data gradient | published | top-1 | - dense | seeds |", "|---|---|---|---|---|"]
+    lines += [f"| {row} | {top1} | | | |" for row, top1 in rows.items()]
+    return f"**{name}, the published network: not run yet**\n\n" + "\n".join(lines)
+
+
+def _is_run(rows: dict[str, float], found: list[Group]) -> bool:
+    return any(group.published == rows for group in found)
+
+
+def plot(group: Group, path: Path) -> None:
+    """Left: the result against the density of the gradient; right: the curves over the epochs."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    name = "top-1, %" if group.metric == "top1" else "bits per byte"
+    by_method: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
+    for row, runs in group.runs.items():
+        config = runs[0]["config"]
+        n, m = map(int, config["pattern"].split(":"))
+        label = _row(runs[0]).replace(f" {config['pattern']}", "")
+        by_method[label].append((1.0 if row == "dense" else n / m, [run[group.metric] for run in runs]))
+    for label, points in by_method.items():
+        points.sort()
+        means = [statistics.mean(values) for _, values in points]
+        spread = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in points]
+        left.errorbar([density for density, _ in points], means, spread, label=label, marker="o", capsize=3)
+    left.set(xscale="log", xlabel="density n / m of the data gradient", ylabel=name)
+    densities = sorted({density for points in by_method.values() for density, _ in points})
+    left.set_xticks(densities, [f"1/{1 / density:g}" if density < 1 else "1" for density in densities])
+    left.minorticks_off()
+    last = []
+    for row, runs in group.runs.items():
+        curves = [[point[group.metric] for point in run["curve"]] for run in runs]
+        epochs = range(1, len(curves[0]) + 1)
+        means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+        (line,) = right.plot(epochs, means, label=row, linewidth=1.6)
+        lowest, highest = ([f(values) for values in zip(*curves, strict=True)] for f in (min, max))
+        right.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
+        last += means[len(means) // 3 :]
+    margin = 0.1 * (max(last) - min(last))
+    right.set(xlabel="epoch", ylabel=name, ylim=(min(last) - margin, max(last) + margin))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    figure.suptitle(group.title, fontsize=10)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", nargs="*", type=Path, help="files of result lines")
+    args = parser.parse_args()
+    files = args.results or sorted((HERE / "results").glob("*.jsonl"))
+    try:
+        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        sys.exit(f"report: expected files of JSON lines, got {error}")
+    published = tomllib.loads((HERE / "published.toml").read_text())
+    found = groups(lines, published)
+    parts = (
+        [] if args.results else [_nobody(name, rows) for name, rows in published.items() if not _is_run(rows, found)]
+    )
+    for group in found:
+        image = files[0].parent / f"{group.slug}.png"
+        plot(group, image)
+        link = "" if args.results else f"\n\n![{group.title}](results/{image.name})"
+        parts.append(table(group) + link)
+    text = "\n\n".join(parts)
+    print(text)
+    if not args.results:
+        readme = HERE / "README.md"
+        before, _, rest = readme.read_text().partition(_BEGIN)
+        after = rest.partition(_END)[2]
+        readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}")
+
+
+if __name__ == "__main__":
+    main()
