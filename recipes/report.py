@@ -47,6 +47,19 @@ class Group(NamedTuple):
         return "top1" if "top1" in next(iter(self.runs.values()))[0] else "bits_per_byte"
 
 
+def read(files: Iterable[Path]) -> list[Line]:
+    """The result lines of all files."""
+    try:
+        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+    except (OSError, json.JSONDecodeError) as error:
+        sys.exit(f"report: expected files of JSON lines, got {error}")
+
+
+def published() -> dict[str, dict[str, float]]:
+    """Top-1 by recipe and row."""
+    return tomllib.loads((HERE / "published.toml").read_text())
+
+
 def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> list[Group]:
     """Every group in the order of the lines."""
     sorted_lines: dict[str, list[Line]] = defaultdict(list)
@@ -124,10 +137,6 @@ def _nobody(name: str, rows: dict[str, float]) -> str:
     return f"**{name}, the published network: not run yet**\n\n" + "\n".join(lines)
 
 
-def _is_run(rows: dict[str, float], found: list[Group]) -> bool:
-    return any(group.published == rows for group in found)
-
-
 def plot(group: Group, path: Path) -> None:
     """Left: the result against the density of the gradient; right: the curves over the epochs."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
@@ -171,15 +180,10 @@ def main() -> None:
     parser.add_argument("results", nargs="*", type=Path, help="files of result lines")
     args = parser.parse_args()
     files = args.results or sorted((HERE / "results").glob("*.jsonl"))
-    try:
-        lines = [json.loads(line) for file in files for line in file.read_text().splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
-        sys.exit(f"report: expected files of JSON lines, got {error}")
-    published = tomllib.loads((HERE / "published.toml").read_text())
-    found = groups(lines, published)
-    parts = (
-        [] if args.results else [_nobody(name, rows) for name, rows in published.items() if not _is_run(rows, found)]
-    )
+    tables = published()
+    found = groups(read(files), tables)
+    run = [group.published for group in found]
+    parts = [] if args.results else [_nobody(name, rows) for name, rows in tables.items() if rows not in run]
     for group in found:
         image = files[0].parent / f"{group.slug}.png"
         plot(group, image)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -52,6 +52,7 @@ class Choice(NamedTuple):
 
 
 _choices: dict[Key, Choice] = {}
+_remembered: dict[str, Choice] = {}  # of another process, by a key's repr, until they are asked for
 
 
 def obstacle(pruning: Pruning, gradient: Tensor, groups: int = 1) -> str | None:
@@ -117,13 +118,30 @@ def found_exact(key: Key) -> bool:
     """Under ``auto``: whether the exact product is known to be the faster, or there is no sparse one."""
     if key[0] == _STATIC:
         return not key[1]
-    choice = _choices.get(key)
+    choice = choice_of(key)
     return choice is not None and not choice.sparse
 
 
 def choice_of(key: Key | None) -> Choice | None:
     """What :func:`data_gradient` found for a key, or None."""
-    return None if key is None else _choices.get(key)
+    if key is None:
+        return None
+    choice = _choices.get(key)
+    if choice is None and _remembered and (choice := _remembered.pop(repr(key), None)) is not None:
+        _choices[key] = choice
+    return choice
+
+
+def choices() -> dict[str, tuple[bool, float, float]]:
+    """All that was measured in this process, as JSON can hold it: for :func:`remember`."""
+    return {**_remembered, **{repr(key): choice for key, choice in _choices.items()}}
+
+
+def remember(measured: Mapping[str, Sequence[Any]]) -> None:
+    """Takes over what :func:`choices` returned in another process: a training run that goes on from a checkpoint then
+    takes the same products, and so rounds alike, bit for bit."""
+    for key, (sparse, dense_ms, sparse_ms) in measured.items():
+        _remembered[key] = Choice(sparse, dense_ms, sparse_ms)
 
 
 def data_gradient(op: str, products: Products, pruning: Pruning) -> Tensor:
@@ -149,7 +167,7 @@ def data_gradient(op: str, products: Products, pruning: Pruning) -> Tensor:
 def _is_sparse_faster(products: Products, pruning: Pruning) -> bool:
     if products.key[0] == _STATIC:
         return bool(products.key[1])
-    choice = _choices.get(products.key)
+    choice = choice_of(products.key)
     if choice is None:
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False  # a graph is recorded: nothing can be measured

@@ -9,11 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
-from torchvision.io import ImageReadMode, decode_image
 
 from ..common.errors import UserError
 from ..common.process import World
@@ -104,13 +105,13 @@ def _read_folder(folder: Path, part: str, config: Config) -> Images:
 def _decoder(bad_images: str) -> Callable[[str], Tensor | None]:
     def decode(path: str) -> Tensor | None:
         try:
-            return decode_image(path, ImageReadMode.RGB).permute(1, 2, 0)
-        except RuntimeError as error:
+            with Image.open(path) as image:
+                return torch.from_numpy(np.array(image.convert("RGB")))
+        except (OSError, ValueError) as error:
             if bad_images == "skip":
                 return None
-            reason = str(error).splitlines()[0]
             raise UserError(
-                f"--data: expected an image, got {path}: {reason}; --set bad_images=skip leaves such files out"
+                f"--data: expected an image, got {path}: {error}; --set bad_images=skip leaves such files out"
             ) from None
 
     return decode

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
-from ..common.launch import Job, launch
+from ..common.launch import launch
 from ..common.process import World, derive_seed
-from ..common.run import Run
+from ..common.run import Job, Run
 from ..common.settings import Settings
 from .data import Cifar, Images, load
 
@@ -165,8 +165,8 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
     model = prepare(config, world)
     optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
     scaler = config.scaler(world.device)
-    run = Run(job.folder, job.results, config, seed, world, total=steps * config.epochs, unit="images")
-    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
+    first = run.restore(model, optimizer, scaler)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     if config.compile:
         wrapped.compile()
@@ -189,7 +189,8 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
                     if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
                         return
             first = (epoch + 1) * steps
-            run.after_epoch(first, epoch, top1=accuracy(model, data.test, config, world))
+            if run.after_epoch(first, epoch, top1=accuracy(model, data.test, config, world)):
+                return
     run.finish("cifar10", data=data.name, top1=run.last["top1"])
 
 
@@ -202,5 +203,9 @@ def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tenso
     return f"top-1 {accuracy(model, data.test, config, world):.2f} % of {len(data.test.labels)} images"
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch("cifar10", __doc__, Config, load, train, evaluate)
+
+
+if __name__ == "__main__":
+    main()

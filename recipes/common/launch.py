@@ -16,18 +16,10 @@ from . import checkpoint, config, process
 from .config import difference
 from .errors import UserError
 from .process import World
+from .run import Job
 from .settings import Settings
 
 _Config = TypeVar("_Config", bound=Settings)
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """Where a run keeps its files, and whether it goes on with them."""
-
-    folder: Path
-    results: Path
-    resume: bool
 
 
 def launch(

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import sdgp
+from sdgp import backends
 from sdgp._machine import machine
 
 from . import checkpoint
@@ -37,22 +38,29 @@ _MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py")
 _Batch = TypeVar("_Batch")
 
 
+class Job(NamedTuple):
+    """Where a run keeps its files, and whether it goes on with them."""
+
+    folder: Path  # of its checkpoint and metrics
+    results: Path  # the file that gets its result line
+    resume: bool
+
+
 class Run:
     """One training run, from its first step or a checkpoint to its result line.
 
     Args:
-        folder: where its checkpoint and metrics are.
-        results: the file that gets its result line.
+        job: where its files are.
         config, seed: what it is; a checkpoint of another config is refused.
-        total: its number of steps.
+        epochs, epoch_steps: how many, and of how many steps.
         unit: what the throughput counts, "images" say.
     """
 
     def __init__(
-        self, folder: Path, results: Path, config: Settings, seed: int, world: World, *, total: int, unit: str
+        self, job: Job, config: Settings, seed: int, world: World, *, epochs: int, epoch_steps: int, unit: str
     ) -> None:
-        self.folder, self._results, self._config, self._seed, self._world = folder, results, config, seed, world
-        self._unit = unit
+        self._job, self._config, self._seed, self._world = job, config, seed, world
+        self._epochs, self._epoch_steps, self._unit = epochs, epoch_steps, unit
         self._settings = dataclasses.asdict(config)
         self._totals = {"seconds": 0.0, "waiting": 0.0, "units": 0.0}  # of all steps so far
         self._epoch: dict[str, float] = {}  # sums of the epoch's steps that are on the host
@@ -64,24 +72,22 @@ class Run:
             TextColumn(text), BarColumn(), shown, TimeRemainingColumn(), disable=not world.is_first
         )
         description = f"{config.row} seed {seed}"
-        self._task = self._progress.add_task(description, total=total, epoch=1, shown="", start=False)
+        self._task = self._progress.add_task(description, total=epochs * epoch_steps, epoch=1, shown="", start=False)
 
     # --- where it begins and ends
 
-    def restore(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler, *, resume: bool
-    ) -> int:
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
         """The step to go on with: 0, or where the checkpoint was saved, whose state the three then have.
 
         Raises:
-            UserError: the checkpoint is of another config; there is one, and ``resume`` is false.
+            UserError: the checkpoint is of another config; there is one, and the job is no resumption.
         """
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._finite = FiniteCheck(model, gradients=not scaler.is_enabled())
-        path = self.folder / "checkpoint.safetensors"
-        if not resume:
+        path = self._job.folder / "checkpoint.safetensors"
+        if not self._job.resume:
             if path.exists():
-                raise UserError(f"{self.folder}: there is a checkpoint: go on with --resume, or choose another --out")
+                raise UserError(f"{path} exists: go on with --resume, or choose another --out")
             return 0
         if not path.exists():
             return 0
@@ -100,9 +106,10 @@ class Run:
         )
         _match_layouts(optimizer)
         scaler.load_state_dict(training["scaler"])
+        backends.remember(training["products"])
         self._totals, self._epoch, self._curve = training["totals"], training["epoch"], training["curve"]
         if self._world.is_first:  # a line may have been written just before a crash, its checkpoint not
-            _write_lines(self.folder / "metrics.jsonl", self._curve)
+            _write_lines(self._job.folder / "metrics.jsonl", self._curve)
         step: int = training["step"]
         self._progress.update(self._task, completed=step)
         return step
@@ -150,15 +157,15 @@ class Run:
             value = value.detach().double()
             self._pending[name] = self._pending[name] + value if name in self._pending else value
         self._show(step + 1, epoch)
-        if not self._stop.asked(step + 1):
+        if (step + 1) % self._epoch_steps == 0 or not self._stop.asked(step + 1):  # after_epoch asks after the last
             return False
         self._finite.check()
         self._save(step + 1)
-        self._progress.console.print(f"stopped after step {step + 1}; go on with --resume")
+        self._say_stopped(step + 1)
         return True
 
-    def after_epoch(self, step: int, epoch: int, **metrics: float) -> None:
-        """Writes the epoch's line, with what was summed in its steps, and a checkpoint."""
+    def after_epoch(self, step: int, epoch: int, **metrics: float) -> bool:
+        """Writes the epoch's line, with what was summed in its steps, and a checkpoint. True: told to stop."""
         self._finite.check()
         self._collect()
         names = list(self._epoch)
@@ -171,10 +178,14 @@ class Run:
         self._curve.append(line)
         self._epoch = {}
         if self._world.is_first:
-            _write_lines(self.folder / "metrics.jsonl", self._curve)
+            _write_lines(self._job.folder / "metrics.jsonl", self._curve)
             said = ", ".join(f"{name} {value:g}" for name, value in line.items())
             self._progress.console.print(f"{self._config.row} seed {self._seed}: {said}", soft_wrap=True)
         self._save(step)
+        if epoch + 1 == self._epochs or not self._stop.asked(0):
+            return False
+        self._say_stopped(step)
+        return True
 
     def finish(self, recipe: str, **result: Any) -> None:
         """Appends the run's result line, if it was not written before."""
@@ -194,10 +205,10 @@ class Run:
             "config": self._settings,
             "curve": self._curve,
         }
-        kept = self.folder / "result.json"
+        kept = self._job.folder / "result.json"
         if self._world.is_first and not kept.exists():
-            self._results.parent.mkdir(parents=True, exist_ok=True)
-            with self._results.open("a") as file:
+            self._job.results.parent.mkdir(parents=True, exist_ok=True)
+            with self._job.results.open("a") as file:
                 file.write(json.dumps(line) + "\n")
             _write_lines(kept, [line])
 
@@ -207,6 +218,10 @@ class Run:
         return self._curve[-1]
 
     # --- inside
+
+    def _say_stopped(self, step: int) -> None:
+        if self._world.is_first:
+            self._progress.console.print(f"stopped after step {step}; go on with --resume")
 
     @property
     def _speed(self) -> float:
@@ -245,11 +260,12 @@ class Run:
             "step": step,
             "optimizer": optimizer,
             "scaler": self._scaler.state_dict(),
+            "products": backends.choices(),
             "totals": self._totals,
             "epoch": self._epoch,
             "curve": self._curve,
         }
-        checkpoint.save(self.folder / "checkpoint.safetensors", cast(dict[str, Tensor], weights), training)
+        checkpoint.save(self._job.folder / "checkpoint.safetensors", cast(dict[str, Tensor], weights), training)
 
 
 def _is_partly_frozen(model: nn.Module) -> bool:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from ..common.errors import UserError
@@ -107,9 +107,10 @@ class _Decoded(Dataset[tuple[Tensor | None, int, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
         path, label = self._samples[index]
         try:
-            image = decode_image(path, ImageReadMode.RGB)
-        except RuntimeError as error:
-            return None, label, f"{path}: {str(error).splitlines()[0]}"
+            with Image.open(path) as file:
+                image = v2.functional.pil_to_tensor(file.convert("RGB"))
+        except (OSError, ValueError) as error:
+            return None, label, f"{path}: {error}"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, index))
             return self._transform(image), label, ""
@@ -124,7 +125,12 @@ def _collate(samples: list[tuple[Tensor | None, int, str]]) -> tuple[Tensor, Ten
 def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
     workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 2) // world.size, 1)
     loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=batches, num_workers=workers, collate_fn=_collate, pin_memory=world.device.type == "cuda"
+        data,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator(),  # its own, or making workers would move that of the training step
     )
     for images, labels, bad in loader:
         for reason in bad:

@@ -20,9 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 from ..common.errors import UserError
-from ..common.launch import Job, launch
+from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Run
+from ..common.run import Job, Run
 from ..common.settings import Settings
 from .data import ImageNet, load, train_batches, val_batches
 
@@ -135,8 +135,8 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
-    run = Run(job.folder, job.results, config, seed, world, total=steps * config.epochs, unit="images")
-    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
+    first = run.restore(model, optimizer, scaler)
     wrapped = DistributedDataParallel(model) if world.size > 1 else model
     if config.compile:
         wrapped.compile()
@@ -161,7 +161,8 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
                     if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
                         return
             first = (epoch + 1) * steps
-            run.after_epoch(first, epoch, resolution=size, **accuracy(model, data, config, world))
+            if run.after_epoch(first, epoch, resolution=size, **accuracy(model, data, config, world)):
+                return
     run.finish("imagenet", data=data.name, top1=run.last["top1"])
 
 
@@ -175,5 +176,9 @@ def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Te
     return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {data.val.size} images"
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch("imagenet", __doc__, Config, load, train, evaluate)
+
+
+if __name__ == "__main__":
+    main()

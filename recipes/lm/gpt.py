@@ -23,9 +23,9 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
-from ..common.launch import Job, launch
+from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Run
+from ..common.run import Job, Run
 from .text import Text, TextSettings, batches, learning_rate, load_text
 
 SIZES = {  # layers, heads, width
@@ -142,9 +142,8 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
-    total = config.epochs * config.epoch_steps
-    run = Run(job.folder, job.results, config, seed, world, total=total, unit="tokens")
-    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
+    first = run.restore(model, optimizer, scaler)
     wrapped = DistributedDataParallel(model) if world.size > 1 and not config.shard else model
     if config.compile:
         wrapped.compile()
@@ -172,7 +171,8 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
                     if run.after_step(step, epoch, tokens, loss=losses * tokens):
                         return
             first = (epoch + 1) * config.epoch_steps
-            run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text.validation, config, world))
+            if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text.validation, config, world)):
+                return
     run.finish("gpt", data=text.name, bits_per_byte=run.last["bits_per_byte"])
 
 
@@ -185,5 +185,9 @@ def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor
     return f"{bits_per_byte(model, text.validation, config, world):.4f} bits per byte of {text.name}"
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch("gpt", __doc__, Config, load, train, evaluate)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
-from ..common.launch import Job, launch
+from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Run
+from ..common.run import Job, Run
 from .text import Text, TextSettings, batches, learning_rate, load_text
 
 SIZES = {  # layers, heads, key and value heads, width, inner width
@@ -129,9 +129,8 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
         if "lora_A" in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again: peft drew it from the base's seed
     optimizer, scaler = torch.optim.AdamW(trained.values(), config.lr, weight_decay=0.0), config.scaler(world.device)
-    total = config.epochs * config.epoch_steps
-    run = Run(job.folder, job.results, config, seed, world, total=total, unit="tokens")
-    first = run.restore(model, optimizer, scaler, resume=job.resume)
+    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
+    first = run.restore(model, optimizer, scaler)
     wrapped: Any = DistributedDataParallel(model) if world.size > 1 else model
     if config.compile:
         wrapped.compile()
@@ -158,7 +157,8 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
                     if run.after_step(step, epoch, count, loss=losses * count):
                         return
             first = (epoch + 1) * config.epoch_steps
-            run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text, config, world))
+            if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text, config, world)):
+                return
     run.finish("lora", data=text.name, bits_per_byte=run.last["bits_per_byte"])
 
 
@@ -171,5 +171,9 @@ def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor
     return f"{bits_per_byte(model, text, config, world):.4f} bits per byte of {text.name}"
 
 
-if __name__ == "__main__":
+def main() -> None:
     launch("lora", __doc__, Config, load, train, evaluate)
+
+
+if __name__ == "__main__":
+    main()

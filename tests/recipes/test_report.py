@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tables and plots of result lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import RECIPES
+
+from recipes import report
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+
+def line(row: str, seed: int, top1: float, **changes: Any) -> dict[str, Any]:
+    method, _, pattern = row.partition(" ")
+    settings = {"method": method, "pattern": pattern or "2:4", "backend": "pruned", "dense_first": 0, "dense_last": 0}
+    return {
+        "recipe": "cifar10",
+        "row": row,
+        "seed": seed,
+        "data": "CIFAR-10",
+        "top1": top1,
+        "images_per_s": 100.0,
+        "waiting": 0.01,
+        "device": "cpu",
+        "processes": 1,
+        "machine": {"cpu": "a CPU"},
+        "config": settings | {"width": 16, "epochs": 2} | changes,
+        "curve": [{"epoch": 1, "top1": top1 - 10}, {"epoch": 2, "top1": top1}],
+    }
+
+
+def test_report(tmp_path: Path) -> None:
+    runs = [line("dense", 0, 80.0), line("dense", 1, 81.0), line("mvue 2:4", 0, 80.25), line("mvue 4:32", 0, 79.0)]
+    runs += [line("mvue 2:4", 0, 82.0, dense_last=1), line("dense", 0, 95.0, width=128)]
+    small, large = report.groups(runs, {"cifar10": {"dense": 95.3, "rescale 2:4": 95.2}})
+    rows = report.table(small).splitlines()
+    assert rows[2] == "| data gradient | top-1 | - dense | seeds | images/s | waiting for data |"
+    assert rows[4] == "| dense | 80.50 ± 0.71 |  | 2 | 100 | 1.0% |"
+    assert rows[5] == "| mvue 2:4 | 80.25 | \u22120.25 | 1 | 100 | 1.0% |"
+    assert rows[7].startswith("| mvue 2:4, 0 dense epochs first, 1 last | 82.00 | +1.50 |")
+    rows = report.table(large).splitlines()
+    assert rows[4] == "| dense | 95.3 | 95.00 |  | 1 | 100 | 1.0% |"
+    assert rows[5] == "| rescale 2:4 | 95.2 |  |  |  |  |  |"
+    report.plot(small, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_the_readme_holds_the_tables_of_the_results() -> None:
+    found = report.groups(report.read(sorted((RECIPES / "results").glob("*.jsonl"))), report.published())
+    text = (RECIPES / "README.md").read_text()
+    for group in found:
+        assert report.table(group) in text, f"{group.title}: run python -m recipes.report"
+        assert (RECIPES / "results" / f"{group.slug}.png").is_file()

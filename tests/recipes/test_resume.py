@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Stopping and going on: the same weights, bit for bit; checkpoints that a crash leaves whole."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from small import RECIPES, ROOT, command, fails, flat, lines, run, saved
+from torch import nn
+
+from recipes.common import checkpoint
+from recipes.common.errors import UserError
+from recipes.common.process import Stop
+from recipes.common.run import _match_layouts
+from sdgp import backends
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps"),  # of two epochs of three: stopped in an epoch, at its end, in the next
+    [*((recipe, steps) for recipe in ("cifar10", "gpt") for steps in (2, 3, 4)), ("imagenet", 4), ("lora", 4)],
+)
+def test_resumes_bit_for_bit(
+    recipe: str, steps: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if recipe in ("cifar10", "gpt"):
+        monkeypatch.setattr(backends, "LEAST_WORK", 0)  # so that even these small products are measured
+    run(monkeypatch, command(recipe, tmp_path / "unbroken", images))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", lambda self, step: step in (steps, 0 if steps % 3 == 0 else steps))
+        run(patch, command(recipe, tmp_path / "broken", images))
+    assert checkpoint.load(saved(tmp_path / "broken")).training["step"] == steps
+    assert not list((tmp_path / "broken").glob("*.jsonl"))
+    # Another process would choose between products anew, by the clock: it takes those of the checkpoint.
+    assert backends.choices() != {}
+    monkeypatch.setattr(backends, "_choices", {})
+    monkeypatch.setattr(backends, "measure", measured_otherwise)
+    run(monkeypatch, command(recipe, tmp_path / "broken", images, "--resume"))
+    weights, training = checkpoint.load(saved(tmp_path / "unbroken"))
+    again, training_again = checkpoint.load(saved(tmp_path / "broken"))
+    assert weights.keys() == again.keys()
+    assert [name for name in weights if not torch.equal(weights[name], again[name])] == []
+    assert flat(training["optimizer"]) == flat(training_again["optimizer"])
+    timed = ("seconds", "images_per_s", "tokens_per_s", "waiting")
+    curves = (
+        [{key: value for key, value in point.items() if key not in timed} for point in each["curve"]]
+        for each in (training, training_again)
+    )
+    assert next(curves) == next(curves)
+    run(monkeypatch, command(recipe, tmp_path / "broken", images, "--resume"))  # there is nothing left to do
+    assert len(lines(tmp_path / "broken")) == 1
+
+
+def measured_otherwise(*_: object) -> backends.Choice:
+    raise AssertionError("a product was measured again")
+
+
+def test_resume_keeps_the_layout_of_the_buffers(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unbroken run's momentum is channels_last, as its weights; a checkpoint is contiguous."""
+    weight = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
+    optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
+    weight.square().sum().backward()
+    optimizer.step()
+    buffer = optimizer.state[weight]["momentum_buffer"]
+    optimizer.state[weight]["momentum_buffer"] = buffer.contiguous()
+    _match_layouts(optimizer)
+    assert optimizer.state[weight]["momentum_buffer"].stride() == weight.stride()
+    assert torch.equal(optimizer.state[weight]["momentum_buffer"], buffer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_leaves(number: signal.Signals, images: Path, tmp_path: Path) -> None:
+    words = [sys.executable, "-m", *command("gpt", tmp_path, images, "--set", "epoch_steps=100000")]
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        try:
+            wait_for(lambda: (Path(f"/proc/{process.pid}/status")).exists() and is_training(process.pid))
+            process.send_signal(number)
+            said, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 0, said
+    assert "go on with --resume" in said
+    assert checkpoint.load(saved(tmp_path)).training["step"] > 0
+
+
+def is_training(process: int) -> bool:
+    """Whether it has its handlers: the mask of caught signals has SIGTERM's bit."""
+    status = Path(f"/proc/{process}/status").read_text()
+    caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.1)
+    time.sleep(1)
+
+
+def test_another_config_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, command("gpt", tmp_path, images))
+    assert "go on with --resume, or choose another --out" in fails(monkeypatch, command("gpt", tmp_path, images))
+    said = fails(monkeypatch, command("gpt", tmp_path, images, "--resume", "--set", "lr=0.5"))
+    assert said.startswith("gpt: --resume: expected the config of ")
+    assert said.endswith("got changes: lr: 0.003 -> 0.5")
+
+
+@pytest.fixture
+def small_files_only() -> Iterator[None]:
+    """The system refuses to write more than 4 KiB to a file, as a full disk would."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_save_leaves_the_last(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    good = {"weight": torch.arange(10.0)}
+    checkpoint.save(path, good, {"step": 1})
+    request.getfixturevalue("small_files_only")
+    with pytest.raises(UserError, match=r"checkpoint: could not be saved as .*; the one of the last save stays"):
+        checkpoint.save(path, {"weight": torch.zeros(10_000)}, {"step": 2})
+    assert torch.equal(checkpoint.load(path).weights["weight"], good["weight"])
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.safetensors"]
+
+
+def test_checkpoint_holds_any_tree(tmp_path: Path) -> None:
+    shared = torch.randn(4, 2, 3, 3).to(memory_format=torch.channels_last)
+    training = {"a": [1, 2.5, None, "tensor", {"b": torch.tensor(3)}], "c": True}
+    checkpoint.save(tmp_path / "x", {"one": shared, "two": shared}, training)
+    weights, again = checkpoint.load(tmp_path / "x")
+    assert torch.equal(weights["one"], shared)
+    assert torch.equal(weights["two"], shared)
+    assert flat(again["a"][4]) == {"b": 3}
+    assert again["a"][:4] == training["a"][:4]
+    assert again["c"] is True
+
+
+@pytest.mark.parametrize("content", [b"", b"nonsense", None], ids=["empty", "other", "cut"])
+def test_a_broken_checkpoint(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    checkpoint.save(path, {"weight": torch.randn(100)}, {})
+    path.write_bytes(path.read_bytes()[:-40] if content is None else content)
+    with pytest.raises(UserError, match="checkpoint: expected a whole safetensors file, got "):
+        checkpoint.load(path)
+
+
+def test_nothing_is_pickled() -> None:
+    """The one reader of pickles is torchvision's, which compares their hash first."""
+    for file in RECIPES.rglob("*.py"):
+        text = file.read_text()
+        assert "torch.load" not in text, file
+        assert "pickle.load" not in text, file
+        assert "weights_only=False" not in text, file

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Every recipe trains, evaluates, and holds its parts."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from small import IMAGES, ROOT, SMALL, command, lines, run, saved
+from torch import nn
+from torchvision import models
+
+from recipes.cifar10.train import Config as CifarConfig
+from recipes.cifar10.train import augment
+from recipes.common import checkpoint
+from recipes.common.process import derive_seed
+from recipes.imagenet.train import Config as ImageNetConfig
+from recipes.imagenet.train import add_blurpool, resolution
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_trains_and_evaluates(
+    recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(monkeypatch, command(recipe, tmp_path, images, "--seeds", "2"))
+    first, second = lines(tmp_path)
+    assert (first["seed"], second["seed"]) == (0, 1)
+    assert first["row"] == "mvue 2:4"
+    assert first["layers"]["pruned"] > 0
+    assert [point["epoch"] for point in first["curve"]] == [1, 2]
+    assert first["curve"][0]["train_loss"] != second["curve"][0]["train_loss"]
+    metric = "top1" if recipe in IMAGES else "bits_per_byte"
+    assert first[metric] == first["curve"][-1][metric]
+    capsys.readouterr()
+    path = tmp_path / recipe
+    (path,) = path.glob("*/seed0/checkpoint.safetensors")
+    run(monkeypatch, command(recipe, tmp_path, images, "--eval", str(path)))
+    said = capsys.readouterr().out
+    value = float(next(word for word in said.split() if word[0].isdigit()))
+    assert value == pytest.approx(first[metric], abs=0.01)
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
+def test_dense_is_exact(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense run, a pruned one whose epochs are all dense, and one that prunes."""
+    run(monkeypatch, command(recipe, tmp_path / "dense", images, row="dense"))
+    run(monkeypatch, command(recipe, tmp_path / "paused", images, "--set", "dense_first=1", "--set", "dense_last=1"))
+    run(monkeypatch, command(recipe, tmp_path / "pruned", images, "--set", "dense_last=1"))
+    dense, paused, pruned = (checkpoint.load(saved(tmp_path / name)).weights for name in ("dense", "paused", "pruned"))
+    assert all(torch.equal(dense[name], paused[name]) for name in dense)
+    assert not all(torch.equal(dense[name], pruned[name]) for name in dense)
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+@pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
+def test_reduced_precision(
+    recipe: str, amp: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(monkeypatch, command(recipe, tmp_path, images, "--set", f"amp={amp}", "--set", "epochs=2"))
+    assert lines(tmp_path)[0]["curve"][-1]["train_loss"] < 10
+    assert (checkpoint.load(saved(tmp_path)).training["scaler"] != {}) == (amp == "float16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "more"), [("cifar10", ""), ("imagenet", ""), ("gpt", ""), ("gpt", "shard=true"), ("lora", "")]
+)
+def test_two_processes(recipe: str, more: str, images: Path, tmp_path: Path) -> None:
+    settings = ["--set", more] if more else []
+
+    def torchrun(*words: str) -> None:
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(
+            [*launcher, *command(recipe, tmp_path, images, "--device", "cpu", *settings, *words)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    torchrun()
+    (line,) = lines(tmp_path)
+    assert line["processes"] == 2
+    torchrun("--resume")
+    assert len(lines(tmp_path)) == 1
+
+
+def test_seeds_differ() -> None:
+    assert (
+        len({derive_seed("step", seed, rank, step) for seed in range(3) for rank in range(3) for step in range(9)})
+        == 81
+    )
+    assert derive_seed("step", 0, 0, 0) == derive_seed("step", 0, 0, 0)
+    assert 0 <= derive_seed("x") < 2**63
+
+
+def test_augment() -> None:
+    plain = CifarConfig(flip=False, translate=0, cutout=0)
+    x = torch.randn(64, 3, 32, 32).to(memory_format=torch.channels_last)
+    assert torch.equal(augment(x, plain), x)
+    flipped = augment(x, CifarConfig(flip=True, translate=0, cutout=0))
+    kinds = {(torch.equal(a, b), torch.equal(a, b.flip(2))) for a, b in zip(flipped, x, strict=True)}
+    assert kinds == {(True, False), (False, True)}
+    moved = augment(x, CifarConfig(flip=False, translate=2, cutout=0))
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2))
+    for image, source in zip(moved, padded, strict=True):
+        places = [(r, c) for r in range(5) for c in range(5) if torch.equal(image, source[:, r : r + 32, c : c + 32])]
+        assert len(places) == 1
+    cut = augment(x, CifarConfig(flip=False, translate=0, cutout=4))
+    assert ((cut == 0).sum((1, 2, 3)) == 3 * 16).all()
+    assert torch.equal(cut[cut != 0], x[cut != 0])
+
+
+def test_progressive_resolution() -> None:
+    sizes = [resolution(ImageNetConfig(), epoch) for epoch in range(88)]
+    assert sizes[:66] == [160] * 66
+    assert sizes[76:] == [192] * 12
+    assert sorted(sizes) == sizes
+    assert set(sizes) <= {160, 192}
+
+
+def test_blurpool_comes_before_every_strided_convolution() -> None:
+    model = models.resnet18()
+    add_blurpool(model)
+    strided = [name for name, m in model.named_modules() if isinstance(m, nn.Conv2d) and max(m.stride) > 1]
+    assert len(strided) == 7
+    assert [name for name in strided if not name.endswith(".1")] == ["conv1"]
+    x = torch.ones(1, 64, 8, 8)
+    assert torch.allclose(model.layer2[0].conv1[0](x)[..., 1:-1, 1:-1], torch.ones(1, 64, 6, 6))
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
