@@ -128,7 +128,12 @@ def _read_beton(folder: Path, part: str, config: Config) -> Images:
         ) from None
     pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
     loader = Loader(
-        str(folder / f"{part}.beton"), batch_size=500, num_workers=1, order=OrderOption.SEQUENTIAL, pipelines=pipelines
+        str(folder / f"{part}.beton"),
+        batch_size=500,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines=pipelines,
+        drop_last=False,
     )
     batches = [(images.clone(), labels.flatten().clone()) for images, labels in loader]  # it reuses its buffers
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))

@@ -46,6 +46,7 @@ def save(path: Path, weights: Mapping[str, Tensor], training: Mapping[str, Any])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(tensors, temporary, {"training": skeleton})
+        temporary.chmod(0o644)  # safetensors lets nobody else read it
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
