@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """From what train_step.py stored on one device: what pruning saves of a step on 1 to 1,024 of them. Prints Markdown.
 
-Data parallelism at a fixed batch per device. Each device's products get faster as measured; the weight gradients, and so
-the bytes that an all-reduce moves, stay what they are. An all-reduce of B bytes over N devices takes
+Data parallelism at a fixed batch per device. Each device's products get faster as measured; the weight gradients, and
+so the bytes that an all-reduce moves, stay what they are. An all-reduce of B bytes over N devices takes
 2 (N - 1) / N * B / bandwidth + 2 log2(N) * latency, and hides behind what the backward pass computes after the first
 gradients are there, which a faster backward makes shorter:
 
