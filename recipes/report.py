@@ -27,7 +27,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
-_PRUNING = ("method", "pattern", "backend", "dense_first", "dense_last")
+_PRUNING = ("method", "pattern", "backend", "dense_first", "dense_last", "layers")
 _MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "model"}  # what names a table
 _PUBLISHED_WIDTH = 128
 
@@ -90,10 +90,11 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
 
 def _row(line: Line) -> str:
     config = line["config"]
-    first, last = config["dense_first"], config["dense_last"]
-    return line["row"] + (
-        f", {first} dense epochs first, {last} last" if line["row"] != "dense" and first + last else ""
-    )
+    if line["row"] == "dense":
+        return "dense"
+    first, last, layers = config["dense_first"], config["dense_last"], config.get("layers", "all")
+    row = line["row"] + (f", {layers} only" if layers != "all" else "")
+    return row + (f", {first} dense epochs first, {last} last" if first + last else "")
 
 
 def table(group: Group) -> str:

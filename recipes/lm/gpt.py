@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -42,6 +43,7 @@ class Config(TextSettings):
     """The defaults are a run for a CPU; what a GPU trains is in configs/gpt2.toml."""
 
     size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
+    layers: Literal["all", "attention", "mlp"] = "all"  # of the blocks: those that prune
     weight_decay: float = 0.1
     beta2: float = 0.95
     shard: bool = False  # FSDP2 instead of DDP
@@ -89,8 +91,11 @@ class GPT(nn.Module):
         return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
-    return name.startswith("blocks.")
+PRUNED = {"all": ("qkv", "out", "up", "down"), "attention": ("qkv", "out"), "mlp": ("up", "down")}
+
+
+def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
+    return name.rpartition(".")[2] in PRUNED[config.layers]
 
 
 @torch.no_grad()
@@ -122,7 +127,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def prepare(config: Config, world: World) -> nn.Module:
     model = GPT(*SIZES[config.size], config.context).to(world.device)
-    config.convert(model, is_pruned)
+    config.convert(model, partial(is_pruned, config))
     if config.shard and world.size > 1:
         dtype = None if config.amp == "off" else torch.bfloat16
         for part in (*model.blocks, model):
