@@ -42,14 +42,21 @@ def worker(rank: int, directory: str, convert_first: bool) -> None:
         world_size=2,
         timeout=timedelta(minutes=2),
     )
+    gradients = backward(rank, convert_first)
+    if rank == 0:
+        torch.save(gradients, f"{directory}/gradients")
+    dist.barrier()  # the first to leave removes the file
+    dist.destroy_process_group()
+
+
+def backward(rank: int, convert_first: bool) -> list[torch.Tensor]:
+    """In a function of its own: a wrapper that outlives the process group keeps Gloo's threads, which may then ask for
+    the interpreter while it ends, and abort."""
     model = DistributedDataParallel(make_model(convert_first))
     if not convert_first:
         sdgp.convert(model, "2:4", "rescale", backend="pruned")
     model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
-    if rank == 0:
-        torch.save([parameter.grad for parameter in model.parameters()], f"{directory}/gradients")
-    dist.barrier()  # the first to leave removes the file
-    dist.destroy_process_group()
+    return [parameter.grad.clone() for parameter in model.parameters()]
 
 
 @pytest.mark.parametrize("convert_first", [True, False])
