@@ -140,7 +140,8 @@ def _nobody(name: str, rows: dict[str, float]) -> str:
 
 def plot(group: Group, path: Path) -> None:
     """Left: the result against the density of the gradient; right: the curves over the epochs."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
+    right.set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
     name = "top-1, %" if group.metric == "top1" else "bits per byte"
     by_method: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
     for row, runs in group.runs.items():
@@ -170,7 +171,7 @@ def plot(group: Group, path: Path) -> None:
     right.set(xlabel="epoch", ylabel=name, ylim=(min(last) - margin, max(last) + margin))
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+        axes.legend(fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.14))
     figure.suptitle(group.title, fontsize=10)
     figure.savefig(path, dpi=130)
     plt.close(figure)
