@@ -4,7 +4,7 @@
     python -m recipes.pack SOURCE DESTINATION                         # (448, 0.60, 90), 229 GB for ImageNet
     python -m recipes.pack SOURCE DESTINATION --jpeg-share 0          # raw pixels: CIFAR-10
 
-Needs ffcv: pip install 'sdgp[ffcv]', once the system has libturbojpeg, OpenCV's headers and pkg-config.
+Needs ffcv: pip install ffcv, once the system has libturbojpeg, OpenCV's headers and pkg-config.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def main() -> None:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.writer import DatasetWriter
     except ImportError as error:
-        sys.exit(f"pack: expected ffcv to be installed (pip install 'sdgp[ffcv]'): {error}")
+        sys.exit(f"pack: expected ffcv to be installed (pip install ffcv): {error}")
     parts = sorted(path for path in args.source.iterdir() if path.is_dir()) if args.source.is_dir() else []
     if not parts:
         sys.exit(f"pack: expected a folder with train/ and val/, got {args.source}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import sys
 from collections import defaultdict
@@ -28,7 +29,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
 _PRUNING = ("method", "pattern", "backend", "dense_first", "dense_last", "layers")
-_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "model"}  # what names a table
+_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # what names a table
 _PUBLISHED_WIDTH = 128
 
 Line: TypeAlias = dict[str, Any]
@@ -66,21 +67,22 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
     for line in lines:
         same = {key: value for key, value in line["config"].items() if key not in _PRUNING}
         where = (line["device"], line["machine"]["cpu"], line["processes"])
-        sorted_lines[json.dumps([line["recipe"], same, line["data"], where])].append(line)
+        sorted_lines[json.dumps([line["recipe"], same, line["data"], where], sort_keys=True)].append(line)
     result: list[Group] = []
     for members in sorted_lines.values():
         first = members[0]
-        recipe, config, main = first["recipe"], first["config"], _MAIN[first["recipe"]]
+        recipe, config = first["recipe"], first["config"]
+        main, value = ("model", config["model"]) if config.get("model") else (_MAIN[recipe], config[_MAIN[recipe]])
         runs: dict[str, list[Line]] = defaultdict(list)
         for line in members:
             runs[_row(line)].append(line)
         as_published = recipe == "imagenet" or (recipe == "cifar10" and config["width"] == _PUBLISHED_WIDTH)
         name = f"imagenet {config['net']}" if recipe == "imagenet" else recipe
         processor = first["machine"]["cpu"] if first["device"] == "cpu" else first["device"]
-        title = f"{recipe}, {main} {config[main]}, {config['epochs']} epochs; {first['data']}; {processor}"
-        slug = f"{recipe}-{config[main]}" + (
-            f"-{len(result)}" if any(g.slug == f"{recipe}-{config[main]}" for g in result) else ""
-        )
+        title = f"{recipe}, {main} {value}, {config['epochs']} epochs; {first['data']}; {processor}"
+        slug = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{recipe}-{value}")  # a model may be a path
+        if any(group.slug == slug for group in result):
+            slug += f"-{len(result)}"
         order = sorted(runs, key=lambda row: (row != "dense", row.split()[0] == "mvue"))
         result.append(
             Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from ..common.errors import UserError
+from ..common.images import normalize
 from ..common.process import World
 
 if TYPE_CHECKING:
@@ -31,11 +32,9 @@ class Images(NamedTuple):
     pixels: Tensor  # (N, height, width, 3), uint8
     labels: Tensor  # (N)
 
-    def normalized(self, indices: Tensor, channels_last: bool) -> Tensor:
+    def normalized(self, indices: Tensor, memory_format: torch.memory_format) -> Tensor:
         """(len(indices), 3, height, width), float32, of mean 0 and standard deviation 1 over all of CIFAR-10."""
-        mean, std = (torch.tensor(values, device=self.pixels.device) for values in (_MEAN, _STD))
-        images = ((self.pixels[indices] - mean) / std).permute(0, 3, 1, 2)
-        return images if channels_last else images.contiguous()
+        return normalize(self.pixels[indices].permute(0, 3, 1, 2), _MEAN, _STD, memory_format)
 
 
 class Cifar(NamedTuple):
@@ -123,9 +122,7 @@ def _read_beton(folder: Path, part: str, config: Config) -> Images:
         from ffcv.loader import Loader, OrderOption
         from ffcv.transforms import ToTensor
     except ImportError as error:
-        raise UserError(
-            f"--data: expected ffcv to be installed (pip install 'sdgp[ffcv]') for .beton files: {error}"
-        ) from None
+        raise UserError(f"--data: expected ffcv to be installed (pip install ffcv) for .beton files: {error}") from None
     pipelines = {"image": [SimpleRGBImageDecoder(), ToTensor()], "label": [IntDecoder(), ToTensor()]}
     loader = Loader(
         str(folder / f"{part}.beton"),

@@ -13,40 +13,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
+from ..common.images import ImageSettings, is_pruned
 from ..common.launch import launch
 from ..common.process import World, derive_seed
 from ..common.run import Job, Run
-from ..common.settings import Settings
 from .data import Cifar, Images, load
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(ImageSettings):
     """The published recipe as it was written; the code that came with it peaked at epoch 2 instead of 5."""
 
     width: int = 128  # channels of the first convolution
     epochs: int = 150
-    batch_size: int = 512  # of all processes
+    batch_size: int = 512
     lr: float = 0.5
-    peak_epoch: float = 5.0  # the learning rate is a triangle: 0, lr, 0
-    momentum: float = 0.9
+    peak_epoch: float = 5.0
     weight_decay: float = 5e-4
-    label_smoothing: float = 0.1
     flip: bool = True
     translate: int = 2  # pixels
     cutout: int = 4  # pixels a side
-    amp: Literal["off", "bfloat16", "float16"] = "float16"
-    channels_last: bool = True
-    classes: int = 10
-    bad_images: Literal["error", "skip"] = "error"
 
 
 class Residual(nn.Module):
@@ -90,11 +82,6 @@ def make_model(config: Config) -> nn.Sequential:
     )
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
-    """As published: every convolution but the first, and no linear layer."""
-    return isinstance(module, nn.Conv2d) and module.in_channels > 3
-
-
 def augment(images: Tensor, config: Config) -> Tensor:
     """Flip, translate and cut out, each image its own way; (N, 3, H, W), whose mean is 0, which also fills gaps."""
     device, (samples, _, height, width) = images.device, images.shape
@@ -118,18 +105,12 @@ def batches(
     images: Images, config: Config, seed: int, epoch: int, first: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each whole batch of an epoch, from batch ``first`` on."""
-    order = torch.randperm(
-        len(images.labels), generator=torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
-    )
+    generator = torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
+    order = torch.randperm(len(images.labels), generator=generator).to(world.device)
     for index in range(first, len(order) // config.batch_size):
         batch = order[index * config.batch_size : (index + 1) * config.batch_size]
-        mine = batch[world.rank :: world.size].to(world.device)
-        yield augment(images.normalized(mine, config.channels_last), config), images.labels[mine]
-
-
-def learning_rate(config: Config, epoch: float) -> float:
-    rising, falling = epoch / config.peak_epoch, (config.epochs - epoch) / (config.epochs - config.peak_epoch)
-    return config.lr * min(rising, falling)
+        mine = batch[world.rank :: world.size]
+        yield augment(images.normalized(mine, config.memory_format), config), images.labels[mine]
 
 
 @torch.no_grad()
@@ -139,7 +120,7 @@ def accuracy(model: nn.Module, images: Images, config: Config, world: World) -> 
     correct = torch.zeros((), device=world.device)
     mine = torch.arange(world.rank, len(images.labels), world.size, device=world.device)
     for batch in mine.split(512):
-        x = images.normalized(batch, config.channels_last)
+        x = images.normalized(batch, config.memory_format)
         with config.autocast(world.device):
             scores = model(x) + model(x.flip(3))
         correct += (scores.argmax(1) == images.labels[batch]).sum()
@@ -147,36 +128,26 @@ def accuracy(model: nn.Module, images: Images, config: Config, world: World) -> 
 
 
 def prepare(config: Config, world: World) -> nn.Module:
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = make_model(config).to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    model = make_model(config).to(world.device, memory_format=config.memory_format)  # type: ignore[call-overload]
     return config.convert(model, is_pruned)
 
 
 def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
-    steps = len(data.train.labels) // config.batch_size
-    if steps == 0 or config.batch_size % world.size:
-        raise UserError(
-            f"config: expected batch_size to be at most {len(data.train.labels)}, the number of images, and a multiple "
-            f"of the {world.size} processes, got {config.batch_size}"
-        )
-    if not 0 < config.peak_epoch < config.epochs:
-        raise UserError(f"config: expected 0 < peak_epoch < epochs = {config.epochs}, got {config.peak_epoch}")
+    steps = config.steps(len(data.train.labels), world)
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
     scaler = config.scaler(world.device)
     run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
     first = run.restore(model, optimizer, scaler)
-    wrapped = DistributedDataParallel(model) if world.size > 1 else model
-    if config.compile:
-        wrapped.compile()
+    wrapped = config.wrap(model, world)
     with run:
         for epoch in range(first // steps, config.epochs):
             model.train()
             parts = batches(data.train, config, seed, epoch, first % steps, world)
             with config.exact_epoch(model, epoch, config.epochs):
                 for step, (images, labels) in run.steps(first, parts):
-                    optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) / steps)
+                    optimizer.param_groups[0]["lr"] = config.learning_rate((step + 1) / steps)
                     with config.autocast(world.device):
                         scores = wrapped(images)
                         loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)

@@ -10,10 +10,12 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import sdgp
 
 from .errors import UserError
+from .process import World
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Settings:
         """``mvue 2:4``: its row in the tables."""
         return "dense" if self.method == "dense" else f"{self.method} {self.pattern}"
 
-    def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool] | None = None) -> nn.Module:
+    def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool]) -> nn.Module:
         """Makes ``model`` prune as the config says; a dense one stays what it is."""
         if self.method == "dense":
             return model
@@ -41,6 +43,13 @@ class Settings:
             return sdgp.convert(model, self.pattern, self.method, filter=filter, backend=self.backend)
         except ValueError as error:
             raise UserError(f"config: {error}") from None
+
+    def wrap(self, model: nn.Module, world: World, *, sharded: bool = False) -> nn.Module:
+        """The model as a training step calls it: averaged over the processes, unless sharded, and compiled if asked."""
+        wrapped = DistributedDataParallel(model) if world.size > 1 and not sharded else model
+        if self.compile:
+            wrapped.compile()
+        return wrapped
 
     def exact_epoch(self, model: nn.Module, epoch: int, epochs: int) -> contextlib.AbstractContextManager[object]:
         """Exact gradients within, if the epoch is one of the dense ones."""

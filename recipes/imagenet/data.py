@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ..common.errors import UserError
+from ..common.images import normalize
 from ..common.process import World, derive_seed
 
 if TYPE_CHECKING:
@@ -138,20 +139,17 @@ def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: Wo
                 raise UserError(f"--data: expected an image, got {reason}; --set bad_images=skip leaves such files out")
             print(f"skipped {reason}")
         if len(labels):
-            yield _normalized(images.to(world.device, non_blocking=True), config), labels.to(world.device)
-
-
-def _normalized(images: Tensor, config: Config) -> Tensor:
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (_MEAN, _STD))
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    return ((images - mean) / std).contiguous(memory_format=memory_format)
+            yield (
+                normalize(images.to(world.device, non_blocking=True), _MEAN, _STD, config.memory_format),
+                labels.to(world.device),
+            )
 
 
 def _beton_size(path: Path) -> int:
     try:
         from ffcv.reader import Reader
     except ImportError as error:
-        raise UserError(f"--data: .beton files need ffcv (pip install 'sdgp[ffcv]'): {error}") from None
+        raise UserError(f"--data: .beton files need ffcv (pip install ffcv): {error}") from None
     return int(Reader(str(path)).num_samples)
 
 
@@ -176,4 +174,4 @@ def _ffcv(
     )
     for pixels, labels in loader:
         on_device = pixels.to(world.device, non_blocking=True)
-        yield _normalized(on_device, config), labels.flatten().to(world.device)
+        yield normalize(on_device, _MEAN, _STD, config.memory_format), labels.flatten().to(world.device)

@@ -16,40 +16,34 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision import models
 
 from ..common.errors import UserError
+from ..common.images import ImageSettings, is_pruned
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Run
-from ..common.settings import Settings
 from .data import ImageNet, load, train_batches, val_batches
 
 
 @dataclass(frozen=True)
-class Config(Settings):
+class Config(ImageSettings):
     """The published recipe for 4 GPUs; ResNet-50's batch, lr and decay are in its configs."""
 
     net: Literal["resnet18", "resnet50", "regnet_x_400mf"] = "resnet18"
     epochs: int = 88
-    batch_size: int = 4096  # of all processes
+    batch_size: int = 4096
     lr: float = 1.0
-    peak_epoch: float = 2.0  # the learning rate is a triangle: 0, lr, 0
-    momentum: float = 0.9
+    peak_epoch: float = 2.0
     weight_decay: float = 5e-5  # none on BatchNorm
-    label_smoothing: float = 0.1
     blurpool: bool = True
     resolution: int = 160  # up to epoch grow_from
     last_resolution: int = 192  # from epoch grow_to on; between them in steps of 32
     grow_from: int = 65
     grow_to: int = 76
     eval_resolution: int = 256
-    amp: Literal["off", "bfloat16", "float16"] = "float16"
-    channels_last: bool = True
     classes: int = 1000
     workers: int = -1  # -1: all cores, shared by the processes
-    bad_images: Literal["error", "skip"] = "error"
 
 
 class Blur(nn.Module):
@@ -74,17 +68,11 @@ def add_blurpool(model: nn.Module) -> None:
                 setattr(module, name, nn.Sequential(Blur(child.in_channels), child))
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
-    """As published: every convolution but the first, and no linear layer."""
-    return isinstance(module, nn.Conv2d) and module.in_channels > 3
-
-
 def prepare(config: Config, world: World) -> nn.Module:
     model: nn.Module = getattr(models, config.net)(num_classes=config.classes)
     if config.blurpool:
         add_blurpool(model)
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    model = model.to(world.device, memory_format=memory_format)  # type: ignore[call-overload]
+    model = model.to(world.device, memory_format=config.memory_format)  # type: ignore[call-overload]
     return config.convert(model, is_pruned)
 
 
@@ -93,11 +81,6 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return torch.optim.SGD(groups, 0.0, config.momentum)
-
-
-def learning_rate(config: Config, epoch: float) -> float:
-    rising, falling = epoch / config.peak_epoch, (config.epochs - epoch) / (config.epochs - config.peak_epoch)
-    return config.lr * min(rising, falling)
 
 
 def resolution(config: Config, epoch: int) -> int:
@@ -124,22 +107,13 @@ def accuracy(model: nn.Module, data: ImageNet, config: Config, world: World) -> 
 
 
 def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> None:
-    steps = data.train.size // config.batch_size
-    if steps == 0 or config.batch_size % world.size:
-        raise UserError(
-            f"config: expected batch_size to be at most {data.train.size}, the number of images, and a multiple of the "
-            f"{world.size} processes, got {config.batch_size}"
-        )
-    if not 0 < config.peak_epoch < config.epochs:
-        raise UserError(f"config: expected 0 < peak_epoch < epochs = {config.epochs}, got {config.peak_epoch}")
+    steps = config.steps(data.train.size, world)
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
     run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
     first = run.restore(model, optimizer, scaler)
-    wrapped = DistributedDataParallel(model) if world.size > 1 else model
-    if config.compile:
-        wrapped.compile()
+    wrapped = config.wrap(model, world)
     with run:
         for epoch in range(first // steps, config.epochs):
             model.train()
@@ -148,7 +122,7 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
             with config.exact_epoch(model, epoch, config.epochs):
                 for step, (images, labels) in run.steps(first, batches):
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(config, (step + 1) / steps)
+                        group["lr"] = config.learning_rate((step + 1) / steps)
                     with config.autocast(world.device):
                         scores = wrapped(images)
                         loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)

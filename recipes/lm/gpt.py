@@ -21,13 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Run
-from .text import Text, TextSettings, batches, learning_rate, load_text
+from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, width
     "tiny": (6, 4, 128),
@@ -140,18 +139,13 @@ def load(config: Config, path: Path | None, world: World) -> Text:
 
 
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    if config.batch_size % world.size:
-        raise UserError(
-            f"config: expected batch_size to be a multiple of {world.size} processes, got {config.batch_size}"
-        )
+    step_tokens = config.accumulate * config.sequences(world) * config.context  # of this process
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
     run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
     first = run.restore(model, optimizer, scaler)
-    wrapped = DistributedDataParallel(model) if world.size > 1 and not config.shard else model
-    if config.compile:
-        wrapped.compile()
+    wrapped = config.wrap(model, world, sharded=config.shard)
     with run:
         for epoch in range(first // config.epoch_steps, config.epochs):
             model.train()
@@ -159,7 +153,7 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
             with config.exact_epoch(model, epoch, config.epochs):
                 for step, micro_batches in run.steps(first, parts):
                     for group in optimizer.param_groups:
-                        group["lr"] = learning_rate(config, (step + 1) / config.epoch_steps)
+                        group["lr"] = config.learning_rate((step + 1) / config.epoch_steps)
                     optimizer.zero_grad()
                     losses = torch.zeros((), device=world.device)
                     for sequences, targets in micro_batches:
@@ -172,8 +166,7 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
                     nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                     scaler.step(optimizer)
                     scaler.update()
-                    tokens = config.accumulate * config.batch_size // world.size * config.context
-                    if run.after_step(step, epoch, tokens, loss=losses * tokens):
+                    if run.after_step(step, epoch, step_tokens, loss=losses * step_tokens):
                         return
             first = (epoch + 1) * config.epoch_steps
             if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text.validation, config, world)):

@@ -22,13 +22,12 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Run
-from .text import Text, TextSettings, batches, learning_rate, load_text
+from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, key and value heads, width, inner width
     "tiny": (4, 4, 2, 256, 688),
@@ -54,15 +53,21 @@ def is_pruned(module: nn.Module, name: str) -> bool:
     return "lora_" not in name and "lm_head" not in name
 
 
+def _pretrained(kind: Any, config: Config, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(config.model, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"config: expected a causal language model and its tokenizer, got model={config.model!r}: {reason}"
+        ) from None
+
+
 def prepare(config: Config, world: World) -> nn.Module:
     torch.manual_seed(0)  # the same base for every seed
     if config.model:
-        try:
-            base: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                config.model, use_safetensors=True, dtype=torch.float32, attn_implementation="sdpa"
-            )
-        except (OSError, ValueError) as error:
-            raise UserError(f"config: expected a causal language model, got model={config.model!r}: {error}") from None
+        options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
+        base = _pretrained(transformers.AutoModelForCausalLM, config, **options)
     else:
         layers, heads, key_heads, width, inner = SIZES[config.size]
         base = transformers.LlamaForCausalLM(
@@ -91,7 +96,7 @@ def load(config: Config, path: Path | None, world: World) -> Text:
     validation = text.validation[: config.validation_bytes]
     if not config.model:
         return text._replace(validation=validation)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(config.model)
+    tokenizer = _pretrained(transformers.AutoTokenizer, config)
 
     def tokens(part: Tensor) -> Tensor:
         return torch.tensor(tokenizer(bytes(part.tolist()).decode(errors="replace"))["input_ids"])
@@ -118,10 +123,7 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
 
 
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    if config.batch_size % world.size:
-        raise UserError(
-            f"config: expected batch_size to be a multiple of {world.size} processes, got {config.batch_size}"
-        )
+    step_tokens = config.accumulate * config.sequences(world) * config.context  # of this process
     model = prepare(config, world)
     torch.manual_seed(seed)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -131,16 +133,14 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
     optimizer, scaler = torch.optim.AdamW(trained.values(), config.lr, weight_decay=0.0), config.scaler(world.device)
     run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
     first = run.restore(model, optimizer, scaler)
-    wrapped: Any = DistributedDataParallel(model) if world.size > 1 else model
-    if config.compile:
-        wrapped.compile()
+    wrapped = config.wrap(model, world)
     with run:
         for epoch in range(first // config.epoch_steps, config.epochs):
             model.train()
             parts = batches(text.train, config, world, config.epoch_steps - first % config.epoch_steps)
             with config.exact_epoch(model, epoch, config.epochs):
                 for step, micro_batches in run.steps(first, parts):
-                    optimizer.param_groups[0]["lr"] = learning_rate(config, (step + 1) / config.epoch_steps)
+                    optimizer.param_groups[0]["lr"] = config.learning_rate((step + 1) / config.epoch_steps)
                     optimizer.zero_grad()
                     losses = torch.zeros((), device=world.device)
                     for tokens, targets in micro_batches:
@@ -153,8 +153,7 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
                     nn.utils.clip_grad_norm_(trained.values(), config.clip)
                     scaler.step(optimizer)
                     scaler.update()
-                    count = config.accumulate * config.batch_size // world.size * config.context
-                    if run.after_step(step, epoch, count, loss=losses * count):
+                    if run.after_step(step, epoch, step_tokens, loss=losses * step_tokens):
                         return
             first = (epoch + 1) * config.epoch_steps
             if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text, config, world)):

@@ -45,6 +45,24 @@ class TextSettings(Settings):
     clip: float = 1.0
     validation_bytes: int = 2**17
 
+    def sequences(self, world: World) -> int:
+        """Of one process's micro-batch.
+
+        Raises:
+            UserError: the processes cannot share the batch.
+        """
+        if self.batch_size < world.size or self.batch_size % world.size:
+            raise UserError(
+                f"config: expected batch_size to be a multiple of {world.size} processes, got {self.batch_size}"
+            )
+        return self.batch_size // world.size
+
+    def learning_rate(self, epoch: float) -> float:
+        if epoch < self.warmup:
+            return self.lr * epoch / self.warmup
+        cosine = (1 + math.cos(math.pi * (epoch - self.warmup) / max(self.epochs - self.warmup, 1e-9))) / 2
+        return self.lr * (0.01 + 0.99 * cosine)
+
 
 def load_text(path: Path | None, least: int) -> Text:
     """The file at ``path``, or the standard library.
@@ -81,18 +99,11 @@ def load_text(path: Path | None, least: int) -> Text:
 
 def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """This process's micro-batches of each step: sequences from anywhere in the text, and the same a byte later."""
-    offsets, sequences = torch.arange(config.context + 1), config.batch_size // world.size
+    offsets, sequences = torch.arange(config.context + 1), config.sequences(world)
     for _ in range(steps):
         starts = torch.randint(0, len(text) - config.context, (config.accumulate, sequences, 1))
         chosen = text[starts + offsets].long().to(world.device, non_blocking=True)
         yield [(part[:, :-1], part[:, 1:]) for part in chosen]
-
-
-def learning_rate(config: TextSettings, epoch: float) -> float:
-    if epoch < config.warmup:
-        return config.lr * epoch / config.warmup
-    cosine = (1 + math.cos(math.pi * (epoch - config.warmup) / max(config.epochs - config.warmup, 1e-9))) / 2
-    return config.lr * (0.01 + 0.99 * cosine)
 
 
 def _standard_library() -> list[tuple[str, bytes]]:

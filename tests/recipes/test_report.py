@@ -49,6 +49,19 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_report_of_a_model_that_is_a_path() -> None:
+    changes = {"model": "/models/of ours", "size": "tiny"}
+    (group,) = report.groups([line("dense", 0, 80.0, **changes) | {"recipe": "lora"}], {})
+    assert group.title.startswith("lora, model /models/of ours, 2 epochs")
+    assert group.slug == "lora--models-of-ours"
+
+
+def test_the_order_of_a_configs_keys_does_not_matter() -> None:
+    runs = [line("dense", seed, 80.0) for seed in range(2)]
+    runs[1]["config"] = dict(reversed(runs[1]["config"].items()))
+    assert len(report.groups(runs, {})) == 1
+
+
 def test_the_readme_holds_the_tables_of_the_results() -> None:
     found = report.groups(report.read(sorted((RECIPES / "results").glob("*.jsonl"))), report.published())
     text = (RECIPES / "README.md").read_text()

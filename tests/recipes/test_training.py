@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import IMAGES, ROOT, SMALL, command, lines, run, saved
+from small import IMAGES, ROOT, SMALL, command, fails, lines, run, saved
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from torchvision import models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from recipes.cifar10.train import Config as CifarConfig
 from recipes.cifar10.train import augment
@@ -20,6 +24,7 @@ from recipes.common import checkpoint
 from recipes.common.process import derive_seed
 from recipes.imagenet.train import Config as ImageNetConfig
 from recipes.imagenet.train import add_blurpool, resolution
+from recipes.lm import noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -44,6 +49,40 @@ def test_trains_and_evaluates(
     said = capsys.readouterr().out
     value = float(next(word for word in said.split() if word[0].isdigit()))
     assert value == pytest.approx(first[metric], abs=0.01)
+
+
+def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder with a model and a tokenizer of two bytes a token where it can; the metric stays bits per byte."""
+    folder = tmp_path / "model"
+    alphabet = sorted(ByteLevel.alphabet())
+    vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "ab"])}
+    tokenizer = Tokenizer(BPE(vocabulary, [("a", "b")]))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    sizes = {"vocab_size": 257, "hidden_size": 32, "intermediate_size": 64, "max_position_embeddings": 16}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
+    (tmp_path / "text").write_bytes(b"ab" * 20_000)
+    words = command("lora", tmp_path / "runs", images, "--data", str(tmp_path / "text"), "--set", f"model={folder}")
+    run(monkeypatch, words)
+    (line,) = lines(tmp_path / "runs")
+    assert line["layers"]["pruned"] == 7
+    # Every token is two bytes and one of 257, all but equally likely still: some log2(257) / 2 bits a byte.
+    assert line["bits_per_byte"] == pytest.approx(4, abs=0.5)
+    assert "expected a causal language model" in fails(monkeypatch, [*words, "--set", f"model={tmp_path}", "--resume"])
+
+
+def test_noise(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["noise"])
+    noise.main()
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    assert head == "| layer | mvue 2:4 | mvue 4:8 | mvue 4:32 | magnitude 2:4 | rescale 2:4 |"
+    assert len(rows) == 6 * 4
+    gradient, weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.eye(4)
+    assert noise.error(gradient, weight, "2:4", "magnitude") == pytest.approx((5 / 30) ** 0.5)
+    assert noise.error(gradient, weight, "4:4", "mvue") == 0
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
