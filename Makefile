@@ -1,7 +1,10 @@
 # `make demo` and `make test` set up what they need: a virtual environment in .venv, the build, the dependencies.
+# For another Python, with environments and a wheel of its own: make wheel PYTHON=python3.12 SUFFIX=-3.12
 PYTHON ?= python3
-VENV := .venv
-SECOND := .venv-second
+SUFFIX ?=
+VENV := .venv$(SUFFIX)
+SECOND := .venv-second$(SUFFIX)
+DIST := dist$(SUFFIX)
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -11,11 +14,12 @@ BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel python-test second-test install-test bench clean
+.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test bench clean
 all: test
 
-# One wheel is built, and both environments install that file.
-WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md
+# One wheel is built and repaired, and both environments install that file.
+WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
+  .ci/repair-wheel
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
@@ -27,6 +31,9 @@ lint: $(VENV)/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/zizmor --offline --quiet .github
 
 cpp-test: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/cpp -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_WERROR=ON
@@ -54,7 +61,12 @@ second-test: $(SECOND)/installed
 install-test: $(VENV)/ready $(SECOND)/ready
 	tests/install.sh $(VENV) $(SECOND)
 
-wheel: dist/built
+# The wheel for release, tested under two versions of torch, one of them for the CPU alone.
+wheel: python-test second-test
+	@ls -l $(DIST)/*.whl
+
+sdist: $(VENV)/ready
+	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
 
 bench: $(VENV)/installed
 	for subject in $(BENCHMARKS); do $(BIN)/python benchmarks/$$subject.py $(BENCH_ARGS) || exit; done
@@ -64,13 +76,15 @@ $(VENV)/ready: requirements/dev.txt requirements/constraints.txt
 	$(BIN)/pip install --quiet -r requirements/dev.txt -c requirements/constraints.txt
 	touch $@
 
-dist/built: $(VENV)/ready $(WHEEL_INPUTS)
-	rm -rf dist
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation -C cmake.define.SDGP_WERROR=ON
+$(DIST)/built: $(VENV)/ready $(WHEEL_INPUTS)
+	rm -rf $(DIST)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation --outdir $(DIST)/as-built \
+	  -C cmake.define.SDGP_WERROR=ON
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/repair-wheel $(DIST)/as-built/*.whl $(DIST)
 	touch $@
 
-$(VENV)/installed: dist/built
-	$(BIN)/pip install --quiet --force-reinstall --no-deps dist/*.whl
+$(VENV)/installed: $(DIST)/built
+	$(BIN)/pip install --quiet --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
 $(SECOND)/ready: requirements/test.txt requirements/constraints-second.txt
@@ -78,9 +92,9 @@ $(SECOND)/ready: requirements/test.txt requirements/constraints-second.txt
 	$(SECOND)/bin/pip install --quiet torch -r requirements/test.txt -c requirements/constraints-second.txt
 	touch $@
 
-$(SECOND)/installed: $(SECOND)/ready dist/built
-	$(SECOND)/bin/pip install --quiet --force-reinstall --no-deps dist/*.whl
+$(SECOND)/installed: $(SECOND)/ready $(DIST)/built
+	$(SECOND)/bin/pip install --quiet --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
 clean:
-	rm -rf build dist $(VENV) $(SECOND)
+	rm -rf build $(DIST) $(VENV) $(SECOND)

@@ -18,6 +18,7 @@ set_target_properties(sdgp_torch_cuda PROPERTIES OUTPUT_NAME torch_cuda LIBRARY_
 add_library(
   sdgp_cuda SHARED
   cpp/ops/prune_args.cpp
+  cuda/build_info.cu
   cuda/kernels.cpp
   cuda/ops/pack_24.cpp
   cuda/ops/prune_nm.cpp

@@ -6,6 +6,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <optional>
@@ -15,6 +16,10 @@
 #include <string_view>
 
 #include "kernels/kernels.h"
+
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in the headers of torch before 2.13
+#define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
+#endif
 
 namespace sdgp {
 
@@ -52,7 +57,9 @@ inline void check_pattern(const char* op, int64_t n, int64_t m) {
 
 inline void check_strided(const char* op, const Tensor& input) {
   const char* name = "another";
-  switch (input.layout()) {
+  int32_t layout = 0;  // Tensor::layout() is younger than torch 2.10
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(input.get(), &layout));
+  switch (static_cast<Layout>(layout)) {
     case Layout::Strided: return;
     case Layout::Sparse: name = "sparse_coo"; break;
     case Layout::SparseCsr: name = "sparse_csr"; break;

@@ -26,9 +26,17 @@ install() { # name, environment to borrow from, arguments of pip install
   (cd "$work" && "$1/bin/python" -c "$CHECK")
 }
 
+# What is released, and nothing that git does not know.
+"$tools/bin/python" -m build --sdist --no-isolation --outdir "$work" . > "$work/log" || { cat "$work/log"; exit 1; }
+sdist=$(echo "$work"/sdgp-*.tar.gz)
+if git rev-parse --git-dir > /dev/null 2>&1; then
+  comm -13 <({ git ls-files; echo PKG-INFO; } | sort) <(tar tf "$sdist" | sed 's|^[^/]*/||' | sort) > "$work/stray"
+  [ ! -s "$work/stray" ] || { echo "the sdist has files that git does not track:"; cat "$work/stray"; exit 1; }
+fi
+
 # Older pips read the first for the build's environment too, newer ones the second.
 PIP_CONSTRAINT=$PWD/requirements/constraints-second.txt PIP_BUILD_CONSTRAINT=$PWD/requirements/constraints-second.txt \
-  install isolated "$second" .
+  install isolated "$second" "$sdist"
 # One build folder for both: the kernels are compiled once.
 install shared "$tools" --no-build-isolation -C build-dir="$work/build" .
 install editable "$tools" --no-build-isolation -C build-dir="$work/build" -e .

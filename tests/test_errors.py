@@ -6,8 +6,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from samples import DTYPES
 from torch import nn
 
 import sdgp
+from sdgp import _load
 
 X = torch.randn(4, 8)
 
@@ -563,6 +566,32 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
     last = import_under(tmp_path, {"torch.py": "__version__ = '2.13.0'"})  # a torch without libraries
     assert last.startswith("ImportError: sdgp's compiled library did not load under torch 2.13.0: ")
     assert last.endswith("reinstall sdgp (a source checkout is not importable in place: pip install -e .)")
+
+
+def test_a_library_of_another_python(tmp_path: Path) -> None:
+    package = tmp_path / "sdgp"
+    shutil.copytree(Path(sdgp.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*.so", "lib"))
+    (package / "_C.cpython-39-aarch64-linux-gnu.so").touch()
+    last = import_under(tmp_path, {})
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    assert last == (
+        f"ImportError: sdgp was built for another Python or platform: this one loads _C{suffix}, "
+        "found _C.cpython-39-aarch64-linux-gnu.so: reinstall sdgp with this Python's pip"
+    )
+
+
+@pytest.mark.parametrize("driver", [0, 13000, 13020, 14000])
+def test_a_driver_that_runs_the_cuda_library(driver: int) -> None:
+    _load.check_driver(13010, driver, "torch 2.14.1+cu130")
+
+
+def test_an_older_driver() -> None:
+    message = (
+        r"^sdgp's CUDA library was built with CUDA 13\.1 and needs a driver for CUDA 13\.0 or newer, "
+        r"found torch 2\.10\.0\+cu128 on a driver for CUDA 12\.8: update the driver, build sdgp with its CUDA, or without:"
+    )
+    with pytest.raises(ImportError, match=message):
+        _load.check_driver(13010, 12080, "torch 2.10.0+cu128")
 
 
 def test_unknown_instruction_set(tmp_path: Path) -> None:

@@ -87,11 +87,18 @@ def test_cuda_ops_are_there_where_torch_has_cuda() -> None:
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
-def test_exports_nothing_but_its_c_functions() -> None:
+@pytest.mark.parametrize(
+    ("library", "functions"),
+    [
+        (LIBRARY, {"sdgp_isa", "sdgp_version"}),
+        pytest.param(CUDA_LIBRARY, {"sdgp_cuda_driver", "sdgp_cuda_runtime"}, marks=needs_cuda_library),
+    ],
+)
+def test_exports_nothing_but_its_c_functions(library: Path, functions: set[str]) -> None:
     linker = {"__bss_start", "_edata", "_end"}
-    own = {name for name in defined_by(LIBRARY) if not name.startswith("_Z")} - linker
-    assert own == {"sdgp_isa", "sdgp_version"}
-    assert not any("sdgp" in name for name in defined_by(LIBRARY) - own)
+    own = {name for name in defined_by(library) if not name.startswith("_Z")} - linker
+    assert own == functions
+    assert not any("sdgp" in name for name in defined_by(library) - own)
 
 
 @pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
