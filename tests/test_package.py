@@ -8,6 +8,8 @@ import re
 import shutil
 import struct
 import subprocess
+import sysconfig
+import zlib
 from pathlib import Path
 
 import pytest
@@ -116,6 +118,50 @@ def test_one_version() -> None:
     assert sdgp.__version__ == importlib.metadata.version("sdgp")
     header = (Path(sdgp.cmake_prefix_path) / "include" / "sdgp" / "build_info.h").read_text()
     assert f'#define SDGP_VERSION "{sdgp.__version__}"' in header
+
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_wheel_holds_what_it_should_and_nothing_else() -> None:
+    """As pip recorded it at the installation; what pip itself adds is left out."""
+    files = importlib.metadata.files("sdgp")
+    assert files is not None
+    if any(file.suffix == ".pth" for file in files):
+        pytest.skip("an editable installation is no wheel")
+    by_pip = {"INSTALLER", "REQUESTED", "direct_url.json"}
+    held = {file for file in files if file.name not in by_pip and "__pycache__" not in file.parts}
+    python = {f"sdgp/{path.relative_to(ROOT / 'python/sdgp')}" for path in (ROOT / "python/sdgp").rglob("*.py*")}
+    headers = {f"sdgp/include/sdgp/{path.name.removesuffix('.in')}" for path in (ROOT / "cpp/include/sdgp").iterdir()}
+    cmake = {
+        f"sdgp/lib/cmake/sdgp/sdgp{name}.cmake" for name in ("Config", "ConfigVersion", "Targets", "Targets-release")
+    }
+    libraries = {"sdgp/lib/libsdgp.so", f"sdgp/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
+    libraries |= {"sdgp/lib/libsdgp_cuda.so"} if CUDA_LIBRARY.exists() else set()
+    metadata = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+    info = {f"sdgp-{sdgp.__version__}.dist-info/{name}" for name in metadata}
+    sources = {name for name in python | {"sdgp/py.typed"} if "__pycache__" not in name}
+    assert {str(file) for file in held} == sources | headers | cmake | libraries | info
+    packed = sum(len(zlib.compress(Path(str(file.locate())).read_bytes())) for file in held)
+    assert packed < 10 * 2**20
+
+
+def test_needs_torch_alone() -> None:
+    required = [line for line in importlib.metadata.requires("sdgp") or [] if "extra ==" not in line]
+    assert required == ["torch>=2.10"]
+    extras = importlib.metadata.metadata("sdgp").get_all("Provides-Extra")
+    assert sorted(extras or []) == ["ffcv", "plot", "recipes"]
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs binutils")
+def test_is_stripped_and_brings_no_library_of_others() -> None:
+    if not any(
+        "manylinux" in line for line in (importlib.metadata.distribution("sdgp").read_text("WHEEL") or "").split()
+    ):
+        pytest.skip("not a repaired wheel: make wheel")
+    for library in (LIBRARY, *Path(sdgp.cmake_prefix_path).glob("_C*.so")):
+        assert ".symtab" not in output("readelf", "--wide", "--section-headers", str(library))
+    assert {path.name for path in LIBRARY.parent.glob("*.so*")} <= {LIBRARY.name, CUDA_LIBRARY.name}
 
 
 CONSUMER = """
