@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 import sdgp
 
@@ -167,10 +166,11 @@ def test_is_stripped_and_brings_no_library_of_others() -> None:
 CONSUMER = """
 cmake_minimum_required(VERSION 3.24)
 project(consumer LANGUAGES CXX)
+set(TORCH_LIBRARIES torch_cpu) # in place of find_package(Torch)
 find_package(sdgp {version} CONFIG REQUIRED)
 add_executable(consumer main.cpp)
 target_link_libraries(consumer PRIVATE sdgp::sdgp)
-# In place of find_package(Torch): where sdgp's own needs are found.
+# Where sdgp's own needs are found.
 target_link_directories(consumer PRIVATE "{torch}")
 target_link_options(consumer PRIVATE "LINKER:-rpath-link,{torch}" "LINKER:-rpath,{torch}" "LINKER:--disable-new-dtags")
 """
@@ -195,26 +195,3 @@ def test_cmake_finds_the_installed_package(tmp_path: Path) -> None:
     output("cmake", "-S", str(tmp_path), "-B", str(build), f"-DCMAKE_PREFIX_PATH={sdgp.cmake_prefix_path}")
     output("cmake", "--build", str(build))
     assert output(str(build / "consumer")).split() == [sdgp.__version__, sdgp._load.C.isa()]
-
-
-class _Scripted(torch.nn.Module):
-    def __init__(self, input: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("input", input)
-        self.register_buffer("expected", sdgp.prune_nm(input, 2, 4, 1, "rescale"))
-
-    def forward(self, input: Tensor) -> Tensor:
-        return torch.ops.sdgp.prune_nm(input, 2, 4, 1, "rescale")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("cmake") or not shutil.which("c++"), reason="needs cmake and a C++ compiler")
-def test_torchscript_in_a_program_without_python(tmp_path: Path) -> None:
-    torch.jit.script(_Scripted(torch.randn(2, 8, 3, 3))).save(tmp_path / "model.pt")
-    paths = f"-DCMAKE_PREFIX_PATH={sdgp.cmake_prefix_path};{torch.utils.cmake_prefix_path}"
-    root = f"-DTORCH_ROOT={Path(torch.__file__).parent if torch.version.cuda else ''}"
-    output("cmake", "-S", str(Path(__file__).parent / "consumer"), "-B", str(tmp_path), paths, root)
-    output("cmake", "--build", str(tmp_path))
-    program = str(tmp_path / "consumer")
-    assert output(program, str(tmp_path / "model.pt")).split() == [sdgp.__version__]
-    assert not re.search(r"lib(torch_)?python", output("ldd", program))

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The ops of libsdgp for C++ programs, through the dispatcher of the LibTorch that the program is built with (>= 2.10).
+// They are what sdgp.prune_nm and its companions are in Python, with the same checks and messages (c10::Error), but
+// have no gradient of their own: to train, see autograd.h.
+//
+//   at::Tensor x = torch::tensor({3.0f, -1.0f, 0.5f, -4.0f});
+//   sdgp::prune_nm(x, 2, 4);  // 3, 0, 0, -4
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/randint.h>
+
+#include <cstdint>
+#include <limits>
+#include <optional>
+#include <string_view>
+#include <tuple>
+
+#include "sdgp/build_info.h"
+
+namespace sdgp {
+
+namespace detail {
+
+template <class Signature>
+c10::TypedOperatorHandle<Signature> find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
+}
+
+// Drawn here and as Python draws it, so that torch::manual_seed(s) and torch.manual_seed(s) lead to the same choices.
+inline std::optional<at::Tensor> seed_for(const at::Tensor& input, std::string_view method,
+                                          const std::optional<at::Tensor>& seed) {
+  if (seed || (method != "random" && method != "mvue")) return seed;
+  constexpr auto low = std::numeric_limits<int64_t>::min(), high = std::numeric_limits<int64_t>::max();
+  return at::randint(low, high, {1}, input.options().dtype(at::kLong));
+}
+
+}  // namespace detail
+
+// Prunes `input` to N:M sparsity: at most n of every m consecutive values along `dim` stay, 1 <= n <= m <= 64.
+//
+//   input   float32, float64, float16 or bfloat16; any shape but a scalar, any strides; CPU, or CUDA where
+//           sdgp::sdgp_cuda is linked too
+//   method  "magnitude", "random", "rescale", "rescale_group" or "mvue"
+//   seed    for "random" and "mvue": int64, one element, on the input's device; by default drawn from its generator
+//
+// Returns a tensor of the input's shape, dtype and strides.
+inline at::Tensor prune_nm(const at::Tensor& input, int64_t n, int64_t m, int64_t dim = -1,
+                           std::string_view method = "magnitude", const std::optional<at::Tensor>& seed = {}) {
+  static const auto op = detail::find<at::Tensor(const at::Tensor&, int64_t, int64_t, int64_t, std::string_view,
+                                                 const std::optional<at::Tensor>&)>("sdgp::prune_nm");
+  return op.call(input, n, m, dim, method, detail::seed_for(input, method, seed));
+}
+
+// What prune_nm keeps, packed: (values, indices), n of each per group, indices uint8 within the group. Both have the
+// input's shape, but ceil(size / m) * n along `dim`, which lies innermost in memory. CPU.
+inline std::tuple<at::Tensor, at::Tensor> compress_nm(const at::Tensor& input, int64_t n, int64_t m, int64_t dim = -1,
+                                                      std::string_view method = "magnitude",
+                                                      const std::optional<at::Tensor>& seed = {}) {
+  static const auto op =
+      detail::find<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, int64_t, int64_t, int64_t, std::string_view,
+                                                      const std::optional<at::Tensor>&)>("sdgp::compress_nm");
+  return op.call(input, n, m, dim, method, detail::seed_for(input, method, seed));
+}
+
+// The inverse: bit for bit what prune_nm returns, `size` along `dim`, which lies innermost in memory.
+inline at::Tensor decompress_nm(const at::Tensor& values, const at::Tensor& indices, int64_t m, int64_t size,
+                                int64_t dim = -1) {
+  static const auto op = detail::find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, c10::SymInt, int64_t)>(
+      "sdgp::decompress_nm");
+  return op.call(values, indices, m, size, dim);
+}
+
+// (..., size / m * n) compressed along its last dimension, times (size, cols): (..., cols). Equivalent to
+// decompress_nm(values, indices, m, size).matmul(dense), to rounding; pruned places cost nothing.
+inline at::Tensor spmm_nm(const at::Tensor& values, const at::Tensor& indices, int64_t m, const at::Tensor& dense) {
+  static const auto op =
+      detail::find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, const at::Tensor&)>("sdgp::spmm_nm");
+  return op.call(values, indices, m, dense);
+}
+
+}  // namespace sdgp
