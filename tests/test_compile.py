@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -109,3 +109,85 @@ def test_paused_after_compilation() -> None:
         close(gradient(compiled), exact)
     assert not torch.allclose(exact, pruned)
     close(gradient(compiled), pruned)
+
+
+# Whole models.
+
+
+def small_squeezenet() -> tuple[nn.Module, Tensor]:
+    models = pytest.importorskip("torchvision").models
+    return models.squeezenet1_1(num_classes=8).features[:5], torch.randn(4, 3, 32, 32)
+
+
+def small_gpt2() -> tuple[nn.Module, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=2, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    return transformers.GPT2LMHeadModel(config), torch.randint(0, 64, (2, 16))
+
+
+def small_llama() -> tuple[nn.Module, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=64, max_position_embeddings=32, **sizes)
+    return transformers.LlamaForCausalLM(config), torch.randint(0, 64, (2, 16))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own, and the libraries'
+@pytest.mark.parametrize("make", [small_squeezenet, small_gpt2, small_llama])
+def test_whole_models(make: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one graph, with the gradients of eager mode; of text, for every size of a batch."""
+    monkeypatch.setattr(sdgp.backends, "LEAST_WORK", 0)
+    torch.manual_seed(0)
+    model, batch = make()
+    model.float().train()
+    sdgp.convert(model, "2:4", "rescale", backend="pruned")
+    assert any(row.pattern for row in sdgp.report(model))
+
+    text = not batch.is_floating_point()  # a convolution of any size takes a minute to compile
+
+    def loss(batch: Tensor) -> Tensor:
+        output = model(input_ids=batch).logits if text else model(batch)
+        return output.float().square().mean()
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=text)
+    for x in (batch, torch.cat([batch, batch])) if text else (batch,):
+        expected = gradients(loss(x), torch.tensor(1.0), *model.parameters())
+        for got, wanted in zip(gradients(compiled(x), torch.tensor(1.0), *model.parameters()), expected, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
+    assert torch._dynamo.utils.counters["graph_break"] == {}
+
+
+# The op by itself.
+
+
+@pytest.mark.parametrize("drawn_inside", [False, True])
+def test_two_calls_are_not_merged(drawn_inside: bool) -> None:
+    prune = torch.ops.sdgp.prune_nm if drawn_inside else sdgp.prune_nm
+    twice = torch.compile(lambda x: [prune(x, 1, 4, -1, "random") for _ in range(2)], fullgraph=True)
+    x = torch.randn(64, 64)
+    first, second = twice(x)
+    assert not torch.equal(first, second)
+    assert not torch.equal(twice(x)[0], first)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x.t(),
+        lambda x: x[:, ::2],
+        lambda x: x.expand(3, *x.shape),
+        lambda x: x.reshape(2, 4, 8, 8).contiguous(memory_format=torch.channels_last),
+    ],
+    ids=["transposed", "every other", "expanded", "channels_last"],
+)
+def test_strides_reach_the_op(view: Callable[[Tensor], Tensor], dim: int) -> None:
+    def prune(x: Tensor) -> Tensor:
+        return sdgp.prune_nm(view(x).sin(), 2, 4, dim) * 2
+
+    x = torch.randn(8, 64)
+    expected, actual = prune(x), torch.compile(prune, fullgraph=True)(x)
+    close(actual, expected)
+    assert actual.stride() == expected.stride()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,3 +261,18 @@ def test_distributed_with_nccl(tmp_path: Path) -> None:
         assert model.weight.grad is not None
     finally:
         torch.distributed.destroy_process_group()
+
+
+def test_compiled_into_a_cuda_graph() -> None:
+    layer = sdgp.Linear(256, 256, device="cuda", dtype=torch.bfloat16, backend="pruned")
+    x = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    compiled = torch.compile(lambda x: layer(x).float().square().mean(), mode="reduce-overhead", fullgraph=True)
+    drawn = []
+    for _ in range(4):
+        torch.compiler.cudagraph_mark_step_begin()
+        (grad,) = torch.autograd.grad(compiled(x), x)
+        drawn.append(grad.clone())
+    assert not any(torch.equal(first, second) for first, second in itertools.pairwise(drawn))
+    exact = torch.autograd.grad(nn.functional.linear(x, layer.weight, layer.bias).float().square().mean(), x)[0]
+    for grad in drawn:
+        assert torch.nn.functional.cosine_similarity(grad.float().flatten(), exact.float().flatten(), 0) > 0.5

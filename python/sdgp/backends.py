@@ -77,6 +77,8 @@ def prunes(pruning: Pruning) -> bool:
 
 def stays_exact(pruning: Pruning, work: int) -> bool:
     """Whether a data gradient of ``work`` multiply-adds is known to be exact before anything else is looked at."""
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        return True  # what leaves Python keeps the forward alone, which is the dense one
     return pruning.pattern.n == pruning.pattern.m or (pruning.backend == "auto" and work < LEAST_WORK)
 
 

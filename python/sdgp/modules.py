@@ -46,6 +46,13 @@ class _Pruning(nn.Module):
         del dense.pruning, dense.paused, dense.last_key
         return dense
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        # Called by torch.jit.script, which would put what is returned into the model for good.
+        raise RuntimeError(
+            f"torch.jit.script: expected a dense model, got a {type(self).__name__} of sdgp: script "
+            "sdgp.revert(copy.deepcopy(model)), whose forward is the same, or trace this one"
+        )
+
     def _note(self, key: Key | None) -> None:
         # No key: no gradient was asked for, as in an evaluation, which changes no choice.
         if key is not None and key != self.last_key and not torch.compiler.is_compiling():
