@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import sdgp
-from sdgp import autograd, modules, ops, pattern
+from sdgp import autograd, modules, ops, pattern, schedule
 
 BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), re.DOTALL)
 
@@ -24,7 +24,7 @@ def test_block(block: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert "| pruned" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", [autograd, modules, ops, pattern], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [autograd, modules, ops, pattern, schedule], ids=lambda module: module.__name__)
 def test_docstrings(module: object) -> None:
     results = doctest.testmod(module, extraglobs={"sdgp": sdgp, "torch": torch})  # type: ignore[arg-type]
     assert results.attempted > 0

@@ -9,11 +9,13 @@ from .modules import Conv2d, Linear
 from .ops import compress_nm, decompress_nm, prune_nm, spmm_nm
 from .pattern import Pattern
 from .profile import profile
+from .schedule import Schedule
 
 __all__ = [
     "Conv2d",
     "Linear",
     "Pattern",
+    "Schedule",
     "__version__",
     "cmake_prefix_path",
     "compress_nm",

@@ -179,7 +179,9 @@ class _Linear(Function):
             products = linear_products(grad_output, weight, ctx.pruning, ctx.key)
             grad_input = backends.data_gradient("linear", products, ctx.pruning)
         if ctx.needs_input_grad[1]:
-            grad_weight = _rows(grad_output).t() @ _rows(input)
+            grad, rows = _rows(grad_output), _rows(input)
+            # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
+            grad_weight = grad.t() @ rows if weight.is_contiguous() else (rows.t() @ grad).t()
         if ctx.needs_input_grad[2]:
             grad_bias = _rows(grad_output).sum(0)
         gradients = _once("linear", (grad_output, weight, input), grad_input, grad_weight, grad_bias)

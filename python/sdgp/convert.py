@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 from torch import nn
 
 from .backends import describe
-from .modules import DENSE_OF, TWINS, Conv2d, Linear, prune_in_place, unprune_in_place
+from .modules import DENSE_OF, PruningLayer, prune_in_place, transformers_conv1d, twin_of, unprune_in_place
 from .pattern import PatternLike, Pruning
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -18,8 +18,8 @@ _Model = TypeVar("_Model", bound=nn.Module)
 # Why a layer was left dense is kept on it under this name, for report().
 _REASON = "_sdgp_left_dense"
 
-# What report() lists beside Linear and Conv2d: modules that multiply by weights.
-_OTHER_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+# What report() lists: modules that multiply by weights.
+_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
 def convert(
@@ -30,7 +30,8 @@ def convert(
     filter: Callable[[nn.Module, str], bool] | None = None,
     backend: str = "auto",
 ) -> _Model:
-    """Makes every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` prune its data gradient. In place; returns ``model``.
+    """Makes every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` prune its data gradient, and every ``Conv1D`` of
+    transformers (GPT-2's linear layers). In place; returns ``model``.
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
     that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. Left dense, each with its reason
@@ -86,7 +87,7 @@ def paused(model: nn.Module) -> Iterator[None]:
         >>> loss.backward()  # exact
     """
     check_module("paused", model)
-    layers = [module for _, module in _layers(model) if isinstance(module, (Linear, Conv2d))]
+    layers = [module for _, module in _layers(model) if isinstance(module, PruningLayer)]
     before = [layer.paused for layer in layers]
     for layer in layers:
         layer.paused = True
@@ -94,7 +95,7 @@ def paused(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, was in zip(layers, before, strict=True):
-            if isinstance(layer, (Linear, Conv2d)):  # not reverted within
+            if isinstance(layer, PruningLayer):  # not reverted within
                 layer.paused = was
 
 
@@ -136,9 +137,11 @@ def report(model: nn.Module) -> Report:
     rows = Report()
     for name, module in _layers(model):
         layer, kind = name or "(model)", type(module).__name__
-        if isinstance(module, (Linear, Conv2d)):
+        if isinstance(module, PruningLayer):
             pattern, method, backend = module.pruning
-            note = "exact: paused" if module.paused else describe(module.pruning, module.last_key)
+            note = describe(module.pruning, module.last_key)
+            if module.paused or module.exact:
+                note = "exact: paused" if module.paused else f"exact: {module.exact}"
             rows.append(Row(layer, kind, str(pattern), method, backend, note))
         else:
             rows.append(Row(layer, kind, "", "", "", f"dense: {getattr(module, _REASON, 'not converted')}"))
@@ -153,17 +156,18 @@ def check_module(op: str, model: object) -> None:
 def _check_classes(op: str, model: nn.Module) -> None:
     """A parametrization or a wrapper that replaced the class of a converted layer stands in the way."""
     for name, module in _layers(model):
-        if isinstance(module, (Linear, Conv2d)) and type(module) not in DENSE_OF:
+        if isinstance(module, PruningLayer) and type(module) not in DENSE_OF:
             raise ValueError(
-                f"{op}: expected sdgp.Linear or sdgp.Conv2d, got their subclass {type(module).__name__} for "
+                f"{op}: expected sdgp's own layers, got their subclass {type(module).__name__} for "
                 f"{name or '(model)'}; undo what replaced its class (a parametrization, say) first"
             )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that multiply by weights, each once, under its first name."""
+    kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())
     for name, module in model.named_modules():
-        if isinstance(module, _OTHER_LAYERS):
+        if isinstance(module, kinds):
             yield name, module
 
 
@@ -171,7 +175,8 @@ def _why_dense(
     module: nn.Module, name: str, pruning: Pruning, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
     """The reason to leave a layer dense, or None."""
-    if not isinstance(module, (nn.Linear, nn.Conv2d)) or type(module) not in {*TWINS, *DENSE_OF}:
+    twin = twin_of(module)
+    if twin is None:
         return _why_unknown(module)
     if filter is not None:
         wanted = filter(module, name)
@@ -179,14 +184,9 @@ def _why_dense(
             raise ValueError(f"convert: expected filter to return a bool, got {wanted!r} for {name or '(model)'}")
         if not wanted:
             return "filter returned False"
-    channels, m = module.weight.shape[0], pruning.pattern.m
-    if isinstance(module, nn.Conv2d):
-        if module.groups == module.in_channels > 1:
-            return "depthwise convolution"
-        channels //= module.groups
-    if channels < m:
-        return f"{channels} output channels per group, fewer than m = {m}"
-    return None
+    if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+        return "depthwise convolution"
+    return twin.too_narrow(module, pruning.pattern)
 
 
 def _why_unknown(module: nn.Module) -> str:
@@ -195,6 +195,6 @@ def _why_unknown(module: nn.Module) -> str:
         return "its projections are applied inside one fused function, out of reach"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "applied inside nn.MultiheadAttention's fused function, out of reach"
-    if isinstance(module, (nn.Linear, nn.Conv2d)):
+    if isinstance(module, (nn.Linear, nn.Conv2d, *transformers_conv1d())):
         return f"{kind} is a subclass that sdgp does not know"
     return f"only nn.Linear and nn.Conv2d are converted, not {kind}"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from .autograd import conv2d_geometry, conv2d_products, linear_products, pruned_conv2d, pruned_linear
 from .backends import Key, Products, stays_exact
-from .pattern import PatternLike, Pruning
+from .pattern import Pattern, PatternLike, Pruning
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -20,11 +21,13 @@ if TYPE_CHECKING:
 _Module = TypeVar("_Module", bound=nn.Module)
 
 
-class _Pruning(nn.Module):
-    """What the two layers share: the settings, and the way to and from the dense layer."""
+class PruningLayer(nn.Module):
+    """What the layers share: the settings, and the way to and from the dense layer."""
 
+    weight: Tensor
     pruning: Pruning
     paused: bool
+    exact: str = ""  # why a sdgp.Schedule keeps the data gradient exact now; empty: it does not
     last_key: Key | None  # of the choice that the last forward with a data gradient led to
     _dense: ClassVar[type[nn.Module]]
 
@@ -43,7 +46,7 @@ class _Pruning(nn.Module):
     def to_dense(self) -> nn.Module:
         """The plain layer with the same Parameters, buffers and hooks."""
         dense = _share(self, self._dense)
-        del dense.pruning, dense.paused, dense.last_key
+        _drop_settings(dense)
         return dense
 
     def __prepare_scriptable__(self) -> nn.Module:
@@ -52,6 +55,26 @@ class _Pruning(nn.Module):
             f"torch.jit.script: expected a dense model, got a {type(self).__name__} of sdgp: script "
             "sdgp.revert(copy.deepcopy(model)), whose forward is the same, or trace this one"
         )
+
+    @classmethod
+    def too_narrow(cls, layer: nn.Module, pattern: Pattern) -> str | None:
+        """Why a layer, this or its dense twin, has no whole group of the pattern; None: it has."""
+        channels = cls._channels(layer)
+        return f"{channels} output channels per group, fewer than m = {pattern.m}" if channels < pattern.m else None
+
+    @staticmethod
+    def _channels(layer: Any) -> int:
+        """Of the output, per group of a convolution."""
+        channels: int = layer.weight.shape[0]
+        return channels
+
+    def products(self, grad_output: Tensor, input: Tensor) -> Products:
+        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
+        raise NotImplementedError
+
+    def _is_exact(self, work: int) -> bool:
+        """Before anything else is looked at; ``work``: multiply-adds of the data gradient."""
+        return self.paused or bool(self.exact) or stays_exact(self.pruning, work)
 
     def _note(self, key: Key | None) -> None:
         # No key: no gradient was asked for, as in an evaluation, which changes no choice.
@@ -63,7 +86,7 @@ class _Pruning(nn.Module):
         return f"{super().extra_repr()}, pattern={pattern}, method={method}, backend={backend}"
 
 
-class Linear(_Pruning, nn.Linear):
+class Linear(PruningLayer, nn.Linear):
     """``nn.Linear`` through :func:`sdgp.linear`.
 
     Args:
@@ -95,18 +118,17 @@ class Linear(_Pruning, nn.Linear):
         self.pruning, self.paused, self.last_key = pruning, False, None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.paused or stays_exact(self.pruning, input.numel() * self.out_features):
+        if self._is_exact(input.numel() * self.out_features):
             return F.linear(input, self.weight, self.bias)
         output, key = pruned_linear(input, self.weight, self.bias, self.pruning)
         self._note(key)
         return output
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
         return linear_products(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning, ())
 
 
-class Conv2d(_Pruning, nn.Conv2d):
+class Conv2d(PruningLayer, nn.Conv2d):
     """``nn.Conv2d`` through :func:`sdgp.conv2d`.
 
     Args:
@@ -156,7 +178,7 @@ class Conv2d(_Pruning, nn.Conv2d):
         self.pruning, self.paused, self.last_key = pruning, False, None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self.paused or stays_exact(self.pruning, input.numel() * self._work_per_value):
+        if self._is_exact(input.numel() * self._work_per_value):
             output: Tensor = super()._conv_forward(input, weight, bias)
             return output
         stride: Any = self.stride
@@ -166,8 +188,12 @@ class Conv2d(_Pruning, nn.Conv2d):
         self._note(key)
         return output
 
+    @staticmethod
+    def _channels(layer: Any) -> int:
+        channels: int = layer.weight.shape[0] // layer.groups
+        return channels
+
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
         stride: Any = self.stride
         dilation: Any = self.dilation
         input, padding = self._pad(input)
@@ -188,8 +214,23 @@ class Conv2d(_Pruning, nn.Conv2d):
         return self.out_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
 
-TWINS: dict[type[nn.Module], type[Linear | Conv2d]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+# The twin of transformers' Conv1D joins them when convert first meets such a layer.
+TWINS: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
 DENSE_OF: dict[type[nn.Module], type[nn.Module]] = {twin: dense for dense, twin in TWINS.items()}
+
+
+def transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    """transformers' own class; nothing as long as nobody imported that: then there are no such layers."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if conv1d is None else (conv1d,)
+
+
+def twin_of(module: nn.Module) -> type[PruningLayer] | None:
+    """The class that a layer has, or gets, when it prunes; None: sdgp does not know it."""
+    kind = type(module)
+    if kind in transformers_conv1d():
+        from . import conv1d as conv1d
+    return kind if kind in DENSE_OF else TWINS.get(kind)  # type: ignore[return-value]
 
 
 def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
@@ -202,7 +243,12 @@ def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
 def unprune_in_place(module: nn.Module) -> None:
     """The inverse of :func:`prune_in_place`."""
     module.__class__ = DENSE_OF[type(module)]
-    del module.pruning, module.paused, module.last_key
+    _drop_settings(module)
+
+
+def _drop_settings(module: nn.Module) -> None:
+    for name in ("pruning", "paused", "exact", "last_key"):
+        vars(module).pop(name, None)
 
 
 def _share(module: nn.Module, cls: type[_Module]) -> _Module:

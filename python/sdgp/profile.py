@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .backends import describe, measure, synchronize
 from .convert import check_module, format_table, paused
-from .modules import Conv2d, Linear
+from .modules import PruningLayer
 
 
 class LayerProfile(NamedTuple):
@@ -92,9 +92,7 @@ def profile(
         >>> result = sdgp.profile(model, torch.randn(8, 64))  # doctest: +SKIP
     """
     check_module("profile", model)
-    layers = {
-        module: name or "(model)" for name, module in model.named_modules() if isinstance(module, (Linear, Conv2d))
-    }
+    layers = {module: name or "(model)" for name, module in model.named_modules() if isinstance(module, PruningLayer)}
     if not layers:
         raise ValueError("profile: expected a model with converted layers, got none: call sdgp.convert(model) first")
     if rounds < 1:
@@ -133,13 +131,13 @@ def profile(
 
 
 def _layer_gradients(
-    layers: Mapping[Linear | Conv2d, str], step: Callable[[], None]
-) -> dict[Linear | Conv2d, list[tuple[Tensor, Tensor]]]:
+    layers: Mapping[PruningLayer, str], step: Callable[[], None]
+) -> dict[PruningLayer, list[tuple[Tensor, Tensor]]]:
     """(output gradient, input) of every call of every layer that has a data gradient, from one step."""
-    found: dict[Linear | Conv2d, list[tuple[Tensor, Tensor]]] = {}
+    found: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {}
 
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        input = args[0] if args else kwargs["input"]
+        input = (*args, *kwargs.values())[0]
         if output.requires_grad and input.requires_grad:
             calls = found.setdefault(layer, [])
             hook: Any = output.register_hook
@@ -155,7 +153,7 @@ def _layer_gradients(
 
 
 def _measure_layer(
-    layer: Linear | Conv2d, name: str, grad_output: Tensor, input: Tensor, rounds: int, step_ms: float
+    layer: PruningLayer, name: str, grad_output: Tensor, input: Tensor, rounds: int, step_ms: float
 ) -> LayerProfile:
     products = layer.products(grad_output, input)
     choice = measure(products, layer.pruning, rounds) if products.obstacle() is None else None

@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A callback for the Trainer of Lightning 2, imported as ``lightning`` or as ``pytorch_lightning``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from ._callback import ScheduleCallback
+
+# The two are separate packages with separate classes: the one that the program uses, if that is known yet.
+if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
+    from pytorch_lightning import Callback
+else:
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError:
+        from pytorch_lightning import Callback
+
+
+class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
+    """Converts the module when ``fit`` begins to train, and schedules where its gradients are exact.
+
+    A number of steps is the optimizer's, counted as ``trainer.global_step`` and ``max_steps`` are; a float below 1 is a
+    share of all, which like ``dense_last`` needs a training of known length. The place in the schedule is the
+    trainer's, so that a resumed run goes on where it was; what was measured for ``backend="auto"`` or ``"pruned"`` goes
+    with the trainer's checkpoints.
+
+    Args:
+        pattern, method, filter, backend: as :func:`sdgp.convert` takes them; no pattern: you converted the module.
+        dense_first, dense_last, patterns: as :class:`sdgp.Schedule` takes them.
+
+    Raises:
+        ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
+            raise.
+
+    Example:
+        >>> callback = SdgpCallback("2:4", backend="pruned", dense_first=0.05, dense_last=0.1)
+        >>> Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
+    """
+
+    def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        steps = trainer.estimated_stepping_batches
+        self.start(pl_module, int(steps) if 0 < steps < float("inf") else None, trainer.global_step)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
+        self.schedule.seek(trainer.global_step)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"measured": self.measured}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.measured = state_dict["measured"]

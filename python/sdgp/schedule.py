@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""When a converted model prunes: exact gradients at the start and at the end of training, patterns in between."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from .convert import check_module
+from .modules import PruningLayer
+from .pattern import Pattern, PatternLike
+
+
+class Schedule:
+    """Exact gradients first and last, and patterns in between, in the manner of a learning-rate scheduler.
+
+    The unit is whatever one call of :meth:`step` ends: an epoch, or a step of the optimizer. Which layers are
+    converted, by which method and with which backend stays as :func:`sdgp.convert` left it; while a pattern's m is
+    larger than a layer has output channels per group, that layer is exact. :func:`sdgp.paused` is independent of it: a
+    layer prunes where neither holds it back. :func:`sdgp.report` tells.
+
+    Args:
+        model: a model that :func:`sdgp.convert` went over.
+        total: how many units the training has; needed for ``dense_last`` and for shares.
+        dense_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
+            (rounded down).
+        dense_last: the same at the end.
+        patterns: ``{first unit, or share of total: pattern}``. Before the first one a layer keeps its own pattern.
+
+    Attributes:
+        count: how many units are over.
+
+    Raises:
+        ValueError: ``Schedule: requirement, got actual``.
+
+    Example:
+        >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
+        >>> schedule = sdgp.Schedule(model, total=90, dense_first=5, dense_last=10, patterns={30: "1:4"})
+        >>> for epoch in range(90):
+        ...     pass  # train
+        ...     schedule.step()
+    """
+
+    count: int
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        total: int | None = None,
+        dense_first: float = 0,
+        dense_last: float = 0,
+        patterns: Mapping[float, PatternLike] | Iterable[tuple[float, PatternLike]] = (),
+    ) -> None:
+        check_module("Schedule", model)
+        # Each with the pattern that it has until the first of ``patterns``.
+        self._layers: dict[nn.Module, Pattern] = {
+            layer: layer.pruning.pattern for layer in model.modules() if isinstance(layer, PruningLayer)
+        }
+        if not self._layers:
+            raise ValueError(
+                "Schedule: expected a model with converted layers, got none: call sdgp.convert(model) first"
+            )
+        if total is not None and total < 1:
+            raise ValueError(f"Schedule: expected total >= 1, got {total}")
+        self._total = total
+        self._first = self._units("dense_first", dense_first)
+        self._last = self._units("dense_last", dense_last)
+        if self._last and total is None:
+            raise ValueError(f"Schedule: expected total with dense_last, got dense_last={dense_last} alone")
+        if total is not None and self._first + self._last > total:
+            raise ValueError(
+                f"Schedule: expected dense_first + dense_last <= total, got {self._first} + {self._last} > {total}"
+            )
+        starts = ((self._units("patterns' keys", at), Pattern.parse(pattern)) for at, pattern in dict(patterns).items())
+        self._patterns = dict(sorted(starts, key=lambda start: start[0]))
+        if total is not None and any(at >= total for at in self._patterns):
+            raise ValueError(
+                f"Schedule: expected every pattern to begin before total, got {max(self._patterns)} >= {total}"
+            )
+        self.seek(0)
+
+    def step(self) -> None:
+        """One unit is over: the next forward is the next one's."""
+        self.seek(self.count + 1)
+
+    def seek(self, count: int) -> None:
+        """To where ``count`` calls of :meth:`step` lead, for loops that know their own place."""
+        if count < 0:
+            raise ValueError(f"Schedule: expected count >= 0, got {count}")
+        self.count = count
+        why, pattern = self._why_exact(), self.pattern
+        for layer, own in self._layers.items():
+            if not isinstance(layer, PruningLayer):
+                continue  # reverted since
+            if self._patterns and layer.pruning.pattern != (pattern or own):
+                layer.pruning, layer.last_key = layer.pruning._replace(pattern=pattern or own), None
+            layer.exact = why or (pattern and layer.too_narrow(layer, pattern)) or ""
+
+    @property
+    def exact(self) -> bool:
+        """Whether all gradients are exact now."""
+        return bool(self._why_exact())
+
+    @property
+    def pattern(self) -> Pattern | None:
+        """The one of ``patterns`` that holds now; None: each layer's own."""
+        return next((pattern for at, pattern in reversed(self._patterns.items()) if at <= self.count), None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place in the schedule. What was scheduled is not in it: that is the program's to say."""
+        return {"count": self.count}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where :meth:`state_dict` was taken."""
+        if set(state) != {"count"}:
+            raise ValueError(f'Schedule: expected a state_dict with "count", got {sorted(state)}')
+        self.seek(state["count"])
+
+    def __repr__(self) -> str:
+        patterns = {at: str(pattern) for at, pattern in self._patterns.items()}
+        return (
+            f"Schedule(count={self.count}, total={self._total}, dense_first={self._first}, dense_last={self._last}, "
+            f"patterns={patterns})"
+        )
+
+    def _units(self, name: str, value: float) -> int:
+        """A number of units as it is, a share of the total rounded down, rounding errors aside."""
+        is_share = isinstance(value, float)
+        if value < 0 or (is_share and value >= 1):
+            raise ValueError(f"Schedule: expected {name} as a number of units or as a share below 1.0, got {value}")
+        if not is_share or value == 0:
+            return int(value)
+        if self._total is None:
+            raise ValueError(f"Schedule: expected total with a share, got {name}={value} alone")
+        return int(value * self._total + 1e-9)
+
+    def _why_exact(self) -> str | None:
+        if self.count < self._first:
+            return f"scheduled, dense_first={self._first}"
+        if self._last and self._total is not None and self.count >= self._total - self._last:
+            return f"scheduled, dense_last={self._last} of {self._total}"
+        return None

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""sdgp.Schedule: which units are exact, which pattern holds, what it leaves alone, and going on from a state_dict."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdgp
+
+
+def small(**settings: Any) -> nn.Sequential:
+    settings = {"method": "magnitude", "backend": "pruned"} | settings
+    return sdgp.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)), "2:4", **settings)
+
+
+def notes(model: nn.Module) -> list[str]:
+    return [row.note for row in sdgp.report(model)]
+
+
+def gradient(model: nn.Module) -> Tensor:
+    x = torch.linspace(-1, 1, 32).reshape(4, 8).requires_grad_()
+    return torch.autograd.grad(model(x).square().sum(), x)[0]
+
+
+def course(schedule: sdgp.Schedule, see: Callable[[], object], units: int) -> list[object]:
+    seen = []
+    for _ in range(units):
+        seen.append(see())
+        schedule.step()
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("settings", "exact"),
+    [
+        ({}, "0000000000"),
+        ({"dense_first": 3}, "1110000000"),
+        ({"total": 8, "dense_first": 2, "dense_last": 3}, "1100011111"),  # beyond the total as at its end
+        ({"total": 8, "dense_first": 5, "dense_last": 3}, "1111111111"),
+        ({"total": 10, "dense_first": 0.3, "dense_last": 0.19}, "1110000001"),
+        ({"total": 100, "dense_first": 0.07}, "1111111000"),  # 0.07 * 100 > 7, 0.29 * 100 < 29
+        ({"total": 3, "dense_first": 0.5, "dense_last": 0.5}, "1011111111"),
+        ({"total": 10, "dense_first": 0.0}, "0000000000"),
+    ],
+    ids=str,
+)
+def test_dense_units(settings: dict[str, Any], exact: str) -> None:
+    model = small()
+    pruned, dense = gradient(model), gradient(sdgp.revert(copy.deepcopy(model)))
+    assert not torch.allclose(pruned, dense)
+    schedule = sdgp.Schedule(model, **settings)
+    expected = [digit == "1" for digit in exact]
+    assert course(schedule, lambda: torch.equal(gradient(model), dense), 10) == expected
+    schedule.seek(0)
+    assert course(schedule, lambda: torch.equal(gradient(model), pruned), 10) == [not is_exact for is_exact in expected]
+    schedule.seek(0)
+    assert course(schedule, lambda: schedule.exact, 10) == expected
+
+
+def test_patterns_change_nothing_else() -> None:
+    model = sdgp.convert(nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 16)), "1:2", "rescale", backend="sparse")
+    model.append(sdgp.convert(nn.Linear(16, 16), "2:8", "random", backend="dense"))
+    model.append(nn.Linear(16, 4))
+    schedule = sdgp.Schedule(model, total=10, patterns={0.5: (1, 4), 2: "2:4"})
+
+    def patterns() -> str:
+        return " ".join(row.pattern for row in sdgp.report(model))
+
+    assert course(schedule, patterns, 6) == [*["1:2 1:2 2:8 "] * 2, *["2:4 2:4 2:4 "] * 3, "1:4 1:4 1:4 "]
+    assert [(row.method, row.backend) for row in sdgp.report(model)] == [
+        ("rescale", "sparse"),
+        ("rescale", "sparse"),
+        ("random", "dense"),
+        ("", ""),
+    ]
+    schedule.seek(0)
+    assert patterns() == "1:2 1:2 2:8 "
+    assert schedule.pattern is None
+    schedule.seek(9)
+    assert schedule.pattern == (1, 4)
+
+
+def test_a_pattern_takes_effect_and_n_equal_m_is_exact() -> None:
+    model = small()
+    dense = gradient(sdgp.revert(copy.deepcopy(model)))
+    at_1_4 = gradient(sdgp.convert(copy.deepcopy(model), "1:4", "magnitude", backend="pruned"))
+    schedule = sdgp.Schedule(model, patterns={0: "4:4", 1: "1:4"})
+    assert torch.equal(gradient(model), dense)
+    schedule.step()
+    assert torch.equal(gradient(model), at_1_4)
+
+
+def test_too_narrow_a_layer_is_exact_while_the_pattern_lasts() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, patterns={1: "2:8", 2: "2:4"})
+    assert course(schedule, lambda: notes(model)[1], 3) == [
+        "pruned",
+        "exact: 6 output channels per group, fewer than m = 8",
+        "pruned",
+    ]
+    # What convert would have refused, but the caller built, goes on pruning.
+    layer = sdgp.Linear(8, 3, backend="pruned")
+    sdgp.Schedule(layer).step()
+    assert notes(layer) == ["pruned"]
+
+
+def test_report() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, total=9, dense_first=2, dense_last=3)
+    assert set(notes(model)) == {"exact: scheduled, dense_first=2"}
+    schedule.seek(2)
+    assert set(notes(model)) == {"pruned"}
+    schedule.seek(6)
+    assert set(notes(model)) == {"exact: scheduled, dense_last=3 of 9"}
+    with sdgp.paused(model):
+        assert set(notes(model)) == {"exact: paused"}
+    assert repr(schedule) == "Schedule(count=6, total=9, dense_first=2, dense_last=3, patterns={})"
+
+
+def test_paused_and_a_schedule_leave_each_other_alone() -> None:
+    model = small()
+    dense = gradient(sdgp.revert(copy.deepcopy(model)))
+    schedule = sdgp.Schedule(model, dense_first=1)
+    with sdgp.paused(model):
+        schedule.step()
+        assert torch.equal(gradient(model), dense)  # still paused
+    assert not torch.equal(gradient(model), dense)
+    with sdgp.paused(model):
+        schedule.seek(0)
+    assert torch.equal(gradient(model), dense)  # still scheduled
+
+
+def test_convert_and_revert_on_the_way() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, dense_first=1)
+    sdgp.convert(model, "1:4", backend="pruned")
+    assert set(notes(model)) == {"exact: scheduled, dense_first=1"}
+    schedule.step()
+    assert [row.pattern for row in sdgp.report(model)] == ["1:4", "1:4"]  # no patterns: those are convert's
+    schedule.seek(0)
+    sdgp.revert(model)
+    schedule.step()
+    assert all(type(layer) in (nn.Linear, nn.ReLU) for layer in model)
+    assert not any({"exact", "pruning", "paused"} & set(vars(layer)) for layer in model)
+
+
+def test_copies_and_saved_models_keep_the_phase() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, dense_first=1)
+    twin = copy.deepcopy(model)
+    schedule.step()
+    assert set(notes(twin)) == {"exact: scheduled, dense_first=1"}
+    sdgp.Schedule(twin)  # a new one takes over
+    assert set(notes(twin)) == {"pruned"}
+
+
+def test_state_dict() -> None:
+    def train(model: nn.Module, schedule: sdgp.Schedule, units: int) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        for _ in range(units):
+            optimizer.zero_grad()
+            model(torch.ones(2, 8, requires_grad=True)).square().sum().backward()
+            optimizer.step()
+            schedule.step()
+
+    settings: dict[str, Any] = {"total": 8, "dense_first": 2, "dense_last": 2, "patterns": {0: "1:4", 5: "2:4"}}
+    start = small()
+    whole, first, second = (copy.deepcopy(start) for _ in range(3))
+    train(whole, sdgp.Schedule(whole, **settings), 8)
+    schedule = sdgp.Schedule(first, **settings)
+    train(first, schedule, 5)
+    assert schedule.state_dict() == {"count": 5}
+    resumed = sdgp.Schedule(second, **settings)
+    resumed.load_state_dict(schedule.state_dict())
+    second.load_state_dict(first.state_dict())
+    train(second, resumed, 3)
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), second.parameters(), strict=True))
+
+
+def test_compiled() -> None:
+    model = small()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(gradient(compiled), gradient(model))
+    schedule = sdgp.Schedule(model, dense_first=1, patterns={2: "1:4"})  # of a model that is compiled already
+    phases = []
+    for _ in range(3):
+        phases.append(gradient(model))
+        torch.testing.assert_close(gradient(compiled), phases[-1])
+        schedule.step()
+    assert not any(torch.allclose(one, other) for one, other in itertools.combinations(phases, 2))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sdgp.Schedule("resnet18"), "expected an nn.Module, got str"),  # type: ignore[arg-type]
+        (
+            lambda: sdgp.Schedule(nn.Linear(8, 8)),
+            "expected a model with converted layers, got none: call sdgp.convert(model) first",
+        ),
+        (lambda: sdgp.Schedule(small(), total=0), "expected total >= 1, got 0"),
+        (lambda: sdgp.Schedule(small(), dense_last=3), "expected total with dense_last, got dense_last=3 alone"),
+        (lambda: sdgp.Schedule(small(), dense_first=0.1), "expected total with a share, got dense_first=0.1 alone"),
+        (
+            lambda: sdgp.Schedule(small(), patterns={0.5: "2:4"}),
+            "expected total with a share, got patterns' keys=0.5 alone",
+        ),
+        (
+            lambda: sdgp.Schedule(small(), total=9, dense_first=5, dense_last=5),
+            "expected dense_first + dense_last <= total, got 5 + 5 > 9",
+        ),
+        (
+            lambda: sdgp.Schedule(small(), total=9, dense_first=1.0),
+            "expected dense_first as a number of units or as a share below 1.0, got 1.0",
+        ),
+        (
+            lambda: sdgp.Schedule(small(), total=9, dense_last=-1),
+            "expected dense_last as a number of units or as a share below 1.0, got -1",
+        ),
+        (
+            lambda: sdgp.Schedule(small(), total=9, patterns={1: "2:4", 9: "1:4"}),
+            "expected every pattern to begin before total, got 9 >= 9",
+        ),
+        (lambda: sdgp.Schedule(small()).seek(-1), "expected count >= 0, got -1"),
+        (
+            lambda: sdgp.Schedule(small()).load_state_dict({"epoch": 3}),
+            "expected a state_dict with \"count\", got ['epoch']",
+        ),
+    ],
+)
+def test_errors(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^Schedule: {re.escape(message)}$"):
+        call()
+
+
+def test_unknown_pattern() -> None:
+    with pytest.raises(ValueError, match=r'^pattern: expected "n:m"'):
+        sdgp.Schedule(small(), patterns={3: "4:2"})
