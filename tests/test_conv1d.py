@@ -83,6 +83,7 @@ def test_autocast(backend: str) -> None:
 
 def test_a_linear_layer_of_the_same_shape_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_choices", {})
+    monkeypatch.setattr(backends, "_remembered", {})
     monkeypatch.setattr(backends, "LEAST_WORK", 0)
     x = torch.randn(8, 16, requires_grad=True)
     for layer in (Conv1D(32, 16), nn.Linear(16, 32)):

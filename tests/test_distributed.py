@@ -1,37 +1,143 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""DistributedDataParallel over two processes gives the gradients of one."""
+"""Two processes give the gradients of one: data parallel, sharded, accumulated, recomputed. One launch runs all."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import sdgp
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")]
+
+convert = partial(sdgp.convert, pattern="2:4", method="rescale", backend="pruned")
+Gradients = list[Tensor]
 
 
-def make_model(convert_first: bool) -> nn.Module:
+def make_model() -> nn.Sequential:
     torch.manual_seed(0)
-    model = nn.Sequential(
+    return nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 16, 12), nn.ReLU(), nn.Linear(12, 4)
     )
-    return sdgp.convert(model, "2:4", "rescale", backend="pruned") if convert_first else model
 
 
-def batch() -> torch.Tensor:
-    return torch.randn(4, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+def batch() -> Tensor:
+    return torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def worker(rank: int, directory: str, convert_first: bool) -> None:
+def backward(model: nn.Module, x: Tensor, forward: Callable[..., Tensor] | None = None) -> Gradients:
+    (forward or model)(x).float().square().mean().backward()
+    return [full(parameter.grad) for parameter in model.parameters()]
+
+
+def full(grad: Tensor) -> Tensor:
+    return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
+
+
+# What each process does with its half of the batch.
+
+
+def ddp(half: Tensor) -> Gradients:
+    return backward(DistributedDataParallel(convert(make_model())), half)
+
+
+def ddp_converted_after(half: Tensor) -> Gradients:
+    return backward(convert(DistributedDataParallel(make_model())), half)
+
+
+def ddp_accumulates(half: Tensor) -> Gradients:
+    model = DistributedDataParallel(convert(make_model()))
+    first, second = half.chunk(2)
+    with model.no_sync():
+        backward(model, first)
+    return [grad / 2 for grad in backward(model, second)]
+
+
+def ddp_recomputes(half: Tensor) -> Gradients:
+    model = DistributedDataParallel(Recomputing(convert(make_model())))
+    return backward(model, half)
+
+
+def fsdp(half: Tensor) -> Gradients:
+    from torch.distributed.fsdp import fully_shard
+
+    model = convert(make_model())
+    for layer in (model[0], model[3], model[5]):
+        fully_shard(layer)
+    return backward(fully_shard(model), half)
+
+
+def fsdp_converted_after(half: Tensor) -> Gradients:
+    from torch.distributed.fsdp import fully_shard
+
+    return backward(convert(fully_shard(make_model())), half)
+
+
+def fsdp_in_bfloat16(half: Tensor) -> Gradients:
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    return backward(fully_shard(convert(make_model()), mp_policy=policy), half)
+
+
+def tensor_parallel(half: Tensor) -> Gradients:
+    """auto leaves sharded layers exact; where pruning is forced, it says why it cannot."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    x = batch().flatten(1)
+    for forced in (False, True):
+        model = nn.Sequential(make_model()[3], nn.ReLU(), nn.Linear(12, 4))
+        inner = nn.Linear(3 * 36, 8 * 16)  # so that the sharded layers have a data gradient
+        sdgp.convert(model, "2:4", "rescale", backend="pruned" if forced else "auto")
+        sdgp.backends.LEAST_WORK = 0
+        parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        if not forced:
+            gradients = backward(model, inner(x))
+            assert "got a DTensor" in sdgp.report(model)[0].note
+            continue
+        with pytest.raises(ValueError, match=r'^linear: backend="pruned" expected plain tensors, got a DTensor'):
+            model(inner(x))
+    return gradients
+
+
+class Recomputing(nn.Module):
+    def __init__(self, model: nn.Module, reentrant: bool = False) -> None:
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.model
+        return checkpoint(nn.Sequential(*rest), first(x), use_reentrant=self.reentrant)
+
+
+CHECKS = (
+    ddp,
+    ddp_converted_after,
+    ddp_accumulates,
+    ddp_recomputes,
+    fsdp,
+    fsdp_converted_after,
+    fsdp_in_bfloat16,
+    tensor_parallel,
+)
+
+
+def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's host name resolves to
     # A file, not a port that another process may take; and an end, should the other worker never come.
@@ -42,27 +148,64 @@ def worker(rank: int, directory: str, convert_first: bool) -> None:
         world_size=2,
         timeout=timedelta(minutes=2),
     )
-    gradients = backward(rank, convert_first)
+    # A wrapper that outlives the process group keeps Gloo's threads, which may then ask for the interpreter while it
+    # ends, and abort: each lives in its function alone.
+    found = {check.__name__: check(batch().chunk(2)[rank]) for check in CHECKS}
     if rank == 0:
-        torch.save(gradients, f"{directory}/gradients")
+        torch.save(found, f"{directory}/gradients")
     dist.barrier()  # the first to leave removes the file
     dist.destroy_process_group()
 
 
-def backward(rank: int, convert_first: bool) -> list[torch.Tensor]:
-    """In a function of its own: a wrapper that outlives the process group keeps Gloo's threads, which may then ask for
-    the interpreter while it ends, and abort."""
-    model = DistributedDataParallel(make_model(convert_first))
-    if not convert_first:
-        sdgp.convert(model, "2:4", "rescale", backend="pruned")
-    model(batch()[2 * rank : 2 * rank + 2]).square().mean().backward()
-    return [parameter.grad.clone() for parameter in model.parameters()]
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Gradients]:
+    directory = tmp_path_factory.mktemp("distributed")
+    mp.spawn(worker, (str(directory),), nprocs=2)
+    return torch.load(directory / "gradients")
 
 
-@pytest.mark.parametrize("convert_first", [True, False])
-def test_two_processes_equal_one(tmp_path: Path, convert_first: bool) -> None:
-    mp.spawn(worker, (str(tmp_path), convert_first), nprocs=2)
-    model = make_model(True)
-    model(batch()).square().mean().backward()
-    for actual, parameter in zip(torch.load(tmp_path / "gradients"), model.parameters(), strict=True):
-        torch.testing.assert_close(actual, parameter.grad, rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("name", [check.__name__ for check in CHECKS if check is not tensor_parallel])
+def test_two_processes_equal_one(name: str, found: dict[str, Gradients]) -> None:
+    expected, exact = backward(convert(make_model()), batch()), backward(make_model(), batch())
+    tolerance = 0.03 if "bfloat16" in name else 1e-5
+    for actual, wanted in zip(found[name], expected, strict=True):
+        assert distance(actual, wanted) < tolerance
+    assert distance(exact[0], expected[0]) > 0.1
+
+
+def distance(actual: Tensor, wanted: Tensor) -> float:
+    return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+def test_tensor_parallel_stays_exact(found: dict[str, Gradients]) -> None:
+    model, x = nn.Sequential(make_model()[3], nn.ReLU(), nn.Linear(12, 4)), batch().flatten(1)
+    inner = nn.Linear(3 * 36, 8 * 16)
+    for actual, wanted in zip(found["tensor_parallel"], backward(model, inner(x)), strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("method", ["rescale", "mvue"])
+def test_recomputed_activations(method: str, reentrant: bool) -> None:
+    """The draws of backward come after those of the recomputed forward, which has none."""
+    gradients = []
+    for recomputes in (False, True):
+        model = sdgp.convert(make_model(), "2:4", method, backend="pruned")
+        forward = Recomputing(model, reentrant) if recomputes else model
+        torch.manual_seed(2)
+        gradients.append(backward(model, batch(), forward))
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(recomputed, plain)
+
+
+def test_torchrun(tmp_path: Path) -> None:
+    """A program as users start it, from the documentation."""
+    page = (Path(__file__).parents[1] / "docs" / "compilers.md").read_text()
+    (block,) = re.findall(r"```python\n(# train.py\n.*?)```", page, re.DOTALL)
+    (tmp_path / "train.py").write_text(block)
+    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    words = [*command, str(tmp_path / "train.py")]
+    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode == 0, result.stderr
+    assert len(re.findall(r"rank \d: loss", result.stdout)) == 2

@@ -67,6 +67,8 @@ def pruned_linear(input: Tensor, weight: Tensor, bias: _OptionalTensor, pruning:
     work = input.numel() * weight.shape[0]
     if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
         return F.linear(input, weight, bias), None
+    if (sharded := backends.sharded("linear", pruning, input, weight)) is not None:
+        return F.linear(input, weight, bias), sharded
     input, weight, bias = _autocast(input, weight, bias)
     key = backends.make_key(pruning, work, input, weight)
     if pruning.backend == "auto" and backends.found_exact(key):
@@ -134,6 +136,8 @@ def pruned_conv2d(
     work = input.numel() * weight.shape[0] // groups * weight.shape[2] * weight.shape[3]  # at stride 1
     if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None
+    if (sharded := backends.sharded("conv2d", pruning, input, weight)) is not None:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups), sharded
     input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
     input, weight, bias = _autocast(input, weight, bias)
     batched = input if input.ndim == 4 else input.unsqueeze(0)

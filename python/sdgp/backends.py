@@ -77,9 +77,25 @@ def prunes(pruning: Pruning) -> bool:
 
 def stays_exact(pruning: Pruning, work: int) -> bool:
     """Whether a data gradient of ``work`` multiply-adds is known to be exact before anything else is looked at."""
-    if torch.jit.is_tracing() or torch.compiler.is_exporting():
+    if torch.jit.is_tracing() or torch.compiler.is_exporting():  # type: ignore[attr-defined,no-untyped-call]
         return True  # what leaves Python keeps the forward alone, which is the dense one
     return pruning.pattern.n == pruning.pattern.m or (pruning.backend == "auto" and work < LEAST_WORK)
+
+
+def sharded(op: str, pruning: Pruning, *tensors: Tensor) -> Key | None:
+    """The key of a layer that tensor parallelism shards: exact under ``auto``. None: nothing is sharded.
+
+    Raises:
+        ValueError: ``op: requirement, got actual``, where the settings force pruning.
+    """
+    if not any(hasattr(tensor, "placements") for tensor in tensors):  # of a DTensor, whose import takes a while
+        return None
+    if pruning.backend == "auto":
+        return _STATIC, False, "plain tensors, got a DTensor"
+    raise ValueError(
+        f'{op}: backend="{pruning.backend}" expected plain tensors, got a DTensor; leave the layers dense that are '
+        'sharded over devices, by the filter of sdgp.convert or by backend="auto"'
+    )
 
 
 def make_key(pruning: Pruning, work: int, input: Tensor, weight: Tensor, *geometry: object, groups: int = 1) -> Key:

@@ -196,5 +196,6 @@ def _why_unknown(module: nn.Module) -> str:
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "applied inside nn.MultiheadAttention's fused function, out of reach"
     if isinstance(module, (nn.Linear, nn.Conv2d, *transformers_conv1d())):
-        return f"{kind} is a subclass that sdgp does not know"
+        after = "; convert before fully_shard" if kind.startswith("FSDP") else ""
+        return f"{kind} is a subclass that sdgp does not know{after}"
     return f"only nn.Linear and nn.Conv2d are converted, not {kind}"
