@@ -1,40 +1,22 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How every benchmark here measures: all candidates in turn, round after round, in one process; medians and ratios."""
+"""What every benchmark here shares: its arguments, how it measures (``sdgp._timing``), and what it stores."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from sdgp._machine import changes, machine
+from sdgp._timing import interleaved as interleaved
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "benchmarks/*.py")
-
-
-def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = 15) -> dict[str, float]:
-    """Median seconds of each candidate; each gets its turn in every round, so that a slow moment hits all alike.
-
-    An untimed call comes right before the timed one: each finds caches and allocator as it leaves them itself, whatever
-    ran before.
-    """
-    times: dict[str, list[float]] = {name: [] for name in candidates}
-    for _ in range(rounds):
-        for name, call in candidates.items():
-            call()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def arguments(description: str | None, rounds: str | None = None) -> argparse.ArgumentParser:

@@ -10,17 +10,15 @@ One line per model, pattern and backend: milliseconds, what is saved, and how ma
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import models
 import torch
-import torch.nn.functional as F
-from bench import arguments, begin, interleaved, store
+from bench import arguments, begin, store
 from torch import Tensor, nn
 
-import sdgp
+from sdgp._timing import steps_beside_dense
 
 METHOD = "mvue"
 
@@ -60,50 +58,9 @@ def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return stream[:, :-1], stream[:, 1:]
 
 
-def make_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], None]:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        output = model(input)
-        torch.autograd.backward(F.cross_entropy(output.flatten(0, -2), target.flatten()))
-        optimizer.step()
-
-    return step
-
-
 def measure(name: str, patterns: list[str], backends: list[str], rounds: int) -> list[dict[str, Any]]:
-    model, input, target = MODELS[name]()
-    converted = {
-        (pattern, backend): sdgp.convert(copy.deepcopy(model), pattern, METHOD, backend=backend)
-        for pattern in patterns
-        for backend in backends
-    }
-    candidates = {"dense": make_step(model, input, target)}
-    for (pattern, backend), twin in converted.items():
-        candidates[f"{pattern} {backend}"] = make_step(twin, input, target)
-    candidates["dense again"] = make_step(copy.deepcopy(model), input, target)
-    milliseconds = {candidate: 1e3 * seconds for candidate, seconds in interleaved(candidates, rounds).items()}
-    dense = milliseconds["dense"]
-    rows = []
-    for (pattern, backend), twin in converted.items():
-        layers = [row for row in sdgp.report(twin) if row.pattern]
-        rows.append(
-            {
-                "model": name,
-                "pattern": pattern,
-                "method": METHOD,
-                "backend": backend,
-                "dense_ms": round(dense, 2),
-                "converted_ms": round(milliseconds[f"{pattern} {backend}"], 2),
-                "saved": round(1 - milliseconds[f"{pattern} {backend}"] / dense, 4),
-                "noise": round(1 - milliseconds["dense again"] / dense, 4),
-                "layers": len(layers),
-                "layers_sparse": sum("sparse product" in row.note for row in layers),
-            }
-        )
-    return rows
+    rows = steps_beside_dense(*MODELS[name](), patterns, METHOD, backends, rounds)
+    return [{"model": name, **row} for row in rows]
 
 
 def show(row: dict[str, Any]) -> None:

@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from command_line import Command
 from hypothesis import settings
+
+from sdgp import cli
 
 settings.register_profile("sdgp", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("sdgp")
@@ -26,3 +31,22 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Command]:
+    """Runs `sdgp ...` in this process, in an empty folder, and leaves the process as it was."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        try:
+            status = cli.main(arguments)
+        except SystemExit as exit:
+            status = int(exit.code or 0)
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    yield run
+    torch.set_num_threads(threads)

@@ -137,7 +137,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else() -> None:
     }
     libraries = {"sdgp/lib/libsdgp.so", f"sdgp/_C{sysconfig.get_config_var('EXT_SUFFIX')}"}
     libraries |= {"sdgp/lib/libsdgp_cuda.so"} if CUDA_LIBRARY.exists() else set()
-    metadata = {"METADATA", "RECORD", "WHEEL", "licenses/LICENSE"}
+    metadata = {"METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE"}
     info = {f"sdgp-{sdgp.__version__}.dist-info/{name}" for name in metadata}
     sources = {name for name in python | {"sdgp/py.typed"} if "__pycache__" not in name}
     assert {str(file) for file in held} == sources | headers | cmake | libraries | info

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import re
+import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -87,7 +88,16 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-C = _load()
+try:
+    C = _load()
+except (Exception, KeyboardInterrupt) as broken:
+    # Importing any part of a package imports the package first. So that `sdgp doctor` runs where that fails, and no
+    # command ends in a traceback, the command line takes over from here, in its own process alone.
+    from . import cli
+
+    if not cli.is_this_process():
+        raise
+    sys.exit(cli.main(broken=broken))
 version: str = C.version
 
 #: For CMake: ``-DCMAKE_PREFIX_PATH=$(python -c "import sdgp; print(sdgp.cmake_prefix_path)")``.

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where and with what a result was measured: what benchmarks and examples store beside their numbers. Not API."""
+"""Where and with what a result was measured: what stands beside the numbers of benchmarks, examples and the command
+line. Not API."""
 
 from __future__ import annotations
 
@@ -16,14 +17,18 @@ from ._load import C, version
 def machine(repository: Path, *measured: str) -> dict[str, str | int]:
     """CPU, threads, versions and commit; the commit is marked where one of the ``measured`` paths differs from it."""
     commit = _git(repository, "rev-parse", "--short", "HEAD") or "unknown"
+    return environment() | {"commit": commit + ("-dirty" if changes(repository, *measured) else "")}
+
+
+def environment() -> dict[str, str | int]:
+    """CPU, threads, versions and date."""
     return {
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "isa": C.isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "sdgp": version,
         "python": platform.python_version(),
-        "commit": commit + ("-dirty" if changes(repository, *measured) else ""),
         "date": date.today().isoformat(),
     }
 
@@ -41,12 +46,18 @@ def _git(repository: Path, *arguments: str) -> str:
         return ""
 
 
-def _cpu() -> str:
+def cpu_fields() -> dict[str, str]:
+    """What Linux tells of the first CPU; empty elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return platform.processor()
-    fields = {
-        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines[: lines.index("")])
-    }
-    return f"{fields.get('model name', '?')} (family {fields.get('cpu family')}, model {fields.get('model')})"
+        return {}
+    first = lines[: lines.index("")] if "" in lines else lines
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first)}
+
+
+def cpu_name() -> str:
+    fields = cpu_fields()
+    if "model name" not in fields:  # as on aarch64
+        return platform.processor() or platform.machine()
+    return f"{fields['model name']} (family {fields.get('cpu family')}, model {fields.get('model')})"

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How benchmarks and ``sdgp bench`` measure: all candidates in turn, round after round, in one process; medians. Not
+API."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .backends import synchronize
+from .convert import convert, report
+
+
+def interleaved(
+    candidates: Mapping[str, Callable[[], Any]], rounds: int = 15, device: torch.device | None = None
+) -> dict[str, float]:
+    """Median seconds of each candidate; each gets its turn in every round, so that a slow moment hits all alike.
+
+    An untimed call comes right before the timed one: each finds caches and allocator as it leaves them itself, whatever
+    ran before.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for _ in range(rounds):
+        for name, call in candidates.items():
+            call()
+            times[name].append(seconds(call, device))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def seconds(call: Callable[[], Any], device: torch.device | None = None) -> float:
+    """Of one call, by the clock on the wall; with what it asked of ``device``."""
+    if device is not None:
+        synchronize(device)
+    start = time.perf_counter()
+    call()
+    if device is not None:
+        synchronize(device)
+    return time.perf_counter() - start
+
+
+def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], None]:
+    """Forward, backward and SGD with momentum; the model's output is (..., classes), ``target`` (...)."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        output = model(input)
+        torch.autograd.backward(F.cross_entropy(output.flatten(0, -2), target.flatten()))
+        optimizer.step()
+
+    return step
+
+
+def steps_beside_dense(
+    model: nn.Module,
+    input: Tensor,
+    target: Tensor,
+    patterns: Sequence[str],
+    method: str,
+    backends: Sequence[str],
+    rounds: int,
+) -> list[dict[str, Any]]:
+    """Training steps of the dense model beside converted copies of it: a row per pattern and backend.
+
+    ``noise`` is what a second copy of the dense model seems to save.
+    """
+    converted = {
+        (pattern, backend): convert(copy.deepcopy(model), pattern, method, backend=backend)
+        for pattern in patterns
+        for backend in backends
+    }
+    candidates = {"dense": training_step(model, input, target)}
+    for (pattern, backend), twin in converted.items():
+        candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
+    candidates["dense again"] = training_step(copy.deepcopy(model), input, target)
+    times = interleaved(candidates, rounds, input.device)
+    milliseconds = {candidate: 1e3 * elapsed for candidate, elapsed in times.items()}
+    dense = milliseconds["dense"]
+    rows = []
+    for (pattern, backend), twin in converted.items():
+        layers = [row for row in report(twin) if row.pattern]
+        rows.append(
+            {
+                "pattern": pattern,
+                "method": method,
+                "backend": backend,
+                "dense_ms": round(dense, 2),
+                "converted_ms": round(milliseconds[f"{pattern} {backend}"], 2),
+                "saved": round(1 - milliseconds[f"{pattern} {backend}"] / dense, 4),
+                "noise": round(1 - milliseconds["dense again"] / dense, 4),
+                "layers": len(layers),
+                "layers_sparse": sum("sparse product" in row.note for row in layers),
+            }
+        )
+    return rows

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``sdgp bench``: a report on this machine, and its picture."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+
+from .._machine import environment
+from ..convert import format_table
+from ..pattern import METHODS
+from . import CommandError, Report, measurements, to_json
+from .measurements import METHOD, SECONDS, Row
+from .options import begin, parse_dtype
+from .plot import draw
+from .progress import progress
+
+_PICTURES = (".pdf", ".png", ".svg")
+
+
+def run(args: argparse.Namespace) -> Report:
+    device = begin(args.device, args.threads)
+    dtype = parse_dtype(None, device)
+    _check(args.out)
+    tasks = list(measurements.tasks(measurements.QUICK if args.quick else measurements.FULL, device, dtype))
+    rows: dict[str, list[Row]] = {subject: [] for subject in SECONDS}
+    with progress(len(tasks)) as begin_task:
+        for subject, name, measure_rows in tasks:
+            begin_task(name)
+            rows[subject] += measure_rows()
+    report: Report = {
+        "machine": environment(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "dtype": str(dtype).removeprefix("torch."),
+        "quick": args.quick,
+        **rows,
+    }
+    return report | _write(report, args.out)
+
+
+def show(report: Report) -> str:
+    lines = [
+        *_heading(report),
+        "",
+        "prune_nm: time in clone()s of the same tensor",
+        *format_table(("tensor", "pattern", "clone ms", *METHODS), map(_pruning_cells, report["prune_nm"])),
+        "",
+        f"data gradient, {METHOD}: the sparse product, pruning included, beside the dense one",
+        *format_table(
+            ("layer", "pattern", "dense ms", "sparse ms", "times as fast"), map(_product_cells, report["data_gradient"])
+        ),
+        "",
+        f'training step (forward, backward, SGD), {METHOD}, backend="auto", beside the dense model',
+        *format_table(
+            ("model", "pattern", "dense ms", "auto ms", "saved", "dense again: noise", "sparse layers"),
+            map(_step_cells, report["train_step"]),
+        ),
+    ]
+    if report.get("files"):
+        lines += ["", f"Written: {', '.join(report['files'])}"]
+    if "plot" in report and report["plot"] is None:
+        lines += ["", "No plot: it needs matplotlib (pip install 'sdgp[plot]')"]
+    return "\n".join(lines)
+
+
+def _pruning_cells(row: Row) -> tuple[str, ...]:
+    times = (f"{row['times_clone'][method]:.2f}" for method in METHODS)
+    return row["tensor"], row["pattern"], f"{row['clone_ms']:.2f}", *times
+
+
+def _product_cells(row: Row) -> tuple[str, ...]:
+    if row["obstacle"] is not None:
+        return row["layer"], row["pattern"], "", "", f"none: needs {row['obstacle']}"
+    numbers = f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['times_dense']:.2f}"
+    return row["layer"], row["pattern"], *numbers
+
+
+def _step_cells(row: Row) -> tuple[str, ...]:
+    times = f"{row['dense_ms']:.1f}", f"{row['converted_ms']:.1f}", f"{row['saved']:+.1%}", f"{row['noise']:+.1%}"
+    return row["model"], row["pattern"], *times, f"{row['layers_sparse']} of {row['layers']}"
+
+
+def _heading(report: Report) -> list[str]:
+    machine = report["machine"]
+    where = machine["cpu"] if report["device"] == "cpu" else report["device"]
+    return [
+        f"sdgp {machine['sdgp']} on {where}, {report['dtype']}{', quick: few rounds' if report['quick'] else ''}",
+        f"{machine['isa']} kernels, threads: {machine['threads']}, torch {machine['torch']}, {machine['date']}",
+    ]
+
+
+# What is written: a picture, or a folder with picture, text and JSON.
+
+
+def _is_picture(out: Path) -> bool:
+    return out.suffix.lower() in _PICTURES and not out.is_dir()
+
+
+def _check(out: Path) -> None:
+    """Before minutes of measuring: whether it can be written."""
+    if out.suffix and not out.is_dir() and not _is_picture(out):
+        raise CommandError(f"expected --out to be a folder or a {', '.join(_PICTURES)} file, got {str(out)!r}")
+    folder = out.parent if _is_picture(out) else out
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CommandError(f"expected --out to be in a folder that can be made, got {error}") from error
+    if not os.access(folder, os.W_OK):
+        raise CommandError(f"expected --out to be in a folder that can be written, got {str(folder)!r}")
+
+
+def _write(report: Report, out: Path) -> Report:
+    """What was written: the plot, where matplotlib is, and all files."""
+    picture = out if _is_picture(out) else out / "sdgp-bench.png"
+    has_matplotlib = importlib.util.find_spec("matplotlib") is not None
+    if has_matplotlib:
+        draw(report, "\n".join(_heading(report)), picture)
+    files = [picture] if has_matplotlib else []
+    if not _is_picture(out):
+        text, data = (picture.with_suffix(suffix) for suffix in (".txt", ".json"))
+        text.write_text(show(report) + "\n")
+        data.write_text(to_json(report) + "\n")
+        files += [text, data]
+    return {"plot": str(picture) if has_matplotlib else None, "files": [str(file) for file in files]}

@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``sdgp doctor``: what is installed, loaded and usable. Where ``import sdgp`` has failed, it asks only what stands
+without: hence the imports inside of functions."""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.machinery
+import importlib.util
+import os
+import platform
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from . import Report, installed_version
+
+_PACKAGE = Path(__file__).parents[1]
+
+# Of a CPU: those that the kernels here, or the dense products that they are measured beside, have code for.
+_INSTRUCTIONS = (
+    *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16"),
+    *("asimd", "sve"),
+)
+
+
+def run(args: argparse.Namespace) -> Report:
+    torch = _torch()
+    report: Report = {
+        "ok": args.broken is None,
+        "error": None if args.broken is None else str(args.broken) or type(args.broken).__name__,
+        "versions": _versions(torch),
+        "paths": _paths(torch),
+        "libraries": _libraries(torch),
+    }
+    if args.broken is None:
+        from . import selftest
+
+        report |= {"cpu": _cpu(), "gpus": _gpus(), "no_gpu": _why_no_gpu(), "tests": selftest.run()}
+        report["ok"] = all(row["state"] != "failed" for row in report["tests"])
+    return report
+
+
+def show(report: Report) -> str:
+    lines = _lines({key: _with_path(value, report["paths"].get(key)) for key, value in report["versions"].items()})
+    lines += ["", "Libraries", *(f"  {row['file']}: {row['state']}" for row in report["libraries"])]
+    if report["error"] is not None:
+        return "\n".join([*lines, "", f"import sdgp fails: {report['error']}"])
+    lines += ["", "CPU", *_lines(_show_cpu(report["cpu"]), indent="  ")]
+    gpus = {row["device"]: _show_gpu(row) for row in report["gpus"]}
+    lines += ["", "GPU", *_lines(gpus or {"none": report["no_gpu"]}, indent="  ")]
+    lines += ["", "Self-tests, each op beside sdgp.reference"]
+    lines += [f"  {row['op']:<16}{row['device']:<8}{row['state']}: {row['note']}" for row in report["tests"]]
+    failed = sum(row["state"] == "failed" for row in report["tests"])
+    return "\n".join(
+        [*lines, "", f"{failed} of {len(report['tests'])} self-tests failed" if failed else "All is well."]
+    )
+
+
+def _lines(values: dict[str, Any], indent: str = "") -> list[str]:
+    return [f"{indent}{key.replace('_', ' '):<16}{value}" for key, value in values.items()]
+
+
+def _with_path(version: str | None, path: str | None) -> str:
+    return f"{version}, {path}" if version and path else version or "none"
+
+
+def _show_cpu(cpu: dict[str, Any]) -> dict[str, str]:
+    return {
+        "model": cpu["model"],
+        "instructions": " ".join(cpu["instructions"]) or "none of those that matter here",
+        "kernels": cpu["kernels"] + (", forced by SDGP_FORCE_ISA" if cpu["forced"] else ""),
+        "threads": f"{cpu['threads']} on {cpu['usable_cpus']} usable CPUs",
+    }
+
+
+def _show_gpu(row: dict[str, Any]) -> str:
+    usable = ", ".join(name for name, missing in row["sparse_products"].items() if missing is None)
+    needs = "".join(f"; {name} needs {missing}" for name, missing in row["sparse_products"].items() if missing)
+    head = f"{row['name']}, compute capability {row['capability']}, {row['memory_gib']} GiB"
+    return f"{head}; 2:4 sparse products in {usable or 'no dtype'}{needs}"
+
+
+def _torch() -> Any:
+    try:
+        import torch
+    except Exception as error:  # a broken torch raises what it likes
+        return error
+    return torch
+
+
+def _cuda_of(torch: Any) -> str | None:
+    version: str | None = getattr(getattr(torch, "version", None), "cuda", None)
+    return version
+
+
+def _versions(torch: Any) -> dict[str, str | None]:
+    return {
+        "sdgp": installed_version(),
+        "torch": f"does not import: {torch}" if isinstance(torch, Exception) else torch.__version__,
+        "torch_cuda": _cuda_of(torch),
+        "nvidia_driver": _driver(),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+    }
+
+
+def _paths(torch: Any) -> dict[str, str]:
+    paths = {"sdgp": str(_PACKAGE), "python": sys.executable}
+    return paths if isinstance(torch, Exception) else paths | {"torch": str(Path(torch.__file__).parent)}
+
+
+def _driver() -> str | None:
+    """Its version, where Linux tells it, and the newest CUDA that it runs."""
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return None
+    cuda = f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
+    try:
+        found = re.search(r"\d{3,}\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        found = None
+    return f"{found[0]}, {cuda}" if found else cuda
+
+
+def _libraries(torch: Any) -> list[dict[str, str]]:
+    spec = importlib.util.find_spec("sdgp._C")  # an editable installation has it in another folder than the sources
+    folder = Path(spec.origin).parent if spec is not None and spec.origin else _PACKAGE
+    names = (f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}", "lib/libsdgp.so", "lib/libsdgp_cuda.so")
+    return [{"file": str(folder / name), "state": _state(folder / name, torch)} for name in names]
+
+
+def _state(library: Path, torch: Any) -> str:
+    """Whether this process has it mapped; why not, where that is known."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    if any(line.endswith(f" {library.resolve()}") for line in maps):
+        return "loaded"
+    of_cuda = library.name == "libsdgp_cuda.so"
+    if library.exists():
+        return "not loaded: torch is built without CUDA" if of_cuda and _cuda_of(torch) is None else "not loaded"
+    if of_cuda:
+        return "not there, as in a build without CUDA (SDGP_CUDA)"
+    others = ", ".join(sorted(path.name for path in library.parent.glob("_C.*.so")))
+    return f"missing; for another Python or platform there is {others}" if others else "missing"
+
+
+def _cpu() -> dict[str, Any]:
+    import torch
+
+    from .._load import C
+    from .._machine import cpu_fields, cpu_name
+
+    fields = cpu_fields()
+    flags = (fields.get("flags") or fields.get("Features") or "").split()
+    return {
+        "model": cpu_name(),
+        "instructions": [name for name in _INSTRUCTIONS if name in flags],
+        "kernels": C.isa(),
+        "forced": bool(os.environ.get("SDGP_FORCE_ISA")),
+        "threads": torch.get_num_threads(),
+        "usable_cpus": len(os.sched_getaffinity(0)),
+    }
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    return [_gpu(index) for index in range(torch.cuda.device_count())]
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    import torch
+
+    from ..pattern import Pattern
+    from ..semi_structured import obstacle
+
+    properties = torch.cuda.get_device_properties(index)
+    device = torch.device("cuda", index)
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    return {
+        "device": str(device),
+        "name": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "memory_gib": round(properties.total_memory / 2**30, 1),
+        # By dtype: what stands in the way, or None.
+        "sparse_products": {
+            str(dtype).removeprefix("torch."): obstacle(device, dtype, Pattern(2, 4)) for dtype in dtypes
+        },
+    }
+
+
+def _why_no_gpu() -> str | None:
+    import torch
+
+    init: Any = torch.cuda.init
+    try:
+        init()
+    except (AssertionError, RuntimeError) as error:
+        return str(error).splitlines()[0]
+    return None if torch.cuda.device_count() else "no device is visible"

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""From the name that ``sdgp profile`` is given to a model: torchvision's, timm's, or the caller's own. Nothing is
+downloaded, and no code runs but these libraries' and what the caller names."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from . import CommandError
+
+_Make = Callable[[str], Any]
+
+
+def build(name: str) -> tuple[nn.Module, Any]:
+    """The model, and the batch that its own code gave with it, else None."""
+    source, colon, rest = name.partition(":")
+    if colon and source not in _ZOOS:
+        return _call(name, _find(_import(source), source, rest))
+    zoos, model = ([source], rest) if colon else (list(_ZOOS), name)
+    return _call(name, partial(_find_in_zoos(zoos, model), model))
+
+
+def describe_error(error: BaseException) -> str:
+    """Its type, first line and place, for code that is not sdgp's."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    first = next(iter(str(error).splitlines()), "")
+    return f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno})"
+
+
+def _call(name: str, make: Callable[[], Any]) -> tuple[nn.Module, Any]:
+    try:
+        made = make()
+    except (Exception, SystemExit) as error:
+        raise CommandError(f"expected {name} to return a model, got {describe_error(error)}") from error
+    model, batch = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise CommandError(f"expected {name} to return an nn.Module or (nn.Module, batch), got {type(made).__name__}")
+    return model, batch
+
+
+# Of the caller.
+
+
+def _import(source: str) -> ModuleType:
+    is_file = source.endswith(".py")
+    if is_file and not Path(source).is_file():
+        raise CommandError(f"expected a file, got {source!r}, which is none")
+    sys.path.insert(0, str(Path(source).resolve().parent if is_file else Path.cwd()))  # as `python` itself does
+    try:
+        return _import_file(Path(source)) if is_file else importlib.import_module(source)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name in (source, source.partition(".")[0]):
+            raise CommandError(
+                f"expected torchvision, timm, a module or a file before the colon, got {source!r}"
+            ) from error
+        raise CommandError(f"expected {source} to import, got {describe_error(error)}") from error
+
+
+def _import_file(path: Path) -> ModuleType:
+    name = f"_profiled_{path.stem}"  # not the stem alone: it may be that of a library
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no loader for {path}")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _find(module: ModuleType, source: str, name: str) -> Callable[[], Any]:
+    try:
+        found = operator.attrgetter(name)(module)
+    except AttributeError as error:
+        known = [key for key, value in vars(module).items() if callable(value)]
+        raise CommandError(f"expected a function or class of {source}, got {name!r}{_suggest(name, known)}") from error
+    if isinstance(found, nn.Module):
+        return lambda: found
+    if not callable(found):
+        raise CommandError(f"expected a function or class of {source}, got {name!r}, a {type(found).__name__}")
+    make: Callable[[], Any] = found
+    return make
+
+
+# Of the libraries.
+
+
+def _find_in_zoos(zoos: Collection[str], name: str) -> _Make:
+    installed = [zoo for zoo in zoos if importlib.util.find_spec(zoo) is not None]
+    if not installed:
+        raise CommandError(f"expected {' or '.join(zoos)} to be installed for a model's name, got none: pip install it")
+    known: list[str] = []
+    for zoo in installed:
+        names, make = _ZOOS[zoo]()
+        if name.partition(".")[0] in names:  # timm's names may end in a tag of weights
+            return make
+        known += names
+    raise CommandError(
+        f"expected a model that {' or '.join(installed)} knows, or path/to/file.py:function, "
+        f"got {name!r}{_suggest(name, known)}"
+    )
+
+
+def _torchvision() -> tuple[list[str], _Make]:
+    from torchvision import models
+
+    def make(name: str) -> Any:
+        builder = models.get_model_builder(name)
+        # Without this, detection and segmentation download the weights of their backbones.
+        weights = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+        return builder(**weights)
+
+    return models.list_models(), make
+
+
+def _timm() -> tuple[list[str], _Make]:
+    import timm
+
+    return timm.list_models(), lambda name: timm.create_model(name, pretrained=False)
+
+
+_ZOOS: dict[str, Callable[[], tuple[list[str], _Make]]] = {"torchvision": _torchvision, "timm": _timm}
+
+
+def _suggest(name: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(dict.fromkeys(known)))
+    return f"; did you mean {', '.join(close)}?" if close else ""

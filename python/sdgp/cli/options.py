@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What ``sdgp bench`` and ``sdgp profile`` make of the options that they share."""
+
+from __future__ import annotations
+
+import torch
+
+from . import CommandError
+
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+
+
+def begin(device: str | None, threads: int | None) -> torch.device:
+    """Sets threads and seed; the device, checked."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    if device is None:
+        return torch.device(found)
+    try:
+        torch.empty(1, device=device).item()  # torch knows of more devices than it reaches, and of some without values
+        return torch.device(device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise CommandError(f"expected a device that works here, such as {found}, got {device!r}: {reason}") from error
+
+
+def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """By default what the device has a sparse product for."""
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in _DTYPES:
+        raise CommandError(f"expected --dtype to be one of {', '.join(_DTYPES)}, got {name!r}")
+    return _DTYPES[name]

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""``sdgp profile``: what converting a model would save here, layer by layer and for the whole step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import convert, profile, report
+from .._machine import environment
+from ..profile import LayerProfile, Profile
+from . import CommandError, Report
+from .models import build, describe_error
+from .options import begin, parse_dtype
+
+
+def run(args: argparse.Namespace) -> Report:
+    device = begin(args.device, args.threads)
+    dtype = parse_dtype(args.dtype, device)
+    model, given = build(args.model)
+    batch = _to(_batch(args, model) if given is None else _given(args, given), args.channels_last, device, dtype)
+    model = model.to(device, dtype)
+    if args.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    what = _describe(batch)
+    result = _profile(args, model, batch, what)
+    return {
+        "model": args.model,
+        "input": what,
+        "device": str(device),
+        "pattern": args.pattern,
+        "method": args.method,
+        "backend": args.backend,
+        "rounds": args.rounds,
+        "dense_ms": result.dense_ms,
+        "converted_ms": result.step_ms,
+        "saved": 1 - result.step_ms / result.dense_ms,
+        "layers": [row._asdict() for row in result],
+        "left_dense": [{"layer": row.layer, "note": row.note} for row in report(model) if not row.pattern],
+        "machine": environment(),
+    }
+
+
+def show(report: Report) -> str:
+    table = Profile(LayerProfile(**row) for row in report["layers"])
+    table.dense_ms, table.step_ms = report["dense_ms"], report["converted_ms"]
+    machine = report["machine"]
+    head = f"{report['model']}, {report['input']}, {report['device']}; {report['method']} {report['pattern']}"
+    reasons = Counter(row["note"] for row in report["left_dense"])
+    return "\n".join(
+        [
+            f"{head}, backend {report['backend']}; forward and backward, medians of {report['rounds']} rounds",
+            f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}, sdgp {machine['sdgp']}",
+            "",
+            str(table),
+            *(f"{count} left {reason}" for reason, count in reasons.items()),
+        ]
+    )
+
+
+def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
+    try:
+        convert(model, args.pattern, args.method, backend=args.backend)
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its table, which show() does
+            return profile(model, batch, rounds=args.rounds)
+    except Exception as error:
+        op, _, message = str(error).partition(": ")
+        if isinstance(error, ValueError) and op in ("convert", "pattern", "profile"):
+            raise CommandError(message) from error
+        raise CommandError(
+            f"expected the model to run forward and backward on {what} "
+            f"(--batch, --image, --tokens, --input), got {describe_error(error)}"
+        ) from error
+
+
+def _given(args: argparse.Namespace, batch: Any) -> Any:
+    options = [f"--{name}" for name in ("batch", "image", "tokens", "input") if getattr(args, name) is not None]
+    if options:
+        raise CommandError(f"expected the batch that {args.model} returns to be all, got {', '.join(options)} too")
+    return batch
+
+
+def _batch(args: argparse.Namespace, model: nn.Module) -> Tensor:
+    if args.input is not None and args.batch is not None:
+        raise CommandError(f"expected --input to name the whole shape, got --batch {args.batch} too")
+    samples = args.batch or 8
+    if args.tokens is not None:
+        tables = [module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)]
+        if not tables:
+            raise CommandError("expected a model with an nn.Embedding for --tokens, got one without")
+        return torch.randint(max(tables), (samples, args.tokens))
+    if args.input is not None:
+        return torch.randn(args.input)
+    channels, *size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))  # timm's
+    return torch.randn(samples, channels, *([args.image] * 2 if args.image else size))
+
+
+def _to(batch: Any, channels_last: bool, device: torch.device, dtype: torch.dtype) -> Any:
+    """The tensors of a batch, however nested."""
+    if isinstance(batch, Mapping):
+        return {key: _to(value, channels_last, device, dtype) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        return [_to(value, channels_last, device, dtype) for value in batch]
+    if not isinstance(batch, Tensor):
+        return batch
+    batch = batch.to(device, dtype if batch.is_floating_point() else batch.dtype)
+    return batch.contiguous(memory_format=torch.channels_last) if channels_last and batch.ndim == 4 else batch
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"{'x'.join(map(str, batch.shape))} {str(batch.dtype).removeprefix('torch.')}"
+    if isinstance(batch, Mapping):
+        return ", ".join(f"{key} {_describe(value)}" for key, value in batch.items())
+    return ", ".join(map(_describe, batch)) if isinstance(batch, list) else repr(batch)
