@@ -14,7 +14,7 @@ BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test bench clean
+.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
 all: test
 
 # One wheel is built and repaired, and both environments install that file.
@@ -67,6 +67,10 @@ wheel: python-test second-test
 
 sdist: $(VENV)/ready
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
+
+# The documentation site, in build/site.
+docs: $(VENV)/ready
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/installed
 	for subject in $(BENCHMARKS); do $(BIN)/python benchmarks/$$subject.py $(BENCH_ARGS) || exit; done

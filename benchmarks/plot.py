@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Draws what gpu.py stored: one picture beside the JSON.
+"""Draws what the benchmarks stored, one picture beside the JSON; the documentation draws the same at each build.
 
 python benchmarks/plot.py benchmarks/results/NAME.json
 """
@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-Rows = list[dict[str, Any]]
+Rows: TypeAlias = list[dict[str, Any]]
+Results: TypeAlias = dict[str, dict[str, Any]]
 
 
 def plot_prune_nm(axes: Axes, rows: Rows) -> None:
@@ -54,12 +54,101 @@ def plot_train_step(axes: Axes, rows: Rows) -> None:
     axes.set(title="training step, mvue 2:4", ylabel="% of the dense step saved")
 
 
-PLOTS = {
+def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
+    """The methods at density 1/2; dashed: along the channels of NCHW."""
+    methods = ("magnitude", "rescale", "rescale_group", "random", "mvue")
+    for tensor, style in (("(rows, C)", "-"), ("NCHW", "--")):
+        chosen = [
+            row
+            for row in rows
+            if (row["tensor"], row["dtype"], row["mib"]) == (tensor, "float32", 16) and _density(row) == 0.5
+        ]
+        for color, method in enumerate(methods):
+            times = [row["times_clone"][method] for row in chosen]
+            label = method if style == "-" else f"{method}, channels of NCHW"
+            axes.plot([row["pattern"] for row in chosen], times, style, marker="o", color=f"C{color}", label=label)
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(title="prune_nm of 16 MiB of float32, half kept", ylabel="time, in clones", ylim=(0, None))
+
+
+def plot_cpu_product(axes: Axes, rows: Rows) -> None:
+    """A dot for each pattern; a line through the medians of the patterns of one density."""
+    densities = sorted({_density(row) for row in rows}, reverse=True)
+    for color, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
+        found = {
+            d: [r["times_dense"]["mvue"] for r in rows if r["shape"] == shape and _density(r) == d] for d in densities
+        }
+        for place, times in enumerate(found.values()):
+            axes.plot([place] * len(times), times, ".", color=f"C{color}")
+        axes.plot(
+            range(len(densities)),
+            [statistics.median(times) for times in found.values()],
+            color=f"C{color}",
+            label=shape,
+        )
+    axes.plot(range(len(densities)), [1 / d for d in densities], ":", color="grey", label="multiply-adds saved")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(densities)), [f"1/{1 / d:g}" for d in densities])
+    axes.set(title="data gradient, mvue", xlabel="density n/m", ylabel="times as fast as dense", ylim=(0, None))
+
+
+def plot_cpu_train_step(axes: Axes, rows: Rows) -> None:
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    bars = list(dict.fromkeys((row["pattern"], row["backend"]) for row in rows))
+    width = 0.8 / len(bars)
+    for place, (pattern, backend) in enumerate(bars):
+        saved = {
+            row["model"]: 100 * row["saved"] for row in rows if (row["pattern"], row["backend"]) == (pattern, backend)
+        }
+        left = [models.index(model) + (place - (len(bars) - 1) / 2) * width for model in saved]
+        axes.bar(left, list(saved.values()), width, label=f"{pattern}, {backend}")
+    noise = [max(abs(100 * row["noise"]) for row in rows if row["model"] == model) for model in models]
+    axes.errorbar(
+        range(len(models)), [0] * len(models), noise, fmt="none", color="black", capsize=4, label="noise: dense again"
+    )
+    axes.set_xticks(range(len(models)), models)
+    axes.axhline(0, color="grey", linewidth=0.8)
+    axes.set(title="training step, mvue", ylabel="% of the dense step saved")
+
+
+def _density(row: dict[str, Any]) -> float:
+    n, m = map(int, row["pattern"].split(":"))
+    return n / m
+
+
+GPU_PLOTS = {
     "prune_nm": plot_prune_nm,
     "pack": plot_pack,
     "data_gradient": plot_data_gradient,
     "train_step": plot_train_step,
 }
+CPU_PLOTS = {
+    "prune_nm": plot_cpu_prune_nm,
+    "spmm_nm": plot_cpu_product,
+    "conv2d": plot_cpu_product,
+    "train_step": plot_cpu_train_step,
+}
+
+
+def plots_of(results: Results) -> dict[str, Callable[[Axes, Rows], None]]:
+    """What draws each subject that a file of results holds."""
+    return {
+        subject: plots[subject]
+        for subject, result in results.items()
+        if subject in (plots := GPU_PLOTS if result["machine"].get("gpu") else CPU_PLOTS)
+    }
+
+
+def draw(results: Results, subjects: Sequence[str]) -> Figure:
+    """A picture of some subjects, side by side."""
+    figure = Figure(figsize=(7 * len(subjects), 6), layout="constrained")
+    axes = figure.subplots(1, len(subjects), squeeze=False)
+    for place, subject in zip(axes[0], subjects, strict=True):
+        plots_of(results)[subject](place, results[subject]["rows"])
+        place.legend(fontsize=8, handlelength=4)
+    machine = results[subjects[0]]["machine"]
+    figure.suptitle(f"sdgp on {machine.get('gpu') or machine['cpu'] + ', ' + machine['isa']}")
+    return figure
 
 
 def main() -> None:
@@ -67,16 +156,13 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     args = parser.parse_args()
     results = json.loads(args.results.read_text())
-    subjects = {subject: results[subject] for subject in PLOTS if subject in results}
+    subjects = list(plots_of(results))
     if not subjects:
-        raise SystemExit(f"plot: expected results of gpu.py in {args.results}, got {', '.join(results) or 'none'}")
-    figure, axes = plt.subplots(1, len(subjects), figsize=(7 * len(subjects), 6), squeeze=False, layout="constrained")
-    for place, (subject, result) in zip(axes[0], subjects.items(), strict=True):
-        PLOTS[subject](place, result["rows"])
-        place.legend()
-    figure.suptitle(f"sdgp on {next(iter(subjects.values()))['machine'].get('gpu', 'a CPU')}")
+        raise SystemExit(
+            f"plot: expected a subject that can be drawn in {args.results}, got {', '.join(results) or 'none'}"
+        )
     path = args.results.with_suffix(".png")
-    figure.savefig(path, dpi=110)
+    draw(results, subjects).savefig(path, dpi=110)
     print(f"drawn in {path}")
 
 

@@ -29,16 +29,16 @@ def linear(
     method: str = "mvue",
     backend: str = "auto",
 ) -> Tensor:
-    r"""``torch.nn.functional.linear`` whose data gradient is taken from a pruned output gradient.
+    """``torch.nn.functional.linear`` whose data gradient is taken from a pruned output gradient.
 
-    .. math:: y = x W^T + b, \quad dx = \mathrm{prune}_{n:m}(dy)\, W, \quad dW = dy^T x, \quad db = \sum dy
+        y = x Wᵀ + b,  dx = prune_nm(dy, n, m) W,  dW = dyᵀ x,  db = Σ dy
 
     Args:
-        input: (..., in), any number of leading dimensions.
+        input: (..., in), any number of leading dimensions; float32, float64, float16 or bfloat16.
         weight: (out, in).
         bias: (out) or None.
-        pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`: groups of m output features.
-        method: see :func:`sdgp.prune_nm`.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``: groups of m output features.
+        method: see ``sdgp.prune_nm``.
         backend: ``"auto"``: the faster of the sparse product and the exact dense one, measured at the first backward of
             a shape, and exact where dense is. ``"pruned"``: always prunes, then takes the faster product.
             ``"sparse"``, ``"dense"``: prunes and forces that product.
@@ -50,7 +50,7 @@ def linear(
         ValueError: ``linear: requirement, got actual``.
         RuntimeError: at a second differentiation.
 
-    Example:
+    Examples:
         >>> x = torch.randn(8, 16, requires_grad=True)
         >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()
     """
@@ -63,7 +63,7 @@ def linear(
 
 
 def pruned_linear(input: Tensor, weight: Tensor, bias: _OptionalTensor, pruning: Pruning) -> tuple[Tensor, Key | None]:
-    """:func:`linear` for settings that are known to be good; and the key of its choice, None where there is none."""
+    """``linear`` for settings that are known to be good; and the key of its choice, None where there is none."""
     work = input.numel() * weight.shape[0]
     if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
         return F.linear(input, weight, bias), None
@@ -96,11 +96,11 @@ def conv2d(
     bias gradient are exact.
 
     Args:
-        input: (N, C, H, W) or (C, H, W).
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16.
         weight: (out, C / groups, kH, kW).
         bias: (out) or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding also ``"same"``, ``"valid"``.
-        pattern, method, backend: see :func:`sdgp.linear`.
+        pattern, method, backend: see ``sdgp.linear``.
 
     Returns:
         (N, out, H', W') or (out, H', W'), exactly what ``torch.nn.functional.conv2d`` returns.
@@ -109,7 +109,7 @@ def conv2d(
         ValueError: ``conv2d: requirement, got actual``.
         RuntimeError: at a second differentiation.
 
-    Example:
+    Examples:
         >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
         >>> sdgp.conv2d(x, torch.randn(16, 3, 3, 3), padding=1, pattern="2:4", backend="pruned").sum().backward()
     """
@@ -132,7 +132,7 @@ def pruned_conv2d(
     groups: int,
     pruning: Pruning,
 ) -> tuple[Tensor, Key | None]:
-    """:func:`conv2d` for settings that are known to be good; and the key of its choice, None where there is none."""
+    """``conv2d`` for settings that are known to be good; and the key of its choice, None where there is none."""
     work = input.numel() * weight.shape[0] // groups * weight.shape[2] * weight.shape[3]  # at stride 1
     if not _has_data_gradient(input) or backends.stays_exact(pruning, work):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups), None

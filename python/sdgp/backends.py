@@ -141,7 +141,7 @@ def found_exact(key: Key) -> bool:
 
 
 def choice_of(key: Key | None) -> Choice | None:
-    """What :func:`data_gradient` found for a key, or None."""
+    """What ``data_gradient`` found for a key, or None."""
     if key is None:
         return None
     choice = _choices.get(key)
@@ -151,12 +151,12 @@ def choice_of(key: Key | None) -> Choice | None:
 
 
 def choices() -> dict[str, tuple[bool, float, float]]:
-    """All that was measured in this process, as JSON can hold it: for :func:`remember`."""
+    """All that was measured in this process, as JSON can hold it: for ``remember``."""
     return {**_remembered, **{repr(key): choice for key, choice in _choices.items()}}
 
 
 def remember(measured: Mapping[str, Sequence[Any]]) -> None:
-    """Takes over what :func:`choices` returned in another process: a training run that goes on from a checkpoint then
+    """Takes over what ``choices`` returned in another process: a training run that goes on from a checkpoint then
     takes the same products, and so rounds alike, bit for bit."""
     for key, (sparse, dense_ms, sparse_ms) in measured.items():
         _remembered[key] = Choice(sparse, dense_ms, sparse_ms)

@@ -35,21 +35,22 @@ def convert(
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
     that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. Left dense, each with its reason
-    in :func:`report`: depthwise convolutions, layers with fewer than m output channels per group, subclasses that sdgp
+    in ``report``: depthwise convolutions, layers with fewer than m output channels per group, subclasses that sdgp
     does not know. Converting again replaces the settings.
 
     Args:
         model: any module, a single layer included.
-        pattern: ``"n:m"``, ``(n, m)`` or a :class:`sdgp.Pattern`.
-        method: see :func:`sdgp.prune_nm`; ``"mvue"`` is unbiased.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``.
+        method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased.
         filter: ``filter(module, name) -> bool``: False leaves that layer dense.
-        backend: see :func:`sdgp.linear`.
+        backend: see ``sdgp.linear``.
 
     Raises:
         ValueError: ``convert: requirement, got actual``; the model is unchanged.
 
-    Example:
-        >>> model = sdgp.convert(torchvision.models.resnet18(), "2:4", backend="pruned")
+    Examples:
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
+        >>> model = sdgp.convert(model, "2:4", backend="pruned", filter=lambda module, name: name != "2")
     """
     check_module("convert", model)
     pruning = Pruning.parse("convert", pattern, method, backend)
@@ -67,7 +68,15 @@ def convert(
 
 
 def revert(model: _Model) -> _Model:
-    """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``."""
+    """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``.
+
+    Raises:
+        ValueError: ``revert: requirement, got actual``; the model is unchanged.
+
+    Examples:
+        >>> type(sdgp.revert(sdgp.convert(torch.nn.Linear(64, 64)))).__module__
+        'torch.nn.modules.linear'
+    """
     check_module("revert", model)
     _check_classes("revert", model)
     for _, module in _layers(model):
@@ -81,9 +90,10 @@ def revert(model: _Model) -> _Model:
 def paused(model: nn.Module) -> Iterator[None]:
     """Within it, forwards of ``model`` record exact gradients: for warm-up steps, or the last epochs.
 
-    Example:
+    Examples:
+        >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
         >>> with sdgp.paused(model):
-        ...     loss = criterion(model(input), target)
+        ...     loss = model(torch.randn(8, 64)).square().mean()
         >>> loss.backward()  # exact
     """
     check_module("paused", model)
@@ -108,7 +118,7 @@ def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str
 
 
 class Row(NamedTuple):
-    """One layer in a :class:`Report`; ``pattern``, ``method`` and ``backend`` are empty where it is dense."""
+    """One layer in a ``Report``; ``pattern``, ``method`` and ``backend`` are empty where it is dense."""
 
     layer: str
     type: str
@@ -119,7 +129,7 @@ class Row(NamedTuple):
 
 
 class Report(list[Row]):
-    """The rows that :func:`report` found; prints as a table."""
+    """The rows that ``report`` found; prints as a table."""
 
     def __str__(self) -> str:
         return "\n".join(format_table(Row._fields, self))
@@ -130,8 +140,16 @@ class Report(list[Row]):
 def report(model: nn.Module) -> Report:
     """What became of each layer of ``model``: its settings, and what they lead to or why it is dense.
 
-    Example:
+    Raises:
+        ValueError: where ``model`` is no ``nn.Module``.
+
+    Examples:
+        >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)), backend="dense")
         >>> print(sdgp.report(model))
+        layer | type   | pattern | method | backend | note
+        ------|--------|---------|--------|---------|-----------------------------------------------------
+        0     | Linear | 2:4     | mvue   | dense   | pruned, dense product
+        1     | Linear |         |        |         | dense: 2 output channels per group, fewer than m = 4
     """
     check_module("report", model)
     rows = Report()

@@ -35,7 +35,11 @@ class PruningLayer(nn.Module):
     def from_dense(
         cls, dense: nn.Module, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
     ) -> Self:
-        """A pruning twin of the dense layer that shares its Parameters, buffers and hooks."""
+        """A pruning twin of the dense layer that shares its Parameters, buffers and hooks.
+
+        Raises:
+            ValueError: ``from_dense: requirement, got actual``; a subclass is another class.
+        """
         if type(dense) is not cls._dense:
             raise ValueError(f"from_dense: expected an nn.{cls._dense.__name__}, got {type(dense).__name__}")
         layer = _share(dense, cls)
@@ -69,7 +73,7 @@ class PruningLayer(nn.Module):
         return channels
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, as :mod:`sdgp.profile` measures it."""
+        """The data gradient of a call, as ``sdgp.profile`` measures it."""
         raise NotImplementedError
 
     def _is_exact(self, work: int) -> bool:
@@ -87,13 +91,16 @@ class PruningLayer(nn.Module):
 
 
 class Linear(PruningLayer, nn.Linear):
-    """``nn.Linear`` through :func:`sdgp.linear`.
+    """``nn.Linear`` through ``sdgp.linear``: (..., in) to (..., out), with the same Parameters and ``state_dict``.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        pattern, method, backend: see :func:`sdgp.linear`.
+        pattern, method, backend: see ``sdgp.linear``.
 
-    Example:
+    Raises:
+        ValueError: ``Linear: requirement, got actual``.
+
+    Examples:
         >>> layer = sdgp.Linear(16, 32, pattern="2:4", backend="pruned")
         >>> layer(torch.randn(8, 16)).shape
         torch.Size([8, 32])
@@ -129,13 +136,16 @@ class Linear(PruningLayer, nn.Linear):
 
 
 class Conv2d(PruningLayer, nn.Conv2d):
-    """``nn.Conv2d`` through :func:`sdgp.conv2d`.
+    """``nn.Conv2d`` through ``sdgp.conv2d``: (N, C, H, W) to (N, out, H', W'), with the same ``state_dict``.
 
     Args:
         in_channels, …, dtype: as in ``nn.Conv2d``, every padding mode included.
-        pattern, method, backend: see :func:`sdgp.linear`.
+        pattern, method, backend: see ``sdgp.linear``.
 
-    Example:
+    Raises:
+        ValueError: ``Conv2d: requirement, got actual``.
+
+    Examples:
         >>> layer = sdgp.Conv2d(3, 16, 3, padding=1, pattern="2:4", backend="pruned")
         >>> layer(torch.randn(2, 3, 8, 8)).shape
         torch.Size([2, 16, 8, 8])
@@ -241,7 +251,7 @@ def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
 
 
 def unprune_in_place(module: nn.Module) -> None:
-    """The inverse of :func:`prune_in_place`."""
+    """The inverse of ``prune_in_place``."""
     module.__class__ = DENSE_OF[type(module)]
     _drop_settings(module)
 

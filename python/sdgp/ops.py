@@ -16,24 +16,21 @@ from . import _load as _load  # registers the ops
 def prune_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    r"""Prunes ``input`` to N:M sparsity: at most ``n`` of every ``m`` consecutive values along ``dim`` stay.
+    """Prunes ``input`` to N:M sparsity: at most ``n`` of every ``m`` consecutive values along ``dim`` stay.
 
     Groups are consecutive by logical index, whatever the strides. Where the size is no multiple of ``m``, the last
     group is shorter and keeps ``min(n, its length)``. ``n == m`` is the identity.
 
-    =================  ===========================================================================================
-    ``method``         what is kept
-    =================  ===========================================================================================
-    ``magnitude``      the n largest \|x\|; ties: the lower index; NaN > inf > finite
-    ``random``         a uniformly random n-subset
-    ``rescale``        magnitude, times :math:`\sum|x| / \sum|kept|`: one factor per (sample, index along ``dim``), the
-                       sums over all other dimensions; for 2-D input one factor per row, summed along ``dim``
-    ``rescale_group``  magnitude, times the same ratio within the group
-    ``mvue``           unbiased: :math:`x_i` stays with probability :math:`\pi_i = \min(1, c|x_i|)`,
-                       :math:`\sum\pi = n`, as :math:`x_i / \pi_i`
-    =================  ===========================================================================================
+    What each ``method`` keeps:
 
-    Equivalent to (magnitude, ``dim=-1``, no tail)::
+    - ``magnitude``: the n largest |x|. Ties go to the lower index; NaN > inf > finite.
+    - ``random``: a uniformly random n-subset.
+    - ``rescale``: magnitude, times Σ|x| / Σ|kept|: one factor per (sample, index along ``dim``), the sums over all
+      other dimensions; for 2-D input one factor per row, summed along ``dim``.
+    - ``rescale_group``: magnitude, times the same ratio within the group.
+    - ``mvue``: unbiased: x_i stays with probability π_i = min(1, c·|x_i|), Σπ = n, as x_i / π_i.
+
+    Equivalent to (magnitude, ``dim=-1``, no tail):
 
         groups = input.unflatten(-1, (-1, m))
         kept = groups.abs().topk(n, dim=-1).indices
@@ -60,7 +57,7 @@ def prune_nm(
     Source: McDanel, Dinh, Magallanes, "Accelerating DNN Training with Structured Data Gradient Pruning", 2022
     (magnitude, rescale); Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", 2023 (mvue).
 
-    Example:
+    Examples:
         >>> sdgp.prune_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         tensor([ 3.,  0.,  0., -4.])
     """
@@ -71,28 +68,28 @@ def prune_nm(
 def compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    r"""Prunes ``input`` as :func:`prune_nm` does and keeps only what stays: n values and n indices per group.
+    """Prunes ``input`` as ``prune_nm`` does and keeps only what stays: n values and n indices per group.
 
     A group's values are in ascending order of their index within it. Where fewer than n stay, pruned places with the
     lowest indices fill up, with the value 0; what a shorter last group cannot fill is value 0 at index 0.
 
     Args:
-        input, n, m, dim, method, seed: see :func:`prune_nm`.
+        input, n, m, dim, method, seed: see ``prune_nm``.
 
     Returns:
         ``values``, of the input's dtype, and ``indices``, uint8: the input's shape, but for
-        :math:`\lceil size / m \rceil \cdot n` along ``dim``, which lies innermost in memory.
+        ceil(size / m) * n along ``dim``, which lies innermost in memory.
 
     Raises:
-        RuntimeError: ``compress_nm: requirement, got actual``. There is no gradient: see :func:`prune_nm`.
+        RuntimeError: ``compress_nm: requirement, got actual``. There is no gradient: see ``prune_nm``.
 
-    Equivalent to (magnitude, ``dim=-1``, no tail)::
+    Equivalent to (magnitude, ``dim=-1``, no tail):
 
         groups = input.unflatten(-1, (-1, m))
         indices = groups.abs().topk(n, dim=-1).indices.sort(dim=-1).values
         groups.gather(-1, indices).flatten(-2), indices.flatten(-2).to(torch.uint8)
 
-    Example:
+    Examples:
         >>> sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         (tensor([ 3., -4.]), tensor([0, 3], dtype=torch.uint8))
     """
@@ -101,10 +98,10 @@ def compress_nm(
 
 
 def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
-    """The dense tensor that :func:`compress_nm` came from, pruned: bit for bit ``prune_nm(input, ...)``.
+    """The dense tensor that ``compress_nm`` came from, pruned: bit for bit ``prune_nm(input, ...)``.
 
     Args:
-        values, indices: as :func:`compress_nm` returns them. Where a group names an index twice, the first counts.
+        values, indices: as ``compress_nm`` returns them. Where a group names an index twice, the first counts.
         m: the size of a group.
         size: of the result along ``dim``.
         dim: the dimension that groups run along.
@@ -115,7 +112,7 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
     Raises:
         RuntimeError: ``decompress_nm: requirement, got actual``.
 
-    Example:
+    Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         >>> sdgp.decompress_nm(values, indices, 4, 4)
         tensor([ 3.,  0.,  0., -4.])
@@ -131,7 +128,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     float32.
 
     Args:
-        values, indices: (..., size / m * n), as :func:`compress_nm` returns them for ``dim=-1``.
+        values, indices: (..., ceil(size / m) * n), as ``compress_nm`` returns them for ``dim=-1``.
         m: the size of a group.
         dense: (size, cols), of the values' dtype, any strides.
 
@@ -141,7 +138,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     Raises:
         RuntimeError: ``spmm_nm: requirement, got actual``.
 
-    Example:
+    Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), 2, 4)
         >>> sdgp.spmm_nm(values, indices, 4, torch.eye(4))
         tensor([[ 3.,  0.,  0., -4.]])
@@ -160,7 +157,7 @@ def linear_input_grad_nm(
     Args:
         grad_output: (..., out).
         weight: (out, in), any strides.
-        n, m, method, seed: see :func:`prune_nm`. Not ``rescale``, which wants all of the gradient first: prune by it,
+        n, m, method, seed: see ``prune_nm``. Not ``rescale``, which wants all of the gradient first: prune by it,
             then call this with ``magnitude``.
 
     Returns:
@@ -191,7 +188,7 @@ def conv2d_input_grad_nm(
     Args:
         grad_output: (N, out, H', W').
         weight: (out, in / groups, kH, kW), any strides.
-        n, m, method, seed: as in :func:`linear_input_grad_nm`. No group of m crosses two of the convolution: where its
+        n, m, method, seed: as in ``linear_input_grad_nm``. No group of m crosses two of the convolution: where its
             groups' channels are no multiple of m, what is pruned is (N * groups, out / groups, H', W').
         input_size: (H, W).
         stride, padding, dilation, groups: of the convolution.
@@ -220,7 +217,7 @@ def pack_24(
     Args:
         input: (rows, cols), float16 or bfloat16.
         n, m: n <= 2 and m a multiple of 4, or 1:2.
-        method, seed: see :func:`prune_nm`.
+        method, seed: see ``prune_nm``.
         layout: of the metadata: ``cusparselt_sm80``, ``cusparselt_sm90`` or ``cutlass_sm80``.
 
     Returns:

@@ -16,7 +16,7 @@ MAX_GROUP_SIZE: int = C.max_group_size
 class Pattern(NamedTuple):
     """At most ``n`` of every ``m`` consecutive values stay, ``1 <= n <= m <= 64``.
 
-    Example:
+    Examples:
         >>> sdgp.Pattern.parse("2:4")
         Pattern(n=2, m=4)
     """

@@ -30,7 +30,7 @@ class LayerProfile(NamedTuple):
 
 
 class Profile(list[LayerProfile]):
-    """The rows that :func:`profile` measured, and the whole step; prints as a table.
+    """The rows that ``profile`` measured, and the whole step; prints as a table.
 
     Attributes:
         dense_ms: forward and backward of the model with every layer paused.
@@ -75,21 +75,23 @@ def profile(
     a forward updates (BatchNorm's) and generators are too.
 
     Args:
-        model: a model that :func:`sdgp.convert` went over.
+        model: a model that ``sdgp.convert`` went over.
         batch: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
         loss: from the model's output to a scalar. Default: the output's ``loss`` where it has one, else the mean of the
             squares of its floating-point tensors.
         rounds: of measuring; the median counts.
 
     Returns:
-        A :class:`Profile`, a list of :class:`LayerProfile`; also printed.
+        A ``Profile``, a list of ``LayerProfile``; also printed.
 
     Raises:
         ValueError: ``profile: requirement, got actual``.
 
-    Example:
+    Examples:
         >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), "2:4")
-        >>> result = sdgp.profile(model, torch.randn(8, 64))  # doctest: +SKIP
+        >>> result = sdgp.profile(model, torch.randn(8, 64))  # doctest: +ELLIPSIS
+        layer | gradient | pattern | dense ms | sparse ms | share | backend
+        ...
     """
     check_module("profile", model)
     layers = {module: name or "(model)" for name, module in model.named_modules() if isinstance(module, PruningLayer)}

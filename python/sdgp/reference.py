@@ -18,7 +18,7 @@ _WORD = 0xFFFFFFFF
 def prune_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """:func:`sdgp.prune_nm`, as a composition of PyTorch's own operators."""
+    """``sdgp.prune_nm``, as a composition of PyTorch's own operators."""
     if n == m:
         return input.clone()
     scale, value = _scale_and_value(input, n, m, dim, method, seed)
@@ -30,7 +30,7 @@ def prune_nm(
 def prune_nm_scale(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """What :func:`prune_nm` multiplies each element by: 0 where it prunes."""
+    """What ``prune_nm`` multiplies each element by: 0 where it prunes."""
     if n == m:
         return torch.ones_like(input)
     return torch.empty_like(input).copy_(_scale_and_value(input, n, m, dim, method, seed)[0])
@@ -39,7 +39,7 @@ def prune_nm_scale(
 def compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """:func:`sdgp.compress_nm`: what of :func:`prune_nm` is not +0, else the lowest indices, else 0 at 0."""
+    """``sdgp.compress_nm``: what of ``prune_nm`` is not +0, else the lowest indices, else 0 at 0."""
     size = input.shape[dim]
     groups = _groups(prune_nm(input, n, m, dim, method, seed).movedim(dim, -1), m)
     real = torch.arange(groups.shape[-2] * m, device=input.device).view(-1, m) < size
@@ -53,7 +53,7 @@ def compress_nm(
 
 
 def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
-    """:func:`sdgp.decompress_nm`: the slots written back to front, so that of two with one index the first counts."""
+    """``sdgp.decompress_nm``: the slots written back to front, so that of two with one index the first counts."""
     count = (size + m - 1) // m
     shape = values.movedim(dim, -1).shape[:-1]
     if values.numel() == 0:
@@ -67,7 +67,7 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
 
 
 def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
-    """:func:`sdgp.spmm_nm`: the sum over slots of value x row of ``dense``; rows that no slot names do not matter."""
+    """``sdgp.spmm_nm``: the sum over slots of value x row of ``dense``; rows that no slot names do not matter."""
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     count = (dense.shape[0] + m - 1) // m
     if count == 0:
@@ -80,7 +80,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def linear_input_grad_nm(
     grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """:func:`sdgp.ops.linear_input_grad_nm`: prune, then multiply."""
+    """``sdgp.ops.linear_input_grad_nm``: prune, then multiply."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     pruned = prune_nm(grad_output, n, m, -1, method, seed)
     return (pruned.to(wide) @ weight.to(wide)).to(grad_output.dtype)
@@ -100,7 +100,7 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """:func:`sdgp.ops.conv2d_input_grad_nm`: prune, then PyTorch's transposed convolution."""
+    """``sdgp.ops.conv2d_input_grad_nm``: prune, then PyTorch's transposed convolution."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     samples, out = grad_output.shape[:2]
     by_group = grad_output

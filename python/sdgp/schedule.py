@@ -16,13 +16,13 @@ from .pattern import Pattern, PatternLike
 class Schedule:
     """Exact gradients first and last, and patterns in between, in the manner of a learning-rate scheduler.
 
-    The unit is whatever one call of :meth:`step` ends: an epoch, or a step of the optimizer. Which layers are
-    converted, by which method and with which backend stays as :func:`sdgp.convert` left it; while a pattern's m is
-    larger than a layer has output channels per group, that layer is exact. :func:`sdgp.paused` is independent of it: a
-    layer prunes where neither holds it back. :func:`sdgp.report` tells.
+    The unit is whatever one call of ``step`` ends: an epoch, or a step of the optimizer. Which layers are
+    converted, by which method and with which backend stays as ``sdgp.convert`` left it; while a pattern's m is
+    larger than a layer has output channels per group, that layer is exact. ``sdgp.paused`` is independent of it: a
+    layer prunes where neither holds it back. ``sdgp.report`` tells.
 
     Args:
-        model: a model that :func:`sdgp.convert` went over.
+        model: a model that ``sdgp.convert`` went over.
         total: how many units the training has; needed for ``dense_last`` and for shares.
         dense_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
             (rounded down).
@@ -35,7 +35,7 @@ class Schedule:
     Raises:
         ValueError: ``Schedule: requirement, got actual``.
 
-    Example:
+    Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
         >>> schedule = sdgp.Schedule(model, total=90, dense_first=5, dense_last=10, patterns={30: "1:4"})
         >>> for epoch in range(90):
@@ -87,7 +87,7 @@ class Schedule:
         self.seek(self.count + 1)
 
     def seek(self, count: int) -> None:
-        """To where ``count`` calls of :meth:`step` lead, for loops that know their own place."""
+        """To where ``count`` calls of ``step`` lead, for loops that know their own place."""
         if count < 0:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count
@@ -114,7 +114,7 @@ class Schedule:
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where :meth:`state_dict` was taken."""
+        """Goes on where ``state_dict`` was taken."""
         if set(state) != {"count"}:
             raise ValueError(f'Schedule: expected a state_dict with "count", got {sorted(state)}')
         self.seek(state["count"])

@@ -55,7 +55,7 @@ class Operand(NamedTuple):
 
 
 def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = None) -> Operand:
-    """Prunes (rows, cols) along its rows, as :func:`sdgp.prune_nm` does, and packs it."""
+    """Prunes (rows, cols) along its rows, as ``sdgp.prune_nm`` does, and packs it."""
     n, m = pattern
     rows, cols = matrix.shape
     padded_rows, padded_cols = _round_up(rows, TILE_ROWS), _round_up(cols, TILE_COLS)

@@ -14,7 +14,7 @@ from ..schedule import Schedule
 
 
 class ScheduleCallback:
-    """Converts a model, if told how, and keeps its :class:`sdgp.Schedule` at the trainer's own step."""
+    """Converts a model, if told how, and keeps its ``sdgp.Schedule`` at the trainer's own step."""
 
     schedule: Schedule
 

@@ -29,14 +29,14 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
     with the trainer's checkpoints.
 
     Args:
-        pattern, method, filter, backend: as :func:`sdgp.convert` takes them; no pattern: you converted the module.
-        dense_first, dense_last, patterns: as :class:`sdgp.Schedule` takes them.
+        pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the module.
+        dense_first, dense_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
             raise.
 
-    Example:
+    Examples:
         >>> callback = SdgpCallback("2:4", backend="pruned", dense_first=0.05, dense_last=0.1)
         >>> Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
     """

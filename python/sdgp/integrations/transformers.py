@@ -22,14 +22,14 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
     measured for ``backend="auto"`` or ``"pruned"`` goes with the Trainer's checkpoints.
 
     Args:
-        pattern, method, filter, backend: as :func:`sdgp.convert` takes them; no pattern: you converted the model.
-        dense_first, dense_last, patterns: as :class:`sdgp.Schedule` takes them.
+        pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the model.
+        dense_first, dense_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
             raise.
 
-    Example:
+    Examples:
         >>> callback = SdgpCallback("2:4", backend="pruned", dense_first=0.05, dense_last=0.1)
         >>> Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()  # doctest: +SKIP
     """
