@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One self-test per public op and device: small random inputs, beside :mod:`sdgp.reference`. It tells whether what is
+"""One self-test per public op and device: small random inputs, beside ``sdgp.reference``. It tells whether what is
 installed computes on this machine; the test suite is elsewhere."""
 
 from __future__ import annotations
