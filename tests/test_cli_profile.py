@@ -230,3 +230,14 @@ def test_a_name_without_libraries(name: str, libraries: str, monkeypatch: pytest
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     message = f"sdgp profile: expected {libraries} to be installed for a model's name, got none: pip install it\n"
     assert command("profile", name) == (2, "", message)
+
+
+def test_a_library_that_does_not_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    status, out, err = command("profile", "resnet18")
+    assert (status, out) == (2, "")
+    message = "expected torchvision to import, got RuntimeError: operator torchvision::nms does not exist"
+    assert re.fullmatch(rf"sdgp profile: {message} \(.*torchvision\.py:1\)\n", err)

@@ -102,7 +102,10 @@ def _find_in_zoos(zoos: Collection[str], name: str) -> _Make:
         raise CommandError(f"expected {' or '.join(zoos)} to be installed for a model's name, got none: pip install it")
     known: list[str] = []
     for zoo in installed:
-        names, make = _ZOOS[zoo]()
+        try:
+            names, make = _ZOOS[zoo]()
+        except Exception as error:  # as of a torchvision that was built for another torch
+            raise CommandError(f"expected {zoo} to import, got {describe_error(error)}") from error
         if name.partition(".")[0] in names:  # timm's names may end in a tag of weights
             return make
         known += names
