@@ -12,7 +12,7 @@ BENCH_ARGS ?=
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
-CXX_FILES := $(shell find cpp cuda tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 .PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
 all: test

@@ -4,13 +4,9 @@
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -196,16 +192,3 @@ def test_recomputed_activations(method: str, reentrant: bool) -> None:
         gradients.append(backward(model, batch(), forward))
     for plain, recomputed in zip(*gradients, strict=True):
         torch.testing.assert_close(recomputed, plain)
-
-
-def test_torchrun(tmp_path: Path) -> None:
-    """A program as users start it, from the documentation."""
-    page = (Path(__file__).parents[1] / "docs" / "compilers.md").read_text()
-    (block,) = re.findall(r"```python\n(# train.py\n.*?)```", page, re.DOTALL)
-    (tmp_path / "train.py").write_text(block)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-    words = [*command, str(tmp_path / "train.py")]
-    result = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
-    assert result.returncode == 0, result.stderr
-    assert len(re.findall(r"rank \d: loss", result.stdout)) == 2

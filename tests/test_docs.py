@@ -57,8 +57,12 @@ def test_python(block: Block, tmp_path: Path) -> None:
             pytest.skip(f"{library} is not installed")
     program = tmp_path / "block.py"
     program.write_text(block.code)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run([sys.executable, program], env=environment, cwd=tmp_path, capture_output=True, text=True)
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    by_torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launcher = by_torchrun if block.code.startswith("# torchrun ") else []
+    run = subprocess.run(
+        [sys.executable, *launcher, program], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
 
 
