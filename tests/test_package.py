@@ -123,13 +123,15 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_holds_what_it_should_and_nothing_else() -> None:
-    """As pip recorded it at the installation; what pip itself adds is left out."""
+    """As pip recorded it at the installation; what pip itself adds, the command `sdgp` included, is left out."""
     files = importlib.metadata.files("sdgp")
     assert files is not None
     if any(file.suffix == ".pth" for file in files):
         pytest.skip("an editable installation is no wheel")
     by_pip = {"INSTALLER", "REQUESTED", "direct_url.json"}
-    held = {file for file in files if file.name not in by_pip and "__pycache__" not in file.parts}
+    scripts = {file for file in files if file.parts[-2:] == ("bin", "sdgp")}
+    assert len(scripts) == 1
+    held = {file for file in files if file.name not in by_pip and "__pycache__" not in file.parts} - scripts
     python = {f"sdgp/{path.relative_to(ROOT / 'python/sdgp')}" for path in (ROOT / "python/sdgp").rglob("*.py*")}
     headers = {f"sdgp/include/sdgp/{path.name.removesuffix('.in')}" for path in (ROOT / "cpp/include/sdgp").iterdir()}
     cmake = {
