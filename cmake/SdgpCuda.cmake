@@ -2,8 +2,8 @@
 #
 # Defines the target sdgp_cuda. Needs nvcc and the CUDA runtime alone: no other CUDA library, and a torch of any build.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  # Ampere, Ada, Hopper, Blackwell; PTX of the last for what comes after.
-  set(CMAKE_CUDA_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
+  # Ampere and Ada, which runs its code, Hopper, both Blackwells; PTX of the last for what comes after.
+  set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
 endif()
 enable_language(CUDA)
 
@@ -41,7 +41,7 @@ set_target_properties(
              INSTALL_RPATH "")
 target_link_options(sdgp_cuda INTERFACE "LINKER:--no-as-needed")
 # No contraction, as on the CPU: random and mvue must select the same positions.
-set(SDGP_CUDA_FLAGS -fmad=false --expt-relaxed-constexpr -Xfatbin=-compress-all "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")
+set(SDGP_CUDA_FLAGS -fmad=false --expt-relaxed-constexpr --compress-mode=size "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")
 if(SDGP_WERROR)
   list(APPEND SDGP_CUDA_FLAGS -Werror=all-warnings)
   target_compile_options(sdgp_cuda PRIVATE "$<$<COMPILE_LANGUAGE:CXX>:-Werror>")
