@@ -102,8 +102,13 @@ def test_ctrl_c(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_of_a_process() -> None:
+    def listen() -> None:  # where the tests run in the background, what they start ignores the signal
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     command = [sys.executable, "-m", "sdgp", "bench", "--threads", "1"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen
+    ) as process:
         assert process.stderr is not None
         assert process.stderr.readline().startswith("[1/")
         process.send_signal(signal.SIGINT)
