@@ -257,9 +257,8 @@ def conv2d_products(
     grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Sequence[Any], pruning: Pruning, key: Key
 ) -> Products:
     """The data gradient of a convolution: exact, pruned, and sparse. Of ``input``, shape and memory format count."""
-    (n, m), method, _ = pruning
+    (n, m), _, _ = pruning
     stride, padding, dilation, groups = geometry
-    grad_by_group = _by_group(grad_output, groups, m)
 
     def dense(grad_output: Tensor) -> Tensor:
         grad_input = _convolution_backward(grad_output, input, weight, geometry, (True, False, False))[0]
@@ -267,12 +266,12 @@ def conv2d_products(
         return grad_input
 
     def pruned(seed: _OptionalTensor) -> Tensor:
-        return dense(prune_nm(grad_by_group, n, m, 1, method, seed).reshape(grad_output.shape))
+        return dense(prune_conv2d_grad(grad_output, groups, pruning, seed))
 
     def sparse(seed: _OptionalTensor) -> Tensor:
         channels_last = _is_channels_last(input) or _is_channels_last(weight)  # as ATen decides
         size = input.shape[2:]
-        grad, rest = _rescaled(grad_by_group, 1, pruning)
+        grad, rest = _rescaled(_by_group(grad_output, groups, m), 1, pruning)
         grad = grad.reshape(grad_output.shape)
         if grad.is_cuda:
             memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -291,6 +290,12 @@ def conv2d_products(
         pruned=pruned,
         sparse=sparse,
     )
+
+
+def prune_conv2d_grad(grad_output: Tensor, groups: int, pruning: Pruning, seed: _OptionalTensor) -> Tensor:
+    """The output gradient (N, C, H, W) of a convolution, pruned as its data gradient wants it."""
+    (n, m), method, _ = pruning
+    return prune_nm(_by_group(grad_output, groups, m), n, m, 1, method, seed).reshape(grad_output.shape)
 
 
 def _rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, str]:

@@ -140,6 +140,16 @@ def found_exact(key: Key) -> bool:
     return choice is not None and not choice.sparse
 
 
+def is_pruned(pruning: Pruning, key: Key | None) -> bool:
+    """Whether gradients of a key are pruned; False where ``auto`` has not decided yet."""
+    if pruning.backend != "auto":
+        return prunes(pruning)
+    if not prunes(pruning) or key is None:
+        return False
+    choice = choice_of(key)
+    return bool(key[1]) if key[0] == _STATIC else choice is not None and choice.sparse
+
+
 def choice_of(key: Key | None) -> Choice | None:
     """What ``data_gradient`` found for a key, or None."""
     if key is None:

@@ -33,7 +33,7 @@ class Conv1D(PruningLayer, _DenseConv1D):  # type: ignore[misc]
         self.pruning, self.paused, self.last_key = pruning, False, None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._is_exact(x.numel() * self.nf):
+        if self._is_exact(x):
             output: Tensor = super().forward(x)
             return output
         # In at most three dimensions and without gaps a linear layer calls the addmm that Conv1D calls.
@@ -44,6 +44,9 @@ class Conv1D(PruningLayer, _DenseConv1D):  # type: ignore[misc]
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
         return linear_products(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning, ())
+
+    def work(self, input: Tensor) -> int:
+        return input.numel() * self.nf
 
     def __repr__(self) -> str:
         pattern, method, backend = self.pruning

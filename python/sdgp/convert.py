@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,9 @@ from .modules import DENSE_OF, PruningLayer, prune_in_place, transformers_conv1d
 from .pattern import PatternLike, Pruning
 
 _Model = TypeVar("_Model", bound=nn.Module)
+
+#: Pattern and method by the name of a layer.
+PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
 
 # Why a layer was left dense is kept on it under this name, for report().
 _REASON = "_sdgp_left_dense"
@@ -24,7 +27,7 @@ _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttentio
 
 def convert(
     model: _Model,
-    pattern: PatternLike = "2:4",
+    pattern: PatternLike | PlanLike = "2:4",
     method: str = "mvue",
     *,
     filter: Callable[[nn.Module, str], bool] | None = None,
@@ -40,8 +43,9 @@ def convert(
 
     Args:
         model: any module, a single layer included.
-        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``.
-        method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``; or a plan, ``{layer: (pattern, method)}``, as
+            ``sdgp.advise`` proposes it: layers that are not in it stay dense.
+        method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan has methods of its own.
         filter: ``filter(module, name) -> bool``: False leaves that layer dense.
         backend: see ``sdgp.linear``.
 
@@ -53,11 +57,17 @@ def convert(
         >>> model = sdgp.convert(model, "2:4", backend="pruned", filter=lambda module, name: name != "2")
     """
     check_module("convert", model)
-    pruning = Pruning.parse("convert", pattern, method, backend)
     _check_classes("convert", model)
-    plan = [(module, _why_dense(module, name, pruning, filter)) for name, module in _layers(model)]
-    for module, reason in plan:
-        if reason is None:
+    settings: list[tuple[str, nn.Module, Pruning | None]]
+    if isinstance(pattern, Mapping):
+        planned = _planned(model, pattern, backend)
+        settings = [(name, module, planned.get(name)) for name, module in layers_of(model)]
+    else:
+        same = Pruning.parse("convert", pattern, method, backend)
+        settings = [(name, module, same) for name, module in layers_of(model)]
+    plan = [(module, pruning, why_dense(module, name, pruning, filter)) for name, module, pruning in settings]
+    for module, pruning, reason in plan:
+        if pruning is not None and reason is None:
             prune_in_place(module, pruning)
             vars(module).pop(_REASON, None)
         else:
@@ -79,7 +89,7 @@ def revert(model: _Model) -> _Model:
     """
     check_module("revert", model)
     _check_classes("revert", model)
-    for _, module in _layers(model):
+    for _, module in layers_of(model):
         if type(module) in DENSE_OF:
             unprune_in_place(module)
         vars(module).pop(_REASON, None)
@@ -97,7 +107,7 @@ def paused(model: nn.Module) -> Iterator[None]:
         >>> loss.backward()  # exact
     """
     check_module("paused", model)
-    layers = [module for _, module in _layers(model) if isinstance(module, PruningLayer)]
+    layers = [module for _, module in layers_of(model) if isinstance(module, PruningLayer)]
     before = [layer.paused for layer in layers]
     for layer in layers:
         layer.paused = True
@@ -153,13 +163,13 @@ def report(model: nn.Module) -> Report:
     """
     check_module("report", model)
     rows = Report()
-    for name, module in _layers(model):
+    for name, module in layers_of(model):
         layer, kind = name or "(model)", type(module).__name__
         if isinstance(module, PruningLayer):
             pattern, method, backend = module.pruning
             note = describe(module.pruning, module.last_key)
-            if module.paused or module.exact:
-                note = "exact: paused" if module.paused else f"exact: {module.exact}"
+            if module.held_exact:
+                note = f"exact: {module.held_exact}"
             rows.append(Row(layer, kind, str(pattern), method, backend, note))
         else:
             rows.append(Row(layer, kind, "", "", "", f"dense: {getattr(module, _REASON, 'not converted')}"))
@@ -173,7 +183,7 @@ def check_module(op: str, model: object) -> None:
 
 def _check_classes(op: str, model: nn.Module) -> None:
     """A parametrization or a wrapper that replaced the class of a converted layer stands in the way."""
-    for name, module in _layers(model):
+    for name, module in layers_of(model):
         if isinstance(module, PruningLayer) and type(module) not in DENSE_OF:
             raise ValueError(
                 f"{op}: expected sdgp's own layers, got their subclass {type(module).__name__} for "
@@ -181,7 +191,7 @@ def _check_classes(op: str, model: nn.Module) -> None:
             )
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The modules that multiply by weights, each once, under its first name."""
     kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())
     for name, module in model.named_modules():
@@ -189,10 +199,25 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _why_dense(
-    module: nn.Module, name: str, pruning: Pruning, filter: Callable[[nn.Module, str], bool] | None
+def _planned(model: nn.Module, plan: PlanLike, backend: str) -> dict[str, Pruning]:
+    names = {name for name, _ in layers_of(model)}
+    if unknown := sorted(set(plan) - names):
+        raise ValueError(
+            f"convert: expected a plan for layers of this model, got {', '.join(map(repr, unknown))}; a wrapper, such "
+            "as DistributedDataParallel, changes their names: convert what it wraps"
+        )
+    for name, setting in plan.items():
+        if not isinstance(setting, (tuple, list)) or len(setting) != 2:
+            raise ValueError(f"convert: expected a plan of (pattern, method), got {setting!r} for {name or '(model)'}")
+    return {name: Pruning.parse("convert", pattern, method, backend) for name, (pattern, method) in plan.items()}
+
+
+def why_dense(
+    module: nn.Module, name: str, pruning: Pruning | None, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
-    """The reason to leave a layer dense, or None."""
+    """The reason to leave a layer dense, or None; ``pruning``: None where a plan leaves it out."""
+    if pruning is None:
+        return "not in the plan"
     twin = twin_of(module)
     if twin is None:
         return _why_unknown(module)

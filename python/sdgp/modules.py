@@ -11,8 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .autograd import conv2d_geometry, conv2d_products, linear_products, pruned_conv2d, pruned_linear
-from .backends import Key, Products, stays_exact
+from .autograd import (
+    conv2d_geometry,
+    conv2d_products,
+    linear_products,
+    prune_conv2d_grad,
+    pruned_conv2d,
+    pruned_linear,
+)
+from .backends import Key, Products, is_pruned, stays_exact
+from .ops import prune_nm
 from .pattern import Pattern, PatternLike, Pruning
 
 if TYPE_CHECKING:
@@ -28,6 +36,7 @@ class PruningLayer(nn.Module):
     pruning: Pruning
     paused: bool
     exact: str = ""  # why a sdgp.Schedule keeps the data gradient exact now; empty: it does not
+    set_aside: str = ""  # why a sdgp.watch keeps it exact from now on; empty: it does not
     last_key: Key | None  # of the choice that the last forward with a data gradient led to
     _dense: ClassVar[type[nn.Module]]
 
@@ -76,9 +85,30 @@ class PruningLayer(nn.Module):
         """The data gradient of a call, as ``sdgp.profile`` measures it."""
         raise NotImplementedError
 
-    def _is_exact(self, work: int) -> bool:
-        """Before anything else is looked at; ``work``: multiply-adds of the data gradient."""
-        return self.paused or bool(self.exact) or stays_exact(self.pruning, work)
+    def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
+        """The output gradient as it enters the data-gradient product: pruned along the output features."""
+        (n, m), method, _ = self.pruning
+        return prune_nm(grad_output, n, m, -1, method, seed)
+
+    def work(self, input: Tensor) -> int:
+        """Multiply-adds of the data gradient of a call (at stride 1)."""
+        raise NotImplementedError
+
+    @property
+    def held_exact(self) -> str:
+        """Why the next forward records an exact gradient whatever the settings; empty: it need not."""
+        if self.paused:
+            return "paused"
+        return self.exact or self.set_aside
+
+    @property
+    def is_pruning(self) -> bool:
+        """Whether gradients like that of the last forward are pruned, as far as is known."""
+        return not self.held_exact and is_pruned(self.pruning, self.last_key)
+
+    def _is_exact(self, input: Tensor) -> bool:
+        """Before anything else is looked at."""
+        return self.paused or bool(self.exact or self.set_aside) or stays_exact(self.pruning, self.work(input))
 
     def _note(self, key: Key | None) -> None:
         # No key: no gradient was asked for, as in an evaluation, which changes no choice.
@@ -125,7 +155,7 @@ class Linear(PruningLayer, nn.Linear):
         self.pruning, self.paused, self.last_key = pruning, False, None
 
     def forward(self, input: Tensor) -> Tensor:
-        if self._is_exact(input.numel() * self.out_features):
+        if self._is_exact(input):
             return F.linear(input, self.weight, self.bias)
         output, key = pruned_linear(input, self.weight, self.bias, self.pruning)
         self._note(key)
@@ -133,6 +163,9 @@ class Linear(PruningLayer, nn.Linear):
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
         return linear_products(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning, ())
+
+    def work(self, input: Tensor) -> int:
+        return input.numel() * self.out_features
 
 
 class Conv2d(PruningLayer, nn.Conv2d):
@@ -188,7 +221,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         self.pruning, self.paused, self.last_key = pruning, False, None
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._is_exact(input.numel() * self._work_per_value):
+        if self._is_exact(input):
             output: Tensor = super()._conv_forward(input, weight, bias)
             return output
         stride: Any = self.stride
@@ -219,9 +252,12 @@ class Conv2d(PruningLayer, nn.Conv2d):
             return input, self.padding
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
-    @property
-    def _work_per_value(self) -> int:
-        return self.out_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
+    def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
+        batched = grad_output if grad_output.ndim == 4 else grad_output.unsqueeze(0)
+        return prune_conv2d_grad(batched, self.groups, self.pruning, seed).view_as(grad_output)
+
+    def work(self, input: Tensor) -> int:
+        return input.numel() * self.out_channels // self.groups * self.kernel_size[0] * self.kernel_size[1]
 
 
 # The twin of transformers' Conv1D joins them when convert first meets such a layer.
@@ -248,6 +284,7 @@ def prune_in_place(module: nn.Module, pruning: Pruning) -> None:
     module.__class__ = TWINS.get(type(module), type(module))
     module.pruning, module.paused = pruning, vars(module).get("paused", False)  # type: ignore[assignment]
     module.last_key = None  # type: ignore[assignment]
+    vars(module).pop("set_aside", None)
 
 
 def unprune_in_place(module: nn.Module) -> None:
@@ -257,7 +294,7 @@ def unprune_in_place(module: nn.Module) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "paused", "exact", "last_key"):
+    for name in ("pruning", "paused", "exact", "set_aside", "last_key"):
         vars(module).pop(name, None)
 
 

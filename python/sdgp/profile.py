@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
+from ._step import on_gradient, run_step, stand_in, state_kept
 from .backends import describe, measure, synchronize
 from .convert import check_module, format_table, paused
 from .modules import PruningLayer
@@ -101,17 +100,17 @@ def profile(
         raise ValueError(f"profile: expected rounds >= 1, got {rounds}")
 
     def step() -> None:
-        if isinstance(batch, Mapping):
-            output = model(**batch)
-        else:
-            output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-        torch.autograd.backward((_default_loss if loss is None else loss)(output))
+        run_step("profile", model, batch, loss)
 
     result = Profile()
     device = next(iter(layers)).weight.device
-    with _state_kept(model):
+    with state_kept(model):
         step()  # warm-up; under auto, the choices are made here
-        gradients = _layer_gradients(layers, step)
+        gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
+        handles = on_gradient(layers, lambda layer, grad, input: gradients[layer].append((grad, input)))
+        step()
+        for handle in handles:
+            handle.remove()
         times: dict[bool, list[float]] = {True: [], False: []}
         for _ in range(rounds):
             for dense in (True, False):
@@ -126,38 +125,16 @@ def profile(
                 times[dense].append(time.perf_counter() - start)
         result.dense_ms, result.step_ms = (1e3 * statistics.median(times[dense]) for dense in (True, False))
     for layer, name in layers.items():
-        for grad_output, input in gradients.get(layer, ()):
+        for grad_output, input in gradients[layer]:
             result.append(_measure_layer(layer, name, grad_output, input, rounds, result.dense_ms))
     print(result)
     return result
 
 
-def _layer_gradients(
-    layers: Mapping[PruningLayer, str], step: Callable[[], None]
-) -> dict[PruningLayer, list[tuple[Tensor, Tensor]]]:
-    """(output gradient, input) of every call of every layer that has a data gradient, from one step."""
-    found: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {}
-
-    def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
-        input = (*args, *kwargs.values())[0]
-        if output.requires_grad and input.requires_grad:
-            calls = found.setdefault(layer, [])
-            hook: Any = output.register_hook
-            hook(lambda grad: calls.append((grad.detach(), input.detach())))
-
-    handles = [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
-    try:
-        step()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found
-
-
 def _measure_layer(
     layer: PruningLayer, name: str, grad_output: Tensor, input: Tensor, rounds: int, step_ms: float
 ) -> LayerProfile:
-    products = layer.products(grad_output, input)
+    products = layer.products(grad_output, stand_in(input, grad_output))
     choice = measure(products, layer.pruning, rounds) if products.obstacle() is None else None
     return LayerProfile(
         layer=name,
@@ -168,41 +145,3 @@ def _measure_layer(
         share=choice.dense_ms / step_ms if choice else float("nan"),
         backend=describe(layer.pruning, layer.last_key).split(":")[0],
     )
-
-
-def _default_loss(output: Any) -> Tensor:
-    if isinstance(getattr(output, "loss", None), Tensor):
-        loss: Tensor = output.loss
-        return loss
-    tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
-    if not tensors:
-        raise ValueError("profile: expected the model to return a tensor with a gradient, got none; pass loss=")
-    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from (tensor for value in output.values() for tensor in _tensors(value))
-    elif isinstance(output, (tuple, list)):
-        yield from (tensor for value in output for tensor in _tensors(value))
-
-
-@contextmanager
-def _state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, buffers and generators back as they were."""
-    parameters = list(model.parameters())
-    gradients = [parameter.grad for parameter in parameters]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    for parameter in parameters:
-        parameter.grad = None
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)

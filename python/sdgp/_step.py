@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A training step of somebody's model on somebody's batch, run to be measured and then undone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+_Layer = TypeVar("_Layer", bound=nn.Module)
+
+
+def run_step(op: str, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None) -> None:
+    """Forward and backward; ``batch``: a tensor, a tuple of positional or a mapping of keyword arguments.
+
+    Raises:
+        ValueError: ``op: requirement, got actual``, where there is nothing to differentiate.
+    """
+    if isinstance(batch, Mapping):
+        output = model(**batch)
+    else:
+        output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    torch.autograd.backward(_default_loss(op, output) if loss is None else loss(output))
+
+
+def on_gradient(layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None]) -> list[RemovableHandle]:
+    """Has ``receive(layer, grad_output, input)`` called in the backward of every call of every layer that has a data
+    gradient, as long as the handles are not removed. ``input`` is on the meta device: its shape and strides count, and
+    to keep its values would cost memory where the weight is frozen."""
+
+    def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        input = (*args, *kwargs.values())[0]
+        if not torch.compiler.is_compiling() and output.requires_grad and input.requires_grad:
+            shape = torch.empty_strided(input.shape, input.stride(), device="meta")
+            hook: Any = output.register_hook
+            hook(lambda grad: receive(layer, grad.detach(), shape))
+
+    return [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
+
+
+def stand_in(shape: Tensor, grad_output: Tensor) -> Tensor:
+    """A tensor like ``shape``, which is on the meta device, where the gradient is; its values are whatever they are."""
+    return torch.empty_strided(shape.shape, shape.stride(), dtype=grad_output.dtype, device=grad_output.device)
+
+
+def _default_loss(op: str, output: Any) -> Tensor:
+    if isinstance(getattr(output, "loss", None), Tensor):
+        loss: Tensor = output.loss
+        return loss
+    tensors = [tensor for tensor in _tensors(output) if tensor.is_floating_point() and tensor.requires_grad]
+    if not tensors:
+        raise ValueError(f"{op}: expected the model to return a tensor with a gradient, got none; pass loss=")
+    return torch.stack([tensor.float().square().mean() for tensor in tensors]).sum()
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from (tensor for value in output.values() for tensor in _tensors(value))
+    elif isinstance(output, (tuple, list)):
+        yield from (tensor for value in output for tensor in _tensors(value))
+
+
+@contextmanager
+def state_kept(model: nn.Module) -> Iterator[None]:
+    """Puts gradients, buffers and generators back as they were."""
+    parameters = list(model.parameters())
+    gradients = [parameter.grad for parameter in parameters]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)

@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""sdgp.advise: what it measures and chooses, that it leaves the model alone, and convert taking its plan."""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import json
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdgp
+from sdgp import backends
+from sdgp.backends import Choice, Products
+from sdgp.pattern import Pruning
+
+module = importlib.import_module("sdgp.advise")  # the package's attribute is the function
+
+SPARSE_MS = {"2:4": 0.8, "1:4": 0.6, "4:32": 0.3}  # where the dense product takes 1
+
+
+@pytest.fixture(autouse=True)
+def times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No layer is too small, and a sparse product takes what its pattern says."""
+
+    def measure(products: Products, pruning: Pruning, rounds: int) -> Choice:
+        assert products.dense().shape == products.sparse(None).shape
+        return Choice(True, 1.0, SPARSE_MS[str(pruning.pattern)])
+
+    monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(backends, "LEAST_WORK", 0)
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 32))
+
+
+def batch() -> Tensor:
+    return torch.randn(64, 32)
+
+
+def loss(output: Tensor) -> Tensor:
+    return output.square().mean()
+
+
+def test_chooses_the_fastest_that_the_limits_allow() -> None:
+    model, x = net(), batch()
+    plan = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=0.75, max_bias=0.2)
+    assert plan == {"2": ("2:4", "mvue"), "4": ("2:4", "mvue")}
+    rows = {(row.layer, row.pattern, row.method): row for row in plan.candidates}
+    assert len(rows) == len(plan.candidates) == 2 * 3 * 2
+    assert rows["4", "2:4", "mvue"].error < 0.75 < rows["4", "1:4", "mvue"].error < rows["4", "4:32", "mvue"].error
+    assert rows["4", "2:4", "magnitude"].bias == rows["4", "2:4", "magnitude"].error > 0.2
+    assert [rows["2", pattern, "mvue"].saved_ms for pattern in SPARSE_MS] == pytest.approx([0.2, 0.4, 0.7])
+    assert rows["2", "2:4", "mvue"].shape == "(64, 64)"
+    assert plan.saved_ms == pytest.approx(0.4)
+    assert plan.step_ms > 0
+    fastest = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=9.0, max_bias=9.0)
+    assert {pattern for pattern, _ in fastest.values()} == {"4:32"}
+
+
+def test_errors_are_those_of_the_data_gradient() -> None:
+    model, x = net().eval(), batch()
+    plan = sdgp.advise(model, x, loss=loss, patterns=("1:4",), methods=("magnitude",), max_error=9.0, max_bias=9.0)
+    hidden = model[:4](x).detach().requires_grad_()
+    (exact,) = torch.autograd.grad(loss(model[4](hidden)), hidden)
+    last = sdgp.convert(copy.deepcopy(model[4]), "1:4", "magnitude", backend="pruned")
+    (pruned,) = torch.autograd.grad(loss(last(hidden)), hidden)
+    row = next(row for row in plan.candidates if row.layer == "4")
+    assert row.error == pytest.approx(((pruned - exact).norm() / exact.norm()).item(), rel=1e-4)
+
+
+def parameter_gradient(model: nn.Module, x: Tensor) -> Tensor:
+    model.zero_grad()
+    loss(model(x)).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def test_the_curve_holds_errors_of_whole_backwards() -> None:
+    model, x = net().eval(), batch()
+    settings = {"patterns": ("2:4", "4:32"), "methods": ("magnitude",), "max_error": 0.5, "max_bias": 9.0}
+    plan = sdgp.advise(model, x, loss=loss, **settings)
+    assert set(plan.values()) == {("2:4", "magnitude")}
+    exact = parameter_gradient(model, x)
+    for limit in (plan.max_error, plan.curve[-1].max_error):
+        point = next(point for point in plan.curve if point.max_error == limit)
+        other = sdgp.advise(model, x, loss=loss, **settings | {"max_error": limit})
+        twin = sdgp.convert(copy.deepcopy(model), other, backend="dense")
+        error = (parameter_gradient(twin, x) - exact).norm() / exact.norm()
+        assert point.error == pytest.approx(error.item(), rel=1e-3)
+        assert point.saved_ms == pytest.approx(other.saved_ms)
+    assert plan.curve[0] == (0.0, 0.0, 0.0)
+    assert plan.error == next(point.error for point in plan.curve if point.max_error == 0.5)
+    assert [point.max_error for point in plan.curve] == sorted({point.max_error for point in plan.curve})
+
+
+def state(model: nn.Module) -> tuple[Any, ...]:
+    layers = [(type(layer), dict(vars(layer)), dict(layer._forward_hooks)) for layer in model.modules()]
+    return layers, [parameter.grad for parameter in model.parameters()], torch.get_rng_state().tolist()
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_leaves_everything_as_it_was(converted: bool) -> None:
+    model = nn.Sequential(net(), nn.BatchNorm1d(32))
+    if converted:
+        sdgp.convert(model, "1:4", "random", backend="pruned", filter=lambda module, name: name != "0.2")
+    model(batch()).sum().backward()
+    means, before = model[1].running_mean.clone(), str(state(model))
+    plan = sdgp.advise(model, torch.ones(8, 32), loss=loss)
+    assert set(plan) <= {"0.0", "0.2", "0.4"}
+    assert torch.equal(model[1].running_mean, means)
+    after = state(model)
+    assert str(after) == before
+
+
+def test_convert_takes_a_plan_and_its_json() -> None:
+    model = net()
+    plan = {"2": ("1:4", "mvue"), "4": ["4:8", "random"]}
+    sdgp.convert(model, json.loads(json.dumps(plan)), backend="pruned")
+    assert [row[2:5] for row in sdgp.report(model)] == [
+        ("", "", ""),
+        ("1:4", "mvue", "pruned"),
+        ("4:8", "random", "pruned"),
+    ]
+    assert sdgp.report(model)[0].note == "dense: not in the plan"
+    sdgp.convert(model, {})
+    assert [row.note for row in sdgp.report(model)] == ["dense: not in the plan"] * 3
+    layer = nn.Linear(64, 64)
+    assert list(sdgp.advise(layer, batch().repeat(1, 2).requires_grad_())) == [""]
+    assert isinstance(sdgp.convert(layer, {"": ("2:4", "mvue")}), sdgp.Linear)
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"5": ("2:4", "mvue")}, "convert: expected a plan for layers of this model, got '5'; a wrapper, such as"),
+        ({"2": "2:4"}, "convert: expected a plan of (pattern, method), got '2:4' for 2"),
+        ({"2": ("5:4", "mvue")}, "pattern: expected \"n:m\" or (n, m) with 1 <= n <= m <= 64, got '5:4'"),
+        ({"2": ("2:4", "best")}, "convert: expected method to be one of"),
+    ],
+    ids=str,
+)
+def test_bad_plans(plan: Any, message: str) -> None:
+    model = net()
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        sdgp.convert(model, plan)
+    assert type(model[2]) is nn.Linear
+
+
+def test_why_a_layer_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(net(), nn.Linear(32, 2), nn.Bilinear(2, 2, 8))
+    model.forward = lambda x: model[1](model[0](x))
+    plan = sdgp.advise(model, batch(), patterns=("1:4",), max_error=0.1, filter=lambda module, name: name != "0.2")
+    text = str(plan)
+    assert not plan
+    for layer, why in {
+        "0.0": "no data gradient",
+        "0.2": "filter returned False",
+        "0.4": "what is faster has error > 0.1",
+        "1": "2 output channels per group, fewer than m = 4",
+        "2": "only nn.Linear and nn.Conv2d are converted, not Bilinear",
+    }.items():
+        assert re.search(rf"^{layer} +\|[^|]*\| dense: {re.escape(why)} *\|", text, re.MULTILINE), (layer, text)
+    assert "what is faster has bias > 0.1" in str(
+        sdgp.advise(net(), batch(), patterns=("1:4",), methods=("magnitude",), max_bias=0.1)
+    )
+    monkeypatch.setattr(module, "measure", lambda *_: Choice(False, 1.0, 2.0))
+    assert "dense: sparse is not faster" in str(sdgp.advise(net(), batch()))
+    monkeypatch.setattr(Products, "obstacle", property(lambda _: lambda: "a GPU, got none"), raising=False)
+    without = sdgp.advise(net(), batch())
+    assert "dense: no sparse product here" in str(without)
+    assert {row.sparse_ms for row in without.candidates} == {None}
+
+
+def test_too_small_layers_save_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "LEAST_WORK", 2**40)
+    assert not sdgp.advise(net(), batch())
+
+
+def test_several_batches_and_calls() -> None:
+    layer = nn.Linear(64, 64)
+    model = nn.Sequential(nn.Linear(32, 64), layer, nn.Tanh(), layer)
+    plan = sdgp.advise(model, batch(), (batch(),), patterns=("2:4",))
+    (row,) = plan.candidates
+    assert (row.layer, row.dense_ms, row.sparse_ms, row.saved_ms) == pytest.approx(("1", 2.0, 1.6, 0.4))
+
+
+def test_table() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64))
+    head, _, layer, _, step = str(sdgp.advise(model, batch(), patterns=("2:4",))).splitlines()
+    assert head.split(" | ")[0].strip() == "layer"
+    pattern = r"1 +\| \(64, 64\) \| 2:4 mvue +\| 1\.000 +\| 0\.800 +\| 0\.200 +\| 0\.\d{3} \| 0\.\d{3} \| 0\.\d{3}"
+    assert re.fullmatch(pattern, layer), layer
+    assert re.fullmatch(
+        r"step: dense \d+\.\d\d ms, 0\.20 ms \(\d+\.\d%\) saved by 1 layers at max_error=0\.75; error of the "
+        r"parameters' gradient 0\.\d{3}",
+        step,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "settings", "message"),
+    [
+        ((3, 1), {}, "advise: expected an nn.Module, got int"),
+        ((net(),), {}, "advise: expected at least one batch, got none"),
+        ((net(), 1), {"rounds": 0}, "advise: expected rounds >= 1, got 0"),
+        ((net(), 1), {"patterns": ()}, "advise: expected at least one pattern and one method, got none"),
+        ((net(), 1), {"methods": ("best",)}, "advise: expected method to be one of"),
+        ((nn.ReLU(), 1), {}, "advise: expected a model with layers to prune, got none: see sdgp.report(model)"),
+    ],
+    ids=["module", "batches", "rounds", "patterns", "methods", "layers"],
+)
+def test_errors(arguments: tuple[Any, ...], settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+        sdgp.advise(*arguments, **settings)
