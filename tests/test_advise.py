@@ -192,7 +192,7 @@ def test_several_batches_and_calls() -> None:
 
 def test_table() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64))
-    head, _, layer, _, step = str(sdgp.advise(model, batch(), patterns=("2:4",))).splitlines()
+    head, _, _, layer, step = str(sdgp.advise(model, batch(), patterns=("2:4",))).splitlines()
     assert head.split(" | ")[0].strip() == "layer"
     pattern = r"1 +\| \(64, 64\) \| 2:4 mvue +\| 1\.000 +\| 0\.800 +\| 0\.200 +\| 0\.\d{3} \| 0\.\d{3} \| 0\.\d{3}"
     assert re.fullmatch(pattern, layer), layer

@@ -64,7 +64,7 @@ class Plan(dict[str, tuple[str, str]]):
         self.candidates, self.step_ms, self.max_error, self.max_bias = candidates, step_ms, max_error, max_bias
         self.chosen = _choose(candidates, max_error, max_bias)
         self.curve: list[Point] = []
-        self._reasons = reasons
+        self._reasons = reasons  # of every layer; where there are candidates they tell
         super().__init__({row.layer: (row.pattern, row.method) for row in self.chosen})
 
     @property
@@ -89,7 +89,7 @@ class Plan(dict[str, tuple[str, str]]):
     def _rows(self) -> Iterator[tuple[str, ...]]:
         measured = {row.layer: row for row in reversed(self.candidates)}
         chosen = {row.layer: row for row in self.chosen}
-        for layer in dict.fromkeys((*(row.layer for row in self.candidates), *self._reasons)):
+        for layer in self._reasons:
             row = chosen.get(layer)
             name = layer or "(model)"
             if row is not None and row.sparse_ms is not None:
@@ -193,7 +193,7 @@ def advise(
                 handle.remove()
     names = {module: name for name, module in layers_of(model)}
     candidates = [row for module in twins for row in tally.candidates(module, names[module], len(batches))]
-    reasons |= {names[module]: "no data gradient" for module in twins if not tally.was_called(module)}
+    reasons = {name: reasons.get(name, "no data gradient") for name in names.values()}  # in the model's order
     plan = Plan(candidates, reasons, step_ms, max_error, max_bias)
     plan.curve = _curve(model, batches, loss, plan)
     return plan
@@ -297,11 +297,8 @@ class _Tally:
             sums.append(fidelity.measure(twin, grad_output, shape, len(sums)).tolist())
             self._times.setdefault(twin, []).append(self._time(twin, grad_output, shape))
 
-    def was_called(self, module: nn.Module) -> bool:
-        return module in self._shapes
-
     def candidates(self, module: nn.Module, name: str, batches: int) -> Iterator[Candidate]:
-        for twin in self._twins[module] if self.was_called(module) else ():
+        for twin in self._twins[module] if module in self._shapes else ():  # called, with a data gradient
             pattern, method, _ = twin.pruning
             values = fidelity.metrics(fidelity.add(self._sums[twin]))
             dense, sparse, saved = zip(*self._times[twin], strict=True)

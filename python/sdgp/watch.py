@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 #: Of one layer: its steps under "step", and a list of the same length under each metric's name.
 Record: TypeAlias = dict[str, list[float]]
 
+_NO_RECORD: Record = {key: [] for key in ("step", *METRICS)}
+
 
 class Watch(Mapping[str, Record]):
     """What ``sdgp.watch`` recorded: ``watch[layer][metric]`` is a list beside ``watch[layer]["step"]``; prints as a
@@ -92,14 +94,14 @@ class Watch(Mapping[str, Record]):
             if not isinstance(layer, PruningLayer):
                 continue  # reverted since
             pattern, method, _ = layer.pruning
-            means = (
-                [f"{recent(self._records[name][metric], self._window):.3f}" for metric in METRICS]
-                if (name in self._records)
-                else [""] * len(METRICS)
-            )
-            records = str(len(self._records[name]["step"])) if name in self._records else "0"
-            note = "" if layer.is_pruning else f"exact: {layer.held_exact}" if layer.held_exact else "exact"
-            rows.append((name, str(pattern), method, records, *means, note))
+            record = self._records.get(name, _NO_RECORD)
+            records = len(record["step"])
+            means = (f"{recent(record[metric], self._window):.3f}" if records else "" for metric in METRICS)
+            if layer.is_pruning:
+                note = "" if records else "none so far"
+            else:
+                note = f"exact: {layer.held_exact}" if layer.held_exact else "exact"
+            rows.append((name, str(pattern), method, str(records), *means, note))
         return "\n".join(format_table(("layer", "pattern", "method", "records", *METRICS, "note"), rows))
 
     __repr__ = __str__
@@ -186,7 +188,7 @@ class Watch(Mapping[str, Record]):
 
     def _record(self, layer: Any, pruning: Pruning, sums: Sums) -> dict[str, Any]:
         name, step = self._names[layer], self._pending_step
-        record = self._records.setdefault(name, {key: [] for key in ("step", *METRICS)})
+        record = self._records.setdefault(name, {key: [] for key in _NO_RECORD})
         window = self._last.setdefault(name, deque(maxlen=self._window))
         values = fidelity.metrics(sums)
         if math.isfinite(values["error"]):  # what a gradient that overflowed gives says nothing
