@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""prune_nm: what it computes. Its errors stand in test_errors.py, its place in PyTorch in test_operator.py."""
+"""prune_nm: what it computes. Its errors stand in test_errors.py, what its random methods draw in
+test_statistics.py, its place in PyTorch in test_operator.py."""
 
 from __future__ import annotations
-
-import itertools
 
 import pytest
 import torch
@@ -137,54 +136,6 @@ def test_at_most_n_of_every_m(values: list[float], m: int, method: str, data: st
     pruned = sdgp.prune_nm(torch.tensor(values), n, m, method=method)
     for group in pruned.split(m):
         assert int((group != 0).sum()) <= n
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (4, 8), (3, 7), (4, 32)])
-def test_mvue_is_unbiased(n: int, m: int, dtype: torch.dtype) -> None:
-    group = torch.randn(2 * m + m // 2).to(dtype)  # with a tail
-    draws = 40_000
-    total = sdgp.prune_nm(group.expand(draws, -1), n, m, method="mvue").double()
-    # The standard error of each mean bounds what chance may do; rounding of the kept value adds the dtype's own.
-    error = (total.mean(0) - group.double()).abs()
-    assert (error <= 5 * total.std(0) / draws**0.5 + torch.finfo(dtype).eps * total.abs().amax(0) + 1e-12).all()
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 8)])
-def test_mvue_has_the_least_variance(n: int, m: int) -> None:
-    # Over all unbiased estimators that keep n of m, E[y^2] is least for probabilities min(1, c |x|).
-    group = torch.randn(m, dtype=torch.float64)
-    draws = sdgp.prune_nm(group.expand(40_000, -1), n, m, method="mvue")
-    magnitude = group.abs()
-    low, high = 0.0, 1e6
-    for _ in range(200):
-        c = (low + high) / 2
-        low, high = (c, high) if (c * magnitude).clamp(max=1).sum() < n else (low, c)
-    least = (magnitude**2 / (c * magnitude).clamp(max=1)).sum()
-    assert abs(draws.square().sum(1).mean() - least) / least < 0.02
-
-
-@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 5), (2, 8)])
-def test_random_draws_every_subset_equally(n: int, m: int) -> None:
-    draws = 60_000
-    kept = sdgp.prune_nm(torch.ones(draws, m), n, m, method="random") != 0
-    codes = (kept * 2 ** torch.arange(m)).sum(1)
-    subsets = [sum(2**i for i in subset) for subset in itertools.combinations(range(m), n)]
-    counts = torch.stack([(codes == code).sum() for code in subsets]).double()
-    assert counts.sum() == draws
-    expected = draws / len(subsets)
-    chi_squared = ((counts - expected) ** 2 / expected).sum()
-    freedom = len(subsets) - 1
-    assert chi_squared < freedom + 5 * (2 * freedom) ** 0.5
-
-
-def test_draws_of_neighbouring_seeds_and_groups_are_independent() -> None:
-    kept = torch.stack(
-        [sdgp.prune_nm(torch.ones(4096, 4), 2, 4, method="random", seed=torch.tensor([s])) != 0 for s in range(64)]
-    ).double()
-    centred = kept - 0.5
-    for shifted in (centred.roll(1, 0), centred.roll(1, 1), centred.roll((1, -1), (0, 1))):
-        assert abs((centred * shifted).mean()) < 5 * 0.25 / centred.numel() ** 0.5
 
 
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group"])
