@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Memory: tensors of more than 2^31 elements, and that nothing is allocated but what a product needs."""
+"""Memory: tensors of more than 2^31 elements, that nothing is allocated but what a product needs, that nothing is kept
+from step to step, and what happens where there is no more."""
 
 from __future__ import annotations
 
@@ -143,3 +144,86 @@ def test_the_sparse_product_takes_a_weight(layer: str, method: str) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     beyond, weight = map(int, result.stdout.split())
     assert beyond <= weight + 2 * (2 << 20)  # two threads
+
+
+# Over many steps.
+
+STEPS = """
+import gc, sys, torch, sdgp
+from torch import nn
+def resident_bytes():
+    gc.collect()
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+
+torch.set_num_threads(1)
+model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 64), nn.Linear(64, 16))
+sdgp.convert(model, "2:4", sys.argv[1], backend="pruned")
+watch = sdgp.watch(model, every=10, window=2)
+optimizer = torch.optim.SGD(model.parameters(), 0.01)
+for step in range(600):
+    optimizer.zero_grad()
+    model(torch.randn(16, 8, 8, 8)).square().mean().backward()
+    optimizer.step()
+    if step == 200:
+        before = resident_bytes()
+print(resident_bytes() - before)
+"""
+
+
+@pytest.mark.parametrize("method", ["mvue", "rescale"])
+def test_steps_keep_nothing(method: str) -> None:
+    """benchmarks/soak.py does so for ten thousand."""
+    done = subprocess.run([sys.executable, "-c", STEPS, method], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 2 << 20
+
+
+# Where there is no more.
+
+NO_MEMORY = """
+import resource, torch, sdgp
+
+torch.set_num_threads(1)
+x, weight = torch.randn(4096, 256, requires_grad=True), torch.randn(4096, 256)
+grad = torch.randn(4096, 4096)
+
+def gradient(backend):
+    output = sdgp.linear(x, weight, pattern="2:4", method="magnitude", backend=backend)
+    return torch.autograd.grad(output, x, grad)[0]
+
+expected = {backend: gradient(backend) for backend in ("dense", "sparse")}
+outputs = {backend: sdgp.linear(x, weight, pattern="2:4", method="magnitude", backend=backend) for backend in expected}
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (1 << 20), hard))
+for backend, output in outputs.items():
+    try:
+        torch.autograd.grad(output, x, grad)
+    except RuntimeError as error:
+        print(backend, "alloc" in str(error))
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+print(all(torch.equal(gradient(backend), expected[backend]) for backend in expected))
+"""
+
+
+def test_out_of_memory_in_a_backward_is_an_error_and_passes() -> None:
+    done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["dense", "True", "sparse", "True", "True"]
+
+
+def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As PyTorch raises it there; here from where the sparse product would."""
+    layer = sdgp.Linear(64, 64, backend="sparse")
+    x = torch.randn(8, 64, requires_grad=True)
+
+    def fail(*_: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("sdgp.autograd.linear_input_grad_nm", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+            layer(x).sum().backward()
+    assert x.grad is None
+    layer(x).sum().backward()
+    assert x.grad is not None

@@ -80,10 +80,12 @@ class Run:
         """The step to go on with: 0, or where the checkpoint was saved, whose state the three then have.
 
         Raises:
-            UserError: the checkpoint is of another config; there is one, and the job is no resumption.
+            UserError: the checkpoint is of another config; there is one, and the job is no resumption; the run's folder
+                cannot be written.
         """
         self._model, self._optimizer, self._scaler = model, optimizer, scaler
         self._finite = FiniteCheck(model, gradients=not scaler.is_enabled())
+        _make(self._job.folder)
         path = self._job.folder / "checkpoint.safetensors"
         if not self._job.resume:
             if path.exists():
@@ -207,9 +209,12 @@ class Run:
         }
         kept = self._job.folder / "result.json"
         if self._world.is_first and not kept.exists():
-            self._job.results.parent.mkdir(parents=True, exist_ok=True)
-            with self._job.results.open("a") as file:
-                file.write(json.dumps(line) + "\n")
+            text = json.dumps(line) + "\n"
+            results = self._job.results
+            results.parent.mkdir(parents=True, exist_ok=True)
+            if not (results.exists() and text in results.read_text()):  # it may have been killed right after this
+                with results.open("a") as file:
+                    file.write(text)
             _write_lines(kept, [line])
 
     @property
@@ -280,11 +285,23 @@ def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
+def _make(folder: Path) -> None:
+    """Before the first step, not after the first epoch."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".tmp").touch()
+        (folder / ".tmp").unlink(missing_ok=True)  # another process of the run may have been faster
+    except OSError as error:
+        raise UserError(f"--out: expected a folder that can be written, got {folder}: {error.strerror}") from None
+
+
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    temporary.replace(path)
+    try:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: could not be written: {error.strerror}; the last checkpoint stays") from None
 
 
 def _layers(model: nn.Module) -> dict[str, int]:

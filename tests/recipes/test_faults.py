@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs that are killed, lose a worker or a process, or cannot write: no file is broken, the cause is named, and
+--resume ends where an unbroken run does. A full disk stands in test_resume.py."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small import ROOT, command, fails, lines, run, saved
+
+from recipes.common import checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
+
+HERE = Path(__file__).parent
+
+
+def python(*words: object, timeout: float = 500) -> subprocess.CompletedProcess[str]:
+    paths = {"PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        env={**os.environ, **paths},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("recipe", "count"), [("cifar10", 14), ("gpt", 6)])
+def test_killed_at_any_point(recipe: str, count: int, images: Path, tmp_path: Path) -> None:
+    words = command(recipe, tmp_path, images)
+    out = words.index("--out")
+    done = python(HERE / "kills.py", count, tmp_path, *words[:out], *words[out + 2 :])
+    assert done.returncode == 0, done.stderr
+    unbroken, *points = map(json.loads, done.stdout.splitlines())
+    assert len(points) == count
+    assert unbroken["epochs"] == [1, 2]
+    for point in points:
+        assert point["killed"]
+        assert point["resumed"] == 0
+        assert point["left"] == unbroken
+    assert len({point["saved"] for point in points}) > 1  # some died before the first save, some after
+
+
+def test_a_line_is_written_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the result line and the note that it was written."""
+    run(monkeypatch, command("gpt", tmp_path, images))
+    (kept,) = tmp_path.glob("*/*/seed0/result.json")
+    kept.unlink()
+    run(monkeypatch, command("gpt", tmp_path, images, "--resume"))
+    assert len(lines(tmp_path)) == 1
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
+def test_a_folder_that_cannot_be_written(
+    recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("no folder")
+    said = fails(monkeypatch, command(recipe, file / "out", images))
+    folder = file / "out" / recipe / "mvue_2_4" / "seed0"
+    assert said == f"{recipe}: --out: expected a folder that can be written, got {folder}: Not a directory"
+    assert file.read_text() == "no folder"
+
+
+WORKER = """
+import importlib, os, signal, sys
+from recipes.imagenet.data import _Decoded
+
+get = _Decoded.__getitem__
+def killed(self, index):
+    if index == 5 and not os.environ.get("SPARED"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return get(self, index)
+_Decoded.__getitem__ = killed
+sys.argv = sys.argv[1:]
+importlib.import_module(sys.argv[0]).main()
+"""
+
+
+@pytest.mark.slow
+def test_a_dying_worker_is_named(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = command("imagenet", tmp_path, images, "--set", "workers=1")
+    done = python("-c", WORKER, *words)
+    assert done.returncode != 0
+    assert "DataLoader worker" in done.stderr
+    assert "killed by signal: Killed" in done.stderr
+    monkeypatch.setenv("SPARED", "1")
+    done = python("-c", WORKER, *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(saved(tmp_path)).training["step"] == 6
+
+
+RANK = """
+import importlib, os, signal, sys
+from recipes.common.run import Run
+
+after_step = Run.after_step
+def killed(self, step, *arguments, **sums):
+    if step == 4 and os.environ["RANK"] == "1" and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return after_step(self, step, *arguments, **sums)
+Run.after_step = killed
+sys.argv = sys.argv[1:]
+importlib.import_module(sys.argv[0]).main()
+"""
+
+
+@pytest.mark.slow
+def test_a_dying_rank_ends_the_run_and_it_resumes(images: Path, tmp_path: Path) -> None:
+    program = tmp_path / "rank.py"
+    program.write_text(RANK)
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, program]
+    words = command("gpt", tmp_path / "out", images)
+    done = python(*torchrun, *words)
+    assert done.returncode != 0
+    assert "Signal 9 (SIGKILL)" in done.stderr
+    assert checkpoint.load(saved(tmp_path / "out")).training["step"] == 3  # of the first epoch
+    done = python(*torchrun, *words, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert checkpoint.load(saved(tmp_path / "out")).training["step"] == 6
+    assert len(lines(tmp_path / "out")) == 1
