@@ -42,6 +42,21 @@ def same_as_reference(actual: Tensor, expected: Tensor, method: str) -> None:
     )
 
 
+def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Within the bound of a sum of ``terms`` products in the accumulator, and one rounding to the result's dtype.
+
+    ``exact`` is float64, ``magnitude`` the same product of absolute values.
+    """
+    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    error = (actual.double() - exact).abs()
+    bound = (terms + 2) * torch.finfo(accumulator).eps * magnitude
+    if actual.dtype != accumulator:
+        bound = (
+            bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
+        )
+    assert (error <= bound).all(), (error - bound).max()
+
+
 @st.composite
 def strided_tensors(draw: st.DrawFn) -> Tensor:
     """Any shape, permuted and sliced."""

@@ -87,6 +87,7 @@ void test_decompress(const Compressed<T>& from, const std::vector<T>& pruned, in
 
 template <class F>
 void test_compress(const Shape& shape, int n, int m, sdgp::Method method, double zeros, const std::string& what) {
+  if (skip()) return;
   using T = typename F::Type;
   const sdgp::Kernels& table = sdgp::kernels();
   const std::vector<T> in = draw<F>(shape.rows() * shape.size, zeros);
@@ -166,6 +167,7 @@ std::vector<uint8_t> draw_indices(const sdgp::SpmmArgs& args, int64_t count) {
 
 template <class F>
 void test_product(const Product& p, int n, int m, const std::string& what) {
+  if (skip()) return;
   using T = typename F::Type;
   sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
   const auto values = draw<F>(p.samples * args.sample_stride);
@@ -201,6 +203,7 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
 // A gradient that is pruned on the way gives, bit for bit, what its compressed form gives.
 template <class F>
 void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool channels_first, const std::string& what) {
+  if (skip()) return;
   using T = typename F::Type;
   sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
   const int64_t channels = p.groups * p.size;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Runs a fuzz target without libFuzzer: `replay RUNS CORPUS...` runs every file of the folders, then so many mutations
-// of them, the same at every call. The input that fails is printed in hexadecimal.
+// of them, the same ones for the same RUNS. The input that fails is printed in hexadecimal.
 #include <algorithm>
 #include <csignal>
 #include <cstdint>
@@ -73,8 +73,8 @@ int main(int argc, char** argv) {
   LLVMFuzzerInitialize(nullptr, nullptr);
   const std::vector<Input> inputs = read(argc - 2, argv + 2);
   for (const Input& input : inputs) run(input);
-  std::mt19937 generator(7);
   const long runs = inputs.empty() ? 0 : std::atol(argv[1]);
+  std::mt19937 generator(static_cast<unsigned>(runs));
   for (long i = 0; i < runs; ++i) run(mutate(inputs, generator));
   std::printf("%zu inputs, %ld mutations of them\n", inputs.size(), runs);
 }
