@@ -49,7 +49,8 @@ def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
     """
     accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
     error = (actual.double() - exact).abs()
-    bound = (terms + 2) * torch.finfo(accumulator).eps * magnitude
+    precision = torch.finfo(accumulator)
+    bound = (terms + 2) * precision.eps * (magnitude + precision.smallest_normal)  # subnormal sums round too
     if actual.dtype != accumulator:
         bound = (
             bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
