@@ -14,8 +14,8 @@ BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# Inputs of the kernels' fuzzer, some 25 kernel calls each; cases of each test that fuzzes the ops, 20 op calls each.
-FUZZ_RUNS ?= 500000
+# Inputs of the kernels' fuzzer, some 18 kernel calls each; cases of each test that fuzzes the ops, 20 op calls each.
+FUZZ_RUNS ?= 1000000
 FUZZ_EXAMPLES ?= 2000
 
 .PHONY: all demo test lint cpp-test sanitize fuzz fuzz-kernels fuzz-ops fuzz-threads memcheck cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
