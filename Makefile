@@ -14,7 +14,11 @@ BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
+# Inputs of the kernels' fuzzer, some 18 kernel calls each; cases of each test that fuzzes the ops, 20 op calls each.
+FUZZ_RUNS ?= 1000000
+FUZZ_EXAMPLES ?= 2000
+
+.PHONY: all demo test lint cpp-test sanitize fuzz fuzz-kernels fuzz-ops fuzz-threads memcheck cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
 all: test
 
 # One wheel is built and repaired, and both environments install that file.
@@ -46,6 +50,35 @@ sanitize: $(VENV)/ready
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+
+# The long versions of what `make test` does in seconds.
+fuzz: fuzz-kernels fuzz-ops fuzz-threads memcheck
+
+# With libFuzzer, from the corpus in the repository; what it finds beyond that is kept in build/fuzz/corpus. Needs clang
+# (Debian: apt-get install clang libclang-rt-14-dev). Half an hour of compiling: nothing is left out.
+CLANG ?= clang
+fuzz-kernels: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/fuzz -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_FUZZER=ON \
+	  -DCMAKE_CXX_COMPILER=$(CLANG)++ \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -gline-tables-only"
+	$(BIN)/cmake --build build/fuzz --target kernels_fuzz
+	mkdir -p build/fuzz/corpus
+	build/fuzz/tests/fuzz/kernels_fuzz -runs=$(FUZZ_RUNS) -max_len=256 -print_final_stats=1 build/fuzz/corpus tests/fuzz/corpus
+
+fuzz-ops: $(VENV)/installed
+	SDGP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/test_fuzz_ops.py
+
+# Eight threads that call the kernels, under ThreadSanitizer.
+fuzz-threads: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/tsan -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF \
+	  -DCMAKE_CXX_FLAGS="-fsanitize=thread -g1"
+	$(BIN)/cmake --build build/tsan --target threads_test
+	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R threads_test
+
+# The C++ tests under valgrind, less of each. It knows no AVX-512.
+memcheck: cpp-test
+	for isa in baseline avx2; do for test in kernels products threads; do SDGP_FORCE_ISA=$$isa SDGP_TEST_SHARE=40 \
+	  valgrind --quiet --error-exitcode=1 --leak-check=full build/cpp/tests/cpp/$${test}_test || exit; done; done
 
 # The GPU tests under compute-sanitizer: for a machine with a GPU, in an environment that has sdgp and pytest.
 cuda-sanitize:

@@ -42,6 +42,22 @@ def same_as_reference(actual: Tensor, expected: Tensor, method: str) -> None:
     )
 
 
+def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
+    """Within the bound of a sum of ``terms`` products in the accumulator, and one rounding to the result's dtype.
+
+    ``exact`` is float64, ``magnitude`` the same product of absolute values.
+    """
+    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
+    error = (actual.double() - exact).abs()
+    precision = torch.finfo(accumulator)
+    bound = (terms + 2) * precision.eps * (magnitude + precision.smallest_normal)  # subnormal sums round too
+    if actual.dtype != accumulator:
+        bound = (
+            bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
+        )
+    assert (error <= bound).all(), (error - bound).max()
+
+
 @st.composite
 def strided_tensors(draw: st.DrawFn) -> Tensor:
     """Any shape, permuted and sliced."""

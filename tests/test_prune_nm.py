@@ -119,7 +119,8 @@ def test_any_strides(x: Tensor, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
-    rerun(isa, f"{__file__}::test_equals_reference", f"{__file__}::test_any_strides")
+    names = ("equals_reference", "any_strides", "a_signalling_nan_of_float16_counts_as_the_quiet_one")
+    rerun(isa, *(f"{__file__}::test_{name}" for name in names))
 
 
 # Properties.
@@ -187,6 +188,12 @@ def test_nan_and_inf_survive() -> None:
         if method != "random":
             assert not sdgp.prune_nm(torch.tensor([1.0, nan, 2.0, 3.0]), 1, 4, method=method)[1].isfinite()
             assert not sdgp.prune_nm(torch.tensor([1.0, inf, 2.0, 3.0]), 1, 4, method=method)[1].isfinite()
+
+
+@pytest.mark.parametrize("method", ["mvue", "rescale_group"])
+def test_a_signalling_nan_of_float16_counts_as_the_quiet_one(method: str) -> None:
+    x = torch.tensor([0x7C03, 0x7E02], dtype=torch.int16).view(torch.float16)
+    assert sdgp.prune_nm(x, 1, 2, method=method).isnan().tolist() == [True, False]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import INSTRUCTION_SETS, identical, rerun, strided_tensors
+from compare import INSTRUCTION_SETS, identical, near, rerun, strided_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES, PATTERNS, draw_seed
@@ -19,21 +19,6 @@ from sdgp.ops import conv2d_input_grad_nm, linear_input_grad_nm
 
 inf, nan = torch.inf, torch.nan
 SOME_PATTERNS = ((2, 4), (1, 2), (3, 7), (4, 4), (8, 32), (31, 64), (1, 64), (1, 1))
-
-
-def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
-    """Within the bound of a sum of ``terms`` products in the accumulator, and one rounding to the result's dtype.
-
-    ``exact`` is float64, ``magnitude`` the same product of absolute values.
-    """
-    accumulator = torch.float64 if actual.dtype == torch.float64 else torch.float32
-    error = (actual.double() - exact).abs()
-    bound = (terms + 2) * torch.finfo(accumulator).eps * magnitude
-    if actual.dtype != accumulator:
-        bound = (
-            bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
-        )
-    assert (error <= bound).all(), (error - bound).max()
 
 
 def by_reference(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> tuple[Tensor, Tensor]:

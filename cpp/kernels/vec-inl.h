@@ -177,7 +177,9 @@ SDGP_INLINE Vec<float> float_from_float16(HalfVec h) {
   const Vec<uint32_t> magnitude = bits & 0x7fff;
   // The float with these exponent and fraction bits is 2^112 too small, subnormals included.
   const auto scaled = (Vec<uint32_t>)((Vec<float>)(magnitude << 13) * 0x1p112f);
-  const Vec<uint32_t> special = (magnitude << 13) | 0x7f800000;
+  // A signalling NaN turns quiet, as in hardware: mvue and rescale_group order NaNs by their bits.
+  const Vec<uint32_t> quiet = magnitude > 0x7c00 ? splat<uint32_t>(0x400000) : Vec<uint32_t>{};
+  const Vec<uint32_t> special = (magnitude << 13) | 0x7f800000 | quiet;
   return (Vec<float>)((magnitude >= 0x7c00 ? special : scaled) | ((bits & 0x8000) << 16));
 #endif
 }

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdio>
+#include <cstdlib>
 #include <set>
 #include <stdexcept>
 #include <string>
@@ -17,6 +18,13 @@ inline std::set<std::string> failures;
 
 inline void expect(bool ok, const std::string& what) {
   if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
+}
+
+// Whether to skip the next of many like cases: all but one in SDGP_TEST_SHARE, for tools that slow a test down.
+inline bool skip() {
+  static const char* share = std::getenv("SDGP_TEST_SHARE");
+  static int64_t count = 0;
+  return share && ++count % std::atoi(share) != 0;
 }
 
 inline int run(void (*test)()) {

@@ -120,4 +120,19 @@ Group<E> mvue(const Group<E>& x, int n, uint64_t seed, uint64_t index) {
   return out;
 }
 
+template <class E>
+Group<E> rescale_group(const Group<E>& x, int n) {
+  const Group<bool> keep = largest_magnitudes(x, n);
+  E all = 0;
+  E kept = 0;
+  for (size_t j = 0; j < x.size(); ++j) {
+    all += std::abs(x[j]);
+    if (keep[j]) kept += std::abs(x[j]);
+  }
+  const E factor = kept == 0 ? E{1} : all / kept;
+  Group<E> out(x.size());
+  for (size_t j = 0; j < x.size(); ++j) out[j] = keep[j] ? x[j] * factor : E{0};
+  return out;
+}
+
 }  // namespace scalar
