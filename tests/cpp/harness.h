@@ -20,6 +20,7 @@ inline void expect(bool ok, const std::string& what) {
 }
 
 inline int run(void (*test)()) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // who waits for the first failure sees it at once
   try {
     std::printf("kernels of %s\n", kernels().isa);
   } catch (const std::runtime_error& error) {

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Mutation testing of the selection kernel: `make mutants` runs it, pytest does not.
+
+Each mutant is one changed operator, number or statement of one line; the C++ tests are compiled with it, without
+optimization and for the baseline alone, first those that take seconds. It is killed where one fails or hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from results import Mutant, Outcome, main
+
+ROOT = Path(__file__).parents[2]
+FILES = ("select_nm-inl.h", "sorting_network.h", "prune_nm-inl.h")
+COMPILER = os.environ.get("CXX", "c++")
+FLAGS = ("-std=c++20", "-O0", "-w", "-ffp-contract=off", "-Wno-psabi", "-Icpp", "-Itests/cpp")
+SECONDS = 120
+
+EQUIVALENT: dict[str, str] = {}
+
+# Layout puts spaces around what is binary, and none inside of a template's brackets.
+_SWAPS = {
+    "<": "<=", ">": ">=", "<=": "<", ">=": ">", "==": "!=", "!=": "==",
+    "+": "-", "-": "+", "*": "/", "/": "*", "%": "/", "+=": "-=", "-=": "+=", "*=": "+=",
+    "&": "|", "|": "&", "^": "|", "^=": "|=", "&=": "|=", ">>": "<<", "<<": ">>", "&&": "||", "||": "&&",
+}  # fmt: skip
+_NAMES = {
+    "vmin": "vmax", "vmax": "vmin", "add_if": "add_unless", "add_unless": "add_if", "true": "false", "false": "true",
+}  # fmt: skip
+_TOKEN = re.compile(
+    r"(?<= )(?P<operator>[<>]=?|[=!]=|[-+*]=|[&^]=|<<|>>|&&|\|\||[-+*/%&|^])(?= )"
+    r"|\b(?P<name>vmin|vmax|add_if|add_unless|true|false)\b"
+    r"|(?P<not>!)(?=\w)"
+    r"|(?<![\w.])(?P<number>0x[0-9a-f]+|\d+)(?P<suffix>u?)(?![\w.])"
+)
+_STATEMENT = re.compile(
+    r"^(\s+)((?:[\w.\[\]]+ [-+*^&|]?= |transpose<|std::mem|select_largest|apply_mask|prune_tile).*;)$"
+)
+
+
+def _changes(line: str) -> Iterator[str]:
+    code = line.split("//")[0].rstrip()
+    if code.lstrip().startswith(("#", "template", "using", "namespace", "static_assert")):
+        return
+    for found in _TOKEN.finditer(code):
+        if found["operator"]:
+            new = _SWAPS[found["operator"]]
+        elif found["name"]:
+            new = _NAMES[found["name"]]
+        elif found["not"]:
+            new = ""
+        else:
+            new = f"{int(found['number'], 0) + 1}{found['suffix']}"
+        yield code[: found.start()] + new + code[found.end() :]
+    if _STATEMENT.match(code):
+        yield _STATEMENT.sub(r"\1;", code)
+
+
+def mutants() -> Iterator[Mutant]:
+    for file in FILES:
+        lines = (ROOT / "cpp/kernels" / file).read_text().splitlines()
+        for number, line in enumerate(lines):
+            for changed in _changes(line):
+                source = "\n".join([*lines[:number], changed, *lines[number + 1 :], ""])
+                yield Mutant(file, number + 1, f"{line.strip()} -> {changed.strip()}", source)
+
+
+def judge(mutant: Mutant) -> Outcome:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for part in ("cpp", "tests/cpp", "tests/mutation"):
+            shutil.copytree(ROOT / part, folder / part)
+        if mutant.source:
+            (folder / "cpp/kernels" / mutant.file).write_text(mutant.source)
+        for test in _tests(mutant.file):
+            if subprocess.run([COMPILER, *FLAGS, *test, "-o", "test"], cwd=folder, capture_output=True).returncode:
+                return "invalid"
+            if not _passes(folder):
+                return "killed"
+    return "survived"
+
+
+def _tests(file: str) -> Iterator[tuple[str, ...]]:
+    if file != "prune_nm-inl.h":
+        yield ("-DSDGP_FEW", "tests/cpp/select_test.cpp")
+        yield ("tests/cpp/select_test.cpp",)
+    kernels = ("tests/mutation/baseline.cpp", "tests/cpp/kernels_test.cpp")
+    yield ("-DSDGP_FEW", *kernels)
+    if not os.environ.get("QUICK"):
+        yield kernels
+
+
+def _passes(folder: Path) -> bool:
+    """Ends the test at its first failure, or where it hangs."""
+    with subprocess.Popen([folder / "test"], stdout=subprocess.PIPE, text=True) as test:
+        timer = threading.Timer(SECONDS, test.kill)
+        timer.start()
+        assert test.stdout is not None
+        failed = any(line.startswith("FAILED") for line in test.stdout)
+        timer.cancel()
+        test.kill() if failed else test.wait()
+    return not failed and test.returncode == 0
+
+
+if __name__ == "__main__":
+    main("kernel", mutants(), judge, EQUIVALENT)
