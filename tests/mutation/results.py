@@ -55,6 +55,8 @@ def main(
         known = any(f"{mutant.file}: {mutant.change}".startswith(key) for key in equivalent)
         outcome = "equivalent" if known else judge(mutant)
         counts[outcome] += 1
+        if sum(counts.values()) % 25 == 0:
+            print(f"... {mutant.file}:{mutant.line}, {counts}", flush=True)
         if outcome == "survived":
             survivors.append(name)
             print(f"survived: {name}", flush=True)
