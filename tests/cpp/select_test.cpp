@@ -147,7 +147,32 @@ void test_bits(int n) {
   }
 }
 
+// By the 0-1 principle a network that sorts every sequence of zeros and ones sorts all; and it is no larger than
+// Batcher's.
+template <int kM>
+void test_network() {
+  constexpr auto kNetwork = sdgp::SortingNetwork<kM>::list();
+  constexpr int kCount = sdgp::SortingNetwork<kM>::count();
+  for (uint32_t input = 0; input < 1u << kM; ++input) {
+    uint32_t x = input;
+    for (int i = 0; i < kCount; ++i) {
+      const auto [low, high] = kNetwork.at[i];
+      expect(0 <= low && low < high && high < kM, "comparators in their place");
+      const uint32_t swap = (x >> low & ~(x >> high)) & 1;
+      x ^= swap << low | swap << high;
+    }
+    const int ones = __builtin_popcount(input);
+    expect(x == ((1u << ones) - 1) << (kM - ones), "a network of " + std::to_string(kM) + " sorts");
+  }
+}
+
 void test_all() {
+  test_network<2>();
+  test_network<8>();
+  test_network<16>();
+  expect(sdgp::SortingNetwork<16>::count() == 63, "63 comparators for 16");
+  expect(sdgp::SortingNetwork<32>::count() == 191, "191 comparators for 32");
+  expect(sdgp::SortingNetwork<64>::count() == 543, "543 comparators for 64");
   test_size<Float32, 4>();
   test_size<Float32, 16>();
   test_size<Float64, 4>();
