@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import time
@@ -36,6 +37,7 @@ def main(
     parser.add_argument("--only", default="", help="those whose file, line or change contains this")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--store", action="store_true", help=f"the tally into {RESULTS.name}")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="a sample: each Nth")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then, and tell of what was judged")
     arguments = parser.parse_args()
     if not arguments.list and judge(Mutant("", 0, "none", "")) != "survived":
@@ -43,7 +45,7 @@ def main(
     start = time.monotonic()
     counts = {"killed": 0, "survived": 0, "invalid": 0, "equivalent": 0}
     survivors = []
-    for mutant in mutants:
+    for mutant in itertools.islice(mutants, 0, None, arguments.every):
         name = f"{mutant.file}:{mutant.line}: {mutant.change}"
         if arguments.only not in name:
             continue
