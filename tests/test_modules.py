@@ -111,6 +111,18 @@ def test_too_narrow(channels: int) -> None:
         assert modules.twin_of(layer).too_narrow(layer, sdgp.Pattern(2, 4)) == reason  # type: ignore[union-attr]
 
 
+def test_errors() -> None:
+    with pytest.raises(ValueError, match=r"^from_dense: expected an nn.Linear, got Conv2d$"):
+        sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3))
+    for make in (lambda: sdgp.Linear(4, 8, method="topk"), lambda: sdgp.Conv2d(4, 8, 3, method="topk")):
+        with pytest.raises(ValueError, match=r"^(Linear|Conv2d): expected method to be one of .*, got 'topk'$"):
+            make()
+    with pytest.raises(
+        RuntimeError, match="^torch.jit.script: expected a dense model, got a Linear of sdgp: script sdgp"
+    ):
+        torch.jit.script(sdgp.Linear(4, 8))
+
+
 def test_to_dense_leaves_the_layer_as_it_was() -> None:
     layer = sdgp.Linear(8, 8, pattern="1:4")
     seen: list[Tensor] = []

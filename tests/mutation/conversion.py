@@ -19,10 +19,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import hypothesis  # noqa: F401 (slow, as torch is: imported once, before the forks)
 import pytest
 import torch
-import torch._dynamo
+import torch._dynamo  # slow; imported once, before the forks
 from results import Mutant, Outcome, main
 
 TESTS = Path(__file__).parents[1]
@@ -171,8 +170,7 @@ def _run_tests(mutant: Mutant) -> int:
     importlib.machinery.SourceFileLoader.get_code = mutated  # type: ignore[method-assign, assignment]
     torch.set_num_threads(1)
     names = TESTS_OF.get(module) or sorted({name for names in TESTS_OF.values() for name in names})
-    # hypothesis' plugin would complain that its package is there already.
-    options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "-m", "not slow"]
+    options = ["-x", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         return int(any(pytest.main([*options, f"--rootdir={TESTS.parent}", str(TESTS / name)]) for name in names))
 

@@ -45,10 +45,9 @@ def main(
     start = time.monotonic()
     counts = {"killed": 0, "survived": 0, "invalid": 0, "equivalent": 0}
     survivors = []
-    for mutant in itertools.islice(mutants, 0, None, arguments.every):
-        name = f"{mutant.file}:{mutant.line}: {mutant.change}"
-        if arguments.only not in name:
-            continue
+    wanted = ((f"{mutant.file}:{mutant.line}: {mutant.change}", mutant) for mutant in mutants)
+    wanted = (found for found in wanted if arguments.only in found[0])
+    for name, mutant in itertools.islice(wanted, 0, None, arguments.every):
         if arguments.list:
             print(name)
             continue
