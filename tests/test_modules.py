@@ -5,6 +5,7 @@ note, and what they hand to sdgp.profile. test_layers.py has their gradients."""
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import pytest
@@ -49,8 +50,12 @@ def test_work(layer: nn.Module, shape: tuple[int, ...], work: int, monkeypatch: 
     assert seen == [work]
 
 
-def test_which_choice_is_noted() -> None:
-    layer, x = sdgp.Linear(8, 8, backend="pruned"), torch.randn(4, 8, requires_grad=True)
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(sdgp.Linear(8, 8, backend="pruned"), (4, 8)), (sdgp.Conv2d(4, 8, 3, backend="pruned"), (2, 4, 5, 5))],
+)
+def test_which_choice_is_noted(layer: Any, shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, requires_grad=True)
     layer(x.detach())
     assert layer.last_key is None  # no data gradient
     layer(x)
@@ -102,6 +107,13 @@ def test_the_product_of_a_padded_input() -> None:
     grad_output = torch.randn_like(output)
     (expected,) = torch.autograd.grad(output, padded, grad_output)
     torch.testing.assert_close(layer.products(grad_output, x).dense(), expected)
+
+
+def test_transformers_conv1d_is_imported_for_its_own_layers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "sdgp.conv1d", raising=False)
+    assert modules.twin_of(nn.Linear(4, 8)) is sdgp.Linear
+    assert modules.twin_of(nn.Conv1d(4, 8, 3)) is None
+    assert "sdgp.conv1d" not in sys.modules
 
 
 @pytest.mark.parametrize("channels", [3, 4, 5])
