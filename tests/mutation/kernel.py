@@ -94,6 +94,7 @@ def judge(mutant: Mutant) -> Outcome:
 def _tests(file: str) -> Iterator[tuple[str, ...]]:
     if file != "prune_nm-inl.h":
         yield ("-DSDGP_FEW", "tests/cpp/select_test.cpp")
+        yield ("-DSDGP_FEW", "-fsanitize=address,undefined", "tests/cpp/select_test.cpp")
         yield ("tests/cpp/select_test.cpp",)
     kernels = ("tests/mutation/baseline.cpp", "tests/cpp/kernels_test.cpp")
     yield ("-DSDGP_FEW", *kernels)
