@@ -80,7 +80,7 @@ reproducible: $(VENV)/ready
 coverage: coverage-python coverage-cpp
 
 coverage-python: $(VENV)/installed $(VENV)/tools
-	$(BIN)/coverage erase
+	mkdir -p build && $(BIN)/coverage erase
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coverage run -m pytest -q -m "not slow"
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report --skip-covered --show-missing --fail-under 95
