@@ -27,7 +27,13 @@ FLAGS = (
 )
 SECONDS = 120
 
-EQUIVALENT: dict[str, str] = {}
+_PADDED = (
+    "select_nm-inl.h: for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));"
+)
+EQUIVALENT = {
+    "select_nm-inl.h: if constexpr (kM <= 8) { ->": "which of two algorithms that select the same",
+    f"{_PADDED} -> for (int j = 1;": "a group has at least one element",
+}
 
 # Layout puts spaces around what is binary, and none inside of a template's brackets.
 _SWAPS = {
