@@ -32,6 +32,8 @@ _PADDED = (
 )
 EQUIVALENT = {
     "select_nm-inl.h: if constexpr (kM <= 8) { ->": "which of two algorithms that select the same",
+    "select_nm-inl.h: out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j])); -> "
+    "out[j] = keep_if(keep, magnitude[j] > step": "where the two are equal, their quotient is 1",
     f"{_PADDED} -> for (int j = 1;": "a group has at least one element",
 }
 
