@@ -138,6 +138,13 @@ def test_reasons(layer: nn.Module, note: str) -> None:
     assert type(layer) is before or note.startswith("exact")
 
 
+def test_reasons_of_attention() -> None:
+    assert notes(sdgp.convert(nn.MultiheadAttention(8, 2))) == {
+        "(model)": "dense: its projections are applied inside one fused function, out of reach",
+        "out_proj": "dense: applied inside nn.MultiheadAttention's fused function, out of reach",
+    }
+
+
 def test_report() -> None:
     model = small()
     assert set(notes(model).values()) == {"dense: not converted"}
