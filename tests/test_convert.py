@@ -78,6 +78,7 @@ def test_converting_again_replaces_the_settings() -> None:
     sdgp.convert(model, filter=lambda module, name: name == "3")
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[3], sdgp.Linear)
+    assert set(vars(model[3])) == set(vars(sdgp.convert(nn.Linear(8, 8))))  # why it was dense is forgotten
 
 
 def test_a_model_that_is_the_layer_itself() -> None:

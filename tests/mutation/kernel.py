@@ -31,6 +31,11 @@ _PADDED = (
     "select_nm-inl.h: for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));"
 )
 EQUIVALENT = {
+    "prune_nm-inl.h: const int64_t p = at + kL <= stop ? at : stop - kL; -> const int64_t p = at + kL < stop": (
+        "where the sum is `stop`, both are the same"
+    ),
+    "prune_nm-inl.h: const int64_t g = at + kL <= stop ? at : stop - kL;  // steps back as in run_rows -> "
+    "const int64_t g = at + kL < stop": "as for p",
     "sorting_network.h: for (int j = k % p; j + k < kM; j += 2 * k) { -> for (int j = k % p; j + k <= kM;": (
         "what it adds would cross into another block, and is never emitted"
     ),
