@@ -246,12 +246,12 @@ void test_scaled(PruneArgs args, const std::string& what) {
 // Mutation testing's first question, which compiles and answers in seconds: float32, magnitude and random alone.
 #if defined(SDGP_FEW)
 constexpr bool kFew = true;
-const int kPatterns[][2] = {{2, 4}, {3, 5}, {2, 16}, {31, 64}};
 #else
 constexpr bool kFew = false;
-const int kPatterns[][2] = {{1, 2},  {2, 4},  {1, 4},  {2, 3},   {3, 5},  {4, 8},
-                            {2, 16}, {8, 16}, {5, 24}, {16, 32}, {9, 60}, {31, 64}};
 #endif
+// On either side of every compiled group size, and the powers of two whose groups fill lanes without a gap.
+const int kPatterns[][2] = {{1, 2}, {2, 3},  {2, 4},  {1, 4},   {3, 5},  {4, 8},
+                            {2, 9}, {8, 16}, {5, 17}, {16, 32}, {9, 33}, {31, 64}};
 
 void test_layout(const Layout& layout, int n, int m) {
   const auto args = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m); };
