@@ -88,7 +88,7 @@ coverage-python: $(VENV)/installed $(VENV)/tools
 coverage-cpp: $(VENV)/installed $(VENV)/tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/coverage-cpp
 
-# One small change after the other to the conversion logic and the selection kernel: do the tests notice? About an hour.
+# One small change after the other to the conversion logic and the selection kernel: do the tests notice? Hours on two cores.
 mutants: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/conversion.py
 	$(BIN)/python tests/mutation/kernel.py

@@ -210,8 +210,8 @@ def test_a_replaced_class_is_refused() -> None:
     torch.nn.utils.parametrizations.weight_norm(layer)
     for call in (sdgp.revert, sdgp.convert):
         message = (
-            f"{call.__name__}: expected sdgp's own layers, got their subclass ParametrizedLinear for (model); undo what "
-            "replaced its class (a parametrization, say) first"
+            f"{call.__name__}: expected sdgp's own layers, got their subclass ParametrizedLinear for (model); undo "
+            "what replaced its class (a parametrization, say) first"
         )
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             call(layer)
