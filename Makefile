@@ -17,8 +17,8 @@ BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-.PHONY: all demo test lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test docs bench clean \
-  coverage coverage-python coverage-cpp mutants reproducible lock licences
+.PHONY: all demo test test-all lint cpp-test sanitize cuda-sanitize wheel sdist python-test second-test install-test docs bench \
+  clean coverage coverage-python coverage-cpp mutants reproducible lock licences
 all: test
 
 # One wheel is built and repaired, and both environments install that file.
@@ -27,6 +27,9 @@ WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.py
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+# Hours: all that can be tested on a machine without a GPU.
+test-all: test sanitize fuzz coverage mutants reproducible
 
 test: lint cpp-test python-test second-test install-test
 
