@@ -31,7 +31,7 @@ _PADDED = (
     "select_nm-inl.h: for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));"
 )
 EQUIVALENT = {
-    "prune_nm-inl.h: if constexpr (kM <= kL) { -> if constexpr (kM < kL)": "where they are equal, both ways are one block",
+    "prune_nm-inl.h: if constexpr (kM <= kL) { -> if constexpr (kM < kL)": "where they are equal, both are one block",
     "prune_nm-inl.h: args, plan, p, kStaged, kM, inner ? inner->in_stride : 0, args.in_stride, -> "
     "args, plan, p, kStaged, kM, inner ? inner->in_stride : 1": "without other dimensions there is one row",
     "prune_nm-inl.h: const int64_t p = at + kL <= stop ? at : stop - kL; -> const int64_t p = at + kL < stop": (
