@@ -8,6 +8,9 @@ DIST := dist$(SUFFIX)
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+# LOCKED=1 sets the development environment up from requirements/lock.txt, every file's hash checked.
+LOCKED ?=
+DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/dev.txt -c requirements/constraints.txt)
 # Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
@@ -18,7 +21,9 @@ CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -
 FUZZ_RUNS ?= 1000000
 FUZZ_EXAMPLES ?= 2000
 
-.PHONY: all demo test lint cpp-test sanitize fuzz fuzz-kernels fuzz-ops fuzz-threads memcheck cuda-sanitize wheel sdist python-test second-test install-test docs bench clean
+.PHONY: all demo test test-all lint cpp-test sanitize fuzz fuzz-kernels fuzz-ops fuzz-threads memcheck cuda-sanitize wheel \
+  sdist python-test second-test install-test docs bench clean coverage coverage-python coverage-cpp mutants reproducible \
+  lock licences
 all: test
 
 # One wheel is built and repaired, and both environments install that file.
@@ -27,6 +32,9 @@ WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.py
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
+
+# Hours: all that can be tested on a machine without a GPU.
+test-all: test sanitize fuzz coverage mutants reproducible
 
 test: lint cpp-test python-test second-test install-test
 
@@ -101,6 +109,38 @@ wheel: python-test second-test
 sdist: $(VENV)/ready
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
 
+# Two builds of the last commit, in two folders: the same file.
+reproducible: $(VENV)/ready
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/reproducible
+
+# Lines that the tests run, of python/sdgp and of cpp/; fails under 95 %.
+coverage: coverage-python coverage-cpp
+
+coverage-python: $(VENV)/installed $(VENV)/tools
+	mkdir -p build && $(BIN)/coverage erase
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/coverage run -m pytest -q -m "not slow"
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report --skip-covered --show-missing --fail-under 95
+
+coverage-cpp: $(VENV)/installed $(VENV)/tools
+	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/coverage-cpp
+
+# One small change after the other to the conversion logic and the selection kernel: do the tests notice? Hours on two cores.
+mutants: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/conversion.py
+	$(BIN)/python tests/mutation/kernel.py
+
+# The newest of everything, with the hashes of the public index.
+lock: $(VENV)/tools
+	$(BIN)/uv pip compile --quiet --upgrade --no-config --no-emit-index-url \
+	  --generate-hashes --only-binary :all: --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
+	  --custom-compile-command "make lock" -c requirements/constraints.txt requirements/dev.txt requirements/tools.txt \
+	  -o requirements/lock.txt
+
+# The licences of what is needed and used, as installed here, into docs/licences.md.
+licences: $(VENV)/ready
+	$(BIN)/python .ci/licences > docs/licences.md
+
 # The documentation site, in build/site.
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
@@ -110,7 +150,11 @@ bench: $(VENV)/installed
 
 $(VENV)/ready: requirements/dev.txt requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -r requirements/dev.txt -c requirements/constraints.txt
+	$(BIN)/pip install --quiet $(DEV)
+	touch $@
+
+$(VENV)/tools: requirements/tools.txt $(VENV)/ready
+	$(BIN)/pip install --quiet $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/tools.txt)
 	touch $@
 
 $(DIST)/built: $(VENV)/ready $(WHEEL_INPUTS)

@@ -33,7 +33,7 @@ if(TorchStable_FOUND AND NOT TARGET TorchStable::torch_cpu)
   add_library(TorchStable::torch_cpu INTERFACE IMPORTED)
   target_include_directories(TorchStable::torch_cpu SYSTEM INTERFACE "${TorchStable_INCLUDE_DIR}")
   target_link_libraries(TorchStable::torch_cpu INTERFACE "${TorchStable_torch_cpu}" "${TorchStable_c10}")
-  target_compile_options(TorchStable::torch_cpu INTERFACE "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${TorchStable_INCLUDE_DIR}=torch>")
+  target_compile_options(TorchStable::torch_cpu INTERFACE "$<$<AND:$<COMPILE_LANGUAGE:CXX>,$<NOT:$<CONFIG:Debug>>>:-ffile-prefix-map=${TorchStable_INCLUDE_DIR}=torch>")
   # The oldest torch that the library runs under.
   target_compile_definitions(TorchStable::torch_cpu INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
 endif()

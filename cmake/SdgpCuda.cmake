@@ -38,7 +38,8 @@ set_target_properties(
              CXX_VISIBILITY_PRESET hidden
              CUDA_VISIBILITY_PRESET hidden
              VISIBILITY_INLINES_HIDDEN ON
-             INSTALL_RPATH "")
+             INSTALL_RPATH ""
+             BUILD_WITH_INSTALL_RPATH ON)
 target_link_options(sdgp_cuda INTERFACE "LINKER:--no-as-needed")
 # No contraction, as on the CPU: random and mvue must select the same positions.
 set(SDGP_CUDA_FLAGS -fmad=false --expt-relaxed-constexpr --compress-mode=size "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")

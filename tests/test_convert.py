@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -78,6 +79,7 @@ def test_converting_again_replaces_the_settings() -> None:
     sdgp.convert(model, filter=lambda module, name: name == "3")
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[3], sdgp.Linear)
+    assert set(vars(model[3])) == set(vars(sdgp.convert(nn.Linear(8, 8))))  # why it was dense is forgotten
 
 
 def test_a_model_that_is_the_layer_itself() -> None:
@@ -115,6 +117,10 @@ class Special(nn.Linear):
     pass
 
 
+class FSDPSpecial(nn.Linear):  # as fully_shard names what it makes of a class
+    pass
+
+
 @pytest.mark.parametrize(
     ("layer", "note"),
     [
@@ -123,6 +129,10 @@ class Special(nn.Linear):
         (nn.Conv2d(8, 8, 3, groups=4), "dense: 2 output channels per group, fewer than m = 4"),
         (nn.Linear(8, 3), "dense: 3 output channels per group, fewer than m = 4"),
         (Special(8, 8), "dense: Special is a subclass that sdgp does not know"),
+        (
+            FSDPSpecial(8, 8),
+            "dense: FSDPSpecial is a subclass that sdgp does not know; convert before fully_shard",
+        ),
         (nn.Conv1d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not Conv1d"),
         (nn.ConvTranspose2d(8, 8, 3), "dense: only nn.Linear and nn.Conv2d are converted, not ConvTranspose2d"),
         (nn.LSTM(8, 8), "dense: only nn.Linear and nn.Conv2d are converted, not LSTM"),
@@ -136,6 +146,13 @@ def test_reasons(layer: nn.Module, note: str) -> None:
     before = type(layer)
     assert notes(sdgp.convert(layer))["(model)"] == note
     assert type(layer) is before or note.startswith("exact")
+
+
+def test_reasons_of_attention() -> None:
+    assert notes(sdgp.convert(nn.MultiheadAttention(8, 2))) == {
+        "(model)": "dense: its projections are applied inside one fused function, out of reach",
+        "out_proj": "dense: applied inside nn.MultiheadAttention's fused function, out of reach",
+    }
 
 
 def test_report() -> None:
@@ -192,7 +209,11 @@ def test_a_replaced_class_is_refused() -> None:
     layer = sdgp.convert(nn.Linear(8, 8), backend="pruned")
     torch.nn.utils.parametrizations.weight_norm(layer)
     for call in (sdgp.revert, sdgp.convert):
-        with pytest.raises(ValueError, match=r"got their subclass ParametrizedLinear for \(model\)"):
+        message = (
+            f"{call.__name__}: expected sdgp's own layers, got their subclass ParametrizedLinear for (model); undo "
+            "what replaced its class (a parametrization, say) first"
+        )
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
             call(layer)
 
 

@@ -152,6 +152,14 @@ def test_convert_and_revert_on_the_way() -> None:
     assert not any({"exact", "pruning", "paused"} & set(vars(layer)) for layer in model)
 
 
+def test_one_layer_is_reverted_on_the_way() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, dense_first=1)
+    sdgp.revert(model[0])
+    schedule.step()
+    assert notes(model) == ["dense: not converted", "pruned"]
+
+
 def test_copies_and_saved_models_keep_the_phase() -> None:
     model = small()
     schedule = sdgp.Schedule(model, dense_first=1)

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Batcher's odd-even merge sort for kM inputs, as a list of comparators that a compiler unrolls.
+// Batcher's odd-even merge sort for kM inputs, a power of two, as a list of comparators that a compiler unrolls.
 #pragma once
 
 namespace sdgp {
@@ -12,12 +12,14 @@ struct Comparator {
 
 template <int kM>
 struct SortingNetwork {
+  static_assert(kM >= 2 && (kM & (kM - 1)) == 0);
+
   template <class Emit>
   static constexpr void generate(Emit emit) {
     for (int p = 1; p < kM; p *= 2) {
       for (int k = p; k >= 1; k /= 2) {
         for (int j = k % p; j + k < kM; j += 2 * k) {
-          for (int i = 0; i < k && i + j + k < kM; ++i) {
+          for (int i = 0; i < k; ++i) {
             if ((i + j) / (2 * p) == (i + j + k) / (2 * p)) emit(Comparator{i + j, i + j + k});
           }
         }
@@ -30,7 +32,7 @@ struct SortingNetwork {
     return n;
   }
   struct List {
-    Comparator at[count() > 0 ? count() : 1];
+    Comparator at[count()];
   };
   static constexpr List list() {
     List list{};

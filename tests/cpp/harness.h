@@ -28,6 +28,7 @@ inline bool skip() {
 }
 
 inline int run(void (*test)()) {
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // who waits for the first failure sees it at once
   try {
     std::printf("kernels of %s\n", kernels().isa);
   } catch (const std::runtime_error& error) {
