@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import plot  # noqa: E402, a program beside its results, no package
 
-ELSEWHERE = {"recipes/README.md": "recipes.md", "CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+ELSEWHERE = {
+    "recipes/README.md": "recipes.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 PAGE_OF = {**ELSEWHERE, "README.md": "index.md"}
 PLOTS = "<!-- plots -->"
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#:]+)(#[^)\s]*)?\)")
