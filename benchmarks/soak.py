@@ -2,7 +2,7 @@
 """Many training steps of small converted models: what stays in memory after them.
 
 One line per backend and method: the growth of the resident memory, in KiB, between the first tenth of the steps and the
-last, and of the number of objects that Python's collector knows.
+last, and of the number of tensors and of all objects that Python's collector knows.
 
     python benchmarks/soak.py --steps 10000
 """
@@ -15,11 +15,21 @@ from typing import Any
 
 import torch
 from bench import arguments, begin, store
-from torch import nn
+from torch import Tensor, nn
 
 import sdgp
 from sdgp import backends
 from sdgp._timing import training_step
+
+SETTINGS = (
+    ("mvue", "auto"),
+    ("random", "auto"),
+    ("mvue", "pruned"),
+    ("random", "pruned"),
+    ("rescale", "pruned"),
+    ("mvue", "sparse"),
+    ("random", "dense"),
+)
 
 
 def resident_bytes() -> int:
@@ -27,6 +37,12 @@ def resident_bytes() -> int:
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def alive() -> tuple[int, int]:
+    """How many tensors, and how many objects."""
+    objects = gc.get_objects()
+    return sum(issubclass(type(each), Tensor) for each in objects), len(objects)
 
 
 def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
@@ -39,10 +55,11 @@ def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
     first = steps // 10
     for _ in range(first):
         step()
-    memory, objects = resident_bytes(), len(gc.get_objects())
+    memory, (tensors, objects) = resident_bytes(), alive()
     for _ in range(steps - first):
         step()
     growth = resident_bytes() - memory
+    tensors_now, objects_now = alive()
     return {
         "method": method,
         "backend": backend,
@@ -50,7 +67,8 @@ def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
         "records": sum(len(record["step"]) for record in watch.values()),
         "resident_mib": round(memory / 2**20, 1),
         "growth_kib": round(growth / 2**10),
-        "objects_growth": len(gc.get_objects()) - objects,
+        "tensors_growth": tensors_now - tensors,
+        "objects_growth": objects_now - objects,
     }
 
 
@@ -59,11 +77,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10_000)
     args = parser.parse_args()
     machine = begin(args)
-    backends.LEAST_WORK = 0  # so that auto looks at these small layers
+    backends.LEAST_WORK, backends._MARGIN = 0, 1e9  # auto looks at these small layers, and takes the sparse product
     rows = []
-    for method, backend in (("mvue", "auto"), ("mvue", "sparse"), ("rescale", "pruned"), ("random", "dense")):
+    for method, backend in SETTINGS:
         rows.append(row := measure(method, backend, args.steps))
-        grown = f"{row['growth_kib']:+} KiB, objects {row['objects_growth']:+}"
+        grown = f"{row['growth_kib']:+} KiB, tensors {row['tensors_growth']:+}, objects {row['objects_growth']:+}"
         print(f"{method:8} | {backend:6} | {args.steps} steps, {row['records']} records | {grown}", flush=True)
     if machine:
         store("soak", machine, rows, args.store)

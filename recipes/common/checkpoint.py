@@ -7,9 +7,7 @@ A save is atomic: a crash or a full disk leaves the checkpoint that was there.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .errors import UserError
+from .files import replacing
 
 _PREFIX = "training/"
 _TENSOR = "tensor "  # in the JSON, a string that starts so stands for a tensor
@@ -42,18 +41,12 @@ def save(path: Path, weights: Mapping[str, Tensor], training: Mapping[str, Any])
     """
     tensors = {name: _plain(tensor) for name, tensor in weights.items()}
     skeleton = json.dumps(_flatten(training, tensors))
-    temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, {"training": skeleton})
-        temporary.chmod(0o644)  # safetensors lets nobody else read it
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync_folder(path.parent)
+        with replacing(path) as temporary:
+            save_file(tensors, temporary, {"training": skeleton})
+            temporary.chmod(0o644)  # safetensors lets nobody else read it
     except (OSError, SafetensorError) as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         kept = "the one of the last save stays" if path.exists() else "there is none yet"
         raise UserError(f"checkpoint: could not be saved as {path}: {error}; {kept}") from None
 
@@ -102,12 +95,3 @@ def _unflatten(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(tree, list):
         return [_unflatten(value, tensors) for value in tree]
     return tree
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename last: until then it may be in memory only."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

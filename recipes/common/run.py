@@ -28,6 +28,7 @@ from sdgp._machine import machine
 from . import checkpoint
 from .config import difference
 from .errors import UserError
+from .files import append_line, replacing
 from .finite import FiniteCheck
 from .process import Stop, World, derive_seed
 from .settings import Settings
@@ -190,7 +191,7 @@ class Run:
         return True
 
     def finish(self, recipe: str, **result: Any) -> None:
-        """Appends the run's result line, if it was not written before."""
+        """Writes the run's result line to its folder, and appends it to the results, unless either has it."""
         line = {
             "recipe": recipe,
             "row": self._config.row,
@@ -207,15 +208,18 @@ class Run:
             "config": self._settings,
             "curve": self._curve,
         }
-        kept = self._job.folder / "result.json"
-        if self._world.is_first and not kept.exists():
-            text = json.dumps(line) + "\n"
-            results = self._job.results
-            results.parent.mkdir(parents=True, exist_ok=True)
-            if not (results.exists() and text in results.read_text()):  # it may have been killed right after this
-                with results.open("a") as file:
-                    file.write(text)
+        if not self._world.is_first:
+            return
+        kept, results = self._job.folder / "result.json", self._job.results
+        if not kept.exists():
             _write_lines(kept, [line])
+        try:  # after the other, which says what to append if this is never reached
+            append_line(results, kept.read_text().rstrip("\n"))
+        except OSError as error:
+            raise UserError(
+                f"--results: expected a file that can be written, got {results}: {error.strerror}; {kept} has the "
+                "line, and --resume appends it"
+            ) from None
 
     @property
     def last(self) -> dict[str, float]:
@@ -296,10 +300,9 @@ def _make(folder: Path) -> None:
 
 
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
     try:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        temporary.replace(path)
+        with replacing(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror}; the last checkpoint stays") from None
 
