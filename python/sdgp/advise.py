@@ -56,6 +56,11 @@ class Plan(dict[str, tuple[str, str]]):
         saved_ms: of a step, by all layers together.
         step_ms: forward and backward of the dense model.
         max_error, max_bias: of the data gradient of a layer, as they were asked for.
+
+    Examples:
+        >>> plan = sdgp.advise(torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True))
+        >>> [row.pattern for row in plan.candidates]
+        ['2:4', '1:4', '4:32']
     """
 
     def __init__(

@@ -38,6 +38,11 @@ class Watch(Mapping[str, Record]):
 
     Attributes:
         step: how many training forwards were seen.
+
+    Examples:
+        >>> watch = sdgp.watch(sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned"))
+        >>> watch.step, list(watch)
+        (0, [])
     """
 
     def __init__(
