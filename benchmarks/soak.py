@@ -79,6 +79,7 @@ def main() -> None:
     machine = begin(args)
     backends.LEAST_WORK, backends._MARGIN = 0, 1e9  # auto looks at these small layers, and takes the sparse product
     rows = []
+    measure(*SETTINGS[0], args.steps)  # what a process allocates once
     for method, backend in SETTINGS:
         rows.append(row := measure(method, backend, args.steps))
         grown = f"{row['growth_kib']:+} KiB, tensors {row['tensors_growth']:+}, objects {row['objects_growth']:+}"
