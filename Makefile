@@ -13,6 +13,8 @@ LOCKED ?=
 DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/dev.txt -c requirements/constraints.txt)
 # Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
+# Under the other torch, what is slow runs where a release is made.
+SECOND_ARGS ?= -m "not slow"
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
@@ -97,12 +99,13 @@ python-test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
 
 second-test: $(SECOND)/installed
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(SECOND)/bin/python -m pytest
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(SECOND)/bin/python -m pytest $(SECOND_ARGS)
 
 install-test: $(VENV)/ready $(SECOND)/ready
 	tests/install.sh $(VENV) $(SECOND)
 
 # The wheel for release, tested under two versions of torch, one of them for the CPU alone.
+wheel: SECOND_ARGS =
 wheel: python-test second-test
 	@ls -l $(DIST)/*.whl
 
