@@ -221,7 +221,7 @@ def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sdgp.autograd.linear_input_grad_nm", fail)
+        patch.setattr("sdgp.autograd._linear.linear_input_grad_nm", fail)
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
             layer(x).sum().backward()
     assert x.grad is None
