@@ -65,11 +65,11 @@ sanitize: $(VENV)/ready
 fuzz: fuzz-kernels fuzz-ops fuzz-threads memcheck
 
 # With libFuzzer, from the corpus in the repository; what it finds beyond that is kept in build/fuzz/corpus. Needs clang
-# (Debian: apt-get install clang libclang-rt-14-dev). Half an hour of compiling: nothing is left out.
-CLANG ?= clang
+# (Debian: apt-get install clang-22 libclang-rt-22-dev): 22 compiles it in six minutes, 14 in most of an hour.
+CLANGXX ?= clang++-22
 fuzz-kernels: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/fuzz -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_FUZZER=ON \
-	  -DCMAKE_CXX_COMPILER=$(CLANG)++ \
+	  -DCMAKE_CXX_COMPILER=$(CLANGXX) \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -gline-tables-only"
 	$(BIN)/cmake --build build/fuzz --target kernels_fuzz
 	mkdir -p build/fuzz/corpus

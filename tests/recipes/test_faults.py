@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Runs that are killed, lose a worker or a process, or cannot write: no file is broken, the cause is named, and
---resume ends where an unbroken run does. A full disk stands in test_resume.py."""
+--resume ends where an unbroken run does."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from small import ROOT, command, fails, lines, run, saved
 
 from recipes.common import checkpoint
@@ -83,6 +84,42 @@ def test_a_folder_that_cannot_be_written(
     folder = file / "out" / recipe / "mvue_2_4" / "seed0"
     assert said == f"{recipe}: --out: expected a folder that can be written, got {folder}: Not a directory"
     assert file.read_text() == "no folder"
+
+
+# On a disk of so many bytes, and again once there is room.
+FULL_DISK = """
+mount -t tmpfs -o size="$1" tmpfs "$2"
+disk=$2
+shift 2
+"$@" && exit 1
+cp -r "$disk" "$disk.full"
+mount -o remount,size=64m "$disk"
+"$@" --resume && cp -r "$disk" "$disk.resumed"
+"""
+
+
+def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    if subprocess.run([*unshare, 'mount -t tmpfs tmpfs "$0"', tmp_path], capture_output=True).returncode != 0:
+        pytest.skip("this system lets nobody mount a disk of their own")
+    run(monkeypatch, command("cifar10", tmp_path / "unbroken", images))
+    room = saved(tmp_path / "unbroken").stat().st_size * 3 // 2  # for one checkpoint, not for the next beside it
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    recipe = [sys.executable, "-m", *command("cifar10", disk, images)]
+    done = subprocess.run(
+        [*unshare, FULL_DISK, "sh", str(room), disk, *recipe], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"cifar10: checkpoint: could not be saved as {disk}/cifar10/mvue_2_4/seed0/")
+    assert "No space left on device" in said
+    assert said.endswith("; the one of the last save stays")
+    assert checkpoint.load(saved(tmp_path / "disk.full")).training["step"] == 3
+    assert not list((tmp_path / "disk.full").rglob("*.tmp"))
+    weights = [checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "disk.resumed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
 
 
 WORKER = """
