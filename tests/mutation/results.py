@@ -4,10 +4,10 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -16,6 +16,18 @@ RESULTS = Path(__file__).with_name("results.json")
 WANTED = 0.9  # the share of the mutants that the tests kill
 
 Outcome = Literal["killed", "survived", "invalid"]  # invalid: it does not compile
+
+
+class Tally:
+    """Of one file; ``left``: the survivors, and the equivalent ones with the reason."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.left: dict[str, str] = {}
+
+    @property
+    def judged(self) -> int:
+        return self.counts["killed"] + self.counts["survived"]
 
 
 class Mutant(NamedTuple):
@@ -36,39 +48,46 @@ def main(
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", default="", help="those whose file, line or change contains this")
     parser.add_argument("--list", action="store_true")
-    parser.add_argument("--store", action="store_true", help=f"the tally into {RESULTS.name}")
+    parser.add_argument("--store", action="store_true", help=f"the tallies of whole files into {RESULTS.name}")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="a sample: each Nth")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then, and tell of what was judged")
     arguments = parser.parse_args()
     if not arguments.list and judge(Mutant("", 0, "none", "")) != "survived":
         sys.exit("expected the tests to pass on the original")
     start = time.monotonic()
-    counts = {"killed": 0, "survived": 0, "invalid": 0, "equivalent": 0}
-    survivors = []
-    wanted = ((f"{mutant.file}:{mutant.line}: {mutant.change}", mutant) for mutant in mutants)
-    wanted = (found for found in wanted if arguments.only in found[0])
-    for name, mutant in itertools.islice(wanted, 0, None, arguments.every):
+    tallies: dict[str, Tally] = {}
+    wanted = [(f"{mutant.file}:{mutant.line}: {mutant.change}", mutant) for mutant in mutants]
+    of_file = Counter(mutant.file for _, mutant in wanted)
+    wanted = [found for found in wanted if arguments.only in found[0]][:: arguments.every]
+    for number, (name, mutant) in enumerate(wanted):
         if arguments.list:
             print(name)
             continue
         if time.monotonic() - start > 60 * arguments.minutes:
             break
-        known = any(f"{mutant.file}: {mutant.change}".startswith(key) for key in equivalent)
-        outcome = "equivalent" if known else judge(mutant)
-        counts[outcome] += 1
-        if sum(counts.values()) % 25 == 0:
-            print(f"... {mutant.file}:{mutant.line}, {counts}", flush=True)
+        reason = next((why for key, why in equivalent.items() if f"{mutant.file}: {mutant.change}".startswith(key)), "")
+        outcome = "equivalent" if reason else judge(mutant)
+        tally = tallies.setdefault(mutant.file, Tally())
+        tally.counts[outcome] += 1
+        if outcome in ("survived", "equivalent"):
+            tally.left[name] = reason
         if outcome == "survived":
-            survivors.append(name)
             print(f"survived: {name}", flush=True)
+        if number % 25 == 24:
+            print(f"... {number + 1} of {len(wanted)}", flush=True)
     if arguments.list:
         return
-    judged = counts["killed"] + counts["survived"]
-    share = counts["killed"] / judged if judged else 0.0
+    for file, tally in tallies.items():
+        print(f"{file}: {tally.counts['killed']} of {tally.judged} killed; {dict(tally.counts)}")
+    killed = sum(tally.counts["killed"] for tally in tallies.values())
+    judged = sum(tally.judged for tally in tallies.values())
+    share = killed / max(judged, 1)
     minutes = (time.monotonic() - start) / 60
-    print(f"{subject}: {counts['killed']} of {judged} mutants killed, {share:.1%}, in {minutes:.0f} min; {counts}")
+    print(f"{subject}: {killed} of {judged} mutants killed, {share:.1%}, in {minutes:.0f} min")
     if arguments.store:
         stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        stored[subject] = {**counts, "survivors": survivors, "reasons": dict(equivalent)}
+        for file, tally in tallies.items():
+            if tally.counts.total() == of_file[file]:
+                stored[file] = {**dict(sorted(tally.counts.items())), "left": tally.left}
         RESULTS.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
     sys.exit(share < WANTED)
