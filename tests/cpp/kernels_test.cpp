@@ -30,7 +30,7 @@ struct Layout {
   int64_t size;
   int64_t in_stride;
   int64_t out_stride;
-  std::vector<sdgp::Dim> dims;  // outermost first; row_step is filled in below
+  std::vector<sdgp::Dim> dims;  // outermost first; row_step is filled in by make_args
 };
 
 // (outer, size, inner), contiguous; the first dimension and the pruned one have factors of their own.
@@ -67,15 +67,11 @@ std::vector<Layout> layouts() {
   all.push_back({"output along the other dimension", 40, 1, 50, {{50, 40, 1, 0, true}}});
   all.push_back({"maps with gaps", 33, 40, 40, {{3, 1320, 1320, 0, true}, {5, 7, 8, 0, false}, {5, 1, 1, 0, false}}});
   all.push_back({"expanded", 40, 1, 1, {{50, 0, 40, 0, true}}});
-  for (Layout& layout : all) {
-    int64_t step = 1;
-    for (size_t d = layout.dims.size(); d-- > 0;) {
-      layout.dims[d].row_step = step;
-      step *= layout.dims[d].size;
-    }
-  }
   return all;
 }
+
+// So long that one row is work for several threads.
+std::vector<Layout> long_layouts() { return {nchw("long rows", 2, 5, 9001), lines("long lines", 1, 3, 33005)}; }
 
 PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int m, int64_t row_steps = 1) {
   PruneArgs args{};
@@ -88,9 +84,10 @@ PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int
   args.in_stride = layout.in_stride;
   args.out_stride = layout.out_stride;
   args.dim_per_factor = true;
-  for (const sdgp::Dim& dim : layout.dims) {
-    args.dims[args.ndim] = dim;
-    args.dims[args.ndim++].row_step *= row_steps;
+  for (const sdgp::Dim& dim : layout.dims) args.dims[args.ndim++] = dim;
+  for (int d = args.ndim; d-- > 0;) {
+    args.dims[d].row_step = row_steps;
+    row_steps *= args.dims[d].size;
   }
   return args;
 }
@@ -167,6 +164,29 @@ void test_equals_scalar(const PruneArgs& args, bool special, const std::string& 
   }
 }
 
+// Threads take pieces: each writes what is its own, and together they write everything.
+void test_pieces_are_disjoint(PruneArgs args, const std::string& what) {
+  if (skip()) return;
+  const int64_t size = extent(args, true);
+  const Guarded<float> in(extent(args, false), true);
+  fill(in.data, extent(args, false), false);
+  args.in = in.data;
+  std::vector<int> wanted(static_cast<size_t>(size));
+  for_each_row(args, [&](int64_t, int64_t out_at, uint64_t, int64_t) {
+    for (int64_t k = 0; k < args.size; ++k) wanted[static_cast<size_t>(out_at + k * args.out_stride)] = 1;
+  });
+  std::vector<int> written(wanted.size());
+  in_pieces(sdgp::kernels().prune_nm_units(args), 3, [&](int64_t begin, int64_t end) {
+    const Guarded<float> out(size, true);
+    std::fill_n(out.data, size, 77.0f);
+    args.out = out.data;
+    sdgp::kernels().prune_nm(args, begin, end);
+    for (int64_t i = 0; i < size; ++i) written[static_cast<size_t>(i)] += out.data[i] != 77;
+    return true;
+  });
+  expect(written == wanted, what);
+}
+
 // rescale and rescale_group: magnitude, times sum |x| / sum |kept|.
 template <class T>
 void test_scaled(PruneArgs args, const std::string& what) {
@@ -215,6 +235,7 @@ void test_layout(const Layout& layout, int n, int m) {
   const auto args = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m); };
   const std::string what = std::to_string(n) + ":" + std::to_string(m) + ", " + layout.name;
   test_equals_scalar<float>(args(DType::kFloat32, Method::kRandom), false, "random " + what);
+  test_pieces_are_disjoint(args(DType::kFloat32, Method::kRandom), "disjoint " + what);
   for (const bool special : {false, true}) {
     test_equals_scalar<float>(args(DType::kFloat32, Method::kMagnitude), special, "magnitude " + what);
     if (kFew) continue;
@@ -243,7 +264,17 @@ void test_layout(const Layout& layout, int n, int m) {
   }
 }
 
+void test_long_layout(const Layout& layout, int n, int m) {
+  const PruneArgs args = make_args(layout, DType::kFloat32, Method::kRandom, n, m);
+  const std::string what = std::to_string(n) + ":" + std::to_string(m) + ", " + layout.name;
+  test_equals_scalar<float>(args, false, "random " + what);
+  test_pieces_are_disjoint(args, "disjoint " + what);
+}
+
 void test_all() {
+  for (const Layout& layout : long_layouts()) {
+    for (const auto& [n, m] : {std::pair(2, 4), std::pair(5, 8)}) test_long_layout(layout, n, m);
+  }
   for (const Layout& layout : layouts()) {
     for (const auto& [n, m] : kPatterns) test_layout(layout, n, m);
   }
