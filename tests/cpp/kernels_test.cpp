@@ -128,7 +128,17 @@ bool same(T a, T b) {
 }
 
 template <class T>
+T one_of(DType dtype) {
+  if constexpr (sizeof(T) > 2) return 1;
+  return static_cast<T>(dtype == DType::kFloat16 ? 0x3c00 : 0x3f80);
+}
+
+template <class T>
 std::vector<T> expected_group(const PruneArgs& args, const std::vector<T>& group, uint64_t index) {
+  if (args.scale) {  // what a value would be multiplied by
+    const std::vector<bool> keep = scalar::largest_magnitudes(group, args.n);
+    return scalar::masked(std::vector<T>(group.size(), one_of<T>(args.dtype)), keep);
+  }
   if (args.method == Method::kMagnitude) return scalar::masked(group, scalar::largest_magnitudes(group, args.n));
   if (args.method == Method::kRandom) return scalar::random(group, args.n, args.seed, index);
   if constexpr (sizeof(T) > 2) return scalar::mvue(group, args.n, args.seed, index);
@@ -246,6 +256,14 @@ void test_layout(const Layout& layout, int n, int m) {
     test_equals_scalar<double>(args(DType::kFloat64, Method::kMvue), special, "mvue of float64 " + what);
   }
   if (kFew) return;
+  const auto multipliers = [&](DType dtype) {
+    PruneArgs scaled = args(dtype, Method::kMagnitude);
+    scaled.scale = true;
+    return scaled;
+  };
+  test_equals_scalar<float>(multipliers(DType::kFloat32), true, "multipliers " + what);
+  test_equals_scalar<uint16_t>(multipliers(DType::kBFloat16), true, "multipliers of bfloat16 " + what);
+  test_equals_scalar<uint16_t>(multipliers(DType::kFloat16), true, "multipliers of float16 " + what);
   test_equals_scalar<double>(args(DType::kFloat64, Method::kRandom), false, "random of float64 " + what);
   test_equals_scalar<uint16_t>(args(DType::kBFloat16, Method::kRandom), false, "random of bfloat16 " + what);
   test_equals_scalar<uint16_t>(args(DType::kFloat16, Method::kRandom), false, "random of float16 " + what);

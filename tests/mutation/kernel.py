@@ -25,12 +25,25 @@ FLAGS = (
     *("-std=c++20", "-O0", "-w", "-ffp-contract=off", "-Wno-psabi", "-Icpp", "-Itests/cpp"),
     "-fconstexpr-ops-limit=4000000",  # an endless loop at compile time
 )
+SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SECONDS = 120
 
 _PADDED = (
     "select_nm-inl.h: for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));"
 )
 EQUIVALENT = {
+    "prune_nm-inl.h: const int64_t length = args.size - first < args.m ? args.size - first : args.m; -> "
+    "const int64_t length = args.size - first <= args.m": "where the two are equal, either is the length",
+    "prune_nm-inl.h: prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false)); -> "
+    "prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, true": "a group as long as kM has no padding to mask",
+    "prune_nm-inl.h: static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + "
+    "lane / kM : lane; } -> static constexpr int group_of_lane(int lane) { return kM < kL": (
+        "the same where they are equal"
+    ),
+    "prune_nm-inl.h: if (kM > kL) return at; -> if (kM >= kL)": "the same where they are equal",
+    "prune_nm-inl.h: constexpr int kMost = 64;  // pieces at a time -> constexpr int kMost = 65;": (
+        "how many pieces a tile may have: any number"
+    ),
     "prune_nm-inl.h: if constexpr (kM <= kL) { -> if constexpr (kM < kL)": "where they are equal, both are one block",
     "prune_nm-inl.h: args, plan, p, kStaged, kM, inner ? inner->in_stride : 0, args.in_stride, -> "
     "args, plan, p, kStaged, kM, inner ? inner->in_stride : 1": "without other dimensions there is one row",
@@ -113,10 +126,11 @@ def judge(mutant: Mutant) -> Outcome:
 def _tests(file: str) -> Iterator[tuple[str, ...]]:
     if file != "prune_nm-inl.h":
         yield ("-DSDGP_FEW", "tests/cpp/select_test.cpp")
-        yield ("-DSDGP_FEW", "-fsanitize=address,undefined", "tests/cpp/select_test.cpp")
+        yield ("-DSDGP_FEW", *SANITIZED, "tests/cpp/select_test.cpp")
         yield ("tests/cpp/select_test.cpp",)
     kernels = ("tests/mutation/baseline.cpp", "tests/cpp/kernels_test.cpp")
     yield ("-DSDGP_FEW", *kernels)
+    yield ("-DSDGP_FEW", *SANITIZED, *kernels)
     if not os.environ.get("QUICK"):
         yield kernels
 
