@@ -86,30 +86,33 @@ def test_a_folder_that_cannot_be_written(
     assert file.read_text() == "no folder"
 
 
+def on_a_disk(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+    """A shell that may mount disks, which are there for what it runs alone."""
+    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]
+    if subprocess.run([*unshare, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode != 0:
+        pytest.skip("this system lets nobody mount a disk of their own")
+    return subprocess.run([*unshare, script, "sh", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
+
+
 # On a disk of so many bytes, and again once there is room.
-FULL_DISK = """
+FULL = """
 mount -t tmpfs -o size="$1" tmpfs "$2"
 disk=$2
 shift 2
-"$@" && exit 1
+! "$@"
 cp -r "$disk" "$disk.full"
 mount -o remount,size=64m "$disk"
-"$@" --resume && cp -r "$disk" "$disk.resumed"
+"$@" --resume
+cp -r "$disk" "$disk.resumed"
 """
 
 
 def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    unshare = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
-    if subprocess.run([*unshare, 'mount -t tmpfs tmpfs "$0"', tmp_path], capture_output=True).returncode != 0:
-        pytest.skip("this system lets nobody mount a disk of their own")
     run(monkeypatch, command("cifar10", tmp_path / "unbroken", images))
     room = saved(tmp_path / "unbroken").stat().st_size * 3 // 2  # for one checkpoint, not for the next beside it
     disk = tmp_path / "disk"
     disk.mkdir()
-    recipe = [sys.executable, "-m", *command("cifar10", disk, images)]
-    done = subprocess.run(
-        [*unshare, FULL_DISK, "sh", str(room), disk, *recipe], cwd=ROOT, capture_output=True, text=True
-    )
+    done = on_a_disk(FULL, room, disk, sys.executable, "-m", *command("cifar10", disk, images))
     assert done.returncode == 0, done.stderr
     said = done.stderr.splitlines()[-1]
     assert said.startswith(f"cifar10: checkpoint: could not be saved as {disk}/cifar10/mvue_2_4/seed0/")
@@ -120,6 +123,15 @@ def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     weights = [checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "disk.resumed")]
     assert weights[0].keys() == weights[1].keys()
     assert [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])] == []
+
+
+def test_a_read_only_disk(images: Path, tmp_path: Path) -> None:
+    words = command("cifar10", tmp_path / "out", images)
+    done = on_a_disk('mount -t tmpfs -o ro tmpfs "$1"; shift; "$@"', tmp_path, sys.executable, "-m", *words)
+    assert done.returncode == 1
+    said = done.stderr.splitlines()[-1]
+    assert said.startswith(f"cifar10: --out: expected a folder that can be written, got {tmp_path}/out")
+    assert said.endswith(": Read-only file system")
 
 
 WORKER = """
