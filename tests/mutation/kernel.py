@@ -34,6 +34,10 @@ _PADDED = (
 EQUIVALENT = {
     "prune_nm-inl.h: const int64_t length = args.size - first < args.m ? args.size - first : args.m; -> "
     "const int64_t length = args.size - first <= args.m": "where the two are equal, either is the length",
+    "prune_nm-inl.h: for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kL) { -> "
+    "for (int64_t at = plan.inner * chunk / plan.chunks; at <= stop": "steps back, and prunes the last tile again",
+    "prune_nm-inl.h: for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kL) { -> "
+    "for (int64_t at = plan.full * chunk / plan.chunks; at <= stop": "steps back, and prunes the last tile again",
     "prune_nm-inl.h: prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false)); -> "
     "prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, true": "a group as long as kM has no padding to mask",
     "prune_nm-inl.h: static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + "
