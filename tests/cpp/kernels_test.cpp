@@ -71,7 +71,7 @@ std::vector<Layout> layouts() {
 }
 
 // So long that one row is work for several threads.
-std::vector<Layout> long_layouts() { return {nchw("long rows", 2, 5, 9001), lines("long lines", 1, 3, 33005)}; }
+std::vector<Layout> long_layouts() { return {nchw("long rows", 2, 5, 9001), lines("long lines", 1, 4, 33005)}; }
 
 PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int m, int64_t row_steps = 1) {
   PruneArgs args{};
