@@ -28,6 +28,8 @@ FLAGS = (
 SANITIZED = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 SECONDS = 120
 
+_TAILS = "prune_nm-inl.h: if (tails && done > tail_row && (done - tail_row == kL || unit + 1 == end)) {"
+_STAGED = "prune_nm-inl.h: static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time"
 _PADDED = (
     "select_nm-inl.h: for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));"
 )
@@ -38,6 +40,14 @@ EQUIVALENT = {
     "for (int64_t at = plan.inner * chunk / plan.chunks; at <= stop": "steps back, and prunes the last tile again",
     "prune_nm-inl.h: for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kL) { -> "
     "for (int64_t at = plan.full * chunk / plan.chunks; at <= stop": "steps back, and prunes the last tile again",
+    f"{_TAILS} -> if (tails && done >= tail_row": "where the two are equal, there is no tail to prune",
+    f"{_TAILS} -> if (tails && done > tail_row && (done + tail_row": "how many tails make a tile: any number",
+    f"{_TAILS} -> if (tails && done > tail_row && (done - tail_row !=": "how many tails make a tile: any number",
+    "prune_nm-inl.h: tail_row = done; -> ;": "tails pruned before are pruned again",
+    **{
+        f"{_STAGED} -> static constexpr int kStaged = (kM {size}": "how many tiles are staged at a time: any number"
+        for size in ("< 16", "<= 17", "<= 16 ? 9", "<= 16 ? 8 : 5")
+    },
     "prune_nm-inl.h: prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false)); -> "
     "prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, true": "a group as long as kM has no padding to mask",
     "prune_nm-inl.h: static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + "
