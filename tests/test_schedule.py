@@ -49,6 +49,8 @@ def course(schedule: sdgp.Schedule, see: Callable[[], object], units: int) -> li
         ({"total": 100, "dense_first": 0.07}, "1111111000"),  # 0.07 * 100 > 7, 0.29 * 100 < 29
         ({"total": 3, "dense_first": 0.5, "dense_last": 0.5}, "1011111111"),
         ({"total": 10, "dense_first": 0.0}, "0000000000"),
+        ({"dense_first": 0.0}, "0000000000"),  # no share of anything
+        ({"total": 1, "dense_last": 1}, "1111111111"),
     ],
     ids=str,
 )
