@@ -29,7 +29,7 @@ TESTS = Path(__file__).parents[1]
 TESTS_OF = {
     "pattern": ["test_pattern.py"],
     "schedule": ["test_schedule.py"],
-    "convert": ["test_convert.py", "test_schedule.py", "test_conv1d.py", "test_errors.py"],
+    "convert": ["test_convert.py", "test_advise.py", "test_schedule.py", "test_conv1d.py", "test_errors.py"],
     "modules": [
         "test_modules.py",
         "test_convert.py",

@@ -48,6 +48,10 @@ EQUIVALENT = {
         f"{_STAGED} -> static constexpr int kStaged = (kM {size}": "how many tiles are staged at a time: any number"
         for size in ("< 16", "<= 17", "<= 16 ? 9", "<= 16 ? 8 : 5")
     },
+    "prune_nm-inl.h: args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.row_groups) : 0; -> "
+    "args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.row_groups) : 1": (
+        "without other dimensions there is one row"
+    ),
     "prune_nm-inl.h: prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false)); -> "
     "prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, true": "a group as long as kM has no padding to mask",
     "prune_nm-inl.h: static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + "

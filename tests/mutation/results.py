@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,12 +19,16 @@ WANTED = 0.9  # the share of the mutants that the tests kill
 Outcome = Literal["killed", "survived", "invalid"]  # invalid: it does not compile
 
 
+@dataclass
 class Tally:
     """Of one file; ``left``: the survivors, and the equivalent ones with the reason."""
 
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        self.left: dict[str, str] = {}
+    counts: Counter[str] = field(default_factory=Counter)
+    left: dict[str, str] = field(default_factory=dict)
+
+    def without_survivors(self) -> Tally:
+        left = {name: reason for name, reason in self.left.items() if reason}
+        return Tally(self.counts - Counter(survived=self.counts["survived"]), left)
 
     @property
     def judged(self) -> int:
@@ -49,6 +54,7 @@ def main(
     parser.add_argument("--only", default="", help="those whose file, line or change contains this")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--store", action="store_true", help=f"the tallies of whole files into {RESULTS.name}")
+    parser.add_argument("--again", action="store_true", help=f"the survivors that {RESULTS.name} names, in its tallies")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="a sample: each Nth")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then, and tell of what was judged")
     arguments = parser.parse_args()
@@ -59,6 +65,14 @@ def main(
     wanted = [(f"{mutant.file}:{mutant.line}: {mutant.change}", mutant) for mutant in mutants]
     of_file = Counter(mutant.file for _, mutant in wanted)
     wanted = [found for found in wanted if arguments.only in found[0]][:: arguments.every]
+    stored: dict[str, Tally] = {}
+    if RESULTS.exists():
+        for file, tally in json.loads(RESULTS.read_text()).items():
+            stored[file] = Tally(Counter(tally["counts"]), tally["left"])
+    if arguments.again:
+        survivors = {name for tally in stored.values() for name, reason in tally.left.items() if not reason}
+        wanted = [found for found in wanted if found[0] in survivors]
+        tallies = {file: stored[file].without_survivors() for file in {mutant.file for _, mutant in wanted}}
     for number, (name, mutant) in enumerate(wanted):
         if arguments.list:
             print(name)
@@ -85,9 +99,7 @@ def main(
     minutes = (time.monotonic() - start) / 60
     print(f"{subject}: {killed} of {judged} mutants killed, {share:.1%}, in {minutes:.0f} min")
     if arguments.store:
-        stored = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-        for file, tally in tallies.items():
-            if tally.counts.total() == of_file[file]:
-                stored[file] = {**dict(sorted(tally.counts.items())), "left": tally.left}
-        RESULTS.write_text(json.dumps(dict(sorted(stored.items())), indent=1) + "\n")
+        stored |= {file: tally for file, tally in tallies.items() if tally.counts.total() == of_file[file]}
+        written = {file: vars(tally) for file, tally in sorted(stored.items())}
+        RESULTS.write_text(json.dumps(written, indent=1) + "\n")
     sys.exit(share < WANTED)
