@@ -36,6 +36,7 @@ TESTS_OF = {
         "test_layers.py",
         "test_schedule.py",
         "test_conv1d.py",
+        "test_watch.py",
         "test_errors.py",
     ],
 }

@@ -43,6 +43,9 @@ EQUIVALENT = {
     f"{_TAILS} -> if (tails && done >= tail_row": "where the two are equal, there is no tail to prune",
     f"{_TAILS} -> if (tails && done > tail_row && (done + tail_row": "how many tails make a tile: any number",
     f"{_TAILS} -> if (tails && done > tail_row && (done - tail_row !=": "how many tails make a tile: any number",
+    "prune_nm-inl.h: if (args.size % args.m != 0) std::memset(in, 0, sizeof in); -> if (args.size / args.m != 0)": (
+        "where a row is shorter than a group, all tails are as long, and what pads them stays zero"
+    ),
     "prune_nm-inl.h: tail_row = done; -> ;": "tails pruned before are pruned again",
     **{
         f"{_STAGED} -> static constexpr int kStaged = (kM {size}": "how many tiles are staged at a time: any number"
