@@ -66,6 +66,8 @@ EQUIVALENT = {
         "how many pieces a tile may have: any number"
     ),
     "prune_nm-inl.h: if constexpr (kM <= kL) { -> if constexpr (kM < kL)": "where they are equal, both are one block",
+    "prune_nm-inl.h: args, plan, p, kStaged, kM, inner ? inner->out_stride : 0, args.out_stride, -> "
+    "args, plan, p, kStaged, kM, inner ? inner->out_stride : 1": "without other dimensions there is one row",
     "prune_nm-inl.h: args, plan, p, kStaged, kM, inner ? inner->in_stride : 0, args.in_stride, -> "
     "args, plan, p, kStaged, kM, inner ? inner->in_stride : 1": "without other dimensions there is one row",
     "prune_nm-inl.h: const int64_t p = at + kL <= stop ? at : stop - kL; -> const int64_t p = at + kL < stop": (
