@@ -175,10 +175,11 @@ void test_equals_scalar(const PruneArgs& args, bool special, const std::string& 
 }
 
 // Threads take pieces: each writes what is its own, and together they write everything.
+template <class T>
 void test_pieces_are_disjoint(PruneArgs args, const std::string& what) {
   if (skip()) return;
   const int64_t size = extent(args, true);
-  const Guarded<float> in(extent(args, false), true);
+  const Guarded<T> in(extent(args, false), true);
   fill(in.data, extent(args, false), false);
   args.in = in.data;
   std::vector<int> wanted(static_cast<size_t>(size));
@@ -187,11 +188,11 @@ void test_pieces_are_disjoint(PruneArgs args, const std::string& what) {
   });
   std::vector<int> written(wanted.size());
   in_pieces(sdgp::kernels().prune_nm_units(args), 3, [&](int64_t begin, int64_t end) {
-    const Guarded<float> out(size, true);
-    std::fill_n(out.data, size, 77.0f);
+    const Guarded<T> out(size, true);
+    std::fill_n(out.data, size, T{77});
     args.out = out.data;
     sdgp::kernels().prune_nm(args, begin, end);
-    for (int64_t i = 0; i < size; ++i) written[static_cast<size_t>(i)] += out.data[i] != 77;
+    for (int64_t i = 0; i < size; ++i) written[static_cast<size_t>(i)] += out.data[i] != T{77};
     return true;
   });
   expect(written == wanted, what);
@@ -245,7 +246,7 @@ void test_layout(const Layout& layout, int n, int m) {
   const auto args = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m); };
   const std::string what = std::to_string(n) + ":" + std::to_string(m) + ", " + layout.name;
   test_equals_scalar<float>(args(DType::kFloat32, Method::kRandom), false, "random " + what);
-  test_pieces_are_disjoint(args(DType::kFloat32, Method::kRandom), "disjoint " + what);
+  test_pieces_are_disjoint<float>(args(DType::kFloat32, Method::kRandom), "disjoint " + what);
   for (const bool special : {false, true}) {
     test_equals_scalar<float>(args(DType::kFloat32, Method::kMagnitude), special, "magnitude " + what);
     if (kFew) continue;
@@ -264,6 +265,7 @@ void test_layout(const Layout& layout, int n, int m) {
   test_equals_scalar<float>(multipliers(DType::kFloat32), true, "multipliers " + what);
   test_equals_scalar<uint16_t>(multipliers(DType::kBFloat16), true, "multipliers of bfloat16 " + what);
   test_equals_scalar<uint16_t>(multipliers(DType::kFloat16), true, "multipliers of float16 " + what);
+  test_pieces_are_disjoint<uint16_t>(args(DType::kBFloat16, Method::kMagnitude), "disjoint bfloat16 " + what);
   test_equals_scalar<double>(args(DType::kFloat64, Method::kRandom), false, "random of float64 " + what);
   test_equals_scalar<uint16_t>(args(DType::kBFloat16, Method::kRandom), false, "random of bfloat16 " + what);
   test_equals_scalar<uint16_t>(args(DType::kFloat16, Method::kRandom), false, "random of float16 " + what);
@@ -286,7 +288,7 @@ void test_long_layout(const Layout& layout, int n, int m) {
   const PruneArgs args = make_args(layout, DType::kFloat32, Method::kRandom, n, m);
   const std::string what = std::to_string(n) + ":" + std::to_string(m) + ", " + layout.name;
   test_equals_scalar<float>(args, false, "random " + what);
-  test_pieces_are_disjoint(args, "disjoint " + what);
+  test_pieces_are_disjoint<float>(args, "disjoint " + what);
 }
 
 void test_all() {
