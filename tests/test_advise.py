@@ -140,6 +140,11 @@ def test_convert_takes_a_plan_and_its_json() -> None:
     [
         ({"5": ("2:4", "mvue")}, "convert: expected a plan for layers of this model, got '5'; a wrapper, such as"),
         ({"2": "2:4"}, "convert: expected a plan of (pattern, method), got '2:4' for 2"),
+        ({"2": ["2:4"]}, "convert: expected a plan of (pattern, method), got ['2:4'] for 2"),
+        (
+            {"5": ("2:4", "mvue"), "6": ("2:4", "mvue")},
+            "convert: expected a plan for layers of this model, got '5', '6'; ",
+        ),
         ({"2": ("5:4", "mvue")}, "pattern: expected \"n:m\" or (n, m) with 1 <= n <= m <= 64, got '5:4'"),
         ({"2": ("2:4", "best")}, "convert: expected method to be one of"),
     ],

@@ -126,6 +126,7 @@ class FSDPSpecial(nn.Linear):  # as fully_shard names what it makes of a class
     [
         (nn.Conv2d(8, 8, 3, groups=8), "dense: depthwise convolution"),
         (nn.Conv2d(8, 16, 3, groups=8), "dense: depthwise convolution"),
+        (nn.Conv2d(2, 8, 3, groups=2), "dense: depthwise convolution"),
         (nn.Conv2d(8, 8, 3, groups=4), "dense: 2 output channels per group, fewer than m = 4"),
         (nn.Linear(8, 3), "dense: 3 output channels per group, fewer than m = 4"),
         (Special(8, 8), "dense: Special is a subclass that sdgp does not know"),
