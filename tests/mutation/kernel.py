@@ -81,6 +81,9 @@ EQUIVALENT = {
     "select_nm-inl.h: if constexpr (kM <= 8) { ->": "which of two algorithms that select the same",
     "select_nm-inl.h: out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j])); -> "
     "out[j] = keep_if(keep, magnitude[j] > step": "where the two are equal, their quotient is 1",
+    "select_nm-inl.h: for (int i = 0; i < kM; ++i) { -> for (int i = 0; i <= kM;": "beyond the last there is no pair",
+    "select_nm-inl.h: if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu; -> "
+    "if constexpr (sizeof(typename C::U) >= 4)": "of 32 bits the mask takes nothing",
     f"{_PADDED} -> for (int j = 1;": "a group has at least one element",
 }
 
