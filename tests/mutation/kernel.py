@@ -84,6 +84,8 @@ EQUIVALENT = {
     "select_nm-inl.h: for (int i = 0; i < kM; ++i) { -> for (int i = 0; i <= kM;": "beyond the last there is no pair",
     "select_nm-inl.h: if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu; -> "
     "if constexpr (sizeof(typename C::U) >= 4)": "of 32 bits the mask takes nothing",
+    "select_nm-inl.h: if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu; -> "
+    "if constexpr (sizeof(typename C::U) > 5)": "there are words of 4 and of 8 bytes",
     f"{_PADDED} -> for (int j = 1;": "a group has at least one element",
 }
 
