@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch; forward and weight gradient stay exact."""
 
+from ._advise import Plan, advise
+from ._autograd import conv2d, linear
+from ._choose import Chooser, chooser
+from ._convert import convert, paused, revert
+from ._decision import Decision
+from ._layers import Conv2d, Linear
 from ._load import cmake_prefix_path as cmake_prefix_path
 from ._load import version as __version__
-from .advise import Plan, advise
-from .autograd import conv2d, linear
-from .convert import convert, paused, report, revert
-from .modules import Conv2d, Linear
-from .ops import compress_nm, decompress_nm, prune_nm, spmm_nm
-from .pattern import Pattern
-from .plot import plot
-from .profile import profile
-from .schedule import Schedule
-from .watch import Watch, watch
+from ._ops import compress_nm, decompress_nm, prune_nm, spmm_nm
+from ._pattern import Pattern
+from ._plot import plot
+from ._profile import profile
+from ._report import report
+from ._schedule import Schedule
+from ._watch import Watch, watch
 
 __all__ = [
+    "Chooser",
     "Conv2d",
+    "Decision",
     "Linear",
     "Pattern",
     "Plan",
@@ -23,6 +28,7 @@ __all__ = [
     "Watch",
     "__version__",
     "advise",
+    "chooser",
     "cmake_prefix_path",
     "compress_nm",
     "conv2d",

@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import re
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -20,8 +19,8 @@ _WITHOUT_CUDA = "pip install --no-binary sdgp sdgp -C cmake.define.SDGP_CUDA=OFF
 def _load() -> ModuleType:
     torch = _import_torch()
     compiled = _import_compiled(torch.__version__)
-    installed = importlib.metadata.version("sdgp")
-    if compiled.version != installed:
+    installed = _installed_version()
+    if installed is not None and compiled.version != installed:
         raise ImportError(
             f"sdgp is installed as {installed}, found a compiled library of {compiled.version}: reinstall sdgp"
         )
@@ -30,6 +29,14 @@ def _load() -> ModuleType:
     if torch.version.cuda is not None and cuda.exists():
         _load_cuda(cuda, f"torch {torch.__version__}")
     return compiled
+
+
+def _installed_version() -> str | None:
+    """As the installer noted it; None where the distribution's metadata is not shipped, as in a frozen application."""
+    try:
+        return importlib.metadata.version("sdgp")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _import_torch() -> ModuleType:
@@ -88,16 +95,7 @@ def _dotted(version: int) -> str:
     return f"{version // 1000}.{version % 1000 // 10}"
 
 
-try:
-    C = _load()
-except (Exception, KeyboardInterrupt) as broken:
-    # Importing any part of a package imports the package first. So that `sdgp doctor` runs where that fails, and no
-    # command ends in a traceback, the command line takes over from here, in its own process alone.
-    from . import cli
-
-    if not cli.is_this_process():
-        raise
-    sys.exit(cli.main(broken=broken))
+C = _load()
 version: str = C.version
 
 #: For CMake: ``-DCMAKE_PREFIX_PATH=$(python -c "import sdgp; print(sdgp.cmake_prefix_path)")``.

@@ -27,10 +27,41 @@ def run_step(op: str, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor
     torch.autograd.backward(_default_loss(op, output) if loss is None else loss(output))
 
 
-def on_gradient(layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None]) -> list[RemovableHandle]:
+class Hook:
+    """Calls a function. A copy of it, made with the module that it hangs on, calls nothing: what measures a model
+    neither follows its copies nor goes into its pickles."""
+
+    def __init__(self, call: Callable[..., Any] | None) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return None if self._call is None else self._call(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Hook:
+        return Hook(None)
+
+    def __reduce__(self) -> tuple[type[Hook], tuple[None]]:
+        return Hook, (None,)
+
+
+class Handles(list[RemovableHandle]):
+    """Handles of hooks; leaving them as a context removes the hooks."""
+
+    def remove(self) -> None:
+        while self:
+            self.pop().remove()
+
+    def __enter__(self) -> Handles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def on_gradient(layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None]) -> Handles:
     """Has ``receive(layer, grad_output, input)`` called in the backward of every call of every layer that has a data
-    gradient, as long as the handles are not removed. ``input`` is on the meta device: its shape and strides count, and
-    to keep its values would cost memory where the weight is frozen."""
+    gradient, until the handles are removed. ``input`` is on the meta device: its shape and strides count, and keeping
+    its values would cost memory where the weight is frozen."""
 
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         input = (*args, *kwargs.values())[0]
@@ -39,7 +70,7 @@ def on_gradient(layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Ten
             hook: Any = output.register_hook
             hook(lambda grad: receive(layer, grad.detach(), shape))
 
-    return [layer.register_forward_hook(after_forward, with_kwargs=True) for layer in layers]
+    return Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers)
 
 
 def stand_in(shape: Tensor, grad_output: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .backends import synchronize
-from .convert import convert, report
+from ._clock import synchronize
+from ._convert import convert
+from ._report import report
 
 
 def interleaved(
@@ -35,7 +36,7 @@ def interleaved(
 
 
 def seconds(call: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Of one call, by the clock on the wall; with what it asked of ``device``."""
+    """Wall-clock seconds of one call, including the work that it started on ``device``."""
     if device is not None:
         synchronize(device)
     start = time.perf_counter()
@@ -97,7 +98,7 @@ def steps_beside_dense(
                 "saved": round(1 - milliseconds[f"{pattern} {backend}"] / dense, 4),
                 "noise": round(1 - milliseconds["dense again"] / dense, 4),
                 "layers": len(layers),
-                "layers_sparse": sum("sparse product" in row.note for row in layers),
+                "layers_sparse": sum(row.product == "sparse" for row in layers),
             }
         )
     return rows

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
-from .. import backends
-from ..convert import convert
-from ..pattern import Pattern, PatternLike, Pruning
-from ..schedule import Schedule
+from .._choose import chooser
+from .._convert import convert
+from .._pattern import Pattern, PatternLike, Pruning
+from .._renamed import renamed
+from .._schedule import Schedule
 
 
 class ScheduleCallback:
@@ -25,17 +27,21 @@ class ScheduleCallback:
         *,
         filter: Callable[[nn.Module, str], bool] | None = None,
         backend: str = "auto",
-        dense_first: float = 0,
-        dense_last: float = 0,
+        exact_first: float = 0,
+        exact_last: float = 0,
         patterns: Mapping[float, PatternLike] | Iterable[tuple[float, PatternLike]] = (),
+        dense_first: float | None = None,
+        dense_last: float | None = None,
     ) -> None:
         super().__init__()
+        exact_first = renamed("SdgpCallback", "dense_first", dense_first, "exact_first", exact_first)
+        exact_last = renamed("SdgpCallback", "dense_last", dense_last, "exact_last", exact_last)
         Pruning.parse("SdgpCallback", pattern or "2:4", method, backend)
         if pattern is None and (method, filter, backend) != ("mvue", None, "auto"):
             raise ValueError("SdgpCallback: expected a pattern with method, filter and backend, got none")
         self.pattern = None if pattern is None else str(Pattern.parse(pattern))
         self.method, self.filter, self.backend = method, filter, backend
-        self.dense_first, self.dense_last = dense_first, dense_last
+        self.exact_first, self.exact_last = exact_first, exact_last
         self.patterns = {at: str(Pattern.parse(pattern)) for at, pattern in dict(patterns).items()}
 
     def start(self, model: nn.Module, total: int | None, step: int) -> None:
@@ -43,15 +49,15 @@ class ScheduleCallback:
         if self.pattern is not None:
             convert(model, self.pattern, self.method, filter=self.filter, backend=self.backend)
         self.schedule = Schedule(
-            model, total=total, dense_first=self.dense_first, dense_last=self.dense_last, patterns=self.patterns
+            model, total=total, exact_first=self.exact_first, exact_last=self.exact_last, patterns=self.patterns
         )
         self.schedule.seek(step)
 
     @property
-    def measured(self) -> dict[str, list[bool | float]]:
+    def measured(self) -> dict[str, Any]:
         """What ``auto`` and ``pruned`` measured, in plain types: with it a run that goes on takes the same products."""
-        return {key: list(choice) for key, choice in backends.choices().items()}
+        return chooser.state_dict()
 
     @measured.setter
-    def measured(self, measured: Mapping[str, list[bool | float]]) -> None:
-        backends.remember(measured)
+    def measured(self, measured: Mapping[str, Any]) -> None:
+        chooser.load_state_dict(measured)

@@ -24,20 +24,20 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
     """Converts the module when ``fit`` begins to train, and schedules where its gradients are exact.
 
     A number of steps is the optimizer's, counted as ``trainer.global_step`` and ``max_steps`` are; a float below 1 is a
-    share of all, which like ``dense_last`` needs a training of known length. The place in the schedule is the
+    share of all, which like ``exact_last`` needs a training of known length. The place in the schedule is the
     trainer's, so that a resumed run goes on where it was; what was measured for ``backend="auto"`` or ``"pruned"`` goes
     with the trainer's checkpoints.
 
     Args:
         pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the module.
-        dense_first, dense_last, patterns: as ``sdgp.Schedule`` takes them.
+        exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
             raise.
 
     Examples:
-        >>> callback = SdgpCallback("2:4", backend="pruned", dense_first=0.05, dense_last=0.1)
+        >>> callback = SdgpCallback("2:4", backend="pruned", exact_first=0.05, exact_last=0.1)
         >>> Trainer(max_epochs=10, callbacks=[callback]).fit(module, loader)  # doctest: +SKIP
     """
 

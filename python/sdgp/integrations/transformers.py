@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from ..modules import PruningLayer
+from .._layers import PruningLayer
 from ._callback import ScheduleCallback
 
 
@@ -23,14 +23,14 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     Args:
         pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the model.
-        dense_first, dense_last, patterns: as ``sdgp.Schedule`` takes them.
+        exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
             raise.
 
     Examples:
-        >>> callback = SdgpCallback("2:4", backend="pruned", dense_first=0.05, dense_last=0.1)
+        >>> callback = SdgpCallback("2:4", backend="pruned", exact_first=0.05, exact_last=0.1)
         >>> Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
@@ -51,7 +51,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: in types that JSON holds."""
-        arguments = ("pattern", "method", "backend", "dense_first", "dense_last")
+        arguments = ("pattern", "method", "backend", "exact_first", "exact_last")
         return {
             "args": {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())},
             "attributes": {"measured": self.measured, "layers": self._converted},

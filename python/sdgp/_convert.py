@@ -1,28 +1,33 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Turns the layers of a model into their pruning twins and back, and tells what became of each."""
+"""Turns the layers of a model into pruning ones and back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
-from .backends import describe
-from .modules import DENSE_OF, PruningLayer, prune_in_place, transformers_conv1d, twin_of, unprune_in_place
-from .pattern import PatternLike, Pruning
+from ._layers import PruningLayer, prune_in_place, unprune_in_place
+from ._models import check_module, layers_of
+from ._ops import PRUNED_DTYPES
+from ._pattern import PatternLike, Pruning
+from ._twins import transformers_conv1d, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
 #: Pattern and method by the name of a layer.
 PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
 
-# Why a layer was left dense is kept on it under this name, for report().
-_REASON = "_sdgp_left_dense"
+# A layer that stays plain keeps the reason under this name, for report().
+_REASON = "_sdgp_plain"
 
-# What report() lists: modules that multiply by weights.
-_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+
+class _Reason(NamedTuple):
+    kind: type[nn.Module]  # that the layer had then
+    why: str
 
 
 def convert(
@@ -37,16 +42,17 @@ def convert(
     transformers (GPT-2's linear layers). In place; returns ``model``.
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
-    that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. Left dense, each with its reason
-    in ``report``: depthwise convolutions, layers with fewer than m output channels per group, subclasses that sdgp
-    does not know. Converting again replaces the settings.
+    that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. These layers stay plain, each
+    with its reason in ``report``: depthwise convolutions, layers with fewer than m output channels per group,
+    subclasses that sdgp does not know, layers whose forward was replaced on the instance, weights that are complex,
+    integer or of a tensor subclass. Converting again replaces the settings.
 
     Args:
         model: any module, a single layer included.
         pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``; or a plan, ``{layer: (pattern, method)}``, as
-            ``sdgp.advise`` proposes it: layers that are not in it stay dense.
+            ``sdgp.advise`` proposes it: layers that are not in it stay plain.
         method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan has methods of its own.
-        filter: ``filter(module, name) -> bool``: False leaves that layer dense.
+        filter: ``filter(module, name) -> bool``: False leaves that layer plain.
         backend: see ``sdgp.linear``.
 
     Raises:
@@ -65,15 +71,17 @@ def convert(
     else:
         same = Pruning.parse("convert", pattern, method, backend)
         settings = [(name, module, same) for name, module in layers_of(model)]
-    plan = [(module, pruning, why_dense(module, name, pruning, filter)) for name, module, pruning in settings]
-    for module, pruning, reason in plan:
-        if pruning is not None and reason is None:
-            prune_in_place(module, pruning)
+    plan = [(module, pruning, why_plain(module, name, pruning, filter)) for name, module, pruning in settings]
+    for module, pruning, why in plan:
+        twin = twin_of(module)
+        if why is None and twin is not None and pruning is not None:
+            _drop_own_forward(module)
+            prune_in_place(module, twin, pruning)
             vars(module).pop(_REASON, None)
         else:
-            if type(module) in DENSE_OF:
+            if isinstance(module, PruningLayer):
                 unprune_in_place(module)
-            setattr(module, _REASON, reason)
+            vars(module)[_REASON] = _Reason(type(module), why or "")
     return model
 
 
@@ -90,7 +98,7 @@ def revert(model: _Model) -> _Model:
     check_module("revert", model)
     _check_classes("revert", model)
     for _, module in layers_of(model):
-        if type(module) in DENSE_OF:
+        if isinstance(module, PruningLayer):
             unprune_in_place(module)
         vars(module).pop(_REASON, None)
     return model
@@ -107,96 +115,26 @@ def paused(model: nn.Module) -> Iterator[None]:
         >>> loss.backward()  # exact
     """
     check_module("paused", model)
-    layers = [module for _, module in layers_of(model) if isinstance(module, PruningLayer)]
-    before = [layer.paused for layer in layers]
+    layers = [layer for layer in model.modules() if isinstance(layer, PruningLayer)]
+    before = [layer.holds.get("paused", "") for layer in layers]
     for layer in layers:
-        layer.paused = True
+        layer.hold("paused", "paused")
     try:
         yield
     finally:
-        for layer, was in zip(layers, before, strict=True):
+        for layer, why in zip(layers, before, strict=True):
             if isinstance(layer, PruningLayer):  # not reverted within
-                layer.paused = was
-
-
-def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, its columns aligned."""
-    table = [head, *rows]
-    widths = [max(len(row[column]) for row in table) for column in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]
-    return [lines[0], "-|-".join("-" * width for width in widths), *lines[1:]]
-
-
-class Row(NamedTuple):
-    """One layer in a ``Report``; ``pattern``, ``method`` and ``backend`` are empty where it is dense."""
-
-    layer: str
-    type: str
-    pattern: str
-    method: str
-    backend: str
-    note: str
-
-
-class Report(list[Row]):
-    """The rows that ``report`` found; prints as a table."""
-
-    def __str__(self) -> str:
-        return "\n".join(format_table(Row._fields, self))
-
-    __repr__ = __str__
-
-
-def report(model: nn.Module) -> Report:
-    """What became of each layer of ``model``: its settings, and what they lead to or why it is dense.
-
-    Raises:
-        ValueError: where ``model`` is no ``nn.Module``.
-
-    Examples:
-        >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)), backend="dense")
-        >>> print(sdgp.report(model))
-        layer | type   | pattern | method | backend | note
-        ------|--------|---------|--------|---------|-----------------------------------------------------
-        0     | Linear | 2:4     | mvue   | dense   | pruned, dense product
-        1     | Linear |         |        |         | dense: 2 output channels per group, fewer than m = 4
-    """
-    check_module("report", model)
-    rows = Report()
-    for name, module in layers_of(model):
-        layer, kind = name or "(model)", type(module).__name__
-        if isinstance(module, PruningLayer):
-            pattern, method, backend = module.pruning
-            note = describe(module.pruning, module.last_key)
-            if module.held_exact:
-                note = f"exact: {module.held_exact}"
-            rows.append(Row(layer, kind, str(pattern), method, backend, note))
-        else:
-            rows.append(Row(layer, kind, "", "", "", f"dense: {getattr(module, _REASON, 'not converted')}"))
-    return rows
-
-
-def check_module(op: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
+                layer.hold("paused", why)
 
 
 def _check_classes(op: str, model: nn.Module) -> None:
     """A parametrization or a wrapper that replaced the class of a converted layer stands in the way."""
     for name, module in layers_of(model):
-        if isinstance(module, PruningLayer) and type(module) not in DENSE_OF:
+        if isinstance(module, PruningLayer) and twin_of(module) is None:
             raise ValueError(
                 f"{op}: expected sdgp's own layers, got their subclass {type(module).__name__} for "
                 f"{name or '(model)'}; undo what replaced its class (a parametrization, say) first"
             )
-
-
-def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that multiply by weights, each once, under its first name."""
-    kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())
-    for name, module in model.named_modules():
-        if isinstance(module, kinds):
-            yield name, module
 
 
 def _planned(model: nn.Module, plan: PlanLike, backend: str) -> dict[str, Pruning]:
@@ -212,10 +150,10 @@ def _planned(model: nn.Module, plan: PlanLike, backend: str) -> dict[str, Prunin
     return {name: Pruning.parse("convert", pattern, method, backend) for name, (pattern, method) in plan.items()}
 
 
-def why_dense(
+def why_plain(
     module: nn.Module, name: str, pruning: Pruning | None, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
-    """The reason to leave a layer dense, or None; ``pruning``: None where a plan leaves it out."""
+    """The reason to leave a layer plain, or None; ``pruning``: None where a plan leaves it out."""
     if pruning is None:
         return "not in the plan"
     twin = twin_of(module)
@@ -229,7 +167,50 @@ def why_dense(
             return "filter returned False"
     if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
         return "depthwise convolution"
-    return twin.too_narrow(module, pruning.pattern)
+    return _why_replaced(module) or _why_unusual(module.weight) or twin.too_narrow(module, pruning.pattern)
+
+
+def stated_reason(module: nn.Module) -> str:
+    """Why a layer is plain, as ``convert`` found it."""
+    reason: _Reason | None = vars(module).get(_REASON)
+    if reason is None:
+        return "not converted"
+    if reason.kind is not type(module):
+        return f"was a {reason.kind.__name__} when sdgp.convert saw it: convert again"
+    return reason.why
+
+
+def _why_replaced(module: nn.Module) -> str | None:
+    """A forward on the instance runs instead of the class's, which is all that conversion changes."""
+    for name in ("forward", "_conv_forward"):
+        if name in vars(module) and not _is_own_method(module, name) and not isinstance(module, PruningLayer):
+            return f"its {name} was replaced on the instance (by a hook of accelerate, say): convert before that"
+    return None
+
+
+def _is_own_method(module: nn.Module, name: str) -> bool:
+    """Whether the attribute is the class's own method all the same, as a removed hook leaves it behind."""
+    method = vars(module).get(name)
+    own = getattr(type(module), name, None)
+    return getattr(method, "__self__", None) is module and getattr(method, "__func__", None) is own
+
+
+def _drop_own_forward(module: nn.Module) -> None:
+    for name in ("forward", "_conv_forward"):
+        if _is_own_method(module, name):
+            vars(module).pop(name)
+
+
+def _why_unusual(weight: Tensor) -> str | None:
+    """A weight that the kernels cannot read. What FSDP and tensor parallelism make of it is known at the call only."""
+    kind = type(weight)
+    if kind not in (Tensor, nn.Parameter) and not isinstance(weight, FakeTensor) and not hasattr(weight, "placements"):
+        return f"its weight is a {kind.__name__}, a subclass of Tensor"
+    if weight.dtype not in PRUNED_DTYPES:
+        return (
+            f"its weight is {str(weight.dtype).removeprefix('torch.')}; pruned are float32, float64, float16, bfloat16"
+        )
+    return None
 
 
 def _why_unknown(module: nn.Module) -> str:
@@ -238,6 +219,8 @@ def _why_unknown(module: nn.Module) -> str:
         return "its projections are applied inside one fused function, out of reach"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "applied inside nn.MultiheadAttention's fused function, out of reach"
+    if isinstance(module, nn.modules.lazy.LazyModuleMixin):
+        return f"{kind} has no weight before its first forward: convert after it"
     if isinstance(module, (nn.Linear, nn.Conv2d, *transformers_conv1d())):
         after = "; convert before fully_shard" if kind.startswith("FSDP") else ""
         return f"{kind} is a subclass that sdgp does not know{after}"

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from .convert import check_module
-from .modules import PruningLayer
-from .pattern import Pattern, PatternLike
+from ._layers import PruningLayer
+from ._models import pruning_layers
+from ._pattern import Pattern, PatternLike
+from ._renamed import renamed
 
 
 class Schedule:
@@ -23,11 +25,12 @@ class Schedule:
 
     Args:
         model: a model that ``sdgp.convert`` went over.
-        total: how many units the training has; needed for ``dense_last`` and for shares.
-        dense_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
+        total: how many units the training has; needed for ``exact_last`` and for shares.
+        exact_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
             (rounded down).
-        dense_last: the same at the end.
+        exact_last: the same at the end.
         patterns: ``{first unit, or share of total: pattern}``. Before the first one a layer keeps its own pattern.
+        dense_first, dense_last: the old names of ``exact_first`` and ``exact_last``; they warn.
 
     Attributes:
         count: how many units are over.
@@ -37,7 +40,7 @@ class Schedule:
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
-        >>> schedule = sdgp.Schedule(model, total=90, dense_first=5, dense_last=10, patterns={30: "1:4"})
+        >>> schedule = sdgp.Schedule(model, total=90, exact_first=5, exact_last=10, patterns={30: "1:4"})
         >>> for epoch in range(90):
         ...     pass  # train
         ...     schedule.step()
@@ -50,29 +53,26 @@ class Schedule:
         model: nn.Module,
         *,
         total: int | None = None,
-        dense_first: float = 0,
-        dense_last: float = 0,
+        exact_first: float = 0,
+        exact_last: float = 0,
         patterns: Mapping[float, PatternLike] | Iterable[tuple[float, PatternLike]] = (),
+        dense_first: float | None = None,
+        dense_last: float | None = None,
     ) -> None:
-        check_module("Schedule", model)
+        exact_first = renamed("Schedule", "dense_first", dense_first, "exact_first", exact_first)
+        exact_last = renamed("Schedule", "dense_last", dense_last, "exact_last", exact_last)
         # Each with the pattern that it has until the first of ``patterns``.
-        self._layers: dict[nn.Module, Pattern] = {
-            layer: layer.pruning.pattern for layer in model.modules() if isinstance(layer, PruningLayer)
-        }
-        if not self._layers:
-            raise ValueError(
-                "Schedule: expected a model with converted layers, got none: call sdgp.convert(model) first"
-            )
+        self._layers = {layer: layer.pruning.pattern for layer in pruning_layers("Schedule", model)}
         if total is not None and total < 1:
             raise ValueError(f"Schedule: expected total >= 1, got {total}")
         self._total = total
-        self._first = self._units("dense_first", dense_first)
-        self._last = self._units("dense_last", dense_last)
+        self._first = self._units("exact_first", exact_first)
+        self._last = self._units("exact_last", exact_last)
         if self._last and total is None:
-            raise ValueError(f"Schedule: expected total with dense_last, got dense_last={dense_last} alone")
+            raise ValueError(f"Schedule: expected total with exact_last, got exact_last={exact_last} alone")
         if total is not None and self._first + self._last > total:
             raise ValueError(
-                f"Schedule: expected dense_first + dense_last <= total, got {self._first} + {self._last} > {total}"
+                f"Schedule: expected exact_first + exact_last <= total, got {self._first} + {self._last} > {total}"
             )
         starts = ((self._units("patterns' keys", at), Pattern.parse(pattern)) for at, pattern in dict(patterns).items())
         self._patterns = dict(sorted(starts, key=lambda start: start[0]))
@@ -95,9 +95,9 @@ class Schedule:
         for layer, own in self._layers.items():
             if not isinstance(layer, PruningLayer):
                 continue  # reverted since
-            if self._patterns and layer.pruning.pattern != (pattern or own):
-                layer.pruning, layer.last_key = layer.pruning._replace(pattern=pattern or own), None
-            layer.exact = why or (pattern and layer.too_narrow(layer, pattern)) or ""
+            if self._patterns:
+                layer.use(replace(layer.pruning, pattern=pattern or own))
+            layer.hold("schedule", why or (pattern and layer.too_narrow(layer, pattern)) or "")
 
     @property
     def exact(self) -> bool:
@@ -122,7 +122,7 @@ class Schedule:
     def __repr__(self) -> str:
         patterns = {at: str(pattern) for at, pattern in self._patterns.items()}
         return (
-            f"Schedule(count={self.count}, total={self._total}, dense_first={self._first}, dense_last={self._last}, "
+            f"Schedule(count={self.count}, total={self._total}, exact_first={self._first}, exact_last={self._last}, "
             f"patterns={patterns})"
         )
 
@@ -139,7 +139,7 @@ class Schedule:
 
     def _why_exact(self) -> str | None:
         if self.count < self._first:
-            return f"scheduled, dense_first={self._first}"
+            return f"scheduled, exact_first={self._first}"
         if self._last and self._total is not None and self.count >= self._total - self._last:
-            return f"scheduled, dense_last={self._last} of {self._total}"
+            return f"scheduled, exact_last={self._last} of {self._total}"
         return None

@@ -21,12 +21,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ._layers import PruningLayer
+from ._pattern import METHODS_THAT_DRAW
 from ._step import stand_in
-from .modules import PruningLayer
 
 METRICS = ("cosine", "error", "bias", "l1_kept", "l2_kept", "zeros", "density")
-
-_DRAWS = ("random", "mvue")
 
 
 class Sums(NamedTuple):
@@ -58,7 +57,7 @@ def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) 
     input = stand_in(shape, grad_output)
 
     def data_gradient(grad_output: Tensor) -> Tensor:
-        gradient = layer.products(grad_output, input).dense()
+        gradient = layer.products(grad_output, input).exact()
         return gradient if gradient.dtype == torch.float64 else gradient.float()
 
     def draw(number: int) -> Tensor:
@@ -69,7 +68,7 @@ def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) 
         kept = draw(0)
         pruned = data_gradient(kept)
         error = pruned - exact
-        other = data_gradient(draw(1)) - exact if layer.pruning.method in _DRAWS else error
+        other = data_gradient(draw(1)) - exact if layer.pruning.method in METHODS_THAT_DRAW else error
         values = grad_output if grad_output.dtype == torch.float64 else grad_output.float()
         absolute, stays = values.abs(), kept != 0
         left = torch.where(stays, absolute, 0)
@@ -91,7 +90,7 @@ def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) 
 
 
 def add(calls: Sequence[Sequence[float]]) -> Sums:
-    """Of several calls of a layer."""
+    """The sums of several calls of a layer."""
     return Sums(*(math.fsum(column) for column in zip(*calls, strict=True)))
 
 

@@ -10,9 +10,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from .advise import Plan
-from .fidelity import METRICS
-from .watch import Record, Watch, recent
+from ._advise import Plan
+from ._fidelity import METRICS
+from ._watch import Record, Watch, recent
 
 # One unit is some 0.25 inch: a line of text.
 _LINE = 0.25
@@ -57,13 +57,18 @@ def plot(
         if not records:
             raise ValueError("plot: expected at least one record, got none: did a layer prune?")
         _draw_records(figure, records, metric, window)
-    figure.savefig(path, dpi=100)
+    try:
+        figure.savefig(path, dpi=100)
+    except OSError as error:
+        raise ValueError(f"plot: expected a path that can be written, got {path}: {error.strerror}") from error
 
 
 def _read(path: str | PathLike[str]) -> dict[str, Record]:
     """The JSON lines that a ``Watch`` wrote; of a step that was run again after a resume, the last."""
     steps: dict[str, dict[int, dict[str, float]]] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    text = Path(path).read_text(encoding="utf-8")
+    complete = text[: text.rfind("\n") + 1]  # the last line may be half written
+    for number, line in enumerate(complete.splitlines(), 1):
         try:
             row = json.loads(line)
             values = {key: math.nan if row[key] is None else float(row[key]) for key in METRICS}

@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .ops import pack_24, prune_nm
-from .pattern import Pattern
+from ._ops import pack_24, prune_nm
+from ._pattern import Pattern
 
 TILE_ROWS, TILE_COLS = 128, 64  # an operand has whole tiles
 _DENSE_MULTIPLE = 8  # of the dense operand's columns

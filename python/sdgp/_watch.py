@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
 from os import PathLike
@@ -14,14 +15,14 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from . import fidelity
-from ._step import on_gradient
-from .convert import check_module, format_table
-from .fidelity import METRICS, Sums
-from .modules import PruningLayer
-from .pattern import Pruning
+from . import _fidelity
+from ._fidelity import METRICS, Sums
+from ._layers import PruningLayer
+from ._models import format_table, pruning_layers
+from ._pattern import Pruning
+from ._renamed import renamed
+from ._step import Handles, Hook, on_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -52,33 +53,30 @@ class Watch(Mapping[str, Record]):
         *,
         window: int = 10,
         to: str | PathLike[str] | Any = None,
-        dense_below: float | None = None,
+        exact_below: float | None = None,
     ) -> None:
-        check_module("watch", model)
         if isinstance(model, torch._dynamo.OptimizedModule):
             raise ValueError("watch: expected the model itself, got what torch.compile made of it, which runs no hooks")
         if every < 1 or window < 1:
             raise ValueError(f"watch: expected every >= 1 and window >= 1, got {every} and {window}")
-        if dense_below is not None and not 0 < dense_below <= 1:
-            raise ValueError(f"watch: expected 0 < dense_below <= 1, a cosine, got {dense_below}")
-        names: dict[nn.Module, str] = {
-            layer: name or "(model)" for name, layer in model.named_modules() if isinstance(layer, PruningLayer)
-        }
-        if not names:
-            raise ValueError("watch: expected a model with converted layers, got none: call sdgp.convert(model) first")
-        if to is not None and not isinstance(to, (str, PathLike)) and not hasattr(to, "add_scalar"):
+        if exact_below is not None and not 0 < exact_below <= 1:
+            raise ValueError(f"watch: expected 0 < exact_below <= 1, a cosine, got {exact_below}")
+        names = pruning_layers("watch", model)
+        if isinstance(to, (str, PathLike)):
+            _check_writable(to)
+        elif to is not None and not hasattr(to, "add_scalar"):
             raise ValueError(f"watch: expected to= a path or a TensorBoard writer, got {type(to).__name__}")
         self.step = 0
         self._set_aside: dict[str, str] = {}
-        self._every, self._to, self._dense_below = every, to, dense_below
+        self._every, self._to, self._exact_below = every, to, exact_below
         self._window = window
         self._names = names
         self._records: dict[str, Record] = {}
         self._last: dict[str, deque[Sums]] = {}  # the finite ones of the window
         self._pending: list[tuple[PruningLayer, Pruning, Tensor]] = []
         self._pending_step = 0
-        self._layer_hooks: list[RemovableHandle] = []
-        self._model_hook = model.register_forward_pre_hook(self._before_forward)
+        self._layer_hooks = Handles()
+        self._model_hook = model.register_forward_pre_hook(Hook(self._before_forward))
 
     def __getitem__(self, layer: str) -> Record:
         self._collect()
@@ -98,15 +96,14 @@ class Watch(Mapping[str, Record]):
         for layer, name in self._names.items():
             if not isinstance(layer, PruningLayer):
                 continue  # reverted since
-            pattern, method, _ = layer.pruning
             record = self._records.get(name, _NO_RECORD)
             records = len(record["step"])
             means = (f"{recent(record[metric], self._window):.3f}" if records else "" for metric in METRICS)
             if layer.is_pruning:
                 note = "" if records else "none so far"
             else:
-                note = f"exact: {layer.held_exact}" if layer.held_exact else "exact"
-            rows.append((name, str(pattern), method, str(records), *means, note))
+                note = f"exact: {layer.held}" if layer.held else "exact"
+            rows.append((name, str(layer.pruning.pattern), layer.pruning.method, str(records), *means, note))
         return "\n".join(format_table(("layer", "pattern", "method", "records", *METRICS, "note"), rows))
 
     __repr__ = __str__
@@ -119,7 +116,7 @@ class Watch(Mapping[str, Record]):
 
     @property
     def set_aside(self) -> dict[str, str]:
-        """The layers that ``dense_below`` made exact, each with the reason."""
+        """The layers that ``exact_below`` made exact, each with the reason."""
         self._collect()
         return dict(self._set_aside)
 
@@ -143,7 +140,7 @@ class Watch(Mapping[str, Record]):
         self.step, self._set_aside = state["step"], dict(state["set_aside"])
         for layer, name in self._names.items():
             if isinstance(layer, PruningLayer):
-                layer.set_aside = self._set_aside.get(name, "")
+                layer.hold("watch", self._set_aside.get(name, ""))
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling():
@@ -159,14 +156,12 @@ class Watch(Mapping[str, Record]):
         self.step += 1
 
     def _rest(self) -> None:
-        for hook in self._layer_hooks:
-            hook.remove()
-        self._layer_hooks = []
+        self._layer_hooks.remove()
 
     def _receive(self, layer: PruningLayer, grad_output: Tensor, shape: Tensor) -> None:
         if layer.is_pruning:
             seed = (self._pending_step << 20) + len(self._pending)
-            self._pending.append((layer, layer.pruning, fidelity.measure(layer, grad_output, shape, seed)))
+            self._pending.append((layer, layer.pruning, _fidelity.measure(layer, grad_output, shape, seed)))
 
     def _collect(self) -> None:
         """What the last watched step left on the device: fetched when the next one begins, or somebody asks."""
@@ -180,11 +175,17 @@ class Watch(Mapping[str, Record]):
             settings[layer] = pruning
         self._pending = []
         rows = [
-            self._record(layer, settings[layer], fidelity.add(calls[layer])) for layer in self._names if layer in calls
+            self._record(layer, settings[layer], _fidelity.add(calls[layer])) for layer in self._names if layer in calls
         ]
         if isinstance(self._to, (str, PathLike)):
-            with Path(self._to).open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            try:
+                with Path(self._to).open("a", encoding="utf-8") as file:
+                    file.writelines(json.dumps(row) + "\n" for row in rows)
+            except OSError as error:  # a full disk ends no training
+                warnings.warn(
+                    f"watch: {self._to} cannot be written any more, records stay in memory: {error}", stacklevel=2
+                )
+                self._to = None
         elif self._to is not None:
             for row in rows:
                 for metric in METRICS:
@@ -195,22 +196,30 @@ class Watch(Mapping[str, Record]):
         name, step = self._names[layer], self._pending_step
         record = self._records.setdefault(name, {key: [] for key in _NO_RECORD})
         window = self._last.setdefault(name, deque(maxlen=self._window))
-        values = fidelity.metrics(sums)
+        values = _fidelity.metrics(sums)
         if math.isfinite(values["error"]):  # what a gradient that overflowed gives says nothing
             window.append(sums)
-            values["bias"] = fidelity.metrics(fidelity.add(window))["bias"]
+            values["bias"] = _fidelity.metrics(_fidelity.add(window))["bias"]
         for key, value in {"step": step, **values}.items():
             record[key].append(value)
-        if self._dense_below is not None and len(window) == self._window:
-            cosine = statistics.fmean(fidelity.metrics(sums)["cosine"] for sums in window)
-            if cosine < self._dense_below:
+        if self._exact_below is not None and len(window) == self._window:
+            cosine = statistics.fmean(_fidelity.metrics(sums)["cosine"] for sums in window)
+            if cosine < self._exact_below:
                 self._set_aside[name] = (
-                    f"set aside at step {step}, cosine {cosine:.2f} < dense_below={self._dense_below}"
+                    f"set aside at step {step}, cosine {cosine:.2f} < exact_below={self._exact_below}"
                 )
                 if isinstance(layer, PruningLayer):  # not reverted since
-                    layer.set_aside = self._set_aside[name]
+                    layer.hold("watch", self._set_aside[name])
         written = {key: value if math.isfinite(value) else None for key, value in values.items()}
         return {"step": step, "layer": name, "pattern": str(pruning.pattern), "method": pruning.method, **written}
+
+
+def _check_writable(path: str | PathLike[str]) -> None:
+    try:
+        with Path(path).open("a", encoding="utf-8"):
+            pass
+    except OSError as error:
+        raise ValueError(f"watch: expected to= a file that can be written, got {path}: {error.strerror}") from error
 
 
 def recent(values: list[float], window: int = 10) -> float:
@@ -225,6 +234,7 @@ def watch(
     *,
     window: int = 10,
     to: str | PathLike[str] | Any = None,
+    exact_below: float | None = None,
     dense_below: float | None = None,
 ) -> Watch:
     """Records what pruning does to the data gradient of each layer of ``model``, at every ``every``-th training step.
@@ -248,11 +258,12 @@ def watch(
     Args:
         model: a model that ``sdgp.convert`` went over.
         every: how many steps lie between records; the first one is recorded.
-        window: of records, for the bias, for the table and for ``dense_below``.
+        window: of records, for the bias, for the table and for ``exact_below``.
         to: where to write as well: the path of a file that JSON lines are appended to, or an object with TensorBoard's
             ``add_scalar(tag, value, step)``.
-        dense_below: a layer whose mean cosine over a full window is below this keeps its gradient exact from then on;
+        exact_below: a layer whose mean cosine over a full window is below this keeps its gradient exact from then on;
             ``sdgp.report`` tells. Converting again takes it back.
+        dense_below: the old name of ``exact_below``; it warns.
 
     Returns:
         A ``Watch``, a mapping from layer to lists; ``sdgp.plot`` draws it. Its ``close()``, or leaving it as a context
@@ -268,4 +279,5 @@ def watch(
         >>> watch["(model)"]["density"]
         [0.5]
     """
-    return Watch(model, every, window=window, to=to, dense_below=dense_below)
+    exact_below = renamed("watch", "dense_below", dense_below, "exact_below", exact_below)
+    return Watch(model, every, window=window, to=to, exact_below=exact_below)

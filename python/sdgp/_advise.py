@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import fidelity
+from . import _fidelity
+from ._choose import LEAST_WORK, current_chooser
+from ._convert import paused, why_plain
+from ._layers import PruningLayer, prune_in_place
+from ._models import check_module, format_table, layers_of
+from ._pattern import PatternLike, Pruning
 from ._step import on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
-from .backends import measure, stays_exact
-from .convert import check_module, format_table, layers_of, paused, why_dense
-from .modules import PruningLayer, prune_in_place, twin_of
-from .pattern import PatternLike, Pruning
+from ._twins import twin_of
 
 
 class Candidate(NamedTuple):
@@ -28,7 +30,7 @@ class Candidate(NamedTuple):
     shape: str  # of the output gradient
     pattern: str
     method: str
-    dense_ms: float
+    exact_ms: float
     sparse_ms: float | None  # None: there is no sparse product for it here
     saved_ms: float  # by the calls for which the sparse product is the faster by more than noise
     error: float  # see sdgp.watch
@@ -46,7 +48,7 @@ class Point(NamedTuple):
 
 class Plan(dict[str, tuple[str, str]]):
     """What ``sdgp.advise`` proposes: ``{layer: (pattern, method)}``, which ``sdgp.convert`` takes, as it does what
-    ``json`` makes of it. Layers that are not in it stay dense. Prints as a table.
+    ``json`` makes of it. Layers that are not in it stay plain. Prints as a table.
 
     Attributes:
         candidates: everything that was measured, a list of ``Candidate``.
@@ -54,7 +56,7 @@ class Plan(dict[str, tuple[str, str]]):
         curve: what other values of ``max_error`` lead to, a list of ``Point`` in ascending order.
         error: of the gradient of all parameters under this plan.
         saved_ms: of a step, by all layers together.
-        step_ms: forward and backward of the dense model.
+        step_ms: forward and backward of the plain model.
         max_error, max_bias: of the data gradient of a layer, as they were asked for.
 
     Examples:
@@ -81,10 +83,10 @@ class Plan(dict[str, tuple[str, str]]):
         return next(point.error for point in self.curve if point.max_error == self.max_error)
 
     def __str__(self) -> str:
-        head = ("layer", "gradient", "proposed", "dense ms", "sparse ms", "saved ms", "error", "bias", "cosine")
+        head = ("layer", "gradient", "proposed", "exact ms", "sparse ms", "saved ms", "error", "bias", "cosine")
         lines = format_table(head, self._rows())
         lines.append(
-            f"step: dense {self.step_ms:.2f} ms, {self.saved_ms:.2f} ms ({self.saved_ms / self.step_ms:.1%}) saved by "
+            f"step: exact {self.step_ms:.2f} ms, {self.saved_ms:.2f} ms ({self.saved_ms / self.step_ms:.1%}) saved by "
             f"{len(self)} layers at max_error={self.max_error:g}; error of the parameters' gradient {self.error:.3f}"
         )
         return "\n".join(lines)
@@ -98,14 +100,14 @@ class Plan(dict[str, tuple[str, str]]):
             row = chosen.get(layer)
             name = layer or "(model)"
             if row is not None and row.sparse_ms is not None:
-                times = (f"{value:.3f}" for value in (row.dense_ms, row.sparse_ms, row.saved_ms))
+                times = (f"{value:.3f}" for value in (row.exact_ms, row.sparse_ms, row.saved_ms))
                 fidelity = (f"{value:.3f}" for value in (row.error, row.bias, row.cosine))
                 yield name, row.shape, f"{row.pattern} {row.method}", *times, *fidelity
             else:
                 shape = measured[layer].shape if layer in measured else ""
-                yield name, shape, f"dense: {self._why_dense(layer)}", *[""] * 6
+                yield name, shape, f"plain: {self._why_plain(layer)}", *[""] * 6
 
-    def _why_dense(self, layer: str) -> str:
+    def _why_plain(self, layer: str) -> str:
         rows = [row for row in self.candidates if row.layer == layer]
         if not rows:
             return self._reasons[layer]
@@ -147,19 +149,19 @@ def advise(
     """Proposes a pattern and a method for each layer of ``model``: what saves most time at a bearable error.
 
     Runs exact forwards and backwards on ``batches``; at each layer's gradient, every pattern and method is timed
-    against the dense product and compared with the exact data gradient. Each layer gets what saves most among what its
-    error and bias allow, or stays dense. Then whole backwards under that plan, and under those of other limits, tell
+    against the exact product and compared with the exact data gradient. Each layer gets what saves most among what its
+    error and bias allow, or stays plain. Then whole backwards under that plan, and under those of other limits, tell
     how far the parameters' gradient is from the exact one. The model, its gradients, buffers and PyTorch's generators
     are left as they were.
 
     Args:
-        model: dense or converted.
+        model: plain or converted.
         batches: each what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
         loss: from the model's output to a scalar; default: see ``sdgp.profile``.
         patterns, methods: to try. magnitude and rescale have smaller errors than mvue, all of them bias.
         max_error: |p - g| / |g| of a layer's data gradient, at most.
         max_bias: of the same, |E p - g| / |g|; estimated, so that an unbiased method shows some.
-        filter: ``filter(module, name) -> bool``: False leaves that layer dense.
+        filter: ``filter(module, name) -> bool``: False leaves that layer plain.
         rounds: of measuring; the median counts.
 
     Returns:
@@ -189,13 +191,9 @@ def advise(
     tally = _Tally(twins, rounds)
     with state_kept(model), paused(model):
         step_ms = _step_ms(model, batches, loss, rounds)
-        handles = on_gradient(twins, tally.receive)
-        try:
+        with on_gradient(twins, tally.receive):
             for batch in batches:
                 run_step("advise", model, batch, loss)
-        finally:
-            for handle in handles:
-                handle.remove()
     names = {module: name for name, module in layers_of(model)}
     candidates = [row for module in twins for row in tally.candidates(module, names[module], len(batches))]
     reasons = {name: reasons.get(name, "no data gradient") for name in names.values()}  # in the model's order
@@ -234,7 +232,7 @@ def _parameter_errors(
             parameter.grad = None
         with torch.random.fork_rng():  # the same dropout every time
             run_step("advise", model, batch, loss)
-        return [torch.zeros(()) if parameter.grad is None else parameter.grad for parameter in parameters]
+        return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
 
     error2, exact2 = [0.0] * len(choices), 0.0
     with state_kept(model), paused(model):
@@ -254,8 +252,11 @@ def _pruned(model: nn.Module, rows: Iterable[Candidate]) -> Iterator[None]:
     modules = dict(layers_of(model))
     before = [(modules[row.layer], type(modules[row.layer]), dict(vars(modules[row.layer]))) for row in rows]
     for row in rows:
-        prune_in_place(modules[row.layer], Pruning.parse("advise", row.pattern, row.method, "dense"))
-        modules[row.layer].paused = False  # type: ignore[assignment]
+        module, pruning = modules[row.layer], Pruning.parse("advise", row.pattern, row.method, "dense")
+        twin = twin_of(module)
+        assert twin is not None  # there is a candidate for it
+        prune_in_place(module, twin, pruning)
+        module.holds = {}  # type: ignore[assignment]
     try:
         yield
     finally:
@@ -271,11 +272,11 @@ def _twins(
     """Of each layer a twin per setting, which shares its Parameters; and why there is none."""
     twins, reasons = {}, {}
     for name, module in layers_of(model):
-        whys = [why_dense(module, name, pruning, filter) for pruning in settings]
+        whys = [why_plain(module, name, pruning, filter) for pruning in settings]
         twin = twin_of(module)
         dense = module.to_dense() if isinstance(module, PruningLayer) and None in whys else module
         made = [
-            twin.from_dense(dense, *pruning)
+            twin.from_dense(dense, pruning.pattern, pruning.method, pruning.backend)
             for pruning, why in zip(settings, whys, strict=True)
             if twin is not None and why is None
         ]
@@ -299,21 +300,20 @@ class _Tally:
         self._shapes.setdefault(module, str(tuple(grad_output.shape)))
         for twin in self._twins[module]:
             sums = self._sums.setdefault(twin, [])
-            sums.append(fidelity.measure(twin, grad_output, shape, len(sums)).tolist())
+            sums.append(_fidelity.measure(twin, grad_output, shape, len(sums)).tolist())
             self._times.setdefault(twin, []).append(self._time(twin, grad_output, shape))
 
     def candidates(self, module: nn.Module, name: str, batches: int) -> Iterator[Candidate]:
         for twin in self._twins[module] if module in self._shapes else ():  # called, with a data gradient
-            pattern, method, _ = twin.pruning
-            values = fidelity.metrics(fidelity.add(self._sums[twin]))
-            dense, sparse, saved = zip(*self._times[twin], strict=True)
+            values = _fidelity.metrics(_fidelity.add(self._sums[twin]))
+            exact, sparse, saved = zip(*self._times[twin], strict=True)
             times = [value for value in sparse if value is not None]
             yield Candidate(
                 name,
                 self._shapes[module],
-                str(pattern),
-                method,
-                sum(dense) / batches,
+                str(twin.pruning.pattern),
+                twin.pruning.method,
+                sum(exact) / batches,
                 sum(times) / batches if times else None,
                 sum(saved) / batches,
                 values["error"],
@@ -322,13 +322,15 @@ class _Tally:
             )
 
     def _time(self, twin: PruningLayer, grad_output: Tensor, shape: Tensor) -> tuple[float, float | None, float]:
-        """Milliseconds dense, sparse, and saved."""
+        """Milliseconds of the exact and of the sparse product, and what the layer would save."""
         products = twin.products(grad_output, stand_in(shape, grad_output))
         if products.obstacle() is not None:
             return 0.0, None, 0.0
-        choice = measure(products, twin.pruning, self._rounds)
-        faster = choice.sparse and not stays_exact(twin.pruning, twin.work(shape))
-        return choice.dense_ms, choice.sparse_ms, choice.dense_ms - choice.sparse_ms if faster else 0.0
+        decision = current_chooser().measure(products, twin.pruning, self._rounds)
+        exact, sparse = decision.exact_ms, decision.sparse_ms
+        assert exact is not None and sparse is not None  # what auto measures
+        faster = decision.prunes and products.work >= LEAST_WORK
+        return exact, sparse, exact - sparse if faster else 0.0
 
 
 def _step_ms(model: nn.Module, batches: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, rounds: int) -> float:

@@ -3,14 +3,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import _fakes as _fakes
 from . import _load as _load  # registers the ops
+from ._pattern import METHODS_THAT_DRAW
+
+#: What the kernels compute with.
+PRUNED_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
 def prune_nm(
@@ -147,25 +153,23 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return result
 
 
-def linear_input_grad_nm(
-    grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
+def prune_nm_matmul(
+    input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """The data gradient of a linear layer: ``prune_nm(grad_output, n, m, -1, method, seed) @ weight``.
+    """``prune_nm(input, n, m, -1, method, seed) @ dense``: the data gradient of a linear layer.
 
-    The pruned gradient is never stored: some rows at a time are pruned, packed and multiplied in the caches.
+    The pruned matrix is never stored: some rows at a time are pruned, packed and multiplied in the caches.
 
     Args:
-        grad_output: (..., out).
-        weight: (out, in), any strides.
-        n, m, method, seed: see ``prune_nm``. Not ``rescale``, which wants all of the gradient first: prune by it,
-            then call this with ``magnitude``.
+        input: (..., size), any strides.
+        dense: (size, cols), any strides.
+        n, m, method, seed: see ``prune_nm``. Not ``rescale``, whose sums need the whole input first: prune by it, then
+            call this with ``magnitude``.
 
     Returns:
-        (..., in).
+        (..., cols).
     """
-    result: Tensor = torch.ops.sdgp._linear_input_grad_nm(
-        grad_output, weight, n, m, method, _seed(grad_output, method, seed)
-    )
+    result: Tensor = torch.ops.sdgp._linear_input_grad_nm(input, dense, n, m, method, _seed(input, method, seed))
     return result
 
 
@@ -188,7 +192,7 @@ def conv2d_input_grad_nm(
     Args:
         grad_output: (N, out, H', W').
         weight: (out, in / groups, kH, kW), any strides.
-        n, m, method, seed: as in ``linear_input_grad_nm``. No group of m crosses two of the convolution: where its
+        n, m, method, seed: as in ``prune_nm_matmul``. No group of m crosses two of the convolution: where its
             groups' channels are no multiple of m, what is pruned is (N * groups, out / groups, H', W').
         input_size: (H, W).
         stride, padding, dilation, groups: of the convolution.
@@ -229,14 +233,14 @@ def pack_24(
 
 
 def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:
-    if seed is not None or method not in ("random", "mvue"):
+    if seed is not None or method not in METHODS_THAT_DRAW:
         return seed
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     input, n, m, dim, method, seed = inputs
-    if seed is None and method in ("random", "mvue") and n != m:
+    if seed is None and method in METHODS_THAT_DRAW and n != m:
         raise RuntimeError(f"prune_nm: expected a seed, to repeat {method} in backward, got None")
     ctx.save_for_backward(input, seed)
     ctx.settings = (n, m, dim, method)
@@ -250,3 +254,60 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("sdgp::prune_nm", _backward, setup_context=_setup_context)
+
+
+def _vmap(op: Any) -> Any:
+    """The rule of torch.func.vmap: sample by sample, so that factors and draws are those of each sample alone."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        def of_sample(index: int) -> Tensor:
+            result: Tensor = op(
+                *(arg if at is None else arg.select(at, index) for arg, at in zip(args, in_dims, strict=False))
+            )
+            return result
+
+        return torch.stack([of_sample(index) for index in range(info.batch_size)]), 0
+
+    return rule
+
+
+for _op in (torch.ops.sdgp.prune_nm, torch.ops.sdgp._prune_nm_scale):
+    torch.library.register_vmap(_op.default, _vmap(_op))
+
+
+def _kept(size: int, n: int, m: int) -> int:
+    """Of a row of ``size`` values, those that a sparse product multiplies."""
+    return size // m * n + min(size % m, n)
+
+
+def _no_flop(*args: Any, **kwargs: Any) -> int:
+    return 0
+
+
+def _matmul_flop(input: Sequence[int], dense: Sequence[int], n: int, m: int, *_: Any, **__: Any) -> int:
+    return 2 * math.prod(input[:-1]) * _kept(input[-1], n, m) * dense[1]
+
+
+def _spmm_flop(values: Sequence[int], indices: Sequence[int], m: int, dense: Sequence[int], **_: Any) -> int:
+    return 2 * math.prod(values) * dense[1]
+
+
+def _conv2d_flop(grad_output: Sequence[int], weight: Sequence[int], n: int, m: int, *args: Any, **_: Any) -> int:
+    groups = args[6]
+    samples, out, height, width = grad_output
+    kept = groups * _kept(out // groups, n, m)
+    return 2 * samples * height * width * kept * math.prod(weight[1:])
+
+
+# FlopCounterMode counts multiplications and additions of products. Pruning and packing have none.
+for _name, _formula in {
+    "prune_nm": _no_flop,
+    "_prune_nm_scale": _no_flop,
+    "compress_nm": _no_flop,
+    "decompress_nm": _no_flop,
+    "_pack_24": _no_flop,
+    "spmm_nm": _spmm_flop,
+    "_linear_input_grad_nm": _matmul_flop,
+    "_conv2d_input_grad_nm": _conv2d_flop,
+}.items():
+    register_flop_formula(getattr(torch.ops.sdgp, _name))(_formula)

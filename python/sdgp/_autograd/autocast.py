@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Casts the arguments of a layer as autocast would, its cache of cast weights included.
+
+An operator casts its arguments inside; an autograd Function sees them before. So linear and conv2d cast first, and
+autograd casts the gradients back.
+
+Note [Cast cache]
+ATen keeps the cast of each leaf weight until the outermost autocast region ends, so that a weight used twice is cast
+and saved once. Its cache cannot be read from Python, so `_casts` is another with the same lifetime. A token tells when
+ATen's is emptied: it hangs on the gradient accumulator of a one-element leaf that ATen has cast and cached. Only the
+cached cast keeps that accumulator alive, so the token dies with the cache.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+OptionalTensor: TypeAlias = Tensor | None
+
+
+class _Casts(dict[int, tuple[Tensor, Tensor]]):
+    """The weights of one autocast region and their casts, by the weight's id. The weight is kept, so that its id is."""
+
+
+_casts: weakref.ref[_Casts] | None = None
+
+
+def autocast(input: Tensor, weight: Tensor, bias: OptionalTensor) -> tuple[Tensor, Tensor, OptionalTensor]:
+    """Input, weight and bias as the plain operator would compute with them."""
+    device = input.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
+        return input, weight, bias
+    dtype = torch.get_autocast_dtype(device)
+    casts = (
+        _casts_of_region(device) if torch.is_autocast_cache_enabled() and not torch.compiler.is_compiling() else None
+    )
+    return _cast(input, dtype, casts), _cast(weight, dtype, casts), None if bias is None else _cast(bias, dtype, casts)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype, casts: _Casts | None) -> Tensor:
+    if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
+        return tensor
+    if casts is None or not (tensor.dtype == torch.float32 and tensor.is_leaf and tensor.requires_grad):
+        return tensor.to(dtype)
+    known = casts.get(id(tensor))
+    if known is None or known[1].dtype != dtype:
+        known = casts[id(tensor)] = tensor, tensor.to(dtype)
+    return known[1]
+
+
+def _casts_of_region(device: str) -> _Casts:
+    global _casts
+    casts = None if _casts is None else _casts()
+    if casts is None:
+        casts = _Casts()
+        leaf = torch.zeros(1, 1, device=device, requires_grad=True)
+        accumulator: Any = leaf.view_as(leaf).grad_fn
+        accumulator.next_functions[0][0].register_prehook(lambda *_, kept=casts: None)
+        # An operator that autocast casts for, and that saves nothing for backward.
+        torch.addmm(leaf, leaf.detach().new_empty(1, 0), leaf.detach().new_empty(0, 1))
+        _casts = weakref.ref(casts)
+    return casts

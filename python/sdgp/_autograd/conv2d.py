@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""conv2d with a pruned data gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _semi_structured
+from .._choose import obstacle
+from .._decision import Decision
+from .._ops import conv2d_input_grad_nm, prune_nm
+from .._pattern import PatternLike, Pruning
+from .autocast import OptionalTensor, autocast
+from .call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+
+_Pair: TypeAlias = tuple[int, int]
+
+
+class Geometry(NamedTuple):
+    """What a convolution is called with beside its tensors, in numbers."""
+
+    stride: _Pair
+    padding: _Pair
+    dilation: _Pair
+    groups: int
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | _Pair = 1,
+    padding: int | _Pair | str = 0,
+    dilation: int | _Pair = 1,
+    groups: int = 1,
+    *,
+    pattern: PatternLike = "2:4",
+    method: str = "mvue",
+    backend: str = "auto",
+) -> Tensor:
+    """``torch.nn.functional.conv2d`` whose data gradient is computed from a pruned output gradient.
+
+    Groups of m are consecutive output channels of one pixel and never cross a convolution group; forward, weight and
+    bias gradient are exact.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16.
+        weight: (out, C / groups, kH, kW).
+        bias: (out) or None.
+        stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding also ``"same"``, ``"valid"``.
+        pattern, method, backend: see ``sdgp.linear``.
+
+    Returns:
+        (N, out, H', W') or (out, H', W'), exactly what ``torch.nn.functional.conv2d`` returns.
+
+    Raises:
+        ValueError: ``conv2d: requirement, got actual``.
+        RuntimeError: where a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
+
+    Examples:
+        >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
+        >>> sdgp.conv2d(x, torch.randn(16, 3, 3, 3), padding=1, pattern="2:4", backend="pruned").sum().backward()
+    """
+    if torch.overrides.has_torch_function((input, weight)):
+        settings = {"pattern": pattern, "method": method, "backend": backend}
+        result: Tensor = torch.overrides.handle_torch_function(
+            conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, **settings
+        )
+        return result
+    if input.ndim not in (3, 4) or weight.ndim != 4 or input.shape[-3] != weight.shape[1] * groups:
+        raise ValueError(
+            f"conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / {groups}, kH, kW), "
+            f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    pruning = Pruning.parse("conv2d", pattern, method, backend)
+    return pruned_conv2d(input, weight, bias, stride, padding, dilation, groups, pruning)
+
+
+def pruned_conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: OptionalTensor,
+    stride: int | _Pair,
+    padding: int | _Pair | str,
+    dilation: int | _Pair,
+    groups: int,
+    pruning: Pruning,
+    held: str = "",
+    layer: Layer | None = None,
+) -> Tensor:
+    """``conv2d`` for settings that are known to be good; ``held`` and ``layer`` as in ``pruned_linear``."""
+    call = start("conv2d", pruning, held, layer, input, weight, _work(input, weight, groups))
+    if call is None:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
+    batched = input if input.ndim == 4 else input.unsqueeze(0)
+    function: type[Function] = _Conv2dInTransform if not torch.compiler.is_compiling() and in_transform() else _Conv2d
+    output: Tensor = function.apply(*autocast(batched, weight, bias), call, geometry)
+    return output if input.ndim == 4 else output.squeeze(0)
+
+
+def conv2d_geometry(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | _Pair,
+    padding: int | _Pair | str,
+    dilation: int | _Pair,
+    groups: int,
+) -> tuple[Tensor, Geometry]:
+    """The input and the geometry in numbers; where padding is uneven, the input is padded."""
+    stride, dilation = _pair(stride), _pair(dilation)
+    if isinstance(padding, str):
+        input, padding = _pad(input, weight, stride, padding, dilation)
+    return input, Geometry(stride, _pair(padding), dilation, groups)
+
+
+class _Conv2d(Function):
+    # As in linear.py: with the context for speed, and a second Function for transforms.
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, geometry: Geometry
+    ) -> Tensor:
+        _save(ctx, input, weight, call, geometry)
+        return F.conv2d(input, weight, bias, *geometry)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+        weight, input = ctx.saved_tensors
+        needs = [wanted(ctx, argument, argument) for argument in range(3)]
+        return *_gradients(ctx, grad_output, input, weight, needs), None, None
+
+
+class _Conv2dInTransform(Function):
+    """The same for torch.func's transforms and forward-mode differentiation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, geometry: Geometry) -> Tensor:
+        return F.conv2d(input, weight, bias, *geometry)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, call, geometry = inputs
+        _save(ctx, input, weight, call, geometry)
+        ctx.save_for_forward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+        weight, input = ctx.saved_tensors
+        return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        input, weight = ctx.saved_tensors
+        input_t, weight_t, bias_t, *_ = tangents
+        terms = [] if input_t is None else [F.conv2d(input_t, weight, None, *ctx.geometry)]
+        terms += [] if weight_t is None else [F.conv2d(input, weight_t, None, *ctx.geometry)]
+        output: Tensor = sum(terms) if bias_t is None else sum(terms, bias_t[:, None, None])  # type: ignore[assignment]
+        return output
+
+
+def _work(input: Tensor, weight: Tensor, groups: int) -> int:
+    out, _, height, width = weight.shape
+    return input.numel() * out // groups * height * width
+
+
+def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, geometry: Geometry) -> None:
+    ctx.call, ctx.geometry, ctx.input_shape = call, geometry, input.shape
+    ctx.channels_last = _is_channels_last(input)
+    ctx.save_for_backward(weight, input if ctx.needs_input_grad[1] else None)  # frozen weights keep no input
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor, input: OptionalTensor, weight: Tensor, needs: Sequence[bool]
+) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
+    needs_input, needs_weight, needs_bias = needs
+    if input is None:  # ATen reads its shape and memory format, not its values
+        memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)
+    grad_input: OptionalTensor = None
+    if needs_input:
+        products = Conv2dProducts(grad_output, input, weight, ctx.geometry, ctx.call.pruning)
+        decision = _decide(ctx.call, products)
+        if not decision.prunes:
+            return _convolution_backward(grad_output, input, weight, ctx.geometry, (True, needs_weight, needs_bias))
+        grad_input = data_gradient("conv2d", products, decision, grad_output, weight, input)
+    if not (needs_weight or needs_bias):
+        return grad_input, None, None
+    mask = (False, needs_weight, needs_bias)
+    return grad_input, *_convolution_backward(grad_output, input, weight, ctx.geometry, mask)[1:]
+
+
+def _decide(call: Call, products: Conv2dProducts) -> Decision:
+    if call.chooser is None:
+        return Decision(call.pruning.backend, "")
+    if call.held:
+        decision = Decision("exact", call.held)
+    else:
+        input, weight = products.input, products.weight
+        stride, padding, dilation, groups = products.geometry
+        site = make_site(
+            call,
+            products.grad_output,
+            weight,
+            input.numel(),
+            pixels=input.shape[2] * input.shape[3],
+            geometry=(*stride, *padding, *dilation, groups),
+            channels_last=_is_channels_last(input),
+        )
+        decision = call.chooser.decide(site, products)
+    note(call.layer, decision)
+    return decision
+
+
+@dataclass(frozen=True)
+class Conv2dProducts:
+    """The data gradient of a convolution, see ``Products``. Of ``input`` only shape and memory format count."""
+
+    grad_output: Tensor
+    input: Tensor
+    weight: Tensor
+    geometry: Geometry
+    pruning: Pruning
+
+    @property
+    def work(self) -> int:
+        return _work(self.input, self.weight, self.geometry.groups)
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.pruning, self.grad_output, self.geometry.groups)
+
+    def exact(self) -> Tensor:
+        return self._multiply(self.grad_output)
+
+    def dense(self, seed: OptionalTensor = None) -> Tensor:
+        return self._multiply(prune_conv2d_grad(self.grad_output, self.geometry.groups, self.pruning, seed))
+
+    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+        (n, m), weight = self.pruning.pattern, self.weight
+        stride, padding, dilation, groups = self.geometry
+        channels_last = _is_channels_last(self.input) or _is_channels_last(weight)  # as ATen decides
+        size = self.input.shape[2:]
+        grad, method = rescaled(_by_group(detached(self.grad_output), groups, m), 1, self.pruning)
+        grad = grad.reshape(self.grad_output.shape)
+        if grad.is_cuda:
+            memory_format = torch.channels_last if channels_last else torch.contiguous_format
+            operand = _semi_structured.pack(rows(grad.movedim(1, -1)), self.pruning.pattern, method, seed)
+            columns = _semi_structured.multiply(operand, weight.flatten(1))  # (pixels, in x kH x kW)
+            return _fold(columns, grad, weight, size, self.geometry).contiguous(memory_format=memory_format)
+        return conv2d_input_grad_nm(
+            grad, weight, n, m, method, seed, size, stride, padding, dilation, groups, channels_last
+        )
+
+    def _multiply(self, grad_output: Tensor) -> Tensor:
+        mask = (True, False, False)
+        grad_input = _convolution_backward(grad_output, self.input, self.weight, self.geometry, mask)[0]
+        assert grad_input is not None
+        return grad_input
+
+
+def prune_conv2d_grad(grad_output: Tensor, groups: int, pruning: Pruning, seed: OptionalTensor) -> Tensor:
+    """The output gradient (N, C, H, W) of a convolution, pruned along the output channels of each of its groups."""
+    n, m = pruning.pattern
+    pruned = prune_nm(_by_group(detached(grad_output), groups, m), n, m, 1, pruning.method, seed)
+    return pruned.reshape(grad_output.shape)
+
+
+def _by_group(grad_output: Tensor, groups: int, m: int) -> Tensor:
+    """(N, C, H, W), or (N * groups, C / groups, H, W) where a pruning group would cross convolution groups."""
+    samples, channels = grad_output.shape[:2]
+    if groups == 1 or channels // groups % m == 0:
+        return grad_output
+    return grad_output.reshape(samples * groups, channels // groups, *grad_output.shape[2:])
+
+
+def _fold(columns: Tensor, grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
+    """Adds up (pixels of the gradient, in x kH x kW) where the taps meet: (N, in, H, W)."""
+    stride, padding, dilation, _ = geometry
+    samples, kernel = grad_output.shape[0], weight.shape[2:]
+    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):
+        return columns.reshape(samples, *size, weight.shape[1]).movedim(-1, 1)
+    taps = columns.reshape(samples, -1, columns.shape[1]).transpose(1, 2)
+    return F.fold(taps, (size[0], size[1]), kernel, dilation, padding, stride)
+
+
+def _convolution_backward(
+    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
+) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
+    stride, padding, dilation, groups = geometry
+    gradients: tuple[OptionalTensor, OptionalTensor, OptionalTensor] = torch.ops.aten.convolution_backward(
+        grad_output, input, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask
+    )
+    return gradients
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    if torch._C._are_functorch_transforms_active():  # vmap cannot tell
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _pair(value: int | _Pair) -> _Pair:
+    if isinstance(value, int):
+        return value, value
+    if len(value) not in (1, 2):
+        raise ValueError(f"conv2d: expected stride, padding and dilation to be a number or a pair, got {value!r}")
+    return value[0], value[-1]
+
+
+def _pad(input: Tensor, weight: Tensor, stride: _Pair, padding: str, dilation: _Pair) -> tuple[Tensor, _Pair]:
+    """Turns "same" and "valid" into numbers; what "same" pads on one side only goes into the input."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f'conv2d: expected padding to be a number, a pair, "same" or "valid", got {padding!r}')
+    if stride != (1, 1):
+        raise ValueError(f'conv2d: expected stride 1 with padding="same", got {stride}')
+    total_h, total_w = (d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True))
+    if total_h % 2 or total_w % 2:
+        input = F.pad(input, (0, total_w % 2, 0, total_h % 2))
+    return input, (total_h // 2, total_w // 2)

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""linear with a pruned data gradient."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from .. import _semi_structured
+from .._choose import obstacle
+from .._decision import Decision
+from .._ops import prune_nm, prune_nm_matmul
+from .._pattern import PatternLike, Pruning
+from .autocast import OptionalTensor, autocast
+from .call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+
+
+def linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    pattern: PatternLike = "2:4",
+    method: str = "mvue",
+    backend: str = "auto",
+) -> Tensor:
+    """``torch.nn.functional.linear`` whose data gradient is computed from a pruned output gradient.
+
+        y = x Wᵀ + b,  dx = prune_nm(dy, n, m) W,  dW = dyᵀ x,  db = Σ dy
+
+    Args:
+        input: (..., in), any number of leading dimensions; float32, float64, float16 or bfloat16.
+        weight: (out, in).
+        bias: (out) or None.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``: groups of m output features.
+        method: see ``sdgp.prune_nm``.
+        backend: which product computes dx.
+
+            - ``"auto"``: the sparse product where it is faster than the exact one, else the exact one, which prunes
+              nothing. Both are measured in the first backward of each shape.
+            - ``"pruned"``: always prunes, and takes the faster of the sparse and the dense product.
+            - ``"sparse"``, ``"dense"``: prunes and takes that product.
+
+    Returns:
+        (..., out), exactly what ``torch.nn.functional.linear`` returns, under autocast too.
+
+    Raises:
+        ValueError: ``linear: requirement, got actual``.
+        RuntimeError: where a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
+
+    Examples:
+        >>> x = torch.randn(8, 16, requires_grad=True)
+        >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()
+    """
+    if torch.overrides.has_torch_function((input, weight)):
+        settings = {"pattern": pattern, "method": method, "backend": backend}
+        result: Tensor = torch.overrides.handle_torch_function(linear, (input, weight), input, weight, bias, **settings)
+        return result
+    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            "linear: expected input (..., in) and weight (out, in), "
+            f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
+        )
+    return pruned_linear(input, weight, bias, Pruning.parse("linear", pattern, method, backend))
+
+
+def pruned_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: OptionalTensor,
+    pruning: Pruning,
+    held: str = "",
+    layer: Layer | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """``linear`` for settings that are known to be good.
+
+    Args:
+        held: why the gradient is exact whatever the settings say; empty: the settings count.
+        layer: learns the decision of the backward.
+        transposed: ``weight`` is (in, out), as in transformers' Conv1D.
+    """
+    work = input.numel() * weight.shape[1 if transposed else 0]
+    call = start("linear", pruning, held, layer, input, weight, work)
+    if call is None:
+        return _linear(input, weight, bias, transposed)
+    function: type[Function] = _LinearInTransform if not torch.compiler.is_compiling() and in_transform() else _Linear
+    output: Tensor = function.apply(*autocast(input, weight, bias), call, transposed)
+    return output
+
+
+def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor, transposed: bool) -> Tensor:
+    return F.linear(input, weight.t() if transposed else weight, bias)
+
+
+class _Linear(Function):
+    # A forward that takes the context is what PyTorch calls with the least overhead; transforms need _LinearInTransform.
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool) -> Tensor:
+        _save(ctx, input, weight, call, transposed)
+        output = _linear(input, weight, bias, transposed)
+        if not torch.compiler.is_compiling() and output._is_view():
+            # Of a tensor made in here: autograd refuses to modify such a view in place.
+            output = torch.ops.aten._unsafe_view(output, output.shape)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+        weight, input = ctx.saved_tensors
+        needs = [wanted(ctx, argument, argument) for argument in range(3)]
+        return *_gradients(ctx, grad_output, input, weight, needs), None, None
+
+
+class _LinearInTransform(Function):
+    """The same for torch.func's transforms and forward-mode differentiation."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool) -> Tensor:
+        return _linear(input, weight, bias, transposed)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, call, transposed = inputs
+        _save(ctx, input, weight, call, transposed)
+        ctx.save_for_forward(input, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+        weight, input = ctx.saved_tensors
+        return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        input, weight = ctx.saved_tensors
+        input_t, weight_t, bias_t, *_ = tangents
+        terms = [] if input_t is None else [_linear(input_t, weight, None, ctx.transposed)]
+        terms += [] if weight_t is None else [_linear(input, weight_t, None, ctx.transposed)]
+        output: Tensor = sum(terms) if bias_t is None else sum(terms, bias_t)  # type: ignore[assignment]
+        return output
+
+
+def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
+    ctx.call, ctx.transposed, ctx.values = call, transposed, input.numel()
+    # The leaf itself, no view of it: what releases its memory between forward and backward (ZeRO) finds no other owner.
+    # The weight first: the plain operator saves its transpose second. Where one path were repeated as the other, the
+    # shapes would tell. A frozen weight keeps no input.
+    ctx.save_for_backward(weight, input if ctx.needs_input_grad[1] else None)
+
+
+def _gradients(
+    ctx: Any, grad_output: Tensor, input: OptionalTensor, weight: Tensor, needs: Any
+) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
+    grad_input = grad_weight = grad_bias = None
+    if needs[0]:
+        call: Call = ctx.call
+        products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.pruning)
+        decision = _decide(call, products, ctx.values)
+        grad_input = data_gradient("linear", products, decision, grad_output, weight)
+    if needs[1]:
+        assert input is not None
+        grad, samples = rows(grad_output), rows(input)
+        # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
+        if ctx.transposed:
+            grad_weight = samples.t() @ grad if weight.is_contiguous() else (grad.t() @ samples).t()
+        else:
+            grad_weight = grad.t() @ samples if weight.is_contiguous() else (samples.t() @ grad).t()
+    if needs[2]:
+        grad_bias = rows(grad_output).sum(0)
+    return grad_input, grad_weight, grad_bias
+
+
+def _decide(call: Call, products: LinearProducts, values: int) -> Decision:
+    if call.chooser is None:
+        return Decision(call.pruning.backend, "")
+    if call.held:
+        decision = Decision("exact", call.held)
+    else:
+        site = make_site(call, products.grad_output, products.weight, values)
+        decision = call.chooser.decide(site, products)
+    note(call.layer, decision)
+    return decision
+
+
+@dataclass(frozen=True)
+class LinearProducts:
+    """The data gradient of a linear layer, see ``Products``; ``weight`` is (out, in)."""
+
+    grad_output: Tensor
+    weight: Tensor
+    pruning: Pruning
+
+    @property
+    def work(self) -> int:
+        return self.grad_output.numel() * self.weight.shape[1]
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.pruning, self.grad_output)
+
+    def exact(self) -> Tensor:
+        return self.grad_output @ self.weight
+
+    def dense(self, seed: OptionalTensor = None) -> Tensor:
+        n, m = self.pruning.pattern
+        return prune_nm(detached(self.grad_output), n, m, -1, self.pruning.method, seed) @ self.weight
+
+    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+        n, m = self.pruning.pattern
+        grad, method = rescaled(detached(self.grad_output), -1, self.pruning)
+        if grad.is_cuda:
+            operand = _semi_structured.pack(rows(grad), self.pruning.pattern, method, seed)
+            return _semi_structured.multiply(operand, self.weight).reshape(*grad.shape[:-1], self.weight.shape[1])
+        return prune_nm_matmul(grad, self.weight, n, m, method, seed)

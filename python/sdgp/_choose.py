@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The chooser: measures which product computes a data gradient fastest, and remembers it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, fields, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import _semi_structured
+from ._clock import elapsed_ms
+from ._decision import Decision, Products, Site
+from ._pattern import Pattern, Pruning
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+# Multiply-adds of a data gradient whose dense product takes some 0.2 ms. Below, the calls of the sparse product would
+# cost most of what pruning saves. Under `auto` the path of a forward depends on it, see Note [One path]: a constant.
+LEAST_WORK = 16 * 2**20
+
+# The same on a GPU: a dense product of this size takes some 0.1 ms, as long as the launches of the sparse one.
+_LEAST_WORK_CUDA = 2**35
+
+IDENTITY = Decision("exact", "n == m: nothing is pruned")
+SMALL = Decision("plain", "the data gradient has fewer than 16 M multiply-adds: too small to gain")
+_SMALL = {product: Decision(product, "the data gradient is too small to gain") for product in ("exact", "dense")}
+_TWICE = Decision("exact", "the gradient is differentiated again (create_graph=True)")
+_TRANSFORM = "torch.func transforms have no sparse product"
+_FORCED = {product: Decision(product, f'backend="{product}"') for product in ("dense", "sparse")}
+
+
+def obstacle(pruning: Pruning, gradient: Tensor, groups: int = 1) -> str | None:
+    """Why there is no sparse product for such a gradient, as "requirement, got actual"; None: there is one.
+
+    Args:
+        groups: of a convolution.
+    """
+    device = gradient.device
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"a device that has a sparse product (cpu, cuda), got {device}"
+    if groups > 1:
+        return f"a convolution of one group on cuda, got groups={groups}"
+    return _semi_structured.obstacle(device, gradient.dtype, pruning.pattern)
+
+
+def kernels_run(gradient: Tensor) -> bool:
+    """Whether a product called now really computes, so that a clock may be read: not under fake tensors, tracers,
+    dispatch modes, transforms or the capture of a CUDA graph."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or isinstance(gradient, FakeTensor)
+        or gradient.device.type == "meta"
+        or torch._C._are_functorch_transforms_active()
+        or (gradient.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def static_rule(pruning: Pruning, weight_shape: tuple[int, ...], values: int, gradient: Tensor) -> bool:
+    """Whether the sparse product has won with a margin wherever it was measured: the rule where nothing is measured.
+
+    Args:
+        values: the exponent of a power of two, as in ``Site``.
+    """
+    n, m = pruning.pattern
+    large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 18
+    return gradient.device.type == "cpu" and gradient.dtype == torch.float32 and 4 * n <= m and large
+
+
+class Chooser:
+    """Decides which product computes a data gradient: measures each site once and remembers the result.
+
+    ``with chooser:`` makes it the one that forwards within use; without, they use ``sdgp.chooser``.
+
+    Args:
+        margin: the sparse product must take less than this share of the other's time; the rest is measuring noise.
+        calls_ms: what a pruned backward adds in calls, in milliseconds, where the exact product is the other one (CPU).
+        rounds: how often each product is timed; the median counts.
+        limit: how many sites are remembered. The oldest is forgotten, and measured again when it comes back.
+        least_work, least_work_cuda: multiply-adds below which nothing is measured, on a CPU and on a GPU, and no sparse
+            product is taken. Under ``"auto"`` a CPU's is at least 16 M.
+        timer: ``timer(call, device) -> milliseconds`` of one call.
+
+    Examples:
+        >>> chooser = sdgp.Chooser(rounds=3)
+        >>> layer = sdgp.Linear(512, 512, pattern="1:4")
+        >>> with chooser:
+        ...     layer(torch.randn(256, 512, requires_grad=True)).sum().backward()
+        >>> len(chooser)
+        1
+    """
+
+    def __init__(
+        self,
+        *,
+        margin: float = 0.95,
+        calls_ms: float = 0.1,
+        rounds: int = 5,
+        limit: int = 1024,
+        least_work: int = LEAST_WORK,
+        least_work_cuda: int = _LEAST_WORK_CUDA,
+        timer: Callable[[Callable[[], object], torch.device], float] | None = None,
+    ) -> None:
+        if rounds < 1 or limit < 1:
+            raise ValueError(f"Chooser: expected rounds >= 1 and limit >= 1, got {rounds} and {limit}")
+        self._margin, self._calls_ms, self._rounds, self._limit = margin, calls_ms, rounds, limit
+        self._least_work, self._least_work_cuda = least_work, least_work_cuda
+        self._timer = timer or elapsed_ms
+        self._decisions: OrderedDict[Site, Decision] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._decisions)
+
+    def __enter__(self) -> Self:
+        _current.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _current.remove(self)
+
+    def decide(self, site: Site, products: Products) -> Decision:
+        """The decision for one data gradient, by the settings in ``site.pruning``.
+
+        Raises:
+            ValueError: ``op: requirement, got actual``, where ``sparse`` is forced and there is no such product.
+        """
+        pruning = site.pruning
+        if pruning.is_identity:
+            return IDENTITY
+        backend = pruning.backend
+        if backend == "auto" and torch.is_grad_enabled():
+            return _TWICE
+        if torch._C._are_functorch_transforms_active():
+            return Decision("exact" if backend == "auto" else "dense", _TRANSFORM)
+        if backend == "dense":
+            return _FORCED["dense"]
+        if backend == "sparse":
+            if (missing := products.obstacle()) is not None:
+                raise ValueError(
+                    f'{site.op}: backend="sparse" expected {missing}; '
+                    'use "pruned" for the same gradients through the faster product there is'
+                )
+            return _FORCED["sparse"]
+        return self._faster(site, products)
+
+    def _faster(self, site: Site, products: Products) -> Decision:
+        gradient = products.grad_output
+        if products.work < (self._least_work if gradient.device.type == "cpu" else self._least_work_cuda):
+            return _SMALL[_other(site.pruning)]
+        if torch.are_deterministic_algorithms_enabled():
+            return _static(site, gradient, "torch.use_deterministic_algorithms asks for no choice by the clock")
+        decision = self._decisions.get(site)
+        if decision is not None:
+            return decision
+        if not kernels_run(gradient):
+            return _static(site, gradient, "nothing can be measured here (fake tensors, a tracer or a captured graph)")
+        if (missing := products.obstacle()) is not None:
+            return Decision(_other(site.pruning), f"a sparse product needs {missing}")
+        try:
+            decision = self.measure(products, site.pruning)
+        except RuntimeError as error:  # out of memory, or a library that refuses this size: the step goes on without
+            message = str(error).partition("\n")[0]
+            decision = Decision(_other(site.pruning), f"the sparse product failed when it was measured: {message}")
+        self._decisions[site] = decision
+        if len(self._decisions) > self._limit:
+            self._decisions.popitem(last=False)
+        return decision
+
+    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> Decision:
+        """Times the products that compete under ``pruning.backend``, in turn. PyTorch's generators are left alone."""
+        other = _other(pruning)
+        device = products.grad_output.device
+        ms = self.measure_all(products, ("sparse", other), rounds)
+        calls = self._calls_ms if other == "exact" and device.type == "cpu" else 0.0  # a GPU runs behind its calls
+        if ms["sparse"] + calls < self._margin * ms[other]:
+            product, why = "sparse", f"faster than {other}: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"
+        else:
+            product, why = other, f"sparse is not faster: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"
+        return Decision(product, why, **{f"{name}_ms": value for name, value in ms.items()})
+
+    def measure_all(self, products: Products, names: Iterable[str], rounds: int | None = None) -> dict[str, float]:
+        """The median milliseconds of each named product, measured in turn."""
+        device = products.grad_output.device
+        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        ways: dict[str, Callable[[], Tensor]] = {
+            "exact": products.exact,
+            "dense": lambda: products.dense(seed),
+            "sparse": lambda: products.sparse(seed),
+        }
+        times: dict[str, list[float]] = {name: [] for name in names}
+        with torch.no_grad():
+            for name in times:
+                ways[name]()  # warms up
+            for _ in range(rounds or self._rounds):
+                for name, milliseconds in times.items():
+                    milliseconds.append(self._timer(ways[name], device))
+        return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that was measured, by name and in types that JSON holds. A training run that goes on from a checkpoint
+        with it takes the same products, and so rounds alike, bit for bit."""
+        return {
+            json.dumps(site._asdict() | {"pruning": asdict(site.pruning)}, sort_keys=True, default=str): asdict(
+                decision
+            )
+            for site, decision in self._decisions.items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
+        """Takes over what ``state_dict`` returned, perhaps in another process.
+
+        Raises:
+            ValueError: where it is something else.
+        """
+        try:
+            loaded = {_site(json.loads(key)): _decision(value) for key, value in state.items()}
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"Chooser: expected what Chooser.state_dict() returned, got an entry that reads wrong: {error}"
+            ) from error
+        self._decisions.update(loaded)
+        while len(self._decisions) > self._limit:
+            self._decisions.popitem(last=False)
+
+
+def _other(pruning: Pruning) -> str:
+    """The product that the sparse one must beat."""
+    return "dense" if pruning.backend == "pruned" else "exact"
+
+
+def _static(site: Site, gradient: Tensor, why: str) -> Decision:
+    sparse = static_rule(site.pruning, site.weight_shape, site.values, gradient)
+    return Decision("sparse" if sparse else _other(site.pruning), f"static rule: {why}")
+
+
+def _site(named: dict[str, Any]) -> Site:
+    """From a state_dict of this or another version: fields that this one does not know are dropped."""
+    pruning = {field.name: named["pruning"][field.name] for field in fields(Pruning) if field.name in named["pruning"]}
+    pruning["pattern"] = Pattern(*pruning["pattern"])
+    known = {name: named[name] for name in Site._fields if name in named}
+    for name in ("weight_shape", "geometry"):
+        known[name] = tuple(known.get(name, ()))
+    device, dtype = torch.device(named["device"]), getattr(torch, named["dtype"].removeprefix("torch."))
+    return Site(**{**known, "device": device, "dtype": dtype, "pruning": Pruning(**pruning)})
+
+
+def _decision(named: Mapping[str, Any]) -> Decision:
+    known = {field.name for field in fields(Decision)}
+    return replace(Decision("exact", ""), **{name: value for name, value in named.items() if name in known})
+
+
+#: The chooser of every forward outside ``with Chooser():``.
+chooser = Chooser()
+
+_current: list[Chooser] = [chooser]
+
+
+def current_chooser() -> Chooser:
+    return _current[-1]

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""transformers' Conv1D (GPT-2's linear layer, its weight transposed) with a pruned data gradient.
+
+Imported only where such a layer is converted or unpickled: sdgp works without transformers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D as _PlainConv1D
+
+from ._autograd import LinearProducts, pruned_linear
+from ._decision import Products
+from ._layers import PruningLayer, call_plain, calls_plain
+from ._pattern import PatternLike, Pruning
+
+
+class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
+    """``transformers.pytorch_utils.Conv1D``: y = x W + b with weight (in, out), dx = prune_nm(dy) Wᵀ."""
+
+    nf: int
+    nx: int
+    bias: Tensor
+    _plain = _PlainConv1D
+
+    def __init__(
+        self, nf: int, nx: int, *, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
+    ) -> None:
+        pruning = Pruning.parse("Conv1D", pattern, method, backend)
+        super().__init__(nf, nx)
+        self._set_up(pruning)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if calls_plain(self, x):
+            plain: Tensor = call_plain(self, x)
+            return plain
+        # In at most three dimensions and without gaps, a linear layer calls the addmm that Conv1D calls.
+        samples = x.reshape(-1, x.shape[-1]) if x.ndim < 3 else x.flatten(1, -2).contiguous()
+        output = pruned_linear(samples, self.weight, self.bias, *self._settings(), self, transposed=True)
+        return output.view(*x.shape[:-1], self.nf)
+
+    def products(self, grad_output: Tensor, input: Tensor) -> Products:
+        return LinearProducts(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning)
+
+    def __repr__(self) -> str:
+        return f"Conv1D(nf={self.nf}, nx={self.nx}, {self.pruning})"
+
+    @staticmethod
+    def _channels(layer: Any) -> int:
+        channels: int = layer.weight.shape[1]
+        return channels

@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Arguments that have a new name: the old one works for one release, with a warning."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+_T = TypeVar("_T")
+
+
+def renamed(op: str, old: str, value: _T | None, new: str, default: _T, stacklevel: int = 3) -> _T:
+    """``value``, given under the old name, else ``default``, what was given under the new one."""
+    if value is None:
+        return default
+    warnings.warn(
+        f"{op}: {old} is now called {new}; the old name goes away with the next release",
+        FutureWarning,
+        stacklevel=stacklevel,
+    )
+    return value

@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which pruning layer belongs to which plain one."""
+
+from __future__ import annotations
+
+import sys
+
+from torch import nn
+
+from ._layers import Conv2d, Linear, PruningLayer
+
+
+def twin_of(module: nn.Module) -> type[PruningLayer] | None:
+    """The class that a layer has, or gets, when it prunes; None: sdgp does not know the layer."""
+    kind = type(module)
+    if issubclass(kind, PruningLayer):
+        return kind if "_plain" in vars(kind) else None  # a parametrization makes a subclass
+    if kind in transformers_conv1d():
+        from ._conv1d import Conv1D
+
+        return Conv1D
+    twins: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
+    return twins.get(kind)
+
+
+def transformers_conv1d() -> tuple[type[nn.Module], ...]:
+    """transformers' own class; nothing as long as nobody imported that module: then there are no such layers."""
+    conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return () if conv1d is None else (conv1d,)
