@@ -327,10 +327,9 @@ class _Tally:
         if products.obstacle() is not None:
             return 0.0, None, 0.0
         decision = current_chooser().measure(products, twin.pruning, self._rounds)
-        exact, sparse = decision.exact_ms, decision.sparse_ms
-        assert exact is not None and sparse is not None  # what auto measures
-        faster = decision.prunes and products.work >= LEAST_WORK
-        return exact, sparse, exact - sparse if faster else 0.0
+        exact, sparse = decision.exact_ms or 0.0, decision.sparse_ms
+        saves = sparse is not None and decision.prunes and products.work >= LEAST_WORK
+        return exact, sparse, exact - (sparse or 0.0) if saves else 0.0
 
 
 def _step_ms(model: nn.Module, batches: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, rounds: int) -> float:

@@ -201,7 +201,7 @@ def _drop_own_forward(module: nn.Module) -> None:
             vars(module).pop(name)
 
 
-def _why_unusual(weight: Tensor) -> str | None:
+def _why_unusual(weight: Any) -> str | None:
     """A weight that the kernels cannot read. What FSDP and tensor parallelism make of it is known at the call only."""
     kind = type(weight)
     if kind not in (Tensor, nn.Parameter) and not isinstance(weight, FakeTensor) and not hasattr(weight, "placements"):

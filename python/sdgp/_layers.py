@@ -160,7 +160,12 @@ class PruningLayer(nn.Module):
 
 def calls_plain(layer: nn.Module, input: object) -> bool:
     """Whether a call is no pruning layer's: a tracer's, or that of a hook that kept this forward over sdgp.revert."""
-    return isinstance(input, torch.fx.Proxy) or not isinstance(layer, PruningLayer)
+    return is_traced(input) or not isinstance(layer, PruningLayer)
+
+
+def is_traced(input: object) -> bool:
+    """Whether torch.fx records this call: its argument stands for a tensor."""
+    return isinstance(input, torch.fx.Proxy)
 
 
 def call_plain(layer: Any, input: Any) -> Any:
@@ -207,7 +212,8 @@ class Linear(PruningLayer, nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if calls_plain(self, input):
-            return call_plain(self, input)
+            output: Tensor = call_plain(self, input)
+            return output
         return pruned_linear(input, self.weight, self.bias, *self._settings(), self)
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
@@ -267,11 +273,13 @@ class Conv2d(PruningLayer, nn.Conv2d):
         self._set_up(pruning)
 
     def forward(self, input: Tensor) -> Tensor:
-        return call_plain(self, input) if calls_plain(self, input) else super().forward(input)
+        output: Tensor = call_plain(self, input) if calls_plain(self, input) else super().forward(input)
+        return output
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if isinstance(input, torch.fx.Proxy):
-            return super()._conv_forward(input, weight, bias)
+        if is_traced(input):
+            traced: Tensor = super()._conv_forward(input, weight, bias)
+            return traced
         stride: Any = self.stride
         dilation: Any = self.dilation
         input, padding = self._pad(input)
@@ -304,8 +312,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
 
 
 # Pickles and messages name the public class; torch.load(weights_only=True) may load it with its settings.
-for _layer in (Linear, Conv2d):
-    _layer.__module__ = "sdgp"
+Linear.__module__ = Conv2d.__module__ = "sdgp"
 torch.serialization.add_safe_globals([Linear, Conv2d, Pattern, Pruning, Decision])
 
 
@@ -323,7 +330,7 @@ def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning
 
 def unprune_in_place(module: PruningLayer) -> None:
     """The inverse of ``prune_in_place``."""
-    module.__class__ = module._plain
+    module.__class__ = module._plain  # type: ignore[assignment]
     _drop_settings(module)
 
 

@@ -296,7 +296,7 @@ def _conv2d_flop(grad_output: Sequence[int], weight: Sequence[int], n: int, m: i
     groups = args[6]
     samples, out, height, width = grad_output
     kept = groups * _kept(out // groups, n, m)
-    return 2 * samples * height * width * kept * math.prod(weight[1:])
+    return 2 * samples * height * width * int(kept) * math.prod(weight[1:])
 
 
 # FlopCounterMode counts multiplications and additions of products. Pruning and packing have none.
@@ -310,4 +310,5 @@ for _name, _formula in {
     "_linear_input_grad_nm": _matmul_flop,
     "_conv2d_input_grad_nm": _conv2d_flop,
 }.items():
-    register_flop_formula(getattr(torch.ops.sdgp, _name))(_formula)
+    register: Any = register_flop_formula(getattr(torch.ops.sdgp, _name))
+    register(_formula)

@@ -62,7 +62,9 @@ class Schedule:
         exact_first = renamed("Schedule", "dense_first", dense_first, "exact_first", exact_first)
         exact_last = renamed("Schedule", "dense_last", dense_last, "exact_last", exact_last)
         # Each with the pattern that it has until the first of ``patterns``.
-        self._layers = {layer: layer.pruning.pattern for layer in pruning_layers("Schedule", model)}
+        self._layers: dict[nn.Module, Pattern] = {
+            layer: layer.pruning.pattern for layer in pruning_layers("Schedule", model)
+        }
         if total is not None and total < 1:
             raise ValueError(f"Schedule: expected total >= 1, got {total}")
         self._total = total

@@ -44,12 +44,15 @@ class Hook:
         return Hook, (None,)
 
 
-class Handles(list[RemovableHandle]):
+class Handles:
     """Handles of hooks; leaving them as a context removes the hooks."""
 
+    def __init__(self, handles: Iterable[RemovableHandle] = ()) -> None:
+        self._handles = list(handles)
+
     def remove(self) -> None:
-        while self:
-            self.pop().remove()
+        while self._handles:
+            self._handles.pop().remove()
 
     def __enter__(self) -> Handles:
         return self

@@ -61,7 +61,7 @@ class Watch(Mapping[str, Record]):
             raise ValueError(f"watch: expected every >= 1 and window >= 1, got {every} and {window}")
         if exact_below is not None and not 0 < exact_below <= 1:
             raise ValueError(f"watch: expected 0 < exact_below <= 1, a cosine, got {exact_below}")
-        names = pruning_layers("watch", model)
+        names: dict[nn.Module, str] = {layer: name for layer, name in pruning_layers("watch", model).items()}
         if isinstance(to, (str, PathLike)):
             _check_writable(to)
         elif to is not None and not hasattr(to, "add_scalar"):

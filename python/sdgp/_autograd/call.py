@@ -68,7 +68,7 @@ def start(
     if auto and work < LEAST_WORK:
         note(layer, SMALL)
         return None
-    if torch.jit.is_tracing() or torch.compiler._is_exporting_flag:  # type: ignore[no-untyped-call]
+    if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
         return None  # what leaves Python keeps the forward alone, which is the plain one
     if (unusual := _unusual(input, weight)) is not None:
         if auto:
@@ -208,8 +208,8 @@ def rows(x: Tensor) -> Tensor:
 
 
 _ONCE = (
-    "{}: expected one differentiation, got a second (create_graph=True, or nested transforms); the pruned data gradient "
-    "has no gradient of its own: use sdgp.paused(model) around this forward"
+    "{}: expected one differentiation, got a second (create_graph=True, or nested transforms); the pruned data "
+    "gradient has no gradient of its own: use sdgp.paused(model) around this forward"
 )
 
 

@@ -69,7 +69,7 @@ def conv2d(
         >>> sdgp.conv2d(x, torch.randn(16, 3, 3, 3), padding=1, pattern="2:4", backend="pruned").sum().backward()
     """
     if torch.overrides.has_torch_function((input, weight)):
-        settings = {"pattern": pattern, "method": method, "backend": backend}
+        settings: dict[str, Any] = {"pattern": pattern, "method": method, "backend": backend}
         result: Tensor = torch.overrides.handle_torch_function(
             conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, **settings
         )

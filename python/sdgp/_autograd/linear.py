@@ -58,7 +58,7 @@ def linear(
         >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()
     """
     if torch.overrides.has_torch_function((input, weight)):
-        settings = {"pattern": pattern, "method": method, "backend": backend}
+        settings: dict[str, Any] = {"pattern": pattern, "method": method, "backend": backend}
         result: Tensor = torch.overrides.handle_torch_function(linear, (input, weight), input, weight, bias, **settings)
         return result
     if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
@@ -99,7 +99,7 @@ def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor, transposed: boo
 
 
 class _Linear(Function):
-    # A forward that takes the context is what PyTorch calls with the least overhead; transforms need _LinearInTransform.
+    # PyTorch calls a forward that takes the context with the least overhead; transforms need _LinearInTransform.
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool) -> Tensor:
         _save(ctx, input, weight, call, transposed)

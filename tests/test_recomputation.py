@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Activation checkpointing repeats forwards: gradients are those of the same run without it, in every state of a layer.
+
+Layers are square, so that a product with a transposed weight would show in the values alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdgp
+
+WIDTH = 256  # with as many rows a data gradient is just large enough for auto to measure it
+
+MODES = {"none": None, "reentrant": True, "non-reentrant": False}
+
+
+def timer(sparse_wins: bool) -> Callable[[Callable[[], object], torch.device], float]:
+    """Says which product is the faster; the chooser times sparse first, then the other, in turn."""
+    times = itertools.cycle((1.0, 9.0) if sparse_wins else (9.0, 1.0))
+    return lambda call, device: next(times)
+
+
+class Block(nn.Module):
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer: nn.Module = (
+            nn.Conv2d(32, 32, 3, padding=1) if kind == "conv" else nn.Linear(WIDTH, WIDTH, bias=kind != "no bias")
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.layer(x)) + x
+
+
+def make(kind: str, **settings: Any) -> nn.ModuleList:
+    torch.manual_seed(0)
+    return sdgp.convert(nn.ModuleList(Block(kind) for _ in range(3)), "2:4", **settings)
+
+
+def draw_input(kind: str) -> Tensor:
+    shape = {"conv": (4, 32, 24, 24), "3-D": (4, WIDTH // 4, WIDTH)}.get(kind, (WIDTH, WIDTH))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+def gradients(
+    blocks: nn.ModuleList,
+    kind: str,
+    mode: str,
+    around: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext,
+    between: Callable[[], object] = lambda: None,
+    sparse_wins: bool = True,
+    steps: int = 2,
+) -> list[Tensor]:
+    """Of parameters and input, from some steps in a chooser of their own; ``around`` the forward and ``between`` it and
+    the backward the state of the layers may change."""
+    reentrant, x = MODES[mode], draw_input(kind)
+    torch.manual_seed(2)
+    with sdgp.Chooser(timer=timer(sparse_wins), rounds=1):
+        for _ in range(steps):
+            with around():
+                y = x
+                for block in blocks:
+                    y = block(y) if reentrant is None else checkpoint(block, y, use_reentrant=reentrant)
+            between()
+            y.square().mean().backward()
+    return [parameter.grad for parameter in blocks.parameters()] + [x.grad]  # type: ignore[misc]
+
+
+KINDS = ("linear", "no bias", "3-D", "conv")
+BACKENDS = ("auto", "pruned", "dense", "sparse")
+
+
+@pytest.mark.parametrize("sparse_wins", [True, False])
+@pytest.mark.parametrize("method", ["magnitude", "mvue"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpointing_changes_no_gradient(kind: str, backend: str, method: str, sparse_wins: bool) -> None:
+    runs = [
+        gradients(make(kind, method=method, backend=backend), kind, mode, sparse_wins=sparse_wins) for mode in MODES
+    ]
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_auto_that_finds_exact_gives_the_plain_layers_gradients(kind: str) -> None:
+    plain = gradients(sdgp.revert(make(kind)), kind, "none")
+    for mode in MODES:
+        assert all(map(torch.equal, plain, gradients(make(kind), kind, mode, sparse_wins=False)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_paused_forward_is_exact_however_it_is_repeated(kind: str, backend: str, mode: str) -> None:
+    plain = gradients(sdgp.revert(make(kind)), kind, "none")
+    blocks = make(kind, backend=backend)
+    assert all(map(torch.equal, plain, gradients(blocks, kind, mode, around=lambda: sdgp.paused(blocks))))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_that_prunes_is_pruned_however_it_is_repeated(backend: str, mode: str) -> None:
+    """Paused after the forward, until its backward is over."""
+    expected = gradients(make("linear", method="magnitude", backend=backend), "linear", "none", steps=1)
+    blocks = make("linear", method="magnitude", backend=backend)
+    with contextlib.ExitStack() as later:
+        found = gradients(blocks, "linear", mode, between=lambda: later.enter_context(sdgp.paused(blocks)), steps=1)
+    assert all(map(torch.equal, expected, found))
+    plain = gradients(sdgp.revert(make("linear")), "linear", "none", steps=1)
+    assert not torch.equal(plain[-1], found[-1])
+
+
+@pytest.mark.parametrize("patterns", [{}, {0: "1:4", 1: "4:4", 2: "4:32"}])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_schedule_steps_between_forward_and_backward(backend: str, mode: str, patterns: dict[float, str]) -> None:
+    def run(mode: str) -> list[Tensor]:
+        blocks = make("linear", method="mvue", backend=backend)
+        schedule = sdgp.Schedule(blocks, exact_first=1, patterns=patterns)
+        return gradients(blocks, "linear", mode, between=schedule.step, steps=4)
+
+    assert all(map(torch.equal, run("none"), run(mode)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layer_set_aside_between_forward_and_backward(mode: str) -> None:
+    def run(mode: str) -> list[Tensor]:
+        blocks = make("linear", method="magnitude", backend="sparse")
+        return gradients(blocks, "linear", mode, between=lambda: blocks[1].layer.hold("watch", "set aside"), steps=3)
+
+    assert all(map(torch.equal, run("none"), run(mode)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_converted_again_between_forward_and_backward(mode: str) -> None:
+    def run(mode: str) -> list[Tensor]:
+        blocks = make("linear", method="magnitude", backend="auto")
+        return gradients(
+            blocks, "linear", mode, between=lambda: sdgp.convert(blocks, "1:4", "magnitude", backend="dense"), steps=3
+        )
+
+    assert all(map(torch.equal, run("none"), run(mode)))
+
+
+def test_recomputation_under_autocast_saves_and_computes_the_same() -> None:
+    def run(mode: str) -> list[Tensor]:
+        blocks = make("3-D", method="magnitude", backend="dense")
+        return gradients(blocks, "3-D", mode, around=lambda: torch.autocast("cpu", torch.bfloat16))
+
+    expected = run("none")
+    for mode in MODES:
+        assert all(map(torch.equal, expected, run(mode)))
+
+
+def test_gradient_penalty_through_checkpoints_under_auto_is_that_of_the_plain_model() -> None:
+    """The first backward, which is recorded, is exact; the last one may prune, if that is found faster."""
+
+    def penalty(blocks: nn.ModuleList, mode: str) -> Tensor:
+        reentrant, x = MODES[mode], draw_input("linear")
+        y = x
+        for block in blocks:
+            y = block(y) if reentrant is None else checkpoint(block, y, use_reentrant=reentrant)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    expected = penalty(sdgp.revert(make("linear")), "none")
+    for mode in ("none", "non-reentrant"):
+        with sdgp.Chooser(timer=timer(False)):
+            assert torch.equal(penalty(make("linear"), mode), expected)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+@pytest.mark.parametrize("options", [{}, {"use_reentrant": True}, {"use_reentrant": False}])
+def test_transformers_checkpointing(options: dict[str, Any], backend: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=WIDTH,
+        intermediate_size=WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        use_cache=False,
+    )
+    torch.manual_seed(0)
+    plain = transformers.LlamaForCausalLM(config)
+    tokens = torch.randint(0, 64, (2, WIDTH // 2))
+
+    def run(checkpointing: bool) -> list[Tensor]:
+        model = sdgp.convert(copy.deepcopy(plain), "2:4", "magnitude", backend=backend).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable(**({"gradient_checkpointing_kwargs": options} if options else {}))
+        with sdgp.Chooser(timer=timer(True), rounds=1):
+            model(input_ids=tokens, labels=tokens).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+def test_timm_checkpointing() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", num_classes=10, img_size=64, depth=2)
+    images = torch.randn(16, 3, 64, 64)
+
+    def run(checkpointing: bool) -> list[Tensor]:
+        model = sdgp.convert(copy.deepcopy(plain), "2:4", "magnitude").train()
+        model.set_grad_checkpointing(checkpointing)
+        with sdgp.Chooser(timer=timer(True), rounds=1):
+            model(images).sum().backward()
+        assert "sparse" in {row.product for row in sdgp.report(model)}
+        return [parameter.grad for parameter in model.parameters()]
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+@pytest.fixture
+def one_process(tmp_path: Any) -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+@pytest.mark.parametrize("mode", MODES)
+def test_fsdp2_and_checkpointing(mode: str, backend: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (1,))
+    expected = gradients(make("linear", method="magnitude", backend=backend), "linear", "none")
+    blocks = make("linear", method="magnitude", backend=backend)
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    found = gradients(blocks, "linear", mode)
+    assert all(
+        torch.equal(plain, sharded.full_tensor() if hasattr(sharded, "full_tensor") else sharded)
+        for plain, sharded in zip(expected, found, strict=True)
+    )
