@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """linear and conv2d with a pruned data gradient, as Python autograd over ATen's operators."""
 
-from .conv2d import Conv2dProducts, conv2d, conv2d_geometry, prune_conv2d_grad, pruned_conv2d
-from .linear import LinearProducts, linear, pruned_linear
+from ._conv2d import Conv2dProducts, conv2d, conv2d_geometry, prune_conv2d_grad, pruned_conv2d
+from ._linear import LinearProducts, linear, pruned_linear
 
 __all__ = [
     "Conv2dProducts",

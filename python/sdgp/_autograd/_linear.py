@@ -16,8 +16,8 @@ from .._choose import obstacle
 from .._decision import Decision
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning
-from .autocast import OptionalTensor, autocast
-from .call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+from ._autocast import OptionalTensor, autocast
+from ._call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
 
 
 def linear(

@@ -17,8 +17,8 @@ from .._choose import obstacle
 from .._decision import Decision
 from .._ops import conv2d_input_grad_nm, prune_nm
 from .._pattern import PatternLike, Pruning
-from .autocast import OptionalTensor, autocast
-from .call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+from ._autocast import OptionalTensor, autocast
+from ._call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
 
 _Pair: TypeAlias = tuple[int, int]
 
@@ -122,7 +122,7 @@ def conv2d_geometry(
 
 
 class _Conv2d(Function):
-    # As in linear.py: with the context for speed, and a second Function for transforms.
+    # As in _linear.py: with the context for speed, and a second Function for transforms.
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, geometry: Geometry

@@ -22,7 +22,7 @@ from .._choose import LEAST_WORK, SMALL, Chooser, current_chooser, static_rule
 from .._decision import Decision, Products, Site
 from .._ops import PRUNED_DTYPES, prune_nm
 from .._pattern import Pruning
-from .autocast import OptionalTensor
+from ._autocast import OptionalTensor
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
