@@ -29,7 +29,7 @@ FUZZ_EXAMPLES ?= 2000
 all: test
 
 # One wheel is built and repaired, and both environments install that file.
-WHEEL_INPUTS := $(shell find cpp cuda cmake python/sdgp -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
+WHEEL_INPUTS := $(shell find cpp cuda cmake python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
   .ci/repair-wheel
 
 demo: $(VENV)/installed
@@ -116,7 +116,7 @@ sdist: $(VENV)/ready
 reproducible: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/reproducible
 
-# Lines that the tests run, of python/sdgp and of cpp/; fails under 95 %.
+# Lines that the tests run, of python/ and of cpp/; fails under 95 %.
 coverage: coverage-python coverage-cpp
 
 coverage-python: $(VENV)/installed $(VENV)/tools

@@ -21,10 +21,11 @@ from command_line import Command, report
 from torch import Tensor
 
 import sdgp
-from sdgp import cli, ops, semi_structured
-from sdgp.cli import doctor, selftest
+import sdgp_cli
+from sdgp import _autograd, _ops, _semi_structured
+from sdgp_cli import doctor, selftest
 
-SCRIPT = "import sys\nfrom sdgp.cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"  # as pip writes it
+SCRIPT = "import sys\nfrom sdgp_cli import main\nif __name__ == '__main__':\n    sys.exit(main())\n"  # as pip writes it
 
 
 def spawn(*command: str, path: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -40,7 +41,7 @@ def spawn(*command: str, path: Path | None = None, **environment: str) -> subpro
 
 def test_entry_point() -> None:
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="sdgp")
-    assert script.load() is cli.main
+    assert script.load() is sdgp_cli.main
 
 
 def test_version(command: Command) -> None:
@@ -57,10 +58,15 @@ def test_help(name: str, command: Command) -> None:
 
 
 def test_examples_parse() -> None:
-    lines = [line for text in (cli._EXAMPLES, cli._MODELS) for line in text.splitlines() if line.startswith("  sdgp ")]
+    lines = [
+        line
+        for text in (sdgp_cli._EXAMPLES, sdgp_cli._MODELS)
+        for line in text.splitlines()
+        if line.startswith("  sdgp ")
+    ]
     assert len(lines) > 5
     for line in lines:
-        cli._parser().parse_args(re.split(r"\s{2,}", line.strip())[0].split()[1:])
+        sdgp_cli._parser().parse_args(re.split(r"\s{2,}", line.strip())[0].split()[1:])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +135,7 @@ def test_a_reader_that_leaves() -> None:
 
 
 def test_json_has_no_nan() -> None:
-    text = cli.to_json({"a": float("nan"), "b": [1.0, {"c": float("inf")}], "d": (2,)})
+    text = sdgp_cli.to_json({"a": float("nan"), "b": [1.0, {"c": float("inf")}], "d": (2,)})
     assert json.loads(text) == {"a": None, "b": [1.0, {"c": None}], "d": [2]}
 
 
@@ -174,8 +180,8 @@ def test_doctor_in_text(command: Command) -> None:
 
 @pytest.mark.parametrize("wrong", [lambda x: x + 1, lambda x: x * torch.nan, lambda x: x.double(), lambda x: x / 0])
 def test_doctor_finds_what_is_wrong(wrong: Any, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    spmm_nm = ops.spmm_nm
-    monkeypatch.setattr(ops, "spmm_nm", lambda *arguments: wrong(spmm_nm(*arguments)))
+    spmm_nm = _ops.spmm_nm
+    monkeypatch.setattr(_ops, "spmm_nm", lambda *arguments: wrong(spmm_nm(*arguments)))
     status, out, _ = command("doctor")
     assert status == 1
     assert re.search(
@@ -189,7 +195,7 @@ def test_doctor_finds_an_op_that_raises(command: Command, monkeypatch: pytest.Mo
     def fail(*_: object) -> Tensor:
         raise RuntimeError("no kernel image\nand more")
 
-    monkeypatch.setattr(ops, "prune_nm", fail)
+    monkeypatch.setattr(_ops, "prune_nm", fail)
     status, out, _ = command("doctor", "--json")
     assert status == 1
     failed = [row for row in json.loads(out)["tests"] if row["state"] == "failed"]
@@ -202,7 +208,7 @@ def test_selftest_sees_an_exact_gradient_where_it_should_be_pruned(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = torch.nn.functional.linear
-    monkeypatch.setattr(selftest.autograd, "linear", lambda x, weight, **_: exact(x, weight))
+    monkeypatch.setattr(_autograd, "linear", lambda x, weight, **_: exact(x, weight))
     result = selftest._result("linear", torch.device("cpu"), selftest._TESTS[f"linear, {backend}"])
     assert result["state"] == ("ok" if backend == "auto" else "failed")
     assert backend == "auto" or "data gradient, 2:4" in result["note"]
@@ -217,7 +223,7 @@ def test_doctor_tells_what_a_gpu_can_run(capability: tuple[int, int], monkeypatc
     missing = None if capability >= (8, 0) else "a GPU of compute capability 8.0 or newer, got 7.5"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: Properties)
-    monkeypatch.setattr(semi_structured, "_obstacle_of_device", lambda index: missing)
+    monkeypatch.setattr(_semi_structured, "_obstacle_of_device", lambda index: missing)
     (row,) = doctor._gpus()
     assert row["sparse_products"]["float16"] == row["sparse_products"]["bfloat16"] == missing
     assert row["sparse_products"]["float32"].startswith("float16 or bfloat16 on cuda")
@@ -243,7 +249,7 @@ def test_doctor_of_a_process_with_another_instruction_set() -> None:
 
 
 def without_libraries(folder: Path) -> None:
-    shutil.copytree(Path(cli.__file__).parents[1], folder / "sdgp", ignore=shutil.ignore_patterns("_C.*", "lib"))
+    shutil.copytree(Path(sdgp.__file__).parent, folder / "sdgp", ignore=shutil.ignore_patterns("_C.*", "lib"))
 
 
 def of_another_python(folder: Path) -> None:
@@ -290,14 +296,15 @@ def test_broken(make_broken: Any, message: str, tmp_path: Path) -> None:
     assert found["ok"] is False
     assert re.match(message, found["error"])
 
-    result = spawn("-m", "sdgp", "profile", "resnet18", path=tmp_path)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(rf"sdgp profile: {message}.*\n", result.stderr)
+    for command in ("bench", "profile resnet18"):
+        result = spawn(str(tmp_path / "bin" / "sdgp"), *command.split(), path=tmp_path)
+        assert (result.returncode, result.stdout) == (1, "")
+        assert re.fullmatch(rf"sdgp {command.split()[0]}: {message}.* \(sdgp doctor tells more\)\n", result.stderr)
 
 
 def test_a_broken_installation_of_another_python_names_both_sides(tmp_path: Path) -> None:
     of_another_python(tmp_path)
-    found = json.loads(spawn("-m", "sdgp", "doctor", "--json", path=tmp_path).stdout)
+    found = json.loads(spawn("-c", SCRIPT, "doctor", "--json", path=tmp_path).stdout)
     missing = "missing; for another Python or platform there is _C.cpython-39-aarch64-linux-gnu.so"
     assert [row["state"] for row in found["libraries"][:2]] == [missing, "missing"]
     assert Path(found["libraries"][0]["file"]).is_relative_to(tmp_path)
@@ -305,7 +312,7 @@ def test_a_broken_installation_of_another_python_names_both_sides(tmp_path: Path
 
 def test_doctor_of_a_broken_installation_in_text(tmp_path: Path) -> None:
     under_an_old_torch(tmp_path)
-    result = spawn("-m", "sdgp", "doctor", path=tmp_path)
+    result = spawn("-c", SCRIPT, "doctor", path=tmp_path)
     assert (result.returncode, result.stderr) == (1, "")
     assert re.search(f"\nimport sdgp fails: {BROKEN[under_an_old_torch]}", result.stdout)
     assert "libsdgp.so: " in result.stdout
@@ -313,22 +320,22 @@ def test_doctor_of_a_broken_installation_in_text(tmp_path: Path) -> None:
 
 def test_help_and_version_of_a_broken_installation(tmp_path: Path) -> None:
     without_torch(tmp_path)
-    assert spawn("-msdgp", "--version", path=tmp_path).stdout == f"sdgp {sdgp.__version__}\n"
-    assert spawn("-m", "sdgp", "profile", "--help", path=tmp_path).returncode == 0
+    assert spawn("-c", SCRIPT, "--version", path=tmp_path).stdout == f"sdgp {sdgp.__version__}\n"
+    assert spawn("-c", SCRIPT, "profile", "--help", path=tmp_path).returncode == 0
 
 
 def test_ctrl_c_while_torch_is_imported(tmp_path: Path) -> None:
     (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
-    result = spawn("-m", "sdgp", "doctor", path=tmp_path)
+    result = spawn("-c", SCRIPT, "doctor", path=tmp_path)
     assert (result.returncode, result.stdout, result.stderr) == (130, "", "\n")
 
 
 def test_other_programs_get_the_import_error(tmp_path: Path) -> None:
     without_torch(tmp_path)
-    (tmp_path / "train.py").write_text("import sdgp.cli")
+    (tmp_path / "sdgp").write_text("import sdgp")
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "__init__.py").write_text("import sdgp")
-    for command in (("-c", "import sdgp"), (str(tmp_path / "train.py"),), ("-m", "package", "sdgp")):
+    for command in (("-c", "import sdgp"), (str(tmp_path / "sdgp"),), ("-m", "package", "sdgp"), ("-m", "sdgp")):
         result = spawn(*command, path=tmp_path)
         assert result.returncode == 1
         assert "Traceback" in result.stderr

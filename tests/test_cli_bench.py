@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from command_line import Command, report
 
-import sdgp
 from sdgp import _timing
-from sdgp.cli import measurements
+from sdgp._autograd import Conv2dProducts, LinearProducts
+from sdgp_cli import measurements
 
 TINY = measurements.Sizes(64, ((64, 64, 128),), ((3, 2, 32, 32, 8),), (2, 8), (2, 4, 64))
 
@@ -39,23 +39,23 @@ def test_bench(options: tuple[str, ...], command: Command) -> None:
     assert [row["pattern"] for row in found["data_gradient"]] == 2 * patterns
     for row in found["data_gradient"]:
         assert row["obstacle"] is None
-        assert row["times_dense"] == pytest.approx(row["dense_ms"] / row["sparse_ms"], rel=0.1)
+        assert row["times_exact"] == pytest.approx(row["exact_ms"] / row["sparse_ms"], rel=0.1)
     convolutions = [4 if pattern == "4:32" else 5 for pattern in patterns]  # its last layer has 10 outputs
     assert [row["layers"] for row in found["train_step"]] == convolutions + [5] * len(patterns)
     for row in found["train_step"]:
-        assert row["saved"] == pytest.approx(1 - row["converted_ms"] / row["dense_ms"], abs=0.05)
+        assert row["saved"] == pytest.approx(1 - row["converted_ms"] / row["plain_ms"], abs=0.05)
     text = Path("results/sdgp-bench.txt").read_text()
     assert "linear 64 -> 128, 64 tokens" in text
     assert json.loads(Path("results/sdgp-bench.json").read_text())["prune_nm"] == found["prune_nm"]
 
 
 @pytest.mark.usefixtures("tiny")
-@pytest.mark.parametrize(("out", "start"), [("a/b.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("results", b"\x89PNG")])
+@pytest.mark.parametrize(("out", "start"), [("a/b.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("results.v2", b"\x89PNG")])
 def test_bench_draws(out: str, start: bytes, command: Command) -> None:
     pytest.importorskip("matplotlib")
     status, text, progress = command("bench", "--quick", "--device", "cpu", "--out", out)
     assert status == 0
-    picture = Path(out) / "sdgp-bench.png" if out == "results" else Path(out)
+    picture = Path(out) / "sdgp-bench.png" if out == "results.v2" else Path(out)
     assert picture.read_bytes().startswith(start)
     assert f"\nWritten: {picture}" in text
     assert [line.split()[0] for line in progress.splitlines()] == [f"[{step}/10]" for step in range(1, 11)]
@@ -74,7 +74,8 @@ def test_bench_without_matplotlib(command: Command, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.usefixtures("tiny")
 def test_bench_where_a_device_has_no_sparse_product(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sdgp.backends, "obstacle", lambda *_: "tensor cores, got none")
+    for products in (LinearProducts, Conv2dProducts):
+        monkeypatch.setattr(products, "obstacle", lambda _: "tensor cores, got none")
     status, text, _ = command("bench", "--quick", "--device", "cpu", "--out", "results")
     assert status == 0
     assert text.count("none: needs tensor cores, got none") == 4

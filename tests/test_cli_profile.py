@@ -53,6 +53,12 @@ def exits():
 
 instance = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 no_layer = nn.ReLU
+
+
+def on_meta():
+    return nn.Linear(8, 8, device="meta")
+
+
 number = 3
 
 
@@ -96,11 +102,11 @@ def test_profile(
     shapes = {row["layer"]: row["shape"] for row in found["layers"]}
     assert shapes.items() >= layers.items()
     for row in found["layers"]:
-        assert row["dense_ms"] > 0
+        assert row["exact_ms"] > 0
         assert row["sparse_ms"] > 0
-        assert row["backend"] == "pruned, sparse product"
-    assert found["saved"] == pytest.approx(1 - found["converted_ms"] / found["dense_ms"])
-    assert len(found["left_dense"]) == (model == "models:Text")  # three outputs, fewer than m
+        assert row["product"] == "sparse"
+    assert found["saved"] == pytest.approx(1 - found["converted_ms"] / found["exact_ms"])
+    assert len(found["plain"]) == (model == "models:Text")  # three outputs, fewer than m
     assert found["machine"]["threads"] == torch.get_num_threads()
 
 
@@ -116,8 +122,8 @@ def test_profile_in_text(file: Path, command: Command) -> None:
     assert empty == ""
     assert head.startswith("layer")
     assert [row.split()[0] for row in rows] == ["1"]
-    assert re.fullmatch(r"step: dense [\d.]+ ms, as converted [\d.]+ ms, -?[\d.]+% saved", step)
-    assert left == "1 left dense: 3 output channels per group, fewer than m = 4"
+    assert re.fullmatch(r"step: exact [\d.]+ ms, as converted [\d.]+ ms, -?[\d.]+% saved", step)
+    assert left == "1 left plain: 3 output channels per group, fewer than m = 4"
 
 
 @pytest.mark.parametrize(
@@ -143,6 +149,8 @@ def test_profile_in_text(file: Path, command: Command) -> None:
         ("models.py:Net --method best", "expected method to be one of magnitude, *, got 'best'"),
         ("models.py:Net --backend best", "expected backend to be one of auto, *, got 'best'"),
         ("models.py:no_layer", "expected a model with converted layers, got none: call sdgp.convert(model) first"),
+        ("models.py:on_meta --input 2x8", "expected model and batch to fit on cpu, got NotImplementedError: *"),
+        ("models.py:Net --input 99999999x9999999", "expected model and batch to fit on cpu, got RuntimeError: *"),
         (
             "models.py:instance",
             "expected the model to run forward and backward on 8x3x224x224 float32 (--batch, *), got *",
@@ -178,6 +186,11 @@ def test_a_file_imports_its_neighbours(tmp_path: Path, command: Command) -> None
     assert sys.modules["json"] is json
 
 
+def test_a_path_with_a_colon_and_capitals(file: Path, command: Command) -> None:
+    file.rename("a:b.PY")
+    assert report(command, *["profile", "a:b.PY:with_batch", "--rounds", "1"])["layers"]
+
+
 def no_network(*_: object, **__: object) -> Any:
     raise AssertionError("expected no network")
 
@@ -200,7 +213,7 @@ def test_models_of_libraries(
     options = () if shape else ("--batch", "1")
     found = report(command, "profile", name, *shape, *options, "--rounds", "1")
     assert found["input"] == f"{input} float32"
-    assert found["dense_ms"] > 0
+    assert found["exact_ms"] > 0
     assert len(found["layers"]) > 5
 
 

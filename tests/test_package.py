@@ -132,7 +132,7 @@ def test_the_wheel_holds_what_it_should_and_nothing_else() -> None:
     scripts = {file for file in files if file.parts[-2:] == ("bin", "sdgp")}
     assert len(scripts) == 1
     held = {file for file in files if file.name not in by_pip and "__pycache__" not in file.parts} - scripts
-    python = {f"sdgp/{path.relative_to(ROOT / 'python/sdgp')}" for path in (ROOT / "python/sdgp").rglob("*.py*")}
+    python = {str(path.relative_to(ROOT / "python")) for path in (ROOT / "python").rglob("*.py*")}
     headers = {f"sdgp/include/sdgp/{path.name.removesuffix('.in')}" for path in (ROOT / "cpp/include/sdgp").iterdir()}
     cmake = {
         f"sdgp/lib/cmake/sdgp/sdgp{name}.cmake" for name in ("Config", "ConfigVersion", "Targets", "Targets-release")

@@ -41,13 +41,13 @@ import sys, torch, torch._dynamo
 from pathlib import Path
 {REFUSE}
 import sdgp
-from sdgp import cli
+import sdgp_cli
 from torch import nn
 
 model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 16))
 sdgp.convert(model, "2:4", backend="pruned")
 optimizer = torch.optim.SGD(model.parameters(), 0.1)
-schedule = sdgp.Schedule(model, dense_first=1, patterns={{1: "1:4"}})
+schedule = sdgp.Schedule(model, exact_first=1, patterns={{1: "1:4"}})
 for _ in range(2):
     model(torch.randn(4, 3, 8, 8)).square().sum().backward()
     optimizer.step()
@@ -55,9 +55,9 @@ for _ in range(2):
 print(sdgp.report(model), sdgp.profile(model, torch.randn(4, 3, 8, 8), rounds=1))
 sdgp.revert(model)
 
-assert cli.main(["doctor", "--json"]) == 0
+assert sdgp_cli.main(["doctor", "--json"]) == 0
 Path("net.py").write_text("import torch\\ndef make(): return torch.nn.Linear(64, 64)")
-assert cli.main(["profile", "net.py:make", "--input", "2x64", "--rounds", "1"]) == 0
+assert sdgp_cli.main(["profile", "net.py:make", "--input", "2x64", "--rounds", "1"]) == 0
 
 try:
     import rich, safetensors
@@ -145,7 +145,7 @@ def faults(source: str) -> Iterator[str]:
 
 
 def test_sources() -> None:
-    files = [*(ROOT / "python/sdgp").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
+    files = [*(ROOT / "python").rglob("*.py"), *(ROOT / "recipes").rglob("*.py")]
     assert len(files) > 40
     found = {(str(file.relative_to(ROOT)), fault) for file in files for fault in faults(file.read_text())}
     assert found == ALLOWED

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.machinery
 import importlib.util
 import inspect
 import operator
@@ -26,10 +27,11 @@ _Make = Callable[[str], Any]
 
 def build(name: str) -> tuple[nn.Module, Any]:
     """The model, and the batch that its own code gave with it, else None."""
-    source, colon, rest = name.partition(":")
-    if colon and source not in _ZOOS:
-        return _call(name, _find(_import(source), source, rest))
-    zoos, model = ([source], rest) if colon else (list(_ZOOS), name)
+    zoo, colon, model = name.partition(":")
+    if colon and zoo not in _ZOOS:
+        source, _, function = name.rpartition(":")  # a path may have colons of its own
+        return _call(name, _find(_import(source), source, function))
+    zoos, model = ([zoo], model) if colon else (list(_ZOOS), name)
     return _call(name, partial(_find_in_zoos(zoos, model), model))
 
 
@@ -55,7 +57,7 @@ def _call(name: str, make: Callable[[], Any]) -> tuple[nn.Module, Any]:
 
 
 def _import(source: str) -> ModuleType:
-    is_file = source.endswith(".py")
+    is_file = source.lower().endswith(".py")
     if is_file and not Path(source).is_file():
         raise CommandError(f"expected a file, got {source!r}, which is none")
     sys.path.insert(0, str(Path(source).resolve().parent if is_file else Path.cwd()))  # as `python` itself does
@@ -71,11 +73,11 @@ def _import(source: str) -> ModuleType:
 
 def _import_file(path: Path) -> ModuleType:
     name = f"_profiled_{path.stem}"  # not the stem alone: it may be that of a library
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"no loader for {path}")
+    loader = importlib.machinery.SourceFileLoader(name, str(path))
+    spec = importlib.util.spec_from_file_location(name, path, loader=loader)
+    assert spec is not None
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    loader.exec_module(module)
     return module
 
 

@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._timing import interleaved, seconds, steps_beside_dense, training_step
-from ..backends import measure
-from ..modules import Conv2d, Linear
-from ..ops import prune_nm
-from ..pattern import METHODS, Pattern
+from sdgp import Conv2d, Linear, Pattern, chooser, prune_nm
+from sdgp._pattern import METHODS
+from sdgp._timing import interleaved, seconds, steps_beside_dense, training_step
 
 METHOD = "mvue"  # of products and steps
+
+_PRODUCTS = ("exact", "sparse")
 
 Row = dict[str, Any]
 
@@ -65,7 +65,7 @@ SIZES = {
         images=(32, 32),
         tokens=(4, 128, 512),
     ),
-    # Where the dense product takes a millisecond or so: below, a GPU has nothing to gain.
+    # Where the exact product takes a millisecond or so: below, a GPU has nothing to gain.
     "cuda": Sizes(
         rows=65536,
         linear=((8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)),
@@ -136,11 +136,11 @@ def _product(
     products = layer.to(**to).products(*tensors)
     row: Row = {"layer": name, "pattern": str(layer.pruning.pattern), "obstacle": products.obstacle()}
     if row["obstacle"] is not None:
-        return [row | {"dense_ms": None, "sparse_ms": None, "times_dense": None}]
-    once = measure(products, layer.pruning, 1)
-    rounds = effort.rounds("data_gradient", 1e-3 * (once.dense_ms + once.sparse_ms))
-    _, dense, sparse = measure(products, layer.pruning, rounds)
-    return [row | {"dense_ms": round(dense, 3), "sparse_ms": round(sparse, 3), "times_dense": round(dense / sparse, 3)}]
+        return [row | {"exact_ms": None, "sparse_ms": None, "times_exact": None}]
+    once = sum(chooser.measure_all(products, _PRODUCTS, 1).values())
+    ms = chooser.measure_all(products, _PRODUCTS, effort.rounds("data_gradient", 1e-3 * once))
+    row |= {f"{name}_ms": round(value, 3) for name, value in ms.items()}
+    return [row | {"times_exact": round(ms["exact"] / ms["sparse"], 3)}]
 
 
 def _convolutions(batch: int, pixels: int, effort: Effort, to: _To) -> list[Row]:
@@ -170,7 +170,7 @@ def _steps(name: str, model: nn.Module, input: Tensor, target: Tensor, effort: E
     a_round = 2 * (2 + len(effort.patterns)) * seconds(step, input.device)
     rounds = effort.rounds("train_step", a_round)
     rows = steps_beside_dense(model, input, target, effort.patterns, METHOD, ("auto",), rounds)
-    return [{"model": name, **row} for row in rows]
+    return [{"model": name, "plain_ms": row.pop("dense_ms"), **row} for row in rows]
 
 
 def _by(sizes: tuple[int, ...]) -> str:

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import mimetypes
 import os
 from pathlib import Path
 
 import torch
 
-from .._machine import environment
-from ..convert import format_table
-from ..pattern import METHODS
+from sdgp._machine import environment
+from sdgp._models import format_table
+from sdgp._pattern import METHODS
+
 from . import CommandError, Report, measurements, to_json
 from .measurements import METHOD, SECONDS, Row
 from .options import begin, parse_dtype
@@ -49,14 +51,14 @@ def show(report: Report) -> str:
         "prune_nm: time in clone()s of the same tensor",
         *format_table(("tensor", "pattern", "clone ms", *METHODS), map(_pruning_cells, report["prune_nm"])),
         "",
-        f"data gradient, {METHOD}: the sparse product, pruning included, beside the dense one",
+        f"data gradient, {METHOD}: the sparse product, pruning included, beside the exact one",
         *format_table(
-            ("layer", "pattern", "dense ms", "sparse ms", "times as fast"), map(_product_cells, report["data_gradient"])
+            ("layer", "pattern", "exact ms", "sparse ms", "times as fast"), map(_product_cells, report["data_gradient"])
         ),
         "",
-        f'training step (forward, backward, SGD), {METHOD}, backend="auto", beside the dense model',
+        f'training step (forward, backward, SGD), {METHOD}, backend="auto", beside the plain model',
         *format_table(
-            ("model", "pattern", "dense ms", "auto ms", "saved", "dense again: noise", "sparse layers"),
+            ("model", "pattern", "plain ms", "auto ms", "saved", "plain again: noise", "sparse layers"),
             map(_step_cells, report["train_step"]),
         ),
     ]
@@ -75,12 +77,12 @@ def _pruning_cells(row: Row) -> tuple[str, ...]:
 def _product_cells(row: Row) -> tuple[str, ...]:
     if row["obstacle"] is not None:
         return row["layer"], row["pattern"], "", "", f"none: needs {row['obstacle']}"
-    numbers = f"{row['dense_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['times_dense']:.2f}"
+    numbers = f"{row['exact_ms']:.2f}", f"{row['sparse_ms']:.2f}", f"{row['times_exact']:.2f}"
     return row["layer"], row["pattern"], *numbers
 
 
 def _step_cells(row: Row) -> tuple[str, ...]:
-    times = f"{row['dense_ms']:.1f}", f"{row['converted_ms']:.1f}", f"{row['saved']:+.1%}", f"{row['noise']:+.1%}"
+    times = f"{row['plain_ms']:.1f}", f"{row['converted_ms']:.1f}", f"{row['saved']:+.1%}", f"{row['noise']:+.1%}"
     return row["model"], row["pattern"], *times, f"{row['layers_sparse']} of {row['layers']}"
 
 
@@ -102,7 +104,7 @@ def _is_picture(out: Path) -> bool:
 
 def _check(out: Path) -> None:
     """Before minutes of measuring: whether it can be written."""
-    if out.suffix and not out.is_dir() and not _is_picture(out):
+    if mimetypes.guess_type(out.name)[0] and not out.is_dir() and not _is_picture(out):  # a file of another kind
         raise CommandError(f"expected --out to be a folder or a {', '.join(_PICTURES)} file, got {str(out)!r}")
     folder = out.parent if _is_picture(out) else out
     try:

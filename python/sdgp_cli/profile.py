@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import convert, profile, report
-from .._machine import environment
-from ..profile import LayerProfile, Profile
+from sdgp import convert, profile, report
+from sdgp._machine import environment
+from sdgp._profile import LayerProfile, Profile
+
 from . import CommandError, Report
 from .models import build, describe_error
 from .options import begin, parse_dtype
@@ -25,10 +26,15 @@ def run(args: argparse.Namespace) -> Report:
     device = begin(args.device, args.threads)
     dtype = parse_dtype(args.dtype, device)
     model, given = build(args.model)
-    batch = _to(_batch(args, model) if given is None else _given(args, given), args.channels_last, device, dtype)
-    model = model.to(device, dtype)
-    if args.channels_last:
-        model = model.to(memory_format=torch.channels_last)
+    if given is not None:
+        _check_no_shape(args)
+    try:
+        batch = _to(_batch(args, model) if given is None else given, args.channels_last, device, dtype)
+        model = model.to(device, dtype)
+        if args.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+    except RuntimeError as error:  # the memory is full, or there are no values: a model on the meta device
+        raise CommandError(f"expected model and batch to fit on {device}, got {describe_error(error)}") from error
     what = _describe(batch)
     result = _profile(args, model, batch, what)
     return {
@@ -39,28 +45,28 @@ def run(args: argparse.Namespace) -> Report:
         "method": args.method,
         "backend": args.backend,
         "rounds": args.rounds,
-        "dense_ms": result.dense_ms,
+        "exact_ms": result.exact_ms,
         "converted_ms": result.step_ms,
-        "saved": 1 - result.step_ms / result.dense_ms,
+        "saved": 1 - result.step_ms / result.exact_ms,
         "layers": [row._asdict() for row in result],
-        "left_dense": [{"layer": row.layer, "note": row.note} for row in report(model) if not row.pattern],
+        "plain": [{"layer": row.layer, "why": row.why} for row in report(model) if not row.pattern],
         "machine": environment(),
     }
 
 
 def show(report: Report) -> str:
     table = Profile(LayerProfile(**row) for row in report["layers"])
-    table.dense_ms, table.step_ms = report["dense_ms"], report["converted_ms"]
+    table.exact_ms, table.step_ms = report["exact_ms"], report["converted_ms"]
     machine = report["machine"]
     head = f"{report['model']}, {report['input']}, {report['device']}; {report['method']} {report['pattern']}"
-    reasons = Counter(row["note"] for row in report["left_dense"])
+    reasons = Counter(row["why"] for row in report["plain"])
     return "\n".join(
         [
             f"{head}, backend {report['backend']}; forward and backward, medians of {report['rounds']} rounds",
             f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}, sdgp {machine['sdgp']}",
             "",
             str(table),
-            *(f"{count} left {reason}" for reason, count in reasons.items()),
+            *(f"{count} left plain: {reason}" for reason, count in reasons.items()),
         ]
     )
 
@@ -80,11 +86,10 @@ def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) 
         ) from error
 
 
-def _given(args: argparse.Namespace, batch: Any) -> Any:
+def _check_no_shape(args: argparse.Namespace) -> None:
     options = [f"--{name}" for name in ("batch", "image", "tokens", "input") if getattr(args, name) is not None]
     if options:
         raise CommandError(f"expected the batch that {args.model} returns to be all, got {', '.join(options)} too")
-    return batch
 
 
 def _batch(args: argparse.Namespace, model: nn.Module) -> Tensor:

@@ -33,10 +33,10 @@ def _draw_pruning(axes: Any, rows: list[Row]) -> None:
 def _draw_products(axes: Any, rows: list[Row]) -> None:
     for pattern in dict.fromkeys(row["pattern"] for row in rows):
         of_pattern = [row for row in rows if row["pattern"] == pattern]
-        speed = [float("nan") if row["obstacle"] else row["times_dense"] for row in of_pattern]
+        speed = [float("nan") if row["obstacle"] else row["times_exact"] for row in of_pattern]
         axes.plot(speed, [row["layer"] for row in of_pattern], "o", label=pattern)
     _finish(
-        axes, 1, title=f"data gradient, sparse product, {METHOD}", xlabel="times as fast as dense, pruning included"
+        axes, 1, title=f"data gradient, sparse product, {METHOD}", xlabel="times as fast as exact, pruning included"
     )
     axes.set_xlim(0, None)
 
@@ -44,8 +44,8 @@ def _draw_products(axes: Any, rows: list[Row]) -> None:
 def _draw_steps(axes: Any, rows: list[Row]) -> None:
     labels = [f"{row['model']}\n{row['pattern']}" for row in rows]
     axes.barh(labels, [100 * row["saved"] for row in rows], 0.5, label="auto")
-    axes.plot([100 * row["noise"] for row in rows], labels, "kD", markersize=5, label="a second dense model: noise")
-    _finish(axes, 0, title=f"training step, {METHOD}, backend auto", xlabel="% of the dense step's time saved")
+    axes.plot([100 * row["noise"] for row in rows], labels, "kD", markersize=5, label="a second plain model: noise")
+    _finish(axes, 0, title=f"training step, {METHOD}, backend auto", xlabel="% of the plain step's time saved")
 
 
 def _finish(axes: Any, no_difference: float, **texts: str) -> None:

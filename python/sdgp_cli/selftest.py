@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import autograd, ops, reference, semi_structured
-from ..pattern import BACKENDS, METHODS, Pattern
+from sdgp import _autograd, _ops, _semi_structured, reference
+from sdgp._pattern import BACKENDS, METHODS, Pattern
 
 PATTERNS = ((2, 4), (4, 32), (3, 7))  # two with a kernel of their own, one without
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -66,7 +66,7 @@ def _prune_nm(device: torch.device) -> Iterator[Comparison]:
                     what = f"{method} {n}:{m}, {dtype}, dim {dim}"
                     arguments = (x, n, m, dim, method, seed)
                     tolerance = 2 * torch.finfo(dtype).eps if method == "rescale" else 0.0  # its sums have no order
-                    yield what, ops.prune_nm(*arguments), reference.prune_nm(*arguments), tolerance
+                    yield what, _ops.prune_nm(*arguments), reference.prune_nm(*arguments), tolerance
 
 
 def _compress_nm(device: torch.device) -> Iterator[Comparison]:
@@ -74,7 +74,7 @@ def _compress_nm(device: torch.device) -> Iterator[Comparison]:
     for dtype in DTYPES:
         x = torch.randn(37, 70).to(device, dtype)
         for n, m in PATTERNS:
-            found, expected = ops.compress_nm(x, n, m), reference.compress_nm(x, n, m)
+            found, expected = _ops.compress_nm(x, n, m), reference.compress_nm(x, n, m)
             for part, actual, wanted in zip(("values", "indices"), found, expected, strict=True):
                 yield f"{part} of {n}:{m}, {dtype}", actual, wanted, 0.0
 
@@ -83,14 +83,14 @@ def _decompress_nm(device: torch.device) -> Iterator[Comparison]:
     _need_kernel("decompress_nm", device)
     for what, x, compressed, m in _compressed(device):
         arguments = (*compressed, m, x.shape[-1])
-        yield what, ops.decompress_nm(*arguments), reference.decompress_nm(*arguments), 0.0
+        yield what, _ops.decompress_nm(*arguments), reference.decompress_nm(*arguments), 0.0
 
 
 def _spmm_nm(device: torch.device) -> Iterator[Comparison]:
     _need_kernel("spmm_nm", device)
     for what, x, compressed, m in _compressed(device):
         arguments = (*compressed, m, torch.randn(x.shape[-1], 40).to(x))
-        yield what, ops.spmm_nm(*arguments), reference.spmm_nm(*arguments), _rounding(x.dtype)
+        yield what, _ops.spmm_nm(*arguments), reference.spmm_nm(*arguments), _rounding(x.dtype)
 
 
 def _compressed(device: torch.device) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor], int]]:
@@ -106,7 +106,7 @@ def _linear(backend: str, device: torch.device) -> Iterator[Comparison]:
     input, weight, grad_output = _on(device, input, weight, grad_output)
     for n, m in _patterns(backend, device):
         settings: Any = {"pattern": f"{n}:{m}", "method": "magnitude", "backend": backend}
-        found = _gradients(autograd.linear(input, weight, **settings), input, weight, grad_output)
+        found = _gradients(_autograd.linear(input, weight, **settings), input, weight, grad_output)
         exact = _gradients(F.linear(input, weight), input, weight, grad_output)
         pruned = reference.linear_input_grad_nm(grad_output, weight.detach(), n, m)
         yield from _layer(f"{n}:{m}", backend, found, exact, pruned)
@@ -119,7 +119,7 @@ def _conv2d(backend: str, device: torch.device) -> Iterator[Comparison]:
         input, weight, grad_output = _on(device, *tensors)
         for n, m in _patterns(backend, device):
             settings: Any = {"pattern": f"{n}:{m}", "method": "magnitude", "backend": backend}
-            found = _gradients(autograd.conv2d(input, weight, padding=1, **settings), input, weight, grad_output)
+            found = _gradients(_autograd.conv2d(input, weight, padding=1, **settings), input, weight, grad_output)
             exact = _gradients(F.conv2d(input, weight, padding=1), input, weight, grad_output)
             geometry = ((16, 16), (1, 1), (1, 1), (1, 1), 1, False)
             pruned = reference.conv2d_input_grad_nm(grad_output, weight.detach(), n, m, "magnitude", None, *geometry)
@@ -154,7 +154,7 @@ def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]
 def _patterns(backend: str, device: torch.device) -> list[tuple[int, int]]:
     if backend != "sparse" or device.type == "cpu":
         return list(PATTERNS)
-    obstacles = {pattern: semi_structured.obstacle(device, torch.float16, Pattern(*pattern)) for pattern in PATTERNS}
+    obstacles = {pattern: _semi_structured.obstacle(device, torch.float16, Pattern(*pattern)) for pattern in PATTERNS}
     if obstacles[PATTERNS[0]] is not None:
         raise Skipped(f"needs {obstacles[PATTERNS[0]]}")
     return [pattern for pattern, missing in obstacles.items() if missing is None]

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: its arguments, and what all commands share. Nothing here imports torch or the op library, so that
-help, version and ``sdgp doctor`` work where an installation is broken."""
+"""The command line: its arguments, and what all commands share. A package beside sdgp, which it imports only when a
+command runs: help, version and ``sdgp doctor`` work where ``import sdgp`` fails."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _EXAMPLES = """examples:
 """
 
 _DOCTOR = "what is installed, loaded and usable; a self-test of each op; exit status 1 where something is wrong"
-_BENCH = "pruning, sparse products and training steps beside dense ones on this machine, with a plot"
+_BENCH = "pruning, sparse products and training steps beside plain ones on this machine, with a plot"
 _PROFILE = "what converting a model would save on this machine"
 
 _MODELS = """MODEL is
@@ -54,18 +54,16 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n({self.prog} --help tells more)\n")
 
 
-def main(arguments: Sequence[str] | None = None, broken: BaseException | None = None) -> int:
-    """Runs a command; its exit status. ``broken``: why ``import sdgp`` failed."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        if isinstance(broken, KeyboardInterrupt):
-            raise broken
-        if broken is not None and args.command != "doctor":
-            print(f"sdgp {args.command}: {broken} (sdgp doctor tells more)", file=sys.stderr)
-            return 1
-        args.broken = broken
-        command = importlib.import_module(f".{args.command}", __name__)
         with contextlib.redirect_stdout(sys.stderr):  # whatever a model prints: stdout is the report's
+            args.broken = _why_broken()
+            if args.broken is not None and args.command != "doctor":
+                print(f"sdgp {args.command}: {args.broken} (sdgp doctor tells more)", file=sys.stderr)
+                return 1
+            command = importlib.import_module(f".{args.command}", __name__)
             report = command.run(args)
     except CommandError as error:
         print(f"sdgp {args.command}: {error}", file=sys.stderr)
@@ -85,12 +83,13 @@ def to_json(report: Report) -> str:
     return json.dumps(_without_nan(report), indent=2, allow_nan=False)
 
 
-def is_this_process() -> bool:
-    """Whether this process is ``sdgp …`` or ``python -m sdgp …``; asked while sdgp is being imported."""
-    arguments = getattr(sys, "argv", None) or [""]  # a program that embeds Python may set none
-    if arguments[0] != "-m":
-        return Path(arguments[0]).name == "sdgp"
-    return sys.orig_argv[-len(arguments)].removeprefix("-m") == "sdgp"  # what stood after -m, or with it
+def _why_broken() -> str | None:
+    """Why ``import sdgp`` fails, in one line; None: it does not."""
+    try:
+        importlib.import_module("sdgp")
+    except Exception as error:  # a broken torch raises what it likes
+        return " ".join(str(error).split()) or type(error).__name__
+    return None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``sdgp doctor``: what is installed, loaded and usable. Where ``import sdgp`` has failed, it asks only what stands
-without: hence the imports inside of functions."""
+"""``sdgp doctor``: what is installed, loaded and usable. Where ``import sdgp`` fails, it asks only what does not need
+it: hence the imports inside of functions."""
 
 from __future__ import annotations
 
 import argparse
 import ctypes
 import importlib.machinery
-import importlib.util
 import os
 import platform
 import re
@@ -17,9 +16,7 @@ from typing import Any
 
 from . import Report, installed_version
 
-_PACKAGE = Path(__file__).parents[1]
-
-# Of a CPU: those that the kernels here, or the dense products that they are measured beside, have code for.
+# Of a CPU: those that the kernels here, or the exact products that they are measured beside, have code for.
 _INSTRUCTIONS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16"),
     *("asimd", "sve"),
@@ -30,7 +27,7 @@ def run(args: argparse.Namespace) -> Report:
     torch = _torch()
     report: Report = {
         "ok": args.broken is None,
-        "error": None if args.broken is None else str(args.broken) or type(args.broken).__name__,
+        "error": args.broken,
         "versions": _versions(torch),
         "paths": _paths(torch),
         "libraries": _libraries(torch),
@@ -108,7 +105,7 @@ def _versions(torch: Any) -> dict[str, str | None]:
 
 
 def _paths(torch: Any) -> dict[str, str]:
-    paths = {"sdgp": str(_PACKAGE), "python": sys.executable}
+    paths = {"sdgp": str(_folder("sdgp") or "not found"), "python": sys.executable}
     return paths if isinstance(torch, Exception) else paths | {"torch": str(Path(torch.__file__).parent)}
 
 
@@ -128,10 +125,21 @@ def _driver() -> str | None:
 
 
 def _libraries(torch: Any) -> list[dict[str, str]]:
-    spec = importlib.util.find_spec("sdgp._C")  # an editable installation has it in another folder than the sources
-    folder = Path(spec.origin).parent if spec is not None and spec.origin else _PACKAGE
+    package = _folder("sdgp")
+    if package is None:
+        return []
+    folder = _folder("sdgp._C", package) or package  # an editable installation has it apart from the sources
     names = (f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}", "lib/libsdgp.so", "lib/libsdgp_cuda.so")
     return [{"file": str(folder / name), "state": _state(folder / name, torch)} for name in names]
+
+
+def _folder(name: str, package: Path | None = None) -> Path | None:
+    """Where a module lies, found without importing the package that it is in."""
+    for finder in sys.meta_path:
+        spec = finder.find_spec(name, None if package is None else [str(package)])
+        if spec is not None and spec.origin:
+            return Path(spec.origin).parent
+    return None
 
 
 def _state(library: Path, torch: Any) -> str:
@@ -151,8 +159,8 @@ def _state(library: Path, torch: Any) -> str:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from .._load import C
-    from .._machine import cpu_fields, cpu_name
+    from sdgp._load import C
+    from sdgp._machine import cpu_fields, cpu_name
 
     fields = cpu_fields()
     flags = (fields.get("flags") or fields.get("Features") or "").split()
@@ -175,8 +183,8 @@ def _gpus() -> list[dict[str, Any]]:
 def _gpu(index: int) -> dict[str, Any]:
     import torch
 
-    from ..pattern import Pattern
-    from ..semi_structured import obstacle
+    from sdgp import Pattern
+    from sdgp._semi_structured import obstacle
 
     properties = torch.cuda.get_device_properties(index)
     device = torch.device("cuda", index)
