@@ -159,13 +159,13 @@ class Chooser:
 
     def _faster(self, site: Site, products: Products) -> Decision:
         gradient = products.grad_output
+        decision = self._decisions.get(site)
+        if decision is not None and not torch.are_deterministic_algorithms_enabled():
+            return decision
         if products.work < (self._least_work if gradient.device.type == "cpu" else self._least_work_cuda):
             return _SMALL[_other(site.pruning)]
         if torch.are_deterministic_algorithms_enabled():
             return _static(site, gradient, "torch.use_deterministic_algorithms asks for no choice by the clock")
-        decision = self._decisions.get(site)
-        if decision is not None:
-            return decision
         if not kernels_run(gradient):
             return _static(site, gradient, "nothing can be measured here (fake tensors, a tracer or a captured graph)")
         if (missing := products.obstacle()) is not None:

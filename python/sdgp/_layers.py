@@ -153,9 +153,9 @@ class PruningLayer(nn.Module):
         tracer: Any = input.tracer
         try:
             target = tracer.path_of_module(self)
-        except NameError:  # the layer itself is traced
+        except NameError:  # some tracers do not know the module that they were given
             return None
-        return tracer.create_proxy("call_module", target, (input,), {})
+        return tracer.create_proxy("call_module", target, (input,), {}) if target else None
 
 
 def calls_plain(layer: nn.Module, input: object) -> bool:

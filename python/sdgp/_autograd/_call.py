@@ -159,39 +159,32 @@ def data_gradient(op: str, products: Products, decision: Decision, *sources: Opt
     """
     if not decision.prunes:
         return products.exact()
-    if _differentiated_twice():
-        raise RuntimeError(_ONCE.format(op))
-    return _once(op, products.sparse() if decision.product == "sparse" else products.dense(), *sources)
+    gradient = products.sparse() if decision.product == "sparse" else products.dense()
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
+        return gradient
+    result: Tensor = _Once.apply(gradient.detach(), op, *sources)
+    return result
 
 
-def _differentiated_twice() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation takes the derivative of this backward."""
-    if torch.compiler.is_compiling() or not in_transform():
-        return False
-    kinds = [str(level.key()).rpartition(".")[2] for level in torch._C._functorch.get_interpreter_stack() or ()]
-    return "Jvp" in kinds or kinds.count("Grad") > 1 or forward_ad._current_level >= 0
+def wanted(ctx: Any) -> list[bool]:
+    """Which of the gradients of input, weight and bias this backward has to compute: it may be asked for some alone."""
+    needs = list(ctx.needs_input_grad[:3])
+    if not torch.compiler.is_compiling():
+        for index, (node, _) in enumerate(ctx.next_functions):  # of the arguments that are tensors, which come first
+            needs[index] = needs[index] and (node is None or _is_asked_for(node))
+    return needs
 
 
-def wanted(ctx: Any, argument: int, edge: int) -> bool:
-    """Whether this backward has to compute the gradient of an argument: it may be asked for some gradients alone.
-
-    Args:
-        ctx: of a Function, in its backward.
-        argument: its place among the arguments of ``forward``.
-        edge: its place among the tensors of these.
-    """
-    if not ctx.needs_input_grad[argument] or torch.compiler.is_compiling():
-        return bool(ctx.needs_input_grad[argument])
-    node = ctx.next_functions[edge][0]
+def _is_asked_for(node: Any) -> bool:
     try:
-        return node is None or bool(torch._C._will_engine_execute_node(node))
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
         return True
 
 
 def detached(grad_output: Tensor) -> Tensor:
-    """A gradient whose pruning needs no gradient of its own, see ``data_gradient``."""
-    return grad_output.detach() if grad_output.requires_grad else grad_output
+    """A gradient to be pruned, which needs no gradient of its own, see ``data_gradient``."""
+    return grad_output.detach() if grad_output.requires_grad or in_transform() else grad_output
 
 
 def rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, str]:
@@ -207,36 +200,24 @@ def rows(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 
-_ONCE = (
-    "{}: expected one differentiation, got a second (create_graph=True, or nested transforms); the pruned data "
-    "gradient has no gradient of its own: use sdgp.paused(model) around this forward"
-)
-
-
-def _once(op: str, gradient: Tensor, *sources: OptionalTensor) -> Tensor:
-    """A pruned gradient, so that differentiating it again, through anything that it was made from, is an error."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return gradient
-    for source in sources:
-        if source is not None and source.requires_grad:
-            result: Tensor = _Once.apply(gradient.detach(), source, op)
-            return result
-    return gradient
-
-
 class _Once(Function):
-    """The identity on a gradient, tied to a tensor that requires one; its own gradient is refused."""
+    """The identity on a pruned gradient, tied to all that it is made from: its own gradient is refused."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, source: Tensor, op: str) -> Tensor:
+    def forward(gradient: Tensor, op: str, *sources: OptionalTensor) -> Tensor:
         return gradient.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op = inputs[2]
+        ctx.op = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(_ONCE.format(ctx.op))
+        raise RuntimeError(
+            f"{ctx.op}: expected one differentiation, got a second (create_graph=True, or nested transforms); the "
+            "pruned data gradient has no gradient of its own: use sdgp.paused(model) around this forward"
+        )
+
+    jvp = backward

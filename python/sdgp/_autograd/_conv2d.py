@@ -133,8 +133,7 @@ class _Conv2d(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
         weight, input = ctx.saved_tensors
-        needs = [wanted(ctx, argument, argument) for argument in range(3)]
-        return *_gradients(ctx, grad_output, input, weight, needs), None, None
+        return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
 
 class _Conv2dInTransform(Function):
@@ -220,7 +219,7 @@ def _decide(call: Call, products: Conv2dProducts) -> Decision:
     return decision
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Conv2dProducts:
     """The data gradient of a convolution, see ``Products``. Of ``input`` only shape and memory format count."""
 

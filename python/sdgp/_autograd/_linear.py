@@ -112,8 +112,7 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
         weight, input = ctx.saved_tensors
-        needs = [wanted(ctx, argument, argument) for argument in range(3)]
-        return *_gradients(ctx, grad_output, input, weight, needs), None, None
+        return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
 
 class _LinearInTransform(Function):
@@ -188,7 +187,7 @@ def _decide(call: Call, products: LinearProducts, values: int) -> Decision:
     return decision
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class LinearProducts:
     """The data gradient of a linear layer, see ``Products``; ``weight`` is (out, in)."""
 

@@ -1,0 +1,442 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What users wrap around layers: torch.func, batched gradients, forward mode, in-place operators, torch.fx, autocast's
+cache, gradients of a subset, released weights, FLOP counting."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import sdgp
+
+BACKENDS = ("auto", "pruned", "dense", "sparse")
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 16, bias=False), nn.Tanh(), nn.Linear(16, 4))
+
+
+def cnn() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(2, 8, 3), nn.Tanh(), nn.Conv2d(8, 8, 3, groups=2, bias=False), nn.Flatten(), nn.Linear(32, 4)
+    )
+
+
+NETS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {"mlp": (mlp, (6, 8)), "cnn": (cnn, (6, 2, 6, 6))}
+
+nets = pytest.mark.parametrize("net", NETS)
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def make(net: str, backend: str | None, method: str = "magnitude", pattern: str = "2:4") -> tuple[nn.Module, Tensor]:
+    module, shape = NETS[net][0](), NETS[net][1]
+    if backend is not None:
+        sdgp.convert(module, pattern, method, backend=backend)
+    return module, torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def parameters(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
+def loss_of(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
+    return lambda parameters, x: functional_call(model, parameters, (x,)).square().mean()
+
+
+def eager(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """The gradients of the loss, by autograd."""
+    values = parameters(model)
+    found = torch.autograd.grad(loss_of(model)(values, x), list(values.values()))
+    return dict(zip(values, found, strict=True))
+
+
+@nets
+@backends
+@pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group"])
+def test_func_grad_and_vjp(net: str, backend: str, method: str) -> None:
+    model, x = make(net, backend, method)
+    expected = eager(model, x)
+    torch.testing.assert_close(grad(loss_of(model))(parameters(model), x), expected)
+    _, pull = vjp(lambda values: loss_of(model)(values, x), parameters(model))
+    torch.testing.assert_close(pull(torch.tensor(1.0))[0], expected)
+
+
+@nets
+@backends
+@pytest.mark.parametrize("method", ["magnitude", "rescale"])
+def test_per_sample_gradients(net: str, backend: str, method: str) -> None:
+    model, x = make(net, backend, method)
+    per_sample = vmap(grad(loss_of(model)), in_dims=(None, 0))(parameters(model), x.unsqueeze(1))
+    for index, sample in enumerate(x.unsqueeze(1)):
+        found = {name: value[index] for name, value in per_sample.items()}
+        torch.testing.assert_close(found, eager(model, sample), msg=f"sample {index}")
+
+
+@backends
+def test_per_sample_gradients_of_a_method_that_draws(backend: str) -> None:
+    model, x = make("mlp", backend, "mvue")
+    per_sample = vmap(grad(loss_of(model)), in_dims=(None, 0), randomness="different")
+    found = per_sample(parameters(model), x.unsqueeze(1))
+    assert all(torch.isfinite(value).all() for value in found.values())
+    torch.testing.assert_close(found["4.weight"].mean(0), eager(model, x)["4.weight"])  # needs no data gradient
+    if backend != "auto":
+        with pytest.raises(RuntimeError, match="randomness"):
+            vmap(grad(loss_of(model)), in_dims=(None, 0))(parameters(model), x.unsqueeze(1))
+
+
+def rows_of_jacobian(model: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    output = model(x)
+    rows = [torch.autograd.grad(value, x, retain_graph=True)[0] for value in output.flatten()]
+    return torch.stack(rows).view(*output.shape, *x.shape)
+
+
+@nets
+@backends
+def test_jacobians(net: str, backend: str) -> None:
+    model, x = make(net, backend)
+    expected = rows_of_jacobian(model, x)
+    torch.testing.assert_close(jacrev(model)(x), expected)
+    for vectorize in (False, True):
+        found = torch.autograd.functional.jacobian(model, x, vectorize=vectorize)
+        torch.testing.assert_close(found, expected)
+
+
+@nets
+@backends
+def test_batched_gradients(net: str, backend: str) -> None:
+    model, x = make(net, backend)
+    x.requires_grad_()
+    output, directions = model(x), torch.randn(5, 6, 4)
+    batched = torch.autograd.grad(output, x, directions, is_grads_batched=True, retain_graph=True)[0]
+    single = [torch.autograd.grad(output, x, direction, retain_graph=True)[0] for direction in directions]
+    torch.testing.assert_close(batched, torch.stack(single))
+
+
+@nets
+@backends
+def test_forward_mode_is_exact(net: str, backend: str) -> None:
+    model, x = make(net, backend)
+    plain, _ = make(net, None)
+    tangent = torch.randn_like(x)
+    torch.testing.assert_close(jvp(model, (x,), (tangent,)), jvp(plain, (x,), (tangent,)))
+    torch.testing.assert_close(jacfwd(model)(x), jacfwd(plain)(x))
+    values, tangents = parameters(plain), {name: torch.ones_like(value) for name, value in parameters(plain).items()}
+    expected = jvp(lambda values: loss_of(plain)(values, x), (values,), (tangents,))
+    torch.testing.assert_close(jvp(lambda values: loss_of(model)(values, x), (values,), (tangents,)), expected)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x.clone().requires_grad_(), tangent)
+        found = torch.autograd.forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(found, jvp(plain, (x,), (tangent,))[1])
+
+
+@nets
+@backends
+def test_second_derivatives(net: str, backend: str) -> None:
+    """Those of the plain model under auto; a pruned gradient refuses, whichever way it is differentiated."""
+    model, x = make(net, backend)
+    plain, _ = make(net, None)
+
+    def penalty(model: nn.Module) -> Tensor:
+        inputs = x.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(model(inputs).sum(), inputs, create_graph=True)
+        (second,) = torch.autograd.grad(gradient.square().sum(), inputs)
+        return second
+
+    ways: list[Callable[[nn.Module], Any]] = [
+        lambda model: hessian(lambda x: model(x).square().sum())(x[:1]),
+        lambda model: jacrev(jacrev(lambda x: model(x).square().sum()))(x[:1]),
+        lambda model: grad(lambda x: grad(lambda x: model(x).square().sum())(x).square().sum())(x),
+        penalty,
+    ]
+    for way in ways:
+        if backend == "auto":
+            torch.testing.assert_close(way(model), way(plain))
+        else:
+            with pytest.raises(RuntimeError, match=r"expected one differentiation.* use sdgp.paused"):
+                way(model)
+    with sdgp.paused(model):
+        torch.testing.assert_close(penalty(model), penalty(plain))
+
+
+def test_weight_gradients_may_be_differentiated_again() -> None:
+    """They are exact: only what flows through a pruned data gradient is refused."""
+    layer = sdgp.Linear(8, 8, pattern="2:4", method="magnitude", backend="pruned")
+    x = torch.randn(4, 8, requires_grad=True)
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), layer.bias)
+    torch.testing.assert_close(second, 2 * x.detach().sum() * torch.ones(8))
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
+    "add_": lambda y: y.add_(1),
+    "relu_": torch.relu_,
+    "masked_fill_": lambda y: y.masked_fill_(y > 0, 0),
+    "set": lambda y: y.__setitem__((..., 0), 0.0),
+}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "1-D": (lambda: nn.Linear(16, 32), (16,)),
+    "2-D": (lambda: nn.Linear(16, 32), (8, 16)),
+    "3-D": (lambda: nn.Linear(16, 32), (2, 8, 16)),
+    "3-D, no bias": (lambda: nn.Linear(16, 32, bias=False), (2, 8, 16)),
+    "4-D": (lambda: nn.Linear(16, 32), (2, 2, 8, 16)),
+    "conv": (lambda: nn.Conv2d(8, 16, 3), (2, 8, 6, 6)),
+    "unbatched conv": (lambda: nn.Conv2d(8, 16, 3), (8, 6, 6)),
+}
+
+
+@pytest.mark.parametrize("operator", IN_PLACE)
+@pytest.mark.parametrize("layer", LAYERS)
+@backends
+def test_outputs_may_be_modified_in_place(layer: str, operator: str, backend: str) -> None:
+    torch.manual_seed(0)
+    plain, x = LAYERS[layer][0](), torch.randn(LAYERS[layer][1])
+    converted = sdgp.convert(copy.deepcopy(plain), "4:4", backend=backend)  # n == m: the same gradients
+
+    def run(layer: nn.Module) -> list[Tensor]:
+        inputs = x.clone().requires_grad_()
+        output = layer(inputs)
+        IN_PLACE[operator](output)
+        return list(torch.autograd.grad(output.square().sum(), (inputs, *layer.parameters())))
+
+    torch.testing.assert_close(run(converted), run(plain))
+
+
+@backends
+def test_symbolic_trace_keeps_the_layers(backend: str) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 8))
+    plain = [str(node.target) for node in torch.fx.symbolic_trace(model).graph.nodes]
+    sdgp.convert(model, "2:4", "magnitude", backend=backend)
+    traced = torch.fx.symbolic_trace(model)
+    assert [str(node.target) for node in traced.graph.nodes] == plain
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    expected, found = (torch.autograd.grad(module(x).square().sum(), x) for module in (model, traced))
+    assert torch.equal(*expected, *found)
+
+
+@pytest.mark.parametrize("module", [nn.Linear(8, 8), nn.Conv2d(8, 8, 3)])
+def test_symbolic_trace_of_a_layer_itself(module: nn.Module) -> None:
+    traced = torch.fx.symbolic_trace(sdgp.convert(copy.deepcopy(module), backend="pruned"))
+    x = torch.randn(2, 8) if isinstance(module, nn.Linear) else torch.randn(2, 8, 5, 5)
+    torch.testing.assert_close(traced(x), module(x))
+
+
+@pytest.mark.parametrize("function", [sdgp.linear, sdgp.conv2d])
+def test_symbolic_trace_of_a_function(function: Callable[..., Tensor]) -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor, weight: Tensor) -> Tensor:
+            return function(x, weight, pattern="2:4", method="magnitude", backend="dense")
+
+    traced = torch.fx.symbolic_trace(Model())
+    assert function in {node.target for node in traced.graph.nodes}
+
+
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+def test_feature_extraction(backend: str) -> None:
+    torchvision = pytest.importorskip("torchvision")
+    from torchvision.models.feature_extraction import create_feature_extractor
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).eval()
+    x = torch.randn(1, 3, 32, 32)
+    expected = create_feature_extractor(model, {"layer2": "out"})(x)["out"]
+    features = create_feature_extractor(sdgp.convert(model, "2:4", backend=backend), {"layer2": "out"})
+    torch.testing.assert_close(features(x)["out"], expected)
+    assert any(isinstance(module, sdgp.Conv2d) for module in features.modules())
+
+
+def saved_bytes(run: Callable[[], Tensor]) -> int:
+    """Of the distinct memory that a forward keeps for its backward."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = run()
+    output.float().sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("calls", [1, 6])
+@pytest.mark.parametrize("backend", [*BACKENDS, "paused"])
+def test_saves_what_the_plain_layer_saves(backend: str, calls: int, frozen: bool, autocast: bool) -> None:
+    def run(layer: nn.Module) -> int:
+        def forward() -> Tensor:
+            x = torch.randn(4, 256, requires_grad=True)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                for _ in range(calls):
+                    x = torch.tanh(layer(x))
+            return x
+
+        return saved_bytes(forward)
+
+    plain = nn.Linear(256, 256).requires_grad_(not frozen)
+    expected = run(plain)
+    layer = sdgp.convert(copy.deepcopy(plain), backend="dense" if backend == "paused" else backend)
+    if backend == "paused":
+        layer.hold("paused", "paused")
+    assert run(layer) == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+def test_layers_shared_by_albert_are_cast_once(backend: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AlbertConfig(
+        vocab_size=64,
+        embedding_size=32,
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=256,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )
+    torch.manual_seed(0)
+    plain, tokens = transformers.AlbertModel(config), torch.randint(0, 64, (1, 16))
+
+    def run(model: nn.Module) -> int:
+        def forward() -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                output: Tensor = model(tokens).last_hidden_state
+            return output
+
+        return saved_bytes(forward)
+
+    assert run(sdgp.convert(copy.deepcopy(plain), backend=backend)) == run(plain)
+
+
+def test_casts_live_as_long_as_autocast_region() -> None:
+    """A weight that is changed in a way that bumps no version is cast anew in the next region."""
+    layer = sdgp.Linear(8, 8, bias=False, backend="dense")
+    x = torch.randn(4, 8, requires_grad=True)
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return layer(x)
+
+    first = run()  # its graph keeps the cast
+    layer.weight.data.mul_(2)
+    torch.testing.assert_close(run(), 2 * first)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = layer(x)
+        layer.weight.data.mul_(2)
+        torch.clear_autocast_cache()
+        torch.testing.assert_close(layer(x), 2 * before)
+
+
+def test_cast_under_autocast_leaves_the_plain_use_of_a_weight_its_gradient() -> None:
+    layer = sdgp.Linear(8, 8, bias=False, method="magnitude", backend="dense")
+    x = torch.randn(4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x) + nn.functional.linear(x.detach(), layer.weight)
+    (both,) = torch.autograd.grad(output.sum(), layer.weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        one = layer(x)
+    torch.testing.assert_close(both, 2 * torch.autograd.grad(one.sum(), layer.weight)[0])
+
+
+class Counted(TorchDispatchMode):
+    """Counts prunings: one per data gradient of the dense product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.sdgp.prune_nm.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_data_gradients_that_nobody_asks_for_are_not_computed() -> None:
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(3)))
+    sdgp.convert(model, "2:4", "magnitude", backend="dense")
+    x = torch.randn(4, 16, requires_grad=True)
+
+    def count(inputs: Any, backward: bool = False) -> int:
+        loss = model(x).square().sum()
+        with Counted() as counted:
+            if backward:
+                loss.backward(inputs=inputs)
+            else:
+                torch.autograd.grad(loss, inputs)
+        return counted.count
+
+    assert count([model[2].weight]) == 0
+    assert count([model[1].weight]) == 1
+    assert count([model[0].bias]) == 2
+    assert count([x]) == 3
+    assert count([model[2].weight, model[2].bias], backward=True) == 0
+    assert count([x, *model.parameters()], backward=True) == 3
+
+
+def test_gradients_of_a_subset_are_those_of_all() -> None:
+    layer = sdgp.Linear(16, 16, method="magnitude", backend="dense")
+    x = torch.randn(4, 16, requires_grad=True)
+    tensors = (x, layer.weight, layer.bias)
+    together = torch.autograd.grad(layer(x).square().sum(), tensors)
+    for tensor, expected in zip(tensors, together, strict=True):
+        assert torch.equal(torch.autograd.grad(layer(x).square().sum(), tensor)[0], expected)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_released_weight_is_not_kept_alive(backend: str) -> None:
+    """ZeRO points a Parameter's data elsewhere between forward and backward, to free the gathered weight."""
+    layer = sdgp.Linear(16, 32, method="magnitude", backend=backend)
+    full = layer.weight.detach().clone()
+    gathered = full.numpy().copy()
+    alive = weakref.ref(gathered)
+    layer.weight.data = torch.from_numpy(gathered)
+    del gathered
+    x = torch.randn(2, 4, 16, requires_grad=True)
+    output = layer(x)
+    layer.weight.data = torch.empty(0)
+    gc.collect()
+    assert alive() is None
+    layer.weight.data = full
+    output.sum().backward()
+    assert layer.weight.grad is not None
+    torch.testing.assert_close(layer.weight.grad, x.detach().sum((0, 1)).expand(32, 16))
+
+
+def flops(run: Callable[[], Tensor]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run().sum().backward()
+    return int(counter.get_total_flops())
+
+
+@pytest.mark.parametrize(("pattern", "kept"), [("2:4", 32), ("1:4", 16), ("4:32", 8), ("4:10", 28)])
+def test_flops_of_the_sparse_product(pattern: str, kept: int) -> None:
+    x = torch.randn(8, 16, requires_grad=True)
+    linear = sdgp.Linear(16, 64, pattern=pattern, method="magnitude", backend="sparse")
+    plain = 2 * 8 * 16 * 64
+    assert flops(lambda: linear(x)) == 2 * plain + 2 * 8 * 16 * kept
+    assert flops(lambda: nn.functional.linear(x, linear.weight)) == 3 * plain
+    images = torch.randn(2, 16, 5, 5, requires_grad=True)
+    conv = sdgp.Conv2d(16, 64, 3, pattern=pattern, method="magnitude", backend="sparse")
+    plain = 2 * 2 * 9 * 16 * 64 * 9
+    assert flops(lambda: conv(images)) == 2 * plain + plain * kept // 64
+    assert flops(lambda: sdgp.prune_nm(x, 2, 4)) == 0
+
+
+def test_flops_of_compressed_products() -> None:
+    values, indices = sdgp.compress_nm(torch.randn(8, 16), 1, 4)
+    with FlopCounterMode(display=False) as counter:
+        sdgp.spmm_nm(values, indices, 4, torch.randn(16, 32))
+        sdgp.decompress_nm(values, indices, 4, 16)
+    assert counter.get_total_flops() == 2 * 8 * 4 * 32
