@@ -10,7 +10,7 @@ import torch
 from command_line import Command
 from hypothesis import settings
 
-from sdgp import cli
+import sdgp_cli
 
 settings.register_profile("sdgp", deadline=None, print_blob=True, derandomize=True)
 settings.load_profile("sdgp")
@@ -42,7 +42,7 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 
     def run(*arguments: str) -> tuple[int, str, str]:
         try:
-            status = cli.main(arguments)
+            status = sdgp_cli.main(arguments)
         except SystemExit as exit:
             status = int(exit.code or 0)
         captured = capsys.readouterr()
