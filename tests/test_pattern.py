@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from typing import Any
 
 import pytest
 
 import sdgp
-from sdgp.pattern import BACKENDS, METHODS, Pruning
+from sdgp._pattern import BACKENDS, METHODS, Pruning
 
 
 @pytest.mark.parametrize(
@@ -55,12 +56,20 @@ def test_fits_24() -> None:
 
 
 def test_settings() -> None:
-    assert Pruning.parse("op", "2:4", "mvue", "auto") == (sdgp.Pattern(2, 4), "mvue", "auto")
+    settings = Pruning.parse("op", "2:4", "mvue", "auto")
+    assert settings == Pruning(sdgp.Pattern(2, 4), "mvue", "auto")
+    assert settings != Pruning(sdgp.Pattern(2, 4), "mvue", "pruned")
+    assert hash(settings) == hash(Pruning.parse("op", (2, 4), "mvue", "auto"))
+    assert str(settings) == "pattern=2:4, method=mvue, backend=auto"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        settings.method = "random"  # type: ignore[misc]
+    assert not settings.is_identity
+    assert Pruning.parse("op", "4:4", "mvue", "auto").is_identity
     assert BACKENDS == ("auto", "pruned", "sparse", "dense")
-    for settings, message in {
+    for wrong, message in {
         ("2:4", "topk", "auto"): f"op: expected method to be one of {', '.join(METHODS)}, got 'topk'",
         ("2:4", "mvue", "fast"): "op: expected backend to be one of auto, pruned, sparse, dense, got 'fast'",
         ("4:2", "mvue", "auto"): "pattern: expected \"n:m\" or (n, m) with 1 <= n <= m <= 64, got '4:2'",
     }.items():
         with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
-            Pruning.parse("op", *settings)
+            Pruning.parse("op", *wrong)

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
 
 import sdgp
-from sdgp import backends, semi_structured
-from sdgp.pattern import Pattern, Pruning
+from sdgp import _semi_structured as semi_structured
+from sdgp._autograd import LinearProducts
+from sdgp._choose import obstacle
+from sdgp._decision import Decision, Site
+from sdgp._pattern import Pattern, Pruning
 
 CUDA = torch.device("cuda", 0)
 
@@ -56,27 +58,31 @@ def test_devices(
         semi_structured._obstacle_of_device.cache_clear()
 
 
-def test_the_report_names_the_obstacle() -> None:
-    x = torch.empty(2**20, 256, device="meta", requires_grad=True)
-    for backend, outcome in (("auto", "exact"), ("pruned", "pruned, dense product")):
-        model = sdgp.convert(nn.Sequential(nn.Linear(256, 256, device="meta")), "2:4", backend=backend)
-        model(x).sum().backward()
-        (row,) = sdgp.report(model)
-        expected = "a sparse product needs a device that has a sparse product (cpu, cuda), got meta"
-        assert row.note == f"{outcome}: {expected}"
+class WithoutSparse(LinearProducts):
+    def obstacle(self) -> str:
+        return "more, got less"
+
+
+def decide(backend: str) -> Decision:
+    """What a backward on a device without a sparse product takes."""
+    pruning = Pruning.parse("op", "2:4", "mvue", backend)
+    products = WithoutSparse(torch.randn(64, 32), torch.randn(32, 16), pruning)
+    site = Site("linear", torch.device("cpu"), torch.float32, 1, pruning, (32, 16), True, 10)
+    with torch.no_grad():
+        return sdgp.Chooser(least_work=0).decide(site, products)
 
 
 def test_an_obstacle_leaves_auto_exact_and_pruned_dense() -> None:
-    def product(name: str):  # type: ignore[no-untyped-def]
-        return lambda *_: name
+    for backend, product in (("auto", "exact"), ("pruned", "dense")):
+        decision = decide(backend)
+        assert (decision.product, decision.ms) == (product, None)
+        assert "more, got less" in decision.why
+    assert decide("dense").product == "dense"
+    with pytest.raises(ValueError, match=r'^linear: .*"sparse".* more, got less.*"pruned"'):
+        decide("sparse")
 
-    key = (backends._STATIC, False, "more")
-    three = {"dense": product("exact"), "pruned": product("pruned"), "sparse": product("sparse")}
-    products = backends.Products(key, CUDA, lambda: "more", **three)
-    taken = {
-        backend: backends.data_gradient("linear", products, Pruning(Pattern(2, 4), "mvue", backend))
-        for backend in ("auto", "pruned", "dense")
-    }
-    assert taken == {"auto": "exact", "pruned": "pruned", "dense": "pruned"}
-    with pytest.raises(ValueError, match='linear: backend="sparse" expected more; use "pruned" for'):
-        backends.data_gradient("linear", products, Pruning(Pattern(2, 4), "mvue", "sparse"))
+
+def test_the_obstacles_of_a_gradient() -> None:
+    pruning = Pruning.parse("op", "2:4", "mvue", "auto")
+    assert obstacle(pruning, torch.empty(1)) is None
+    assert "got meta" in str(obstacle(pruning, torch.empty(1, device="meta")))

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import sdgp
 from sdgp import reference
-from sdgp.ops import conv2d_input_grad_nm, linear_input_grad_nm
+from sdgp._ops import conv2d_input_grad_nm, prune_nm_matmul
 
 inf, nan = torch.inf, torch.nan
 SOME_PATTERNS = ((2, 4), (1, 2), (3, 7), (4, 4), (8, 32), (31, 64), (1, 64), (1, 1))
@@ -191,7 +191,7 @@ def convolutions(
     by_group = grad
     if groups > 1 and grad.shape[1] // groups % m != 0:
         by_group = grad.reshape(-1, grad.shape[1] // groups, *grad.shape[2:])
-    pruned = sdgp.ops.prune_nm(by_group, n, m, 1, method, seed).reshape(grad.shape).double()
+    pruned = sdgp._ops.prune_nm(by_group, n, m, 1, method, seed).reshape(grad.shape).double()
     all_kept = (1, 1, "magnitude", None, *arguments)
     exact = reference.conv2d_input_grad_nm(pruned, weight.double(), *all_kept)
     return actual, exact, reference.conv2d_input_grad_nm(pruned.abs(), weight.double().abs(), *all_kept)
@@ -204,8 +204,8 @@ def test_linear_prunes_as_prune_nm_does(pattern: tuple[int, int], dtype: torch.d
     for method in ("magnitude", "random", "rescale_group", "mvue"):
         for rows, size, cols in ((300, 2100, 33), (5, 70, 260), (1, 3, 1)):
             grad, weight, seed = torch.randn(rows, size).to(dtype), torch.randn(size, cols).to(dtype), draw_seed()
-            actual = linear_input_grad_nm(grad, weight, *pattern, method, seed)
-            pruned = sdgp.ops.prune_nm(grad, *pattern, -1, method, seed).double()
+            actual = prune_nm_matmul(grad, weight, *pattern, method, seed)
+            pruned = sdgp._ops.prune_nm(grad, *pattern, -1, method, seed).double()
             near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), size)
 
 
@@ -214,8 +214,9 @@ def test_convolution_equals_its_reference(method: str) -> None:
     grad, weight, seed = torch.randn(2, 24, 7, 6), torch.randn(24, 5, 3, 3), draw_seed()
     arguments: tuple[Any, ...] = (grad, weight, 2, 4, method, seed, [7, 6], [1, 1], [1, 1], [1, 1], 1, False)
     torch.testing.assert_close(conv2d_input_grad_nm(*arguments), reference.conv2d_input_grad_nm(*arguments))
-    arguments = (torch.randn(3, 9, 22), torch.randn(22, 7), 2, 4, method, seed)
-    torch.testing.assert_close(linear_input_grad_nm(*arguments), reference.linear_input_grad_nm(*arguments))
+    rows, dense = torch.randn(3, 9, 22), torch.randn(22, 7)
+    expected = reference.prune_nm(rows, 2, 4, -1, method, seed) @ dense
+    torch.testing.assert_close(prune_nm_matmul(rows, dense, 2, 4, method, seed), expected)
 
 
 @given(grad=strided_tensors(), data=st.data())
@@ -223,7 +224,7 @@ def test_linear_of_any_strides(grad: Tensor, data: st.DataObject) -> None:
     weight = torch.randn(12, grad.shape[-1]).t() if data.draw(st.booleans()) else torch.randn(grad.shape[-1], 12)
     n, m = data.draw(st.sampled_from(PATTERNS))
     pruned = sdgp.prune_nm(grad, n, m).double()
-    actual = linear_input_grad_nm(grad, weight, n, m)
+    actual = prune_nm_matmul(grad, weight, n, m)
     near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), grad.shape[-1])
 
 
@@ -261,11 +262,11 @@ def test_threads_do_not_change_the_result(dtype: torch.dtype) -> None:
     arguments: tuple[Any, ...] = (image, weight, 2, 8, "mvue", seed, [17, 17], [1, 1], [1, 1], [1, 1], 1, False)
     image_with_two = conv2d_input_grad_nm(*arguments)
     rows = torch.randn(700, 260).to(dtype)
-    rows_with_two = linear_input_grad_nm(rows, dense, 2, 8, "mvue", seed)
+    rows_with_two = prune_nm_matmul(rows, dense, 2, 8, "mvue", seed)
     torch.set_num_threads(1)
     identical(sdgp.spmm_nm(values, indices, 8, dense), with_two)
     identical(conv2d_input_grad_nm(*arguments), image_with_two)
-    identical(linear_input_grad_nm(rows, dense, 2, 8, "mvue", seed), rows_with_two)
+    identical(prune_nm_matmul(rows, dense, 2, 8, "mvue", seed), rows_with_two)
 
 
 # Edge cases.
