@@ -13,9 +13,10 @@ import torch
 from compare import identical
 from samples import DTYPES, METHODS, Sample, draw_seed, each_sample
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sdgp
-from sdgp import reference
+from sdgp import _ops, reference
 
 OP = torch.ops.sdgp.prune_nm.default
 
@@ -36,8 +37,17 @@ def test_opcheck_sees_every_dtype() -> None:
 # The ops without a gradient.
 
 
+CALLS: dict[str, Callable[..., Any]] = {
+    "compress_nm": sdgp.compress_nm,
+    "decompress_nm": sdgp.decompress_nm,
+    "spmm_nm": sdgp.spmm_nm,
+    "prune_nm_matmul": _ops.prune_nm_matmul,
+    "conv2d_input_grad_nm": _ops.conv2d_input_grad_nm,
+}
+
+
 def products(channels_last: bool = False, apart: bool = False) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each op, by its name."""
+    """Arguments of each of them."""
     values, indices = sdgp.compress_nm(torch.randn(3, 22), 2, 4)
     out = 6 if apart else 8  # 6: no whole number of groups of 4 in each of the convolution's groups
     image, weight = torch.randn(3, 2 * out, 5, 5), torch.randn(2 * out, 3, 3, 3)
@@ -46,19 +56,30 @@ def products(channels_last: bool = False, apart: bool = False) -> dict[str, tupl
         "compress_nm": (torch.randn(3, 22), 2, 4, -1, "mvue", draw_seed()),
         "decompress_nm": (values, indices, 4, 22, -1),
         "spmm_nm": (values, indices, 4, torch.randn(22, 7)),
-        "_linear_input_grad_nm": (torch.randn(2, 3, 22), torch.randn(22, 7), 2, 4, "mvue", draw_seed()),
-        "_conv2d_input_grad_nm": (image, weight, 2, 4, "mvue", draw_seed(), *geometry),
+        "prune_nm_matmul": (torch.randn(2, 3, 22), torch.randn(22, 7), 2, 4, "mvue", draw_seed()),
+        "conv2d_input_grad_nm": (image, weight, 2, 4, "mvue", draw_seed(), *geometry),
     }
 
 
-WITHOUT_GRADIENT = tuple(products())
+class _Called(TorchDispatchMode):
+    """Notes the last op of sdgp that a call comes to, and its arguments."""
+
+    op: Any
+    arguments: tuple[Any, ...]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "sdgp":
+            self.op, self.arguments = func, args
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("op", CALLS)
 def test_opcheck_without_gradient(op: str, channels_last: bool, apart: bool) -> None:
-    torch.library.opcheck(getattr(torch.ops.sdgp, op).default, products(channels_last, apart)[op])
+    with _Called() as called:
+        CALLS[op](*products(channels_last, apart)[op])
+    torch.library.opcheck(called.op, called.arguments)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -77,14 +98,14 @@ def both(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Te
 
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("op", CALLS)
 def test_meta_equals_the_cpu(op: str, channels_last: bool, apart: bool) -> None:
     for dtype in DTYPES:
         arguments = tuple(
             x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
             for x in products(channels_last, apart)[op]
         )
-        for actual, meta in zip(*both(getattr(torch.ops.sdgp, op), arguments), strict=True):
+        for actual, meta in zip(*both(CALLS[op], arguments), strict=True):
             assert meta.is_meta
             assert (meta.shape, meta.dtype, meta.stride()) == (actual.shape, actual.dtype, actual.stride())
 
@@ -101,9 +122,9 @@ def test_meta_of_compressed_samples(sample: Sample) -> None:
         assert (meta.shape, meta.dtype, meta.stride()) == (actual.shape, actual.dtype, actual.stride())
 
 
-@pytest.mark.parametrize("op", WITHOUT_GRADIENT)
+@pytest.mark.parametrize("op", CALLS)
 def test_inference_mode_without_gradient(op: str) -> None:
-    call, arguments = getattr(torch.ops.sdgp, op), products()[op]
+    call, arguments = CALLS[op], products()[op]
     expected = call(*arguments)
     with torch.inference_mode():
         actual = call(*arguments)
