@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is backend="auto" never slower than dense? Forward and backward of a layer, 1 x 1 to 4096 x 4096, batch 1 to 256.
+"""Is backend="auto" never slower than plain? Forward and backward of a layer, 1 x 1 to 4096 x 4096, batch 1 to 256.
 
 One line per layer and batch: milliseconds of the plain layer; the converted one's time as a multiple of it; the same of
 a second plain layer, which is the noise; and what auto chose. The choice itself, made in the first backward of a shape,
@@ -59,14 +59,14 @@ def make_call(layer: nn.Module, input: Tensor) -> Callable[[], object]:
 def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: int) -> dict[str, Any]:
     converted = sdgp.convert(copy.deepcopy(layer), pattern, METHOD, backend="auto")
     candidates = {
-        "dense": make_call(layer, input),
+        "plain": make_call(layer, input),
         "auto": make_call(converted, input),
-        "dense again": make_call(copy.deepcopy(layer), input),
+        "plain again": make_call(copy.deepcopy(layer), input),
     }
     for call in candidates.values():  # auto chooses here
         call()
     start = time.perf_counter()
-    candidates["dense"]()
+    candidates["plain"]()
     rounds = max(rounds, min(1000, int(0.2 / (time.perf_counter() - start))))  # what takes microseconds is noisier
     seconds = interleaved(candidates, rounds)
     (chosen,) = sdgp.report(converted)
@@ -74,16 +74,16 @@ def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: in
         "layer": name,
         "pattern": pattern,
         "method": METHOD,
-        "dense_ms": round(seconds["dense"] * 1e3, 4),
-        "times_dense": round(seconds["auto"] / seconds["dense"], 3),
-        "noise": round(seconds["dense again"] / seconds["dense"], 3),
+        "plain_ms": round(seconds["plain"] * 1e3, 4),
+        "times_plain": round(seconds["auto"] / seconds["plain"], 3),
+        "noise": round(seconds["plain again"] / seconds["plain"], 3),
         "chosen": chosen.note,
     }
 
 
 def show(row: dict[str, Any]) -> None:
-    head = f"{row['layer']:42s} | {row['pattern']:>4s} | dense {row['dense_ms']:9.4f} ms"
-    print(f"{head} | auto {row['times_dense']:.3f}x | noise {row['noise']:.3f}x | {row['chosen']}", flush=True)
+    head = f"{row['layer']:42s} | {row['pattern']:>4s} | plain {row['plain_ms']:9.4f} ms"
+    print(f"{head} | auto {row['times_plain']:.3f}x | noise {row['noise']:.3f}x | {row['chosen']}", flush=True)
 
 
 def main() -> None:
@@ -98,8 +98,8 @@ def main() -> None:
             for pattern in args.pattern:
                 rows.append(measure(name, layer, input, pattern, args.rounds))
                 show(rows[-1])
-    slowest = max(rows, key=lambda row: row["times_dense"])
-    print(f"slowest beside dense: {slowest['times_dense']:.3f}x, {slowest['layer']}, {slowest['pattern']}")
+    slowest = max(rows, key=lambda row: row["times_plain"])
+    print(f"slowest beside plain: {slowest['times_plain']:.3f}x, {slowest['layer']}, {slowest['pattern']}")
     if machine is not None:
         store("auto", machine, rows, args.store)
 

@@ -17,9 +17,8 @@ import torch
 from data_gradient import Case, main
 from torch import Tensor
 
-from sdgp.autograd import conv2d_products
-from sdgp.backends import Products
-from sdgp.pattern import Pruning
+from sdgp._autograd import Conv2dProducts
+from sdgp._pattern import Pruning
 
 
 class Shape(NamedTuple):
@@ -42,10 +41,10 @@ SHAPES = (
 )
 
 
-def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> Products:
+def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> Conv2dProducts:
     padding = shape.kernel // 2
     geometry = ((shape.stride, shape.stride), (padding, padding), (1, 1), 1)
-    return conv2d_products(grad_output, input, weight, geometry, pruning, ())
+    return Conv2dProducts(grad_output, input, weight, geometry, pruning)
 
 
 def cases() -> Iterator[Case]:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What spmm_nm.py and conv2d.py share: a layer's sparse data gradient beside the dense one, and the machine's speeds.
+"""What spmm_nm.py and conv2d.py share: a layer's sparse data gradient beside the exact one, and the machine's speeds.
 
 The sparse side is what a layer does in its backward: pack the weight, prune, multiply. Tensors above some
-32 MiB are new to the process in every call, dense or sparse, and the system's page faults may take longer than the
+32 MiB are new to the process in every call, exact or sparse, and the system's page faults may take longer than the
 product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
 """
 
@@ -18,10 +18,10 @@ import torch
 from bench import arguments, begin, interleaved, store
 from torch import Tensor
 
-from sdgp.backends import Products
-from sdgp.pattern import Pruning
+from sdgp._decision import Products
+from sdgp._pattern import Pruning
 
-# By density: a half, a quarter, an eighth. The arithmetic limits are 2, 4 and 8 times dense.
+# By density: a half, a quarter, an eighth. The arithmetic limits are 2, 4 and 8 times exact.
 PATTERNS = ("2:4", "4:8", "16:32", "1:4", "2:8", "1:8", "4:32")
 METHODS = ("magnitude", "mvue", "rescale")
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     grad_output: Tensor
     weight: Tensor
     result_bytes: int
-    flop: int  # of the dense product
+    flop: int  # of the exact product
     products: Callable[[Pruning], Products]
 
 
@@ -41,10 +41,10 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
     candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
     for method in METHODS:
         products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
-        candidates["dense"] = products.dense
-        candidates[f"sparse {method}"] = partial(products.sparse, None)
+        candidates["exact"] = products.exact
+        candidates[f"sparse {method}"] = products.sparse
     milliseconds = {name: 1e3 * seconds for name, seconds in interleaved(candidates, rounds).items()}
-    dense = milliseconds["dense"]
+    exact = milliseconds["exact"]
     sparse = {method: milliseconds[f"sparse {method}"] for method in METHODS}
     return {
         "shape": case.name,
@@ -54,19 +54,19 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         "weight_bytes": case.weight.nbytes,
         "result_bytes": case.result_bytes,
         "clone_ms": round(milliseconds["clone"], 3),
-        "dense_ms": round(dense, 3),
+        "exact_ms": round(exact, 3),
         "sparse_ms": {method: round(value, 3) for method, value in sparse.items()},
-        "times_dense": {method: round(dense / value, 3) for method, value in sparse.items()},
+        "times_exact": {method: round(exact / value, 3) for method, value in sparse.items()},
     }
 
 
 def show(row: dict[str, Any]) -> None:
-    dense = f"dense {row['dense_ms']:7.2f} ms {row['gflop'] / row['dense_ms'] * 1e3:5.1f} GFLOP/s"
+    exact = f"exact {row['exact_ms']:7.2f} ms {row['gflop'] / row['exact_ms'] * 1e3:5.1f} GFLOP/s"
     sparse = " | ".join(
-        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_dense'][method]:5.2f}x" for method in METHODS
+        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_exact'][method]:5.2f}x" for method in METHODS
     )
     head = f"{row['shape']:29s} | {row['pattern']:>5s}"
-    print(f"{head} | {dense} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)
+    print(f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)
 
 
 def speeds() -> dict[str, float]:

@@ -3,8 +3,8 @@
 
     prune_nm       GB/s read and written, beside clone()
     pack           prune and pack to 2:4, beside clone(), PyTorch's compressor and its 4 x 4 tile kernel
-    data_gradient  the sparse product, packing included, beside the dense one
-    train_step     whole steps: dense, sparse forced, auto; and their peak memory
+    data_gradient  the sparse product, packing included, beside the exact one
+    train_step     whole steps: plain, sparse forced, auto; and their peak memory
 
 Median of 11 rounds, all candidates in turn. Bounds stand beside the measurements: bytes at the rate of a large copy,
 multiply-adds at that of a large dense product, twice that where two of four are skipped.
@@ -28,10 +28,9 @@ from bench import MEASURED, RESULTS, ROOT, store
 from torch import Tensor, nn
 
 import sdgp
-from sdgp import semi_structured
+from sdgp import Pattern, _semi_structured
 from sdgp._machine import machine
-from sdgp.ops import pack_24
-from sdgp.pattern import Pattern
+from sdgp._ops import pack_24
 
 PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
 METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
@@ -114,7 +113,7 @@ def show_prune_nm(row: Row) -> str:
 
 def pack() -> Iterator[Row]:
     x = torch.randn(16384, 8192, device=CUDA).bfloat16()  # 256 MiB
-    layout = semi_structured.metadata_layout(x.device.index, x.dtype)
+    layout = _semi_structured.metadata_layout(x.device.index, x.dtype)
     pruned = sdgp.prune_nm(x, 2, 4)
     for pattern in ("2:4", "1:4", "1:8", "2:8", "2:16"):
         n, m = Pattern.parse(pattern)
@@ -183,15 +182,15 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
     grad = torch.randn(tokens, features_out, device=CUDA, dtype=torch.bfloat16)
     weight = torch.randn(features_out, features_in, device=CUDA, dtype=torch.bfloat16)
     pattern = Pattern(2, 4)
-    operand = semi_structured.pack(grad, pattern, "magnitude")
+    operand = _semi_structured.pack(grad, pattern, "magnitude")
 
     def sparse(method: str) -> Tensor:
-        return semi_structured.multiply(semi_structured.pack(grad, pattern, method), weight)
+        return _semi_structured.multiply(_semi_structured.pack(grad, pattern, method), weight)
 
     times = interleaved(
         {
-            "dense": lambda: grad @ weight,
-            "product alone": lambda: semi_structured.multiply(operand, weight),
+            "exact": lambda: grad @ weight,
+            "product alone": lambda: _semi_structured.multiply(operand, weight),
             "magnitude": lambda: sparse("magnitude"),
             "mvue": lambda: sparse("mvue"),
         }
@@ -203,20 +202,20 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
         "tokens": tokens,
         "in": features_in,
         "out": features_out,
-        "dense_ms": round(times["dense"], 4),
-        "dense_tflop_per_s": round(flop / times["dense"] / 1e9),
-        "times_dense": {key: round(times["dense"] / ms, 3) for key, ms in times.items() if key != "dense"},
-        "times_dense_at_the_bound": round(times["dense"] / bound_ms, 2),
+        "exact_ms": round(times["exact"], 4),
+        "exact_tflop_per_s": round(flop / times["exact"] / 1e9),
+        "times_exact": {key: round(times["exact"] / ms, 3) for key, ms in times.items() if key != "exact"},
+        "times_exact_at_the_bound": round(times["exact"] / bound_ms, 2),
         "gflop": round(flop / 1e9, 1),
         "mbytes": round(moved / 1e6, 1),
     }
 
 
 def show_data_gradient(row: Row) -> str:
-    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_dense"].items())
+    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_exact"].items())
     head = f"gradient | {row['model']:13s} {row['tokens']:6d} x {row['in']:5d} -> {row['out']:5d}"
-    dense = f"dense {row['dense_ms']:8.3f} ms {row['dense_tflop_per_s']:4d} TFLOP/s"
-    return f"{head} | {dense} | {ratios} (bound {row['times_dense_at_the_bound']:.2f}x)"
+    exact = f"exact {row['exact_ms']:8.3f} ms {row['exact_tflop_per_s']:4d} TFLOP/s"
+    return f"{head} | {exact} | {ratios} (bound {row['times_exact_at_the_bound']:.2f}x)"
 
 
 # train_step
@@ -276,7 +275,7 @@ def train_step() -> Iterator[Row]:
 def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) -> Row:
     narrow = {f"{at}.narrow" for at, layer in model.named_modules() if isinstance(layer, models.Adapter)}
     narrow |= {f"{at}.widen" for at, layer in model.named_modules() if isinstance(layer, models.Adapter)}
-    twins = {"dense": model}
+    twins = {"plain": model}
     for backend in ("sparse", "auto"):
         twins[backend] = sdgp.convert(
             copy.deepcopy(model), "2:4", backend=backend, filter=lambda layer, at: at not in narrow
@@ -293,10 +292,10 @@ def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) ->
     times = interleaved(steps)
     layers = [row for row in sdgp.report(twins["auto"]) if row.pattern]
     return {
-        "dense_ms": round(times["dense"], 3),
-        "saved": {key: round(1 - times[key] / times["dense"], 4) for key in ("sparse", "auto")},
+        "plain_ms": round(times["plain"], 3),
+        "saved": {key: round(1 - times[key] / times["plain"], 4) for key in ("sparse", "auto")},
         "layers": len(layers),
-        "layers_sparse": sum("sparse product" in row.note for row in layers),
+        "layers_sparse": sum(row.product == "sparse" for row in layers),
         "peak_mib_above_start": peaks,
     }
 
@@ -304,7 +303,7 @@ def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) ->
 def show_train_step(row: Row) -> str:
     saved = "  ".join(f"{key} {share:+.1%}" for key, share in row["saved"].items())
     peaks = "  ".join(f"{key} {mib}" for key, mib in row["peak_mib_above_start"].items())
-    head = f"step     | {row['model']:15s} | dense {row['dense_ms']:8.2f} ms | saved: {saved}"
+    head = f"step     | {row['model']:15s} | plain {row['plain_ms']:8.2f} ms | saved: {saved}"
     return f"{head} | auto sparse in {row['layers_sparse']} of {row['layers']} | peak MiB: {peaks}"
 
 

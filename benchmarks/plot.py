@@ -38,11 +38,11 @@ def plot_pack(axes: Axes, rows: Rows) -> None:
 
 def plot_data_gradient(axes: Axes, rows: Rows) -> None:
     labels = [f"{row['model']}, {row['tokens']}: {row['in']} → {row['out']}" for row in rows]
-    for candidate in rows[0]["times_dense"] if rows else ():
-        axes.plot([row["times_dense"][candidate] for row in rows], range(len(rows)), "o", label=candidate)
+    for candidate in rows[0]["times_exact"] if rows else ():
+        axes.plot([row["times_exact"][candidate] for row in rows], range(len(rows)), "o", label=candidate)
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(title="data gradient, 2:4, bfloat16", xlabel="times as fast as dense")
+    axes.set(title="data gradient, 2:4, bfloat16", xlabel="times as fast as exact")
 
 
 def plot_train_step(axes: Axes, rows: Rows) -> None:
@@ -51,7 +51,7 @@ def plot_train_step(axes: Axes, rows: Rows) -> None:
         axes.bar([i + offset for i in range(len(rows))], heights, 0.4, label=backend)
     axes.set_xticks(range(len(rows)), [row["model"] for row in rows])
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(title="training step, mvue 2:4", ylabel="% of the dense step saved")
+    axes.set(title="training step, mvue 2:4", ylabel="% of the plain step saved")
 
 
 def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
@@ -76,7 +76,7 @@ def plot_cpu_product(axes: Axes, rows: Rows) -> None:
     densities = sorted({_density(row) for row in rows}, reverse=True)
     for color, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
         found = {
-            d: [r["times_dense"]["mvue"] for r in rows if r["shape"] == shape and _density(r) == d] for d in densities
+            d: [r["times_exact"]["mvue"] for r in rows if r["shape"] == shape and _density(r) == d] for d in densities
         }
         for place, times in enumerate(found.values()):
             axes.plot([place] * len(times), times, ".", color=f"C{color}")
@@ -89,7 +89,7 @@ def plot_cpu_product(axes: Axes, rows: Rows) -> None:
     axes.plot(range(len(densities)), [1 / d for d in densities], ":", color="grey", label="multiply-adds saved")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(densities)), [f"1/{1 / d:g}" for d in densities])
-    axes.set(title="data gradient, mvue", xlabel="density n/m", ylabel="times as fast as dense", ylim=(0, None))
+    axes.set(title="data gradient, mvue", xlabel="density n/m", ylabel="times as fast as exact", ylim=(0, None))
 
 
 def plot_cpu_train_step(axes: Axes, rows: Rows) -> None:
@@ -104,11 +104,11 @@ def plot_cpu_train_step(axes: Axes, rows: Rows) -> None:
         axes.bar(left, list(saved.values()), width, label=f"{pattern}, {backend}")
     noise = [max(abs(100 * row["noise"]) for row in rows if row["model"] == model) for model in models]
     axes.errorbar(
-        range(len(models)), [0] * len(models), noise, fmt="none", color="black", capsize=4, label="noise: dense again"
+        range(len(models)), [0] * len(models), noise, fmt="none", color="black", capsize=4, label="noise: plain again"
     )
     axes.set_xticks(range(len(models)), models)
     axes.axhline(0, color="grey", linewidth=0.8)
-    axes.set(title="training step, mvue", ylabel="% of the dense step saved")
+    axes.set(title="training step, mvue", ylabel="% of the plain step saved")
 
 
 def _density(row: dict[str, Any]) -> float:

@@ -17,7 +17,7 @@ from typing import Any
 
 import sdgp
 
-HEAD = ("shape", "N:M", "arithmetic", "memory", "measured", "of the bound", "x dense", "at the bound")
+HEAD = ("shape", "N:M", "arithmetic", "memory", "measured", "of the bound", "x exact", "at the bound")
 
 
 def bounds(row: dict[str, Any], machine: dict[str, Any]) -> tuple[float, float]:
@@ -38,8 +38,8 @@ def cells(row: dict[str, Any], machine: dict[str, Any], method: str) -> tuple[st
         f"{memory:.1f} ms",
         f"{measured:.1f} ms",
         f"{bound / measured:.0%}",
-        f"{row['times_dense'][method]:.2f}",
-        f"{row['dense_ms'] / bound:.2f}",
+        f"{row['times_exact'][method]:.2f}",
+        f"{row['exact_ms'] / bound:.2f}",
     )
 
 

@@ -6,7 +6,7 @@ so the bytes that an all-reduce moves, stay what they are. An all-reduce of B by
 2 (N - 1) / N * B / bandwidth + 2 log2(N) * latency, and hides behind what the backward pass computes after the first
 gradients are there, which a faster backward makes shorter:
 
-    step(N) = compute + max(0, all-reduce(N) - overlap * backward),  backward = 2/3 of a dense step less what was saved
+    step(N) = compute + max(0, all-reduce(N) - overlap * backward),  backward = 2/3 of a plain step less what was saved
 
     python benchmarks/scaling.py benchmarks/results/xeon-model207-avx512.json --gb-per-s 12.5
 """
@@ -48,12 +48,12 @@ def step(compute: float, backward: float, size: float, devices: int, network: Ne
 
 def savings(row: dict[str, Any], size: float, network: Network) -> list[float]:
     """Of a step, for each number of devices."""
-    dense, converted = row["dense_ms"] / 1e3, row["converted_ms"] / 1e3
-    backward = dense * 2 / 3
+    plain, converted = row["plain_ms"] / 1e3, row["converted_ms"] / 1e3
+    backward = plain * 2 / 3
     result = []
     for devices in DEVICES:
-        before = step(dense, backward, size, devices, network)
-        result.append(1 - step(converted, backward - (dense - converted), size, devices, network) / before)
+        before = step(plain, backward, size, devices, network)
+        result.append(1 - step(converted, backward - (plain - converted), size, devices, network) / before)
     return result
 
 

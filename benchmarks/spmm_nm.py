@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The data gradient of linear layers: the sparse product beside PyTorch's `grad_output @ weight`.
 
-One line per shape (tokens, in -> out) and pattern: the dense product; per method the sparse one, pruning included, and
-its speed as a multiple of the dense one's; a clone() of the gradient.
+One line per shape (tokens, in -> out) and pattern: the exact product; per method the sparse one, pruning included, and
+its speed as a multiple of the exact one's; a clone() of the gradient.
 
     python benchmarks/spmm_nm.py                                # everything, ten minutes or so
     python benchmarks/spmm_nm.py --shape "768 -> 3072" --pattern 2:4
@@ -15,17 +15,10 @@ from functools import partial
 
 import torch
 from data_gradient import Case, main
-from torch import Tensor
 
-from sdgp.autograd import linear_products
-from sdgp.backends import Products
-from sdgp.pattern import Pruning
+from sdgp._autograd import LinearProducts
 
 SHAPES = ((4096, 768, 3072), (4096, 3072, 768), (2048, 1024, 4096))  # tokens, in, out
-
-
-def products(grad_output: Tensor, weight: Tensor, pruning: Pruning) -> Products:
-    return linear_products(grad_output, weight, pruning, ())
 
 
 def cases() -> Iterator[Case]:
@@ -37,7 +30,7 @@ def cases() -> Iterator[Case]:
             weight=weight,
             result_bytes=4 * tokens * features_in,
             flop=2 * tokens * features_in * features_out,
-            products=partial(products, grad_output, weight),
+            products=partial(LinearProducts, grad_output, weight),
         )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whole training steps (forward, backward, SGD): the dense model beside converted copies of it, in turn.
+"""Whole training steps (forward, backward, SGD): the plain model beside converted copies of it, in turn.
 
 One line per model, pattern and backend: milliseconds, what is saved, and how many layers took the sparse product.
-"Noise" is what a second copy of the dense model seems to save.
+"Noise" is what a second copy of the plain model seems to save.
 
     python benchmarks/train_step.py                             # all four, half an hour or so
     python benchmarks/train_step.py --model transformer lora --pattern 2:4 --backend auto
@@ -60,12 +60,12 @@ def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 def measure(name: str, patterns: list[str], backends: list[str], rounds: int) -> list[dict[str, Any]]:
     rows = steps_beside_dense(*MODELS[name](), patterns, METHOD, backends, rounds)
-    return [{"model": name, **row} for row in rows]
+    return [{"model": name, "plain_ms": row.pop("dense_ms"), **row} for row in rows]
 
 
 def show(row: dict[str, Any]) -> None:
     head = f"{row['model']:11s} | {row['method']} {row['pattern']:>4s} | {row['backend']:6s}"
-    times = f"dense {row['dense_ms']:8.1f} ms | converted {row['converted_ms']:8.1f} ms | {row['saved']:+6.1%} saved"
+    times = f"plain {row['plain_ms']:8.1f} ms | converted {row['converted_ms']:8.1f} ms | {row['saved']:+6.1%} saved"
     print(
         f"{head} | {times} (noise {row['noise']:+.1%}) | sparse in {row['layers_sparse']} of {row['layers']} layers",
         flush=True,
