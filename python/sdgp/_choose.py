@@ -210,6 +210,10 @@ class Chooser:
                     milliseconds.append(self._timer(ways[name], device))
         return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
 
+    def forget(self) -> None:
+        """Drops all that was measured, so that it is measured again: after the machine has become busier, say."""
+        self._decisions.clear()
+
     def state_dict(self) -> dict[str, Any]:
         """All that was measured, by name and in types that JSON holds. A training run that goes on from a checkpoint
         with it takes the same products, and so rounds alike, bit for bit."""

@@ -61,7 +61,7 @@ def linear(
         settings: dict[str, Any] = {"pattern": pattern, "method": method, "backend": backend}
         result: Tensor = torch.overrides.handle_torch_function(linear, (input, weight), input, weight, bias, **settings)
         return result
-    if weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]:
+    if not input.is_nested and (weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]):
         raise ValueError(
             "linear: expected input (..., in) and weight (out, in), "
             f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
