@@ -20,7 +20,8 @@ from samples import DTYPES
 from torch import nn
 
 import sdgp
-from sdgp import _load
+from sdgp import _load, _ops
+from sdgp._pattern import METHODS
 
 X = torch.randn(4, 8)
 
@@ -30,45 +31,45 @@ OPS = {
     "compress_nm": sdgp.compress_nm,
 }
 
-PRUNE_NM: list[tuple[str, Callable[[Any, torch.Tensor], Any], str]] = [
-    ("n > m", lambda op, x: op(x, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
-    ("n < 1", lambda op, x: op(x, 0, 4), "expected 1 <= n <= m <= 64, got n=0, m=4"),
-    ("m > 64", lambda op, x: op(x, 2, 65), "expected 1 <= n <= m <= 64, got n=2, m=65"),
-    ("n = m > 64", lambda op, x: op(x, 65, 65), "expected 1 <= n <= m <= 64, got n=65, m=65"),
-    ("dim", lambda op, x: op(x, 2, 4, dim=2), "expected dim in [-2, 1], got 2"),
-    ("negative dim", lambda op, x: op(x, 2, 4, dim=-3), "expected dim in [-2, 1], got -3"),
-    ("scalar", lambda op, x: op(x[0, 0], 2, 4), "expected at least 1 dimension, got a scalar"),
-    (
-        "method",
-        lambda op, x: op(x, 2, 4, method="max"),
-        'expected method to be one of magnitude, random, rescale, rescale_group, mvue, got "max"',
-    ),
+PRUNE_NM: list[tuple[str, Callable[[Any, torch.Tensor], Any], str, str]] = [
+    ("n > m", lambda op, x: op(x, 5, 4), "1 <= n <= m <= 64", "n=5, m=4"),
+    ("n < 1", lambda op, x: op(x, 0, 4), "1 <= n <= m <= 64", "n=0, m=4"),
+    ("m > 64", lambda op, x: op(x, 2, 65), "1 <= n <= m <= 64", "n=2, m=65"),
+    ("n = m > 64", lambda op, x: op(x, 65, 65), "1 <= n <= m <= 64", "n=65, m=65"),
+    ("dim", lambda op, x: op(x, 2, 4, dim=2), "dim in [-2, 1]", "2"),
+    ("negative dim", lambda op, x: op(x, 2, 4, dim=-3), "dim in [-2, 1]", "-3"),
+    ("scalar", lambda op, x: op(x[0, 0], 2, 4), "1 dimension", "a scalar"),
+    ("method", lambda op, x: op(x, 2, 4, method="max"), "magnitude, random", '"max"'),
     (
         "seed's dtype",
         lambda op, x: op(x, 2, 4, method="mvue", seed=torch.zeros(1, dtype=torch.int32, device=x.device)),
-        "expected seed to be int64, got int32",
+        "seed to be int64",
+        "int32",
     ),
     (
         "seed's size",
         lambda op, x: op(x, 2, 4, seed=torch.zeros(2, dtype=torch.int64, device=x.device)),
-        "expected seed to have one element, got 2",
+        "seed to have one element",
+        "2",
     ),
 ]
 
 
-def message(op: str, text: str) -> str:
-    return f"^{op}: {re.escape(text)}$"
+def message(op: str, requirement: str, got: str) -> str:
+    """What an op says: its name, what it expected (the words that matter) and what it got."""
+    return f"^{op}: expected .*{re.escape(requirement)}.*, got {re.escape(got)}"
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
-@pytest.mark.parametrize(("call", "text"), [case[1:] for case in PRUNE_NM], ids=[case[0] for case in PRUNE_NM])
+@pytest.mark.parametrize(
+    ("call", "requirement", "got"), [case[1:] for case in PRUNE_NM], ids=[case[0] for case in PRUNE_NM]
+)
 def test_prune_nm(
-    call: Callable[[Any, torch.Tensor], Any], text: str, mode: Callable[[], Any], device: str, op: str
+    call: Callable[[Any, torch.Tensor], Any], requirement: str, got: str, mode: Callable[[], Any], op: str
 ) -> None:
-    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
-        call(OPS[op], X.to(device))
+    with mode(), pytest.raises(RuntimeError, match=message(op, requirement, got)):
+        call(OPS[op], X)
 
 
 QUANTIZED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
@@ -79,16 +80,15 @@ OTHER_DTYPES = sorted({value for value in vars(torch).values() if isinstance(val
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("dtype", OTHER_DTYPES, ids=str)
 def test_prune_nm_dtype(dtype: torch.dtype, op: str) -> None:
-    expected = f"expected float32, float64, float16 or bfloat16, got {str(dtype).removeprefix('torch.')}"
-    for device in ("cpu",) if dtype in QUANTIZED else ("cpu", "meta"):
-        with pytest.raises(RuntimeError, match=message(op, expected)):
-            OPS[op](torch.empty(4, 8, dtype=dtype, device=device), 2, 4)
+    expected = message(op, "float32, float64, float16 or bfloat16", str(dtype).removeprefix("torch."))
+    with pytest.raises(RuntimeError, match=expected):
+        OPS[op](torch.empty(4, 8, dtype=dtype), 2, 4)
 
 
 @pytest.mark.filterwarnings("ignore:.*quantize")
 def test_prune_nm_quantized_seed() -> None:
     seed = torch.quantize_per_tensor(X[:1, 0], 0.1, 0, torch.quint8)
-    with pytest.raises(RuntimeError, match=message("prune_nm", "expected seed to be int64, got quint8")):
+    with pytest.raises(RuntimeError, match=message("prune_nm", "seed to be int64", "quint8")):
         sdgp.prune_nm(X, 2, 4, method="mvue", seed=seed)
 
 
@@ -113,20 +113,10 @@ class _Elsewhere(torch.Tensor):
 def test_prune_nm_on_a_device_without_a_kernel(device: str, op: str) -> None:
     if not (device.startswith("cuda") and torch._C._dispatch_has_kernel_for_dispatch_key(f"sdgp::{op}", "CUDA")):
         devices = "cpu" if op == "compress_nm" else "cpu, or cuda where sdgp was built for it"
-        expected = f"expected a tensor on a device with an sdgp kernel ({devices}), got {device}"
-        with pytest.raises(RuntimeError, match=message(op, expected)):
+        with pytest.raises(RuntimeError, match=message(op, f"an sdgp kernel ({devices})", device)):
             OPS[op](_Elsewhere.on(device), 1, 2)
-    with pytest.raises(RuntimeError, match=message(op, f"expected seed on the input's device (cpu), got {device}")):
+    with pytest.raises(RuntimeError, match=message(op, "seed on the input's device (cpu)", device)):
         OPS[op](X, 2, 4, method="mvue", seed=_Elsewhere.on(device, torch.int64))
-
-
-@pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
-def test_prune_nm_seed_on_another_device(device: str, other: str, op: str) -> None:
-    seed = torch.zeros(1, dtype=torch.int64, device=other)
-    expected = f"expected seed on the input's device ({device}), got {other}"
-    with pytest.raises(RuntimeError, match=message(op, expected)):
-        OPS[op](X.to(device), 2, 4, method="mvue", seed=seed)
 
 
 @pytest.mark.filterwarnings("ignore:Sparse:UserWarning")
@@ -141,9 +131,8 @@ def test_prune_nm_seed_on_another_device(device: str, other: str, op: str) -> No
     ],
 )
 def test_prune_nm_layout(make: Callable[[], torch.Tensor], layout: str) -> None:
-    expected = f"expected a strided tensor, got layout {layout}; call .to_dense() first"
     for op, call in OPS.items():
-        with pytest.raises(RuntimeError, match=message(op, expected)):
+        with pytest.raises(RuntimeError, match=message(op, "strided", f"layout {layout}; call .to_dense() first")):
             call(make(), 2, 4)
 
 
@@ -155,73 +144,65 @@ PRODUCTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "spmm_nm": (sdgp.spmm_nm, {"values": VALUES, "indices": INDICES, "m": 4, "dense": torch.randn(10, 5)}),
 }
 EACH = tuple(PRODUCTS)
-GROUPS = "expected the size of values to be ceil({} / {}) = {} groups times n, 1 <= n <= {}, got {}"
 
-COMPRESSED: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
-    (EACH, {"m": 0}, "expected 1 <= m <= 64, got 0"),
-    (EACH, {"m": 65}, "expected 1 <= m <= 64, got 65"),
-    (EACH[:2], {"m": 3}, GROUPS.format(10, 3, 4, 3, 6)),
-    (EACH[:2], {"m": 1}, GROUPS.format(10, 1, 10, 1, 6)),
-    (("decompress_nm",), {"size": 13}, GROUPS.format(13, 4, 4, 4, 6)),
-    (("decompress_nm",), {"size": 0}, GROUPS.format(0, 4, 0, 4, 6)),
-    (("decompress_nm",), {"size": 4}, GROUPS.format(4, 4, 1, 4, 6)),
-    (("decompress_nm",), {"size": -1}, "expected size >= 0, got -1"),
-    (("decompress_nm",), {"dim": 2}, "expected dim in [-2, 1], got 2"),
-    (("decompress_nm",), {"dim": -3}, "expected dim in [-2, 1], got -3"),
-    (
-        EACH[:2],
-        {"values": torch.tensor(1.0), "indices": torch.tensor(0, dtype=torch.uint8)},
-        "expected at least 1 dimension, got a scalar",
-    ),
-    (("spmm_nm",), {"dense": torch.randn(13, 5)}, GROUPS.format(13, 4, 4, 4, 6)),
-    (("spmm_nm",), {"dense": torch.randn(0, 5)}, GROUPS.format(0, 4, 0, 4, 6)),
-    (("spmm_nm",), {"dense": torch.randn(10)}, "expected dense (size, cols), got (10,)"),
-    (("spmm_nm",), {"dense": torch.randn(1, 10, 5)}, "expected dense (size, cols), got (1, 10, 5)"),
-    (
-        ("spmm_nm",),
-        {"dense": torch.randn(10, 5).double()},
-        "expected dense to be float32 as the values are, got float64",
-    ),
-    (EACH, {"indices": INDICES[:2]}, "expected values and indices of one shape, got {values} and (2, 6)"),
-    (EACH, {"indices": INDICES[0]}, "expected values and indices of one shape, got {values} and (6,)"),
-    (EACH, {"indices": INDICES.int()}, "expected indices to be uint8, got int32"),
-    (EACH[:2], {"values": VALUES.int()}, "expected float32, float64, float16 or bfloat16, got int32"),
+
+def groups(size: int, m: int) -> str:
+    return f"ceil({size} / {m}) = {-(-size // m)} groups"
+
+
+COMPRESSED: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
+    (EACH, {"m": 0}, "1 <= m <= 64", "0"),
+    (EACH, {"m": 65}, "1 <= m <= 64", "65"),
+    (EACH, {"m": 3}, groups(10, 3), "6"),
+    (EACH, {"m": 1}, groups(10, 1), "6"),
+    (("decompress_nm",), {"size": 13}, groups(13, 4), "6"),
+    (("decompress_nm",), {"size": 0}, groups(0, 4), "6"),
+    (("decompress_nm",), {"size": 4}, groups(4, 4), "6"),
+    (("decompress_nm",), {"size": -1}, "size >= 0", "-1"),
+    (("decompress_nm",), {"dim": 2}, "dim in [-2, 1]", "2"),
+    (("decompress_nm",), {"dim": -3}, "dim in [-2, 1]", "-3"),
+    (EACH, {"values": torch.tensor(1.0), "indices": torch.tensor(0, dtype=torch.uint8)}, "1 dimension", "a scalar"),
+    (("spmm_nm",), {"dense": torch.randn(13, 5)}, groups(13, 4), "6"),
+    (("spmm_nm",), {"dense": torch.randn(0, 5)}, groups(0, 4), "6"),
+    (("spmm_nm",), {"dense": torch.randn(10)}, "dense (size, cols)", "(10,)"),
+    (("spmm_nm",), {"dense": torch.randn(1, 10, 5)}, "dense (size, cols)", "(1, 10, 5)"),
+    (("spmm_nm",), {"dense": torch.randn(10, 5).double()}, "dense to be float32", "float64"),
+    (EACH, {"indices": INDICES[:2]}, "indices", "{values} and (2, 6)"),
+    (EACH, {"indices": INDICES[0]}, "indices", "{values} and (6,)"),
+    (EACH, {"indices": INDICES.int()}, "indices to be uint8", "int32"),
+    (EACH, {"values": VALUES.int()}, "float32, float64, float16 or bfloat16", "int32"),
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
 @pytest.mark.parametrize(
-    ("op", "changed", "text"),
-    [(op, changed, text) for ops, changed, text in COMPRESSED for op in ops],
-    ids=[f"{op}: {text}" for ops, _, text in COMPRESSED for op in ops],
+    ("op", "changed", "requirement", "got"),
+    [(op, *case) for ops, *case in COMPRESSED for op in ops],
+    ids=[f"{op}: {requirement}, got {got}" for ops, _, requirement, got in COMPRESSED for op in ops],
 )
-def test_compressed(op: str, changed: dict[str, Any], text: str, mode: Callable[[], Any], device: str) -> None:
+def test_compressed(op: str, changed: dict[str, Any], requirement: str, got: str, mode: Callable[[], Any]) -> None:
     call, arguments = PRODUCTS[op]
     arguments = {**arguments, **changed}
-    text = text.replace("{values}", str(tuple(arguments["values"].shape)))
-    arguments = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
-    }
-    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
+    got = got.replace("{values}", str(tuple(arguments["values"].shape)))
+    with mode(), pytest.raises(RuntimeError, match=message(op, requirement, got)):
         call(**arguments)
 
 
+def elsewhere(x: torch.Tensor) -> torch.Tensor:
+    return _Elsewhere.on("xpu", x.dtype, tuple(x.shape))
+
+
 OTHERS = [
-    *((op, "indices", "indices") for op in EACH),
-    ("spmm_nm", "dense", "dense"),
+    *((op, "indices") for op in EACH),
+    ("spmm_nm", "dense"),
 ]
 
 
-@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
-@pytest.mark.parametrize(("op", "moved", "name"), OTHERS)
-def test_compressed_on_two_devices(op: str, moved: str, name: str, device: str, other: str) -> None:
+@pytest.mark.parametrize(("op", "moved"), OTHERS)
+def test_compressed_on_two_devices(op: str, moved: str) -> None:
     call, arguments = PRODUCTS[op]
-    places = {key: other if key == moved else device for key in arguments}
-    arguments = {
-        key: value.to(places[key]) if isinstance(value, torch.Tensor) else value for key, value in arguments.items()
-    }
-    with pytest.raises(RuntimeError, match=message(op, f"expected {name} on the same device ({device}), got {other}")):
+    arguments = {**arguments, moved: elsewhere(arguments[moved])}
+    with pytest.raises(RuntimeError, match=message(op, f"{moved} on the same device (cpu)", "xpu")):
         call(**arguments)
 
 
@@ -229,41 +210,33 @@ MATRIX = torch.randn(4, 8).half()
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "requirement", "got"),
     [
-        ((MATRIX[0], 2, 4), "expected a matrix, got (8,)"),
-        ((MATRIX.float(), 2, 4), "expected float16 or bfloat16, got float32"),
-        ((MATRIX, 4, 8), "expected n <= 2 and m a multiple of 4, or 1:2, got 4:8"),
-        ((MATRIX, 1, 6), "expected n <= 2 and m a multiple of 4, or 1:2, got 1:6"),
-        ((MATRIX, 5, 4), "expected 1 <= n <= m <= 64, got n=5, m=4"),
-        ((MATRIX, 2, 4, "best"), f'expected method to be one of {", ".join(sdgp.pattern.METHODS)}, got "best"'),
-        (
-            (MATRIX, 2, 4, "magnitude", None, "rows"),
-            'expected layout to be cusparselt_sm80, cusparselt_sm90 or cutlass_sm80, got "rows"',
-        ),
+        ((MATRIX[0], 2, 4), "a matrix", "(8,)"),
+        ((MATRIX.float(), 2, 4), "float16 or bfloat16", "float32"),
+        ((MATRIX, 4, 8), "n <= 2 and m a multiple of 4, or 1:2", "4:8"),
+        ((MATRIX, 1, 6), "n <= 2 and m a multiple of 4, or 1:2", "1:6"),
+        ((MATRIX, 5, 4), "1 <= n <= m <= 64", "n=5, m=4"),
+        ((MATRIX, 2, 4, "best"), ", ".join(METHODS), '"best"'),
+        ((MATRIX, 2, 4, "magnitude", None, "rows"), "cusparselt_sm80, cusparselt_sm90 or cutlass_sm80", '"rows"'),
     ],
 )
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_pack_24(device: str, arguments: tuple[Any, ...], expected: str) -> None:
-    input, *others = arguments
-    with pytest.raises(RuntimeError, match=message("_pack_24", expected)):
-        sdgp.ops.pack_24(input.to(device), *others)
+def test_pack_24(arguments: tuple[Any, ...], requirement: str, got: str) -> None:
+    with pytest.raises(RuntimeError, match=message("_pack_24", requirement, got)):
+        _ops.pack_24(*arguments)
 
 
 def test_pack_24_on_a_device_without_a_kernel() -> None:
-    expected = "expected a tensor on a device with an sdgp kernel (cuda, where sdgp was built for it), got cpu"
-    with pytest.raises(RuntimeError, match=message("_pack_24", expected)):
-        sdgp.ops.pack_24(MATRIX, 2, 4)
+    with pytest.raises(RuntimeError, match=message("_pack_24", "an sdgp kernel (cuda", "cpu")):
+        _ops.pack_24(MATRIX, 2, 4)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "privateuseone:0"])
 def test_compressed_on_a_device_without_a_kernel(device: str) -> None:
     values, indices = _Elsewhere.on(device), _Elsewhere.on(device, torch.uint8)
-    expected = f"expected a tensor on a device with an sdgp kernel (cpu), got {device}"
-    with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+    with pytest.raises(RuntimeError, match=message("decompress_nm", "an sdgp kernel (cpu)", device)):
         sdgp.decompress_nm(values, indices, 4, 4)
-    expected = f"expected indices on the same device (cpu), got {device}"
-    with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+    with pytest.raises(RuntimeError, match=message("decompress_nm", "indices on the same device (cpu)", device)):
         sdgp.decompress_nm(torch.randn(1), indices, 4, 4)
 
 
@@ -272,8 +245,7 @@ def test_compressed_on_a_device_without_a_kernel(device: str) -> None:
 )
 def test_compressed_layout(op: str, name: str) -> None:
     call, arguments = PRODUCTS[op]
-    expected = "expected a strided tensor, got layout sparse_coo; call .to_dense() first"
-    with pytest.raises(RuntimeError, match=message(op, expected)):
+    with pytest.raises(RuntimeError, match=message(op, "strided", "layout sparse_coo; call .to_dense() first")):
         call(**{**arguments, name: arguments[name].to_sparse()})
 
 
@@ -289,7 +261,7 @@ def test_an_index_beyond_its_group(op: str, wrong: int, dtype: torch.dtype) -> N
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
-    expected = message(op, "expected every index below 4 and inside the size 10, got one that is not")
+    expected = message(op, "index below 4 and inside the size 10", "one that is not")
     for at in (0, arguments["indices"].numel() // 2, arguments["indices"].numel() - 1):
         indices = arguments["indices"].clone(memory_format=torch.preserve_format)
         indices.movedim(1, -1).view(-1)[at] = wrong
@@ -302,8 +274,7 @@ def test_an_index_beyond_the_tail(op: str) -> None:
     call, arguments = PRODUCTS[op]  # 10 = 4 + 4 + 2: the last group has no index 2
     indices = INDICES.clone()
     indices[1, 5] = 2
-    expected = "expected every index below 4 and inside the size 10, got one that is not"
-    with pytest.raises(RuntimeError, match=message(op, expected)):
+    with pytest.raises(RuntimeError, match=message(op, "index below 4 and inside the size 10", "one that is not")):
         call(**{**arguments, "indices": indices})
 
 
@@ -313,25 +284,22 @@ def test_an_index_beyond_the_tail(op: str) -> None:
 def test_one_bad_index_among_many(rows: int, n: int, m: int) -> None:
     values, indices = sdgp.compress_nm(torch.randn(rows, 389), n, m)
     dense = torch.randn(389, 70)
-    expected = f"expected every index below {m} and inside the size 389, got one that is not"
+    expected = f"index below {m} and inside the size 389", "one that is not"
     for row, slot in ((0, 0), (rows - 1, values.shape[1] - 1), (rows // 2, values.shape[1] // 2)):
         corrupt = indices.clone()
         corrupt[row, slot] = m
-        with pytest.raises(RuntimeError, match=message("spmm_nm", expected)):
+        with pytest.raises(RuntimeError, match=message("spmm_nm", *expected)):
             sdgp.spmm_nm(values, corrupt, m, dense)
-        with pytest.raises(RuntimeError, match=message("decompress_nm", expected)):
+        with pytest.raises(RuntimeError, match=message("decompress_nm", *expected)):
             sdgp.decompress_nm(values, corrupt, m, 389)
 
 
 # The data gradients of layers.
 
 GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
-    "_linear_input_grad_nm": (
-        sdgp.ops.linear_input_grad_nm,
-        {"grad_output": torch.randn(3, 8), "weight": torch.randn(8, 5), "n": 2, "m": 4, "method": "mvue"},
-    ),
-    "_conv2d_input_grad_nm": (
-        sdgp.ops.conv2d_input_grad_nm,
+    "matmul": (_ops.prune_nm_matmul, {"input": torch.randn(3, 8), "dense": torch.randn(8, 5), "n": 2, "m": 4}),
+    "conv2d": (
+        _ops.conv2d_input_grad_nm,
         {
             "grad_output": torch.randn(2, 8, 5, 5),
             "weight": torch.randn(8, 3, 3, 3),
@@ -349,81 +317,114 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     ),
 }
 BOTH = tuple(GRADIENTS)
-LINEAR_OP, CONV_OP = ((op,) for op in BOTH)
-ALONE = "expected a method that needs one group at a time, got rescale; prune by it, then call this by magnitude"
+MATMUL, CONV = ((op,) for op in BOTH)
+NAMES = {"matmul": r"_\w+", "conv2d": "_conv2d_input_grad_nm"}
 
-BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
-    (BOTH, {"n": 5}, "expected 1 <= n <= m <= 64, got n=5, m=4"),
-    (BOTH, {"m": 65}, "expected 1 <= n <= m <= 64, got n=2, m=65"),
-    (BOTH, {"method": "max"}, f'expected method to be one of {", ".join(sdgp.pattern.METHODS)}, got "max"'),
-    (BOTH, {"method": "rescale"}, ALONE),
-    (BOTH, {"seed": torch.zeros(2, dtype=torch.int64)}, "expected seed to have one element, got 2"),
-    (LINEAR_OP, {"grad_output": torch.tensor(1.0)}, "expected at least 1 dimension, got a scalar"),
-    (LINEAR_OP, {"grad_output": torch.randn(3, 9)}, "expected grad_output (..., 8), got (3, 9)"),
-    (LINEAR_OP, {"grad_output": torch.ones(3, 8).int()}, "expected float32, float64, float16 or bfloat16, got int32"),
-    (LINEAR_OP, {"weight": torch.randn(8)}, "expected weight (out, in), got (8,)"),
-    (LINEAR_OP, {"weight": torch.randn(8, 5).half()}, "expected weight to be float32 as the gradient is, got float16"),
-    (CONV_OP, {"grad_output": torch.randn(8, 5, 5)}, "expected grad_output (N, C, H, W), got (8, 5, 5)"),
-    (CONV_OP, {"grad_output": torch.randn(2, 9, 5, 5)}, "expected grad_output (N, 8, H, W), got (2, 9, 5, 5)"),
-    (CONV_OP, {"weight": torch.randn(8, 3)}, "expected weight (out, in / groups, kH, kW), got (8, 3)"),
-    (
-        CONV_OP,
-        {"weight": torch.randn(8, 3, 3, 3).half()},
-        "expected weight to be float32 as the gradient is, got float16",
-    ),
-    (CONV_OP, {"groups": 0}, "expected groups that divide 8 output channels, got 0"),
-    (CONV_OP, {"groups": 3}, "expected groups that divide 8 output channels, got 3"),
-    (CONV_OP, {"stride": (1,)}, "expected stride to be a pair, got 1 numbers"),
-    (CONV_OP, {"stride": (0, 1)}, "expected stride >= 1, got 0"),
-    (CONV_OP, {"stride": (1, -2)}, "expected stride >= 1, got -2"),
-    (CONV_OP, {"dilation": (0, 1)}, "expected dilation >= 1, got 0"),
-    (CONV_OP, {"padding": (0, -1)}, "expected padding >= 0, got -1"),
-    (CONV_OP, {"padding": (0, 0, 0)}, "expected padding to be a pair, got 3 numbers"),
-    (CONV_OP, {"input_size": (7, -7)}, "expected input_size >= 0, got -7"),
-    (CONV_OP, {"input_size": (7,)}, "expected input_size to be a pair, got 1 numbers"),
+BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
+    (BOTH, {"n": 5}, "1 <= n <= m <= 64", "n=5, m=4"),
+    (BOTH, {"m": 65}, "1 <= n <= m <= 64", "n=2, m=65"),
+    (BOTH, {"method": "max"}, ", ".join(METHODS), '"max"'),
+    (BOTH, {"method": "rescale"}, "one group at a time", "rescale; prune by it, then call this by magnitude"),
+    (BOTH, {"seed": torch.zeros(2, dtype=torch.int64)}, "seed to have one element", "2"),
+    (MATMUL, {"input": torch.tensor(1.0)}, "1 dimension", "a scalar"),
+    (MATMUL, {"input": torch.randn(3, 9)}, "(..., 8)", "(3, 9)"),
+    (MATMUL, {"input": torch.ones(3, 8).int()}, "float32, float64, float16 or bfloat16", "int32"),
+    (MATMUL, {"dense": torch.randn(8)}, "", "(8,)"),
+    (MATMUL, {"dense": torch.randn(8, 5).half()}, "to be float32", "float16"),
+    (CONV, {"grad_output": torch.randn(8, 5, 5)}, "(N, C, H, W)", "(8, 5, 5)"),
+    (CONV, {"grad_output": torch.randn(2, 9, 5, 5)}, "(N, 8, H, W)", "(2, 9, 5, 5)"),
+    (CONV, {"weight": torch.randn(8, 3)}, "(out, in / groups, kH, kW)", "(8, 3)"),
+    (CONV, {"weight": torch.randn(8, 3, 3, 3).half()}, "weight to be float32", "float16"),
+    (CONV, {"groups": 0}, "groups that divide 8", "0"),
+    (CONV, {"groups": 3}, "groups that divide 8", "3"),
+    (CONV, {"stride": (1,)}, "stride to be a pair", "1 numbers"),
+    (CONV, {"stride": (0, 1)}, "stride >= 1", "0"),
+    (CONV, {"stride": (1, -2)}, "stride >= 1", "-2"),
+    (CONV, {"dilation": (0, 1)}, "dilation >= 1", "0"),
+    (CONV, {"padding": (0, -1)}, "padding >= 0", "-1"),
+    (CONV, {"padding": (0, 0, 0)}, "padding to be a pair", "3 numbers"),
+    (CONV, {"input_size": (7, -7)}, "input_size >= 0", "-7"),
+    (CONV, {"input_size": (7,)}, "input_size to be a pair", "1 numbers"),
 ]
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
 @pytest.mark.parametrize(
-    ("op", "changed", "text"),
-    [(op, changed, text) for ops, changed, text in BAD_GRADIENTS for op in ops],
-    ids=[f"{op}: {text}" for ops, _, text in BAD_GRADIENTS for op in ops],
+    ("op", "changed", "requirement", "got"),
+    [(op, *case) for ops, *case in BAD_GRADIENTS for op in ops],
+    ids=[f"{op}: {requirement}, got {got}" for ops, _, requirement, got in BAD_GRADIENTS for op in ops],
 )
-def test_gradients(op: str, changed: dict[str, Any], text: str, mode: Callable[[], Any], device: str) -> None:
+def test_gradients(op: str, changed: dict[str, Any], requirement: str, got: str, mode: Callable[[], Any]) -> None:
     call, arguments = GRADIENTS[op]
-    arguments = {
-        name: value.to(device) if isinstance(value, torch.Tensor) else value
-        for name, value in {**arguments, **changed}.items()
-    }
-    with mode(), pytest.raises(RuntimeError, match=message(op, text)):
-        call(**arguments)
+    with mode(), pytest.raises(RuntimeError, match=message(NAMES[op], requirement, got)):
+        call(**{**arguments, **changed})
 
 
-@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
 @pytest.mark.parametrize("op", BOTH)
-def test_gradients_on_two_devices(op: str, device: str, other: str) -> None:
+def test_gradients_on_two_devices(op: str) -> None:
     call, arguments = GRADIENTS[op]
-    arguments = {
-        **arguments,
-        "grad_output": arguments["grad_output"].to(device),
-        "weight": arguments["weight"].to(other),
-    }
-    expected = message(op, f"expected weight on the same device ({device}), got {other}")
-    with pytest.raises(RuntimeError, match=expected):
-        call(**{**arguments, "method": "magnitude"})
+    other = "dense" if op == "matmul" else "weight"
+    arguments = {**arguments, other: elsewhere(arguments[other]), "method": "magnitude"}
+    with pytest.raises(RuntimeError, match=message(NAMES[op], "on the same device (cpu)", "xpu")):
+        call(**arguments)
 
 
 @pytest.mark.parametrize("op", BOTH)
 def test_gradients_on_a_device_without_a_kernel(op: str) -> None:
-    expected = "expected a tensor on a device with an sdgp kernel (cpu), got xpu"
-    shape = (1,) * GRADIENTS[op][1]["weight"].ndim
-    elsewhere, weight = _Elsewhere.on("xpu", shape=shape), _Elsewhere.on("xpu", shape=shape)
     call, arguments = GRADIENTS[op]
-    arguments = {**arguments, "grad_output": elsewhere, "weight": weight, "n": 1, "m": 1, "method": "magnitude"}
-    with pytest.raises(RuntimeError, match=message(op, expected)):
-        call(**arguments)
+    moved = {name: elsewhere(value) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(RuntimeError, match=message(NAMES[op], "an sdgp kernel (cpu)", "xpu")):
+        call(**{**arguments, **moved, "method": "magnitude"})
+
+
+# Fake tensors: shapes and dtypes that no result can have are refused; the real ops write the messages.
+
+BAD_SHAPES = {
+    "compress_nm of a scalar": lambda: sdgp.compress_nm(meta(), 2, 4),
+    "decompress_nm, indices of another shape": lambda: sdgp.decompress_nm(meta(3, 6), indices(2, 6), 4, 10),
+    "spmm_nm, indices of another shape": lambda: sdgp.spmm_nm(meta(3, 6), indices(6), 4, meta(10, 5)),
+    "spmm_nm, a vector": lambda: sdgp.spmm_nm(meta(3, 6), indices(3, 6), 4, meta(10)),
+    "spmm_nm, another dtype": lambda: sdgp.spmm_nm(meta(3, 6), indices(3, 6), 4, meta(10, 5).double()),
+    "prune_nm_matmul, another size": lambda: _ops.prune_nm_matmul(meta(3, 9), meta(8, 5), 2, 4),
+    "prune_nm_matmul, a vector": lambda: _ops.prune_nm_matmul(meta(3, 8), meta(8), 2, 4),
+    "prune_nm_matmul, another dtype": lambda: _ops.prune_nm_matmul(meta(3, 8), meta(8, 5).half(), 2, 4),
+    "conv2d_input_grad_nm, another size": lambda: on_meta("conv2d", grad_output=meta(2, 9, 5, 5)),
+    "conv2d_input_grad_nm, no image": lambda: on_meta("conv2d", grad_output=meta(8, 5, 5)),
+    "conv2d_input_grad_nm, another dtype": lambda: on_meta("conv2d", weight=meta(8, 3, 3, 3).half()),
+    "pack_24 of no matrix": lambda: _ops.pack_24(meta(8).half(), 2, 4),
+}
+
+
+def meta(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, device="meta")
+
+
+def indices(*shape: int) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+
+def on_meta(op: str, **changed: Any) -> torch.Tensor:
+    call, arguments = GRADIENTS[op]
+    arguments = {
+        name: value.to("meta") if isinstance(value, torch.Tensor) else value for name, value in arguments.items()
+    }
+    result: torch.Tensor = call(**{**arguments, **changed})
+    return result
+
+
+@pytest.mark.parametrize("case", BAD_SHAPES)
+def test_fakes_refuse_wrong_shapes_and_dtypes(case: str) -> None:
+    with pytest.raises((RuntimeError, IndexError, ValueError)):
+        BAD_SHAPES[case]()
+
+
+@pytest.mark.parametrize("op", ["prune_nm", "_prune_nm_scale"])
+def test_prune_nm_of_a_meta_tensor_checks_what_shapes_and_dtypes_tell(op: str) -> None:
+    for shape, dim in (((), -1), ((4, 8), 2), ((4, 8), -3)):
+        with pytest.raises((RuntimeError, IndexError)):
+            OPS[op](meta(*shape), 2, 4, dim=dim)
+    with pytest.raises(RuntimeError, match="int32"):
+        OPS[op](meta(4, 8).int(), 2, 4)
 
 
 @pytest.mark.parametrize(
@@ -455,75 +456,69 @@ def test_pattern(pattern: Any) -> None:
         sdgp.convert(nn.Linear(8, 8), pattern)
 
 
-CONV = nn.Conv2d(4, 8, 3)
+LAYER = nn.Conv2d(4, 8, 3)
 IMAGE = torch.randn(2, 4, 8, 8, requires_grad=True)
-METHODS = "expected method to be one of magnitude, random, rescale, rescale_group, mvue, got 'max'"
-SPARSE = (
-    'backend="sparse" expected a device that has a sparse product (cpu, cuda), got meta; '
-    'use "pruned" for the same gradients through the faster product there is'
-)
+KNOWN = ", ".join(METHODS)
 
 
-def backward_on_meta(layer: nn.Module, x: torch.Tensor) -> None:
-    layer.to("meta")(x.detach().to("meta").requires_grad_()).sum().backward()
-
-
-PYTHON: list[tuple[Callable[[], Any], str]] = [
+PYTHON: list[tuple[Callable[[], Any], str, str, str]] = [
+    (lambda: sdgp.linear(X, torch.randn(16, 9)), "linear", "(out, in)", "input (4, 8) and weight (16, 9)"),
+    (lambda: sdgp.linear(X, torch.randn(8)), "linear", "(out, in)", "input (4, 8) and weight (8,)"),
     (
-        lambda: sdgp.linear(X, torch.randn(16, 9)),
-        "linear: expected input (..., in) and weight (out, in), got input (4, 8) and weight (16, 9)",
+        lambda: sdgp.conv2d(X, LAYER.weight),
+        "conv2d",
+        "(out, C / 1, kH, kW)",
+        "input (4, 8) and weight (8, 4, 3, 3)",
     ),
     (
-        lambda: sdgp.linear(X, torch.randn(8)),
-        "linear: expected input (..., in) and weight (out, in), got input (4, 8) and weight (8,)",
+        lambda: sdgp.conv2d(IMAGE, LAYER.weight, groups=2),
+        "conv2d",
+        "(out, C / 2, kH, kW)",
+        "input (2, 4, 8, 8) and weight (8, 4, 3, 3)",
     ),
+    (lambda: sdgp.conv2d(IMAGE, LAYER.weight, padding="some", backend="pruned"), "conv2d", "padding", "'some'"),
     (
-        lambda: sdgp.conv2d(X, CONV.weight),
-        "conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / 1, kH, kW), "
-        "got input (4, 8) and weight (8, 4, 3, 3)",
+        lambda: sdgp.conv2d(IMAGE, LAYER.weight, stride=2, padding="same", backend="pruned"),
+        "conv2d",
+        'stride 1 with padding="same"',
+        "(2, 2)",
     ),
-    (
-        lambda: sdgp.conv2d(IMAGE, CONV.weight, groups=2),
-        "conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / 2, kH, kW), "
-        "got input (2, 4, 8, 8) and weight (8, 4, 3, 3)",
-    ),
-    (
-        lambda: sdgp.conv2d(IMAGE, CONV.weight, padding="some", backend="pruned"),
-        'conv2d: expected padding to be a number, a pair, "same" or "valid", got \'some\'',
-    ),
-    (
-        lambda: sdgp.conv2d(IMAGE, CONV.weight, stride=2, padding="same", backend="pruned"),
-        'conv2d: expected stride 1 with padding="same", got (2, 2)',
-    ),
-    (lambda: sdgp.linear(X, torch.randn(8, 8), method="max"), f"linear: {METHODS}"),
-    (lambda: sdgp.conv2d(IMAGE, CONV.weight, method="max"), f"conv2d: {METHODS}"),
-    (lambda: sdgp.Linear(8, 8, method="max"), f"Linear: {METHODS}"),
-    (lambda: sdgp.convert(nn.Linear(8, 8), method="max"), f"convert: {METHODS}"),
-    (lambda: backward_on_meta(sdgp.Linear(8, 8, backend="sparse"), X), f"linear: {SPARSE}"),
-    (lambda: backward_on_meta(sdgp.Conv2d(4, 8, 3, backend="sparse"), IMAGE), f"conv2d: {SPARSE}"),
-    (
-        lambda: sdgp.convert(nn.Linear(8, 8), backend="fast"),
-        "convert: expected backend to be one of auto, pruned, sparse, dense, got 'fast'",
-    ),
-    (lambda: sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3)), "from_dense: expected an nn.Linear, got Conv2d"),
-    (lambda: sdgp.convert("resnet18"), "convert: expected an nn.Module, got str"),  # type: ignore[type-var]
-    (lambda: sdgp.revert(None), "revert: expected an nn.Module, got NoneType"),  # type: ignore[type-var]
-    (lambda: sdgp.report(X), "report: expected an nn.Module, got Tensor"),  # type: ignore[arg-type]
-    (
-        lambda: sdgp.paused(X).__enter__(),  # type: ignore[arg-type]
-        "paused: expected an nn.Module, got Tensor",
-    ),
+    (lambda: sdgp.linear(X, torch.randn(8, 8), method="max"), "linear", KNOWN, "'max'"),
+    (lambda: sdgp.conv2d(IMAGE, LAYER.weight, method="max"), "conv2d", KNOWN, "'max'"),
+    (lambda: sdgp.Linear(8, 8, method="max"), "Linear", KNOWN, "'max'"),
+    (lambda: sdgp.convert(nn.Linear(8, 8), method="max"), "convert", KNOWN, "'max'"),
+    (lambda: sdgp.convert(nn.Linear(8, 8), backend="fast"), "convert", "auto, pruned, sparse, dense", "'fast'"),
+    (lambda: sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3)), "from_dense", "nn.Linear", "Conv2d"),
+    (lambda: sdgp.convert("resnet18"), "convert", "nn.Module", "str"),  # type: ignore[type-var]
+    (lambda: sdgp.revert(None), "revert", "nn.Module", "NoneType"),  # type: ignore[type-var]
+    (lambda: sdgp.report(X), "report", "nn.Module", "Tensor"),  # type: ignore[arg-type]
+    (lambda: sdgp.paused(X).__enter__(), "paused", "nn.Module", "Tensor"),  # type: ignore[arg-type]
     (
         lambda: sdgp.convert(nn.Sequential(nn.Linear(8, 8)), filter=lambda module, name: None),  # type: ignore[arg-type,return-value]
-        "convert: expected filter to return a bool, got None for 0",
+        "convert",
+        "filter to return a bool",
+        "None for 0",
     ),
+    (lambda: sdgp.Chooser(rounds=0), "Chooser", "rounds >= 1", "0"),
+    (lambda: sdgp.Chooser(limit=0), "Chooser", "limit >= 1", "5 and 0"),
 ]
 
 
-@pytest.mark.parametrize(("call", "message"), PYTHON, ids=[message[:48] for _, message in PYTHON])
-def test_python(call: Callable[[], Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+@pytest.mark.parametrize(
+    ("call", "op", "requirement", "got"), PYTHON, ids=[f"{op}: {requirement}" for _, op, requirement, _ in PYTHON]
+)
+def test_python(call: Callable[[], Any], op: str, requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=message(op, requirement, got)):
         call()
+
+
+@pytest.mark.parametrize("layer", [sdgp.Linear(8, 8, backend="sparse"), sdgp.Conv2d(4, 8, 3, backend="sparse")])
+def test_a_forced_sparse_product_on_a_device_without_one(layer: nn.Module) -> None:
+    x = X if isinstance(layer, nn.Linear) else IMAGE
+    output = layer.to("meta")(x.detach().to("meta").requires_grad_())
+    op = type(layer).__name__.lower()
+    with pytest.raises(ValueError, match=rf'^{op}: backend="sparse" expected .*\(cpu, cuda\), got meta; use "pruned"'):
+        output.sum().backward()
 
 
 def test_a_refused_conversion_changes_nothing() -> None:
