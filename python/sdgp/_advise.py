@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import _fidelity
 from ._choose import LEAST_WORK, current_chooser
 from ._convert import paused, why_plain
-from ._layers import PruningLayer, prune_in_place
+from ._layer import PruningLayer, prune_in_place
 from ._models import check_module, format_table, layers_of
 from ._pattern import PatternLike, Pruning
 from ._step import on_gradient, run_step, stand_in, state_kept

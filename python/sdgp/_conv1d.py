@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D as _PlainConv1D
 
 from ._autograd import LinearProducts, pruned_linear
 from ._decision import Products
-from ._layers import PruningLayer, call_plain, calls_plain
+from ._layer import PruningLayer, call_plain, calls_plain
 from ._pattern import PatternLike, Pruning
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._layers import PruningLayer, prune_in_place, unprune_in_place
+from ._layer import PruningLayer, prune_in_place, unprune_in_place
 from ._models import check_module, layers_of
 from ._ops import PRUNED_DTYPES
 from ._pattern import PatternLike, Pruning

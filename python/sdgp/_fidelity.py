@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._pattern import METHODS_THAT_DRAW
 from ._step import stand_in
 

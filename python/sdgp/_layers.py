@@ -3,10 +3,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
-from weakref import WeakKeyDictionary
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,159 +18,8 @@ from ._autograd import (
     pruned_linear,
 )
 from ._decision import Decision, Products
-from ._ops import prune_nm
+from ._layer import PruningLayer, call_plain, calls_plain, is_traced
 from ._pattern import Pattern, PatternLike, Pruning
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-_Module = TypeVar("_Module", bound=nn.Module)
-
-# Note [Settings of a recomputation]
-# Reentrant checkpointing repeats a forward and forgets the first run: what was paused or scheduled then may not be now.
-# So each change of a layer's settings is kept for a while, with the number that autograd's next node was to get. In a
-# backward, a forward looks up the settings by the number of the node that is running, which is the checkpoint's, made
-# in the first run. A checkpoint inside another is made in the outer one's recomputation, and gets today's settings.
-_CHANGES_KEPT = 64
-_past: WeakKeyDictionary[PruningLayer, deque[tuple[int, Pruning, str]]] = WeakKeyDictionary()
-
-
-class PruningLayer(nn.Module):
-    """What the layers share: the settings, and the way to and from the plain layer.
-
-    Attributes:
-        pruning: the settings.
-        holds: why the gradient is exact now whatever the settings say, by who holds it (``"paused"``, ``"schedule"``,
-            ``"watch"``); empty: nobody does.
-        decision: of the last backward.
-    """
-
-    weight: Tensor
-    pruning: Pruning
-    holds: dict[str, str]
-    decision: Decision | None
-    _plain: ClassVar[type[nn.Module]]
-
-    @classmethod
-    def from_dense(
-        cls, dense: nn.Module, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
-    ) -> Self:
-        """A pruning twin of the plain layer that shares its Parameters, buffers and hooks.
-
-        Raises:
-            ValueError: ``from_dense: requirement, got actual``; a subclass is another class.
-        """
-        if type(dense) is not cls._plain:
-            raise ValueError(f"from_dense: expected an nn.{cls._plain.__name__}, got {type(dense).__name__}")
-        layer = _share(dense, cls)
-        layer._set_up(Pruning.parse(cls.__name__, pattern, method, backend))
-        return layer
-
-    def to_dense(self) -> nn.Module:
-        """The plain layer with the same Parameters, buffers and hooks."""
-        plain = _share(self, self._plain)
-        _drop_settings(plain)
-        return plain
-
-    def __prepare_scriptable__(self) -> nn.Module:
-        # Called by torch.jit.script, which would put what is returned into the model for good.
-        raise RuntimeError(
-            f"torch.jit.script: expected a plain model, got a {type(self).__name__} of sdgp: script "
-            "sdgp.revert(copy.deepcopy(model)), whose forward is the same, or trace this one"
-        )
-
-    def hold(self, who: str, why: str) -> None:
-        """Keeps the gradients of the forwards from now on exact, until ``who`` lets go with an empty ``why``."""
-        if self.holds.get(who, "") != why:
-            self._remember()
-            self.holds = {name: reason for name, reason in {**self.holds, who: why}.items() if reason}
-
-    def use(self, pruning: Pruning) -> None:
-        """Takes new settings from the next forward on."""
-        if self.pruning != pruning:
-            self._remember()
-            self.pruning, self.decision = pruning, None
-
-    @property
-    def held(self) -> str:
-        """Why the next forward records an exact gradient whatever the settings say; empty: nobody holds it."""
-        return next(iter(self.holds.values()), "")
-
-    @property
-    def is_pruning(self) -> bool:
-        """Whether gradients like that of the last backward are pruned, as far as is known."""
-        if self.held or self.pruning.is_identity:
-            return False
-        return self.pruning.backend != "auto" if self.decision is None else self.decision.prunes
-
-    @classmethod
-    def too_narrow(cls, layer: nn.Module, pattern: Pattern) -> str | None:
-        """Why a layer, this or its plain twin, has no whole group of the pattern; None: it has."""
-        channels = cls._channels(layer)
-        return f"{channels} output channels per group, fewer than m = {pattern.m}" if channels < pattern.m else None
-
-    @staticmethod
-    def _channels(layer: Any) -> int:
-        """The output channels, per group of a convolution."""
-        channels: int = layer.weight.shape[0]
-        return channels
-
-    def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, for those who measure it."""
-        raise NotImplementedError
-
-    def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
-        """The output gradient as it enters the data-gradient product: pruned along the output features."""
-        n, m = self.pruning.pattern
-        return prune_nm(grad_output, n, m, -1, self.pruning.method, seed)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self.pruning}"
-
-    def _set_up(self, pruning: Pruning) -> None:
-        self.pruning, self.holds, self.decision = pruning, {}, None
-
-    def _remember(self) -> None:
-        changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
-        changes.append((torch._C._autograd._get_sequence_nr(), self.pruning, self.held))
-
-    def _settings(self) -> tuple[Pruning, str]:
-        """The settings of a forward, and why it is held exact: those of its first run where this is a repetition."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and self in _past:
-            node = torch._C._current_autograd_node()
-            began = node._sequence_nr() if node is not None else None
-            for until, pruning, held in _past[self]:
-                if began is not None and began < until:
-                    return pruning, held
-        return self.pruning, self.held
-
-    def _traced(self, input: torch.fx.Proxy) -> Any:
-        """The node of a call under torch.fx: the layer as a whole, so that the traced model prunes too. None: the plain
-        layer's operators are to be traced."""
-        tracer: Any = input.tracer
-        try:
-            target = tracer.path_of_module(self)
-        except NameError:  # some tracers do not know the module that they were given
-            return None
-        return tracer.create_proxy("call_module", target, (input,), {}) if target else None
-
-
-def calls_plain(layer: nn.Module, input: object) -> bool:
-    """Whether a call is no pruning layer's: a tracer's, or that of a hook that kept this forward over sdgp.revert."""
-    return is_traced(input) or not isinstance(layer, PruningLayer)
-
-
-def is_traced(input: object) -> bool:
-    """Whether torch.fx records this call: its argument stands for a tensor."""
-    return isinstance(input, torch.fx.Proxy)
-
-
-def call_plain(layer: Any, input: Any) -> Any:
-    """The call for which ``calls_plain`` holds."""
-    if not isinstance(layer, PruningLayer):
-        return type(layer).forward(layer, input)
-    traced = layer._traced(input)
-    return layer._plain.forward(layer, input) if traced is None else traced
 
 
 class Linear(PruningLayer, nn.Linear):
@@ -314,33 +160,3 @@ class Conv2d(PruningLayer, nn.Conv2d):
 # Pickles and messages name the public class; torch.load(weights_only=True) may load it with its settings.
 Linear.__module__ = Conv2d.__module__ = "sdgp"
 torch.serialization.add_safe_globals([Linear, Conv2d, Pattern, Pruning, Decision])
-
-
-def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning) -> None:
-    """Makes a plain layer its pruning twin, or gives a twin new settings: the same object, so that every reference,
-    hook and wrapper keeps it. A watch's hold ends; others stay."""
-    if isinstance(module, PruningLayer):
-        module.use(pruning)
-        module.hold("watch", "")
-        module.decision = None
-    else:
-        module.__class__ = twin
-        module._set_up(pruning)  # type: ignore[operator]
-
-
-def unprune_in_place(module: PruningLayer) -> None:
-    """The inverse of ``prune_in_place``."""
-    module.__class__ = module._plain  # type: ignore[assignment]
-    _drop_settings(module)
-
-
-def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision"):
-        vars(module).pop(name, None)
-
-
-def _share(module: nn.Module, cls: type[_Module]) -> _Module:
-    """A module of class ``cls`` with the attributes of ``module``, its dictionaries copied, their contents shared."""
-    twin = cls.__new__(cls)
-    twin.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
-    return twin

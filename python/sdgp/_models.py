@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from torch import nn
 
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._twins import transformers_conv1d
 
 # Modules that multiply by weights: what sdgp.report lists.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._choose import current_chooser
 from ._convert import paused
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._models import format_table, pruning_layers
 from ._report import report
 from ._step import on_gradient, run_step, stand_in, state_kept

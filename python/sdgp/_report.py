@@ -9,7 +9,7 @@ from torch import nn
 
 from ._choose import IDENTITY
 from ._convert import stated_reason
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._models import check_module, format_table, layers_of
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._models import pruning_layers
 from ._pattern import Pattern, PatternLike
 from ._renamed import renamed

@@ -7,7 +7,8 @@ import sys
 
 from torch import nn
 
-from ._layers import Conv2d, Linear, PruningLayer
+from ._layer import PruningLayer
+from ._layers import Conv2d, Linear
 
 
 def twin_of(module: nn.Module) -> type[PruningLayer] | None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import _fidelity
 from ._fidelity import METRICS, Sums
-from ._layers import PruningLayer
+from ._layer import PruningLayer
 from ._models import format_table, pruning_layers
 from ._pattern import Pruning
 from ._renamed import renamed

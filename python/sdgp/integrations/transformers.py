@@ -10,7 +10,7 @@ from torch import nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from .._layers import PruningLayer
+from .._layer import PruningLayer
 from ._callback import ScheduleCallback
 
 
