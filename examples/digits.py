@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Trains a small convolutional network on scikit-learn's handwritten digits, dense and with each way of pruning.
+"""Trains a small convolutional network on scikit-learn's handwritten digits, plain and with each way of pruning.
 
 1,797 real images of 8 x 8 pixels, a third of them held out; three seeds each. The pruned variants prune everywhere, and
 each layer multiplies by whichever product, sparse or dense, was the faster when its first gradient came. The variants
-train in turn, epoch by epoch, so that times compare: "x dense" is the median, over epochs and seeds, of an epoch's time
-beside that of the dense one before it; "seconds" the median epoch's, times the epochs. Prints a table, and draws the
+train in turn, epoch by epoch, so that times compare: "x plain" is the median, over epochs and seeds, of an epoch's time
+beside that of the plain one before it; "seconds" the median epoch's, times the epochs. Prints a table, and draws the
 learning curves:
 
     make demo
@@ -44,7 +44,7 @@ class Variant(NamedTuple):
 
 
 VARIANTS = (
-    Variant("dense", None, ""),
+    Variant("plain", None, ""),
     Variant("random 2:4", "2:4", "random"),
     Variant("magnitude 2:4", "2:4", "magnitude"),
     Variant("rescale 2:4", "2:4", "rescale"),
@@ -110,7 +110,7 @@ def train(variant: Variant, data: Data, seed: int, epochs: int) -> Iterator[Epoc
             schedule.step()
         seconds = time.perf_counter() - start
         state = torch.get_rng_state()
-        layers_sparse = sum("sparse product" in row.note for row in sdgp.report(model))
+        layers_sparse = sum(row.product == "sparse" for row in sdgp.report(model))
         yield Epoch(evaluate(model, data), seconds, layers_sparse)
 
 
@@ -129,11 +129,11 @@ def evaluate(model: nn.Module, data: Data) -> float:
 
 def summarize(runs: Runs) -> list[dict[str, Any]]:
     rows = []
-    dense = [epoch.seconds for run in runs[VARIANTS[0]] for epoch in run]
+    plain = [epoch.seconds for run in runs[VARIANTS[0]] for epoch in run]
     for variant, repeats in runs.items():
         last = [run[-1].accuracy for run in repeats]
         seconds = [epoch.seconds for run in repeats for epoch in run]
-        ratios = [own / before for own, before in zip(seconds, dense, strict=True)]
+        ratios = [own / before for own, before in zip(seconds, plain, strict=True)]
         rows.append(
             {
                 "data gradient": variant.name,
@@ -141,7 +141,7 @@ def summarize(runs: Runs) -> list[dict[str, Any]]:
                 "top1_std": round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
                 "top1": [round(accuracy, 2) for accuracy in last],
                 "seconds": round(len(repeats[0]) * statistics.median(seconds), 1),
-                "times_dense": round(statistics.median(ratios), 2),
+                "times_plain": round(statistics.median(ratios), 2),
                 "layers_sparse": [run[-1].layers_sparse for run in repeats],
             }
         )
@@ -149,11 +149,11 @@ def summarize(runs: Runs) -> list[dict[str, Any]]:
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("data gradient", "top-1", "- dense", "seconds", "x dense", "layers sparse")
+    table = Table("data gradient", "top-1", "- plain", "seconds", "x plain", "layers sparse")
     for row in rows:
         difference = row["top1_mean"] - rows[0]["top1_mean"]
         accuracy = f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}"
-        seconds, times, layers = f"{row['seconds']:.1f}", f"{row['times_dense']:.2f}", str(max(row["layers_sparse"]))
+        seconds, times, layers = f"{row['seconds']:.1f}", f"{row['times_plain']:.2f}", str(max(row["layers_sparse"]))
         table.add_row(row["data gradient"], accuracy, f"{difference:+.2f}", seconds, times, layers)
     console.print(table)
 

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
-_PRUNING = ("method", "pattern", "backend", "dense_first", "dense_last", "layers")
+_PRUNING = ("method", "pattern", "backend", "exact_first", "exact_last", "layers")
 _MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # what names a table
 _PUBLISHED_WIDTH = 128
 
@@ -51,9 +51,19 @@ class Group(NamedTuple):
 def read(files: Iterable[Path]) -> list[Line]:
     """The result lines of all files."""
     try:
-        return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [_renamed(json.loads(line)) for file in files for line in file.read_text().splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         sys.exit(f"report: expected files of JSON lines, got {error}")
+
+
+def _renamed(line: Line) -> Line:
+    """A line from when plain runs and exact epochs were called dense."""
+    names = {"dense_first": "exact_first", "dense_last": "exact_last"}
+    line["config"] = {names.get(key, key): value for key, value in line["config"].items()}
+    for place, key in ((line, "row"), (line["config"], "method")):
+        if place[key] == "dense":
+            place[key] = "plain"
+    return line
 
 
 def published() -> dict[str, dict[str, float]]:
@@ -83,7 +93,7 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{recipe}-{value}")  # a model may be a path
         if any(group.slug == slug for group in result):
             slug += f"-{len(result)}"
-        order = sorted(runs, key=lambda row: (row != "dense", row.split()[0] == "mvue"))
+        order = sorted(runs, key=lambda row: (row != "plain", row.split()[0] == "mvue"))
         result.append(
             Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})
         )
@@ -92,20 +102,20 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
 
 def _row(line: Line) -> str:
     config = line["config"]
-    if line["row"] == "dense":
-        return "dense"
-    first, last, layers = config["dense_first"], config["dense_last"], config.get("layers", "all")
+    if line["row"] == "plain":
+        return "plain"
+    first, last, layers = config["exact_first"], config["exact_last"], config.get("layers", "all")
     row = line["row"] + (f", {layers} only" if layers != "all" else "")
-    return row + (f", {first} dense epochs first, {last} last" if first + last else "")
+    return row + (f", {first} exact epochs first, {last} last" if first + last else "")
 
 
 def table(group: Group) -> str:
     """Markdown: a line a row, with mean ± standard deviation over seeds."""
     metric, name, digits = (group.metric, "top-1", 2) if group.metric == "top1" else (group.metric, "bits per byte", 3)
     unit = next(key for key in next(iter(group.runs.values()))[0] if key.endswith("_per_s"))
-    head = ["data gradient", *(["published"] if group.published else []), name, "- dense", "seeds"]
+    head = ["data gradient", *(["published"] if group.published else []), name, "- plain", "seeds"]
     head += [f"{unit.removesuffix('_per_s')}/s", "waiting for data"]
-    dense = group.runs.get("dense")
+    plain = group.runs.get("plain")
     rows = [head, ["---"] * len(head)]
     for row in dict.fromkeys([*group.published, *group.runs]):
         cells = [row, *([str(group.published.get(row, ""))] if group.published else [])]
@@ -117,8 +127,8 @@ def table(group: Group) -> str:
             spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
             mean = statistics.mean(values)
             less = (
-                f"{mean - statistics.mean(run[metric] for run in dense):+.{digits}f}"
-                if dense and row != "dense"
+                f"{mean - statistics.mean(run[metric] for run in plain):+.{digits}f}"
+                if plain and row != "plain"
                 else ""
             )
             speed, waiting = (statistics.mean(run[key] for run in runs) for key in (unit, "waiting"))
@@ -135,7 +145,7 @@ def table(group: Group) -> str:
 
 def _nobody(name: str, rows: dict[str, float]) -> str:
     """The table of a published network that nobody has run here."""
-    lines = ["| data gradient | published | top-1 | - dense | seeds |", "|---|---|---|---|---|"]
+    lines = ["| data gradient | published | top-1 | - plain | seeds |", "|---|---|---|---|---|"]
     lines += [f"| {row} | {top1} | | | |" for row, top1 in rows.items()]
     return f"**{name}, the published network: not run yet**\n\n" + "\n".join(lines)
 
@@ -150,7 +160,7 @@ def plot(group: Group, path: Path) -> None:
         config = runs[0]["config"]
         n, m = map(int, config["pattern"].split(":"))
         label = _row(runs[0]).replace(f" {config['pattern']}", "")
-        by_method[label].append((1.0 if row == "dense" else n / m, [run[group.metric] for run in runs]))
+        by_method[label].append((1.0 if row == "plain" else n / m, [run[group.metric] for run in runs]))
     for label, points in by_method.items():
         points.sort()
         means = [statistics.mean(values) for _, values in points]

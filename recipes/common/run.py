@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import sdgp
-from sdgp import backends
 from sdgp._machine import machine
 
 from . import checkpoint
@@ -109,7 +108,7 @@ class Run:
         )
         _match_layouts(optimizer)
         scaler.load_state_dict(training["scaler"])
-        backends.remember(training["products"])
+        sdgp.chooser.load_state_dict(training["products"])
         self._totals, self._epoch, self._curve = training["totals"], training["epoch"], training["curve"]
         if self._world.is_first:  # a line may have been written just before a crash, its checkpoint not
             _write_lines(self._job.folder / "metrics.jsonl", self._curve)
@@ -269,7 +268,7 @@ class Run:
             "step": step,
             "optimizer": optimizer,
             "scaler": self._scaler.state_dict(),
-            "products": backends.choices(),
+            "products": sdgp.chooser.state_dict(),
             "totals": self._totals,
             "epoch": self._epoch,
             "curve": self._curve,
@@ -309,11 +308,9 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def _layers(model: nn.Module) -> dict[str, int]:
     """How many layers prune, and in how many the last data gradient was a sparse product."""
-    notes = [row.note for row in sdgp.report(model)]
-    return {
-        "pruned": sum("pruned" in note for note in notes),
-        "sparse": sum("sparse product" in note for note in notes),
-    }
+    products = [row.product for row in sdgp.report(model)]
+    pruned = sum(product not in ("plain", "exact") for product in products)  # one without a backward so far has none
+    return {"pruned": pruned, "sparse": products.count("sparse")}
 
 
 def _device(device: torch.device) -> str:

@@ -22,22 +22,22 @@ from .process import World
 class Settings:
     """The fields that all recipes share; a recipe's config adds its own."""
 
-    method: Literal["dense", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "dense"
+    method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "plain"
     pattern: str = "2:4"
     backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
-    dense_first: int = 0  # epochs with exact gradients at the start
-    dense_last: int = 0  # and at the end
+    exact_first: int = 0  # epochs with exact gradients at the start
+    exact_last: int = 0  # and at the end
     amp: Literal["off", "bfloat16", "float16"] = "off"
     compile: bool = False
 
     @property
     def row(self) -> str:
         """``mvue 2:4``: its row in the tables."""
-        return "dense" if self.method == "dense" else f"{self.method} {self.pattern}"
+        return "plain" if self.method == "plain" else f"{self.method} {self.pattern}"
 
     def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool]) -> nn.Module:
-        """Makes ``model`` prune as the config says; a dense one stays what it is."""
-        if self.method == "dense":
+        """Makes ``model`` prune as the config says; a plain one stays what it is."""
+        if self.method == "plain":
             return model
         try:
             return sdgp.convert(model, self.pattern, self.method, filter=filter, backend=self.backend)
@@ -52,8 +52,8 @@ class Settings:
         return wrapped
 
     def exact_epoch(self, model: nn.Module, epoch: int, epochs: int) -> contextlib.AbstractContextManager[object]:
-        """Exact gradients within, if the epoch is one of the dense ones."""
-        exact = epoch < self.dense_first or epoch >= epochs - self.dense_last
+        """Exact gradients within, if the epoch is one of those."""
+        exact = epoch < self.exact_first or epoch >= epochs - self.exact_last
         return sdgp.paused(model) if exact else contextlib.nullcontext()
 
     def autocast(self, device: torch.device) -> torch.autocast:

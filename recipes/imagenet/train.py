@@ -2,10 +2,10 @@
 """ImageNet with pruned data gradients: ResNet-18, ResNet-50 and RegNetX-400MF by the published recipe, like for like.
 
     torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/imagenet/configs/resnet50_mvue_2_4.toml --data DIR
-    python -m recipes.imagenet.train recipes/imagenet/configs/resnet18_dense.toml --data DIR --set classes=10
+    python -m recipes.imagenet.train recipes/imagenet/configs/resnet18_plain.toml --data DIR --set classes=10
 
 DIR: train/CLASS/* and val/CLASS/*, or the train.beton and val.beton that `python -m recipes.pack` makes of them.
-All networks here have BlurPool; of the published ones the dense ResNet-18 had none while the pruned ones did.
+All networks here have BlurPool; of the published ones the plain ResNet-18 had none while the pruned ones did.
 """
 
 from __future__ import annotations

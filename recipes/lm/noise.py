@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """What pruning does to the data gradient of each layer of a GPT, on one batch: its error, as a share of the exact norm.
 
-python -m recipes.lm.noise runs/gpt/dense/seed0/checkpoint.safetensors
+python -m recipes.lm.noise runs/gpt/plain/seed0/checkpoint.safetensors
 python -m recipes.lm.noise                                                # of an untrained network
 """
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 def line(row: str, seed: int, top1: float, **changes: Any) -> dict[str, Any]:
     method, _, pattern = row.partition(" ")
-    settings = {"method": method, "pattern": pattern or "2:4", "backend": "pruned", "dense_first": 0, "dense_last": 0}
+    settings = {"method": method, "pattern": pattern or "2:4", "backend": "pruned", "exact_first": 0, "exact_last": 0}
     return {
         "recipe": "cifar10",
         "row": row,
@@ -34,16 +34,16 @@ def line(row: str, seed: int, top1: float, **changes: Any) -> dict[str, Any]:
 
 
 def test_report(tmp_path: Path) -> None:
-    runs = [line("dense", 0, 80.0), line("dense", 1, 81.0), line("mvue 2:4", 0, 80.25), line("mvue 4:32", 0, 79.0)]
-    runs += [line("mvue 2:4", 0, 82.0, dense_last=1), line("dense", 0, 95.0, width=128)]
-    small, large = report.groups(runs, {"cifar10": {"dense": 95.3, "rescale 2:4": 95.2}})
+    runs = [line("plain", 0, 80.0), line("plain", 1, 81.0), line("mvue 2:4", 0, 80.25), line("mvue 4:32", 0, 79.0)]
+    runs += [line("mvue 2:4", 0, 82.0, exact_last=1), line("plain", 0, 95.0, width=128)]
+    small, large = report.groups(runs, {"cifar10": {"plain": 95.3, "rescale 2:4": 95.2}})
     rows = report.table(small).splitlines()
-    assert rows[2] == "| data gradient | top-1 | - dense | seeds | images/s | waiting for data |"
-    assert rows[4] == "| dense | 80.50 ± 0.71 |  | 2 | 100 | 1.0% |"
+    assert rows[2] == "| data gradient | top-1 | - plain | seeds | images/s | waiting for data |"
+    assert rows[4] == "| plain | 80.50 ± 0.71 |  | 2 | 100 | 1.0% |"
     assert rows[5] == "| mvue 2:4 | 80.25 | \u22120.25 | 1 | 100 | 1.0% |"
-    assert rows[7].startswith("| mvue 2:4, 0 dense epochs first, 1 last | 82.00 | +1.50 |")
+    assert rows[7].startswith("| mvue 2:4, 0 exact epochs first, 1 last | 82.00 | +1.50 |")
     rows = report.table(large).splitlines()
-    assert rows[4] == "| dense | 95.3 | 95.00 |  | 1 | 100 | 1.0% |"
+    assert rows[4] == "| plain | 95.3 | 95.00 |  | 1 | 100 | 1.0% |"
     assert rows[5] == "| rescale 2:4 | 95.2 |  |  |  |  |  |"
     report.plot(small, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
@@ -51,13 +51,13 @@ def test_report(tmp_path: Path) -> None:
 
 def test_report_of_a_model_that_is_a_path() -> None:
     changes = {"model": "/models/of ours", "size": "tiny"}
-    (group,) = report.groups([line("dense", 0, 80.0, **changes) | {"recipe": "lora"}], {})
+    (group,) = report.groups([line("plain", 0, 80.0, **changes) | {"recipe": "lora"}], {})
     assert group.title.startswith("lora, model /models/of ours, 2 epochs")
     assert group.slug == "lora--models-of-ours"
 
 
 def test_the_order_of_a_configs_keys_does_not_matter() -> None:
-    runs = [line("dense", seed, 80.0) for seed in range(2)]
+    runs = [line("plain", seed, 80.0) for seed in range(2)]
     runs[1]["config"] = dict(reversed(runs[1]["config"].items()))
     assert len(report.groups(runs, {})) == 1
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,11 +16,11 @@ import torch
 from small import RECIPES, ROOT, command, fails, flat, lines, run, saved
 from torch import nn
 
+import sdgp
 from recipes.common import checkpoint
 from recipes.common.errors import UserError
 from recipes.common.process import Stop
 from recipes.common.run import _match_layouts
-from sdgp import backends
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -31,9 +32,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_resumes_bit_for_bit(
     recipe: str, steps: int, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backends, "LEAST_WORK", 0)  # so that even these small products are measured
-    monkeypatch.setattr(backends, "_choices", {})
-    monkeypatch.setattr(backends, "_remembered", {})
+    monkeypatch.setattr(sdgp.chooser, "_least_work", 0)  # so that even these small products are measured
+    monkeypatch.setattr(sdgp.chooser, "_decisions", OrderedDict())
     run(monkeypatch, command(recipe, tmp_path / "unbroken", images))
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "asked", lambda self, step: step in (steps, 0 if steps % 3 == 0 else steps))
@@ -41,9 +41,9 @@ def test_resumes_bit_for_bit(
     assert checkpoint.load(saved(tmp_path / "broken")).training["step"] == steps
     assert not list((tmp_path / "broken").glob("*.jsonl"))
     # Another process would choose between products anew, by the clock: it takes those of the checkpoint.
-    assert backends.choices() != {}
-    monkeypatch.setattr(backends, "_choices", {})
-    monkeypatch.setattr(backends, "measure", measured_otherwise)
+    assert len(sdgp.chooser) > 0
+    monkeypatch.setattr(sdgp.chooser, "_decisions", OrderedDict())
+    monkeypatch.setattr(sdgp.chooser, "measure", measured_otherwise)
     run(monkeypatch, command(recipe, tmp_path / "broken", images, "--resume"))
     weights, training = checkpoint.load(saved(tmp_path / "unbroken"))
     again, training_again = checkpoint.load(saved(tmp_path / "broken"))
@@ -60,7 +60,7 @@ def test_resumes_bit_for_bit(
     assert len(lines(tmp_path / "broken")) == 1
 
 
-def measured_otherwise(*_: object) -> backends.Choice:
+def measured_otherwise(*_: object) -> sdgp.Decision:
     raise AssertionError("a product was measured again")
 
 

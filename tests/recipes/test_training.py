@@ -86,14 +86,14 @@ def test_noise(
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
-def test_dense_is_exact(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A dense run, a pruned one whose epochs are all dense, and one that prunes."""
-    run(monkeypatch, command(recipe, tmp_path / "dense", images, row="dense"))
-    run(monkeypatch, command(recipe, tmp_path / "paused", images, "--set", "dense_first=1", "--set", "dense_last=1"))
-    run(monkeypatch, command(recipe, tmp_path / "pruned", images, "--set", "dense_last=1"))
-    dense, paused, pruned = (checkpoint.load(saved(tmp_path / name)).weights for name in ("dense", "paused", "pruned"))
-    assert all(torch.equal(dense[name], paused[name]) for name in dense)
-    assert not all(torch.equal(dense[name], pruned[name]) for name in dense)
+def test_plain_is_exact(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plain run, a pruned one whose epochs are all exact, and one that prunes."""
+    run(monkeypatch, command(recipe, tmp_path / "plain", images, row="plain"))
+    run(monkeypatch, command(recipe, tmp_path / "paused", images, "--set", "exact_first=1", "--set", "exact_last=1"))
+    run(monkeypatch, command(recipe, tmp_path / "pruned", images, "--set", "exact_last=1"))
+    plain, paused, pruned = (checkpoint.load(saved(tmp_path / name)).weights for name in ("plain", "paused", "pruned"))
+    assert all(torch.equal(plain[name], paused[name]) for name in plain)
+    assert not all(torch.equal(plain[name], pruned[name]) for name in plain)
 
 
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
