@@ -80,6 +80,16 @@ def test_weights_of_a_subclass_stay_plain(subclass: type[Tensor]) -> None:
     layer(torch.randn(2, 8, requires_grad=True)).sum()
 
 
+def test_weight_that_becomes_a_subclass_is_told_at_the_call() -> None:
+    layer = sdgp.Linear(256, 256)
+    layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Marked))
+    x = torch.randn(512, 256, requires_grad=True)
+    layer(x)
+    assert "weight of type Marked" in sdgp.report(layer)[0].why
+    with pytest.raises(ValueError, match="weight of type Marked"):
+        sdgp.linear(x, layer.weight, backend="dense")
+
+
 def accelerate_hook(layer: nn.Module) -> None:
     hooks = pytest.importorskip("accelerate.hooks")
     hooks.add_hook_to_module(layer, hooks.ModelHook())

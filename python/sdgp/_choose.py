@@ -7,6 +7,7 @@ import json
 import statistics
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
+from contextvars import ContextVar, Token
 from dataclasses import asdict, fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,7 @@ def static_rule(pruning: Pruning, weight_shape: tuple[int, ...], values: int, gr
 class Chooser:
     """Decides which product computes a data gradient: measures each site once and remembers the result.
 
-    ``with chooser:`` makes it the one that forwards within use; without, they use ``sdgp.chooser``.
+    ``with chooser:`` makes it the one that forwards within use, in this thread; others use ``sdgp.chooser``.
 
     Args:
         margin: the sparse product must take less than this share of the other's time; the rest is measuring noise.
@@ -119,18 +120,19 @@ class Chooser:
         self._least_work, self._least_work_cuda = least_work, least_work_cuda
         self._timer = timer or elapsed_ms
         self._decisions: OrderedDict[Site, Decision] = OrderedDict()
+        self._tokens: list[Token[Chooser]] = []
 
     def __len__(self) -> int:
         return len(self._decisions)
 
     def __enter__(self) -> Self:
-        _current.append(self)
+        self._tokens.append(_current.set(self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _current.remove(self)
+        _current.reset(self._tokens.pop())
 
     def decide(self, site: Site, products: Products) -> Decision:
         """The decision for one data gradient, by the settings in ``site.pruning``.
@@ -270,8 +272,8 @@ def _decision(named: Mapping[str, Any]) -> Decision:
 #: The chooser of every forward outside ``with Chooser():``.
 chooser = Chooser()
 
-_current: list[Chooser] = [chooser]
+_current: ContextVar[Chooser] = ContextVar("chooser", default=chooser)
 
 
 def current_chooser() -> Chooser:
-    return _current[-1]
+    return _current.get()

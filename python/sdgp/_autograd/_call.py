@@ -97,7 +97,7 @@ def in_transform() -> bool:
 def _unusual(input: Tensor, weight: Tensor) -> str | None:
     """What keeps a call from being pruned: a tensor that is more than numbers in memory. None: nothing."""
     for name, tensor in (("input", input), ("weight", weight)):
-        if type(tensor) not in _PLAIN_TYPES and not isinstance(tensor, (FakeTensor, torch.nn.Parameter)):
+        if type(tensor) not in _PLAIN_TYPES and not isinstance(tensor, FakeTensor):
             return f"{name} of type {type(tensor).__name__}"
         if tensor.is_nested or tensor.layout is not torch.strided:
             return f"{name} that is nested" if tensor.is_nested else f"{name} of layout {tensor.layout}"
