@@ -1,0 +1,616 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Which product a data gradient takes: the sparse one equals the dense one, auto and pruned choose as they should, and
+a run that goes on from a checkpoint takes the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compare import Timer, gradients
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import METHODS
+from torch import Tensor, nn
+
+import sdgp
+from sdgp._autograd import LinearProducts
+from sdgp._choose import LEAST_WORK
+from sdgp._pattern import Pruning
+
+# The sparse product is the dense one of the same draws, to rounding.
+
+
+def of_each(call: Callable[[str], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients by the dense and by the sparse product, drawn alike; and both leave the generator alike."""
+    results, states = [], []
+    for backend in ("dense", "sparse"):
+        torch.manual_seed(3)
+        results.append(call(backend))
+        states.append(torch.get_rng_state())
+    assert torch.equal(*states)
+    return results[0], results[1]
+
+
+def near(actual: Tensor, expected: Tensor) -> None:
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype)
+    assert (actual - expected).norm() <= 1e-5 * expected.norm()
+
+
+@settings(max_examples=60)
+@given(
+    leading=st.lists(st.integers(0, 6), max_size=3),
+    features=st.tuples(st.integers(1, 150), st.integers(1, 150)),
+    m=st.integers(1, 64),
+    method=st.sampled_from(METHODS),
+    bias=st.booleans(),
+    data=st.data(),
+)
+def test_linear(
+    leading: list[int], features: tuple[int, int], m: int, method: str, bias: bool, data: st.DataObject
+) -> None:
+    pattern = (data.draw(st.integers(1, m)), m)
+    x = torch.randn(*leading, features[0], requires_grad=True)
+    weight = torch.randn(features[1], features[0], requires_grad=True)
+    b = torch.randn(features[1], requires_grad=True) if bias else None
+    grad_output = torch.randn(*leading, features[1])
+
+    def call(backend: str) -> list[Tensor]:
+        return gradients(sdgp.linear(x, weight, b, pattern=pattern, method=method, backend=backend), grad_output, x)
+
+    (dense,), (sparse,) = of_each(call)
+    near(sparse, dense)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
+@settings(max_examples=100)
+@given(
+    kernel=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)) | st.just("same"),
+    dilation=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+    groups=st.integers(1, 3),
+    per_group=st.tuples(st.integers(1, 4), st.integers(1, 10)),
+    samples=st.integers(0, 3),  # 0: unbatched
+    size=st.tuples(st.integers(7, 11), st.integers(7, 11)),
+    channels_last=st.booleans(),
+    bias=st.booleans(),
+    m=st.sampled_from([1, 2, 3, 4, 8]),
+    method=st.sampled_from(METHODS),
+    data=st.data(),
+)
+def test_conv2d(
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int] | str,
+    dilation: tuple[int, int],
+    groups: int,
+    per_group: tuple[int, int],
+    samples: int,
+    size: tuple[int, int],
+    channels_last: bool,
+    bias: bool,
+    m: int,
+    method: str,
+    data: st.DataObject,
+) -> None:
+    pattern = (data.draw(st.integers(1, m)), m)
+    stride = (1, 1) if padding == "same" else stride
+    channels_in, out = groups * per_group[0], groups * per_group[1]
+    x = torch.randn(max(samples, 1), channels_in, *size)
+    if channels_last:
+        x = x.contiguous(memory_format=torch.channels_last)
+    x = (x if samples else x[0]).requires_grad_()
+    weight = torch.randn(out, per_group[0], *kernel, requires_grad=True)
+    b = torch.randn(out, requires_grad=True) if bias else None
+    geometry: Any = (stride, padding, dilation, groups)
+    grad_output = torch.randn_like(sdgp.conv2d(x, weight, b, *geometry))
+
+    def call(backend: str) -> list[Tensor]:
+        output = sdgp.conv2d(x, weight, b, *geometry, pattern=pattern, method=method, backend=backend)
+        return gradients(output, grad_output, x)
+
+    (dense,), (sparse,) = of_each(call)
+    near(sparse, dense)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("grad_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("weight_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("input_format", [torch.contiguous_format, torch.channels_last])
+def test_conv2d_keeps_the_memory_format(
+    input_format: torch.memory_format,
+    weight_format: torch.memory_format,
+    grad_format: torch.memory_format,
+    kernel: int,
+    groups: int,
+    frozen: bool,
+) -> None:
+    x = torch.randn(2, 8, 9, 9).contiguous(memory_format=input_format).requires_grad_()
+    weight = torch.randn(12, 8 // groups, kernel, kernel).contiguous(memory_format=weight_format)
+    weight.requires_grad_(not frozen)
+    grad_output = torch.randn(2, 12, 9, 9).contiguous(memory_format=grad_format)
+
+    def call(backend: str) -> list[Tensor]:
+        output = sdgp.conv2d(x, weight, None, 1, kernel // 2, 1, groups, backend=backend)
+        return gradients(output, grad_output, x)
+
+    (dense,), (sparse,) = of_each(call)
+    near(sparse, dense)
+    assert sparse.stride() == dense.stride()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_expanded_and_strided_gradients(method: str) -> None:
+    x, weight = torch.randn(6, 12, requires_grad=True), torch.randn(16, 12)
+    for grad_output in (torch.randn(1, 16).expand(6, 16), torch.randn(16, 6).t(), torch.ones(()).expand(6, 16)):
+
+        def call(backend: str, grad_output: Tensor = grad_output) -> list[Tensor]:
+            return gradients(sdgp.linear(x, weight, method=method, backend=backend), grad_output, x)
+
+        (dense,), (sparse,) = of_each(call)
+        near(sparse, dense)
+
+
+@pytest.mark.parametrize("layer", [nn.Linear(16, 12), nn.Conv2d(16, 12, 3, padding=1)], ids=["linear", "conv2d"])
+def test_a_frozen_layer_saves_and_adds_nothing(layer: nn.Module) -> None:
+    frozen = sdgp.convert(layer, method="magnitude", backend="sparse").requires_grad_(False)
+    x = torch.randn(2, 16, 5, 16 if isinstance(layer, nn.Linear) else 5, requires_grad=True)
+    output = frozen(x)
+    assert sum(tensor is not None for tensor in output.grad_fn.saved_tensors) == 1  # the weight
+    output.sum().backward()
+    assert x.grad is not None
+    assert all(parameter.grad is None for parameter in frozen.parameters())
+
+
+# What auto and pruned choose.
+
+
+def chooser(sparse_wins: bool, **settings: Any) -> tuple[sdgp.Chooser, Timer]:
+    timer = Timer(1.0, 2.0) if sparse_wins else Timer(2.0, 1.0)
+    return sdgp.Chooser(timer=timer, rounds=1, **settings), timer
+
+
+either_wins = pytest.mark.parametrize("sparse_wins", [True, False], ids=["sparse wins", "the other wins"])
+
+
+def large(backend: str, method: str = "magnitude") -> tuple[nn.Module, Tensor, Tensor]:
+    """A layer at the size from which products are measured, its input and its output's gradient."""
+    layer = sdgp.Linear(256, 256, bias=False, pattern="1:4", method=method, backend=backend)
+    assert LEAST_WORK == 256 * 256 * 256
+    return layer, torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
+
+
+def data_gradient(layer: nn.Module, x: Tensor, grad_output: Tensor) -> Tensor:
+    return gradients(layer(x), grad_output, x)[0]
+
+
+def outcome(layer: nn.Module) -> tuple[str, float | None]:
+    (row,) = sdgp.report(layer)
+    return row.product, row.ms
+
+
+def test_auto_is_exact_where_dense_wins() -> None:
+    layer, x, grad_output = large("auto")
+    measuring, timer = chooser(sparse_wins=False)
+    with measuring:
+        for _ in range(3):
+            assert torch.equal(data_gradient(layer, x, grad_output), grad_output @ layer.weight)
+    assert (len(measuring), timer.count) == (1, 2)
+    assert outcome(layer) == ("exact", 1.0)
+    why = sdgp.report(layer)[0].why
+    assert "sparse is not faster" in why
+    assert "2.00 ms against 1.00 ms" in why
+    assert layer.decision == sdgp.Decision("exact", why, exact_ms=1.0, sparse_ms=2.0)
+
+
+def test_pruned_prunes_where_dense_wins() -> None:
+    layer, x, grad_output = large("pruned")
+    measuring, timer = chooser(sparse_wins=False)
+    with measuring:
+        for _ in range(3):
+            expected = sdgp.prune_nm(grad_output, 1, 4) @ layer.weight
+            assert torch.equal(data_gradient(layer, x, grad_output), expected)
+    assert (len(measuring), timer.count) == (1, 2)
+    assert outcome(layer) == ("dense", 1.0)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+def test_sparse_is_taken_where_it_wins(backend: str) -> None:
+    layer, x, grad_output = large(backend)
+    values, indices = sdgp.compress_nm(grad_output, 1, 4)
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        for _ in range(3):
+            assert torch.equal(data_gradient(layer, x, grad_output), sdgp.spmm_nm(values, indices, 4, layer.weight))
+    assert (len(measuring), timer.count) == (1, 2)
+    assert outcome(layer) == ("sparse", 1.0)
+    other = {"auto": "exact", "pruned": "dense"}[backend]
+    assert f"faster than {other}: 1.00 ms against 2.00 ms" in sdgp.report(layer)[0].why
+
+
+@either_wins
+def test_what_a_forward_records_does_not_depend_on_what_was_found(sparse_wins: bool) -> None:
+    """So that checkpointing may repeat it after the first measurement, or outside of a pause."""
+    layer, x, grad_output = large("auto")
+
+    def record(output: Tensor) -> tuple[str, list[tuple[int, ...]]]:
+        return output.grad_fn.name(), [tuple(tensor.shape) for tensor in output.grad_fn.saved_tensors]
+
+    with chooser(sparse_wins)[0]:
+        before = record(layer(x))
+        data_gradient(layer, x, grad_output)
+        assert record(layer(x)) == before
+        with sdgp.paused(layer):
+            assert record(layer(x)) == before
+
+
+@either_wins
+def test_conv2d_chooses_too(sparse_wins: bool) -> None:
+    layer = sdgp.Conv2d(64, 64, 3, padding=1, method="magnitude")
+    x = torch.randn(2, 64, 16, 16, requires_grad=True)
+    grad_output = torch.randn(2, 64, 16, 16)
+    measuring, _ = chooser(sparse_wins)
+    with measuring:
+        actual = data_gradient(layer, x, grad_output)
+    kept = sdgp.prune_nm(grad_output, 2, 4, 1) if sparse_wins else grad_output
+    near(actual, data_gradient(layer.to_dense(), x, kept))
+    assert len(measuring) == 1
+    assert outcome(layer)[0] == ("sparse" if sparse_wins else "exact")
+
+
+@either_wins
+def test_unbatched_conv2d_keeps_its_shape(sparse_wins: bool) -> None:
+    layer = sdgp.Conv2d(64, 64, 3, padding=1)
+    x = torch.randn(64, 32, 32, requires_grad=True)
+    measuring, _ = chooser(sparse_wins)
+    with measuring:
+        for _ in range(2):
+            assert layer(x).shape == (64, 32, 32)
+            assert data_gradient(layer, x, torch.randn(64, 32, 32)).shape == x.shape
+    assert len(measuring) == 1
+
+
+def test_one_measurement_for_each_site() -> None:
+    layer, x, grad_output = large("auto")
+    twin, _, _ = large("auto")
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        for each in (layer, twin):  # equal settings and shapes share a choice
+            data_gradient(each, x, grad_output)
+        assert len(measuring) == 1
+        for other in (large("pruned")[0], large("auto", "mvue")[0]):
+            data_gradient(other, x, grad_output)
+        assert len(measuring) == 3
+        for rows in (257, 512, 400):  # up to a power of two, they are one
+            data_gradient(layer, torch.randn(rows, 256, requires_grad=True), torch.randn(rows, 256))
+        assert len(measuring) == 4
+        data_gradient(layer.double(), x.detach().double().requires_grad_(), grad_output.double())
+        assert len(measuring) == 5
+    assert timer.count == 2 * 5
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_number_of_threads_is_part_of_the_site() -> None:
+    layer, x, grad_output = large("auto")
+    measuring, _ = chooser(sparse_wins=True)
+    with measuring:
+        data_gradient(layer, x, grad_output)
+        torch.set_num_threads(1)
+        data_gradient(layer, x, grad_output)
+    assert len(measuring) == 2
+
+
+def test_the_layout_of_a_weight_and_of_an_image_are_part_of_the_site() -> None:
+    measuring, _ = chooser(sparse_wins=True)
+    layer = sdgp.Conv2d(64, 64, 3, padding=1)
+    x, grad_output = torch.randn(2, 64, 16, 16), torch.randn(2, 64, 16, 16)
+    with measuring:
+        for memory_format in (torch.contiguous_format, torch.channels_last):
+            laid_out = x.contiguous(memory_format=memory_format).requires_grad_()
+            data_gradient(layer, laid_out, grad_output.contiguous(memory_format=memory_format))
+        weight = torch.randn(256, 256)
+        for each in (weight, weight.t()):
+            rows = torch.randn(256, 256, requires_grad=True)
+            gradients(sdgp.linear(rows, each), torch.randn(256, 256), rows)
+    assert len(measuring) == 4
+
+
+@pytest.mark.parametrize("layer", [sdgp.Linear(256, 256), sdgp.Conv2d(16, 16, 3)], ids=["linear", "conv2d"])
+def test_a_small_product_is_never_measured(layer: nn.Module) -> None:
+    x = torch.randn((255, 256) if isinstance(layer, sdgp.Linear) else (2, 16, 8, 8), requires_grad=True)
+    grad_output = torch.randn_like(layer(x))
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        exact = data_gradient(layer.to_dense(), x, grad_output)
+        assert torch.equal(data_gradient(layer, x, grad_output), exact)
+        assert outcome(layer) == ("plain", None)
+        assert "_Linear" not in layer(x).grad_fn.name()  # nothing of sdgp is in the graph
+        sdgp.convert(layer, method="magnitude", backend="pruned")
+        dim = -1 if isinstance(layer, sdgp.Linear) else 1
+        expected = data_gradient(layer.to_dense(), x, sdgp.prune_nm(grad_output, 2, 4, dim))
+        assert torch.equal(data_gradient(layer, x, grad_output), expected)
+        assert outcome(layer) == ("dense", None)
+        assert "too small" in sdgp.report(layer)[0].why
+    assert timer.count == len(measuring) == 0
+
+
+def test_what_is_too_small_for_a_chooser() -> None:
+    """Under auto never below the constant that the forward goes by; under pruned as it is told."""
+    x, grad_output = torch.randn(8, 16, requires_grad=True), torch.randn(8, 32)
+    for backend, count in (("auto", 0), ("pruned", 1)):
+        layer = sdgp.Linear(16, 32, backend=backend)
+        measuring, _ = chooser(sparse_wins=True, least_work=0)
+        with measuring:
+            data_gradient(layer, x, grad_output)
+        assert len(measuring) == count
+    layer, x, grad_output = large("auto")
+    measuring, _ = chooser(sparse_wins=True, least_work=LEAST_WORK + 1)
+    with measuring:
+        data_gradient(layer, x, grad_output)
+    assert len(measuring) == 0
+    assert outcome(layer) == ("exact", None)
+
+
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+def test_a_forced_product_is_never_measured(backend: str) -> None:
+    layer, x, grad_output = large(backend)
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        data_gradient(layer, x, grad_output)
+    assert timer.count == len(measuring) == 0
+    assert outcome(layer) == (backend, None)
+
+
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+def test_nothing_is_measured_on_the_meta_device(backend: str) -> None:
+    layer, x, grad_output = large(backend)
+    x = x.detach().to("meta").requires_grad_()
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        assert data_gradient(layer.to("meta"), x, grad_output.to("meta")).is_meta
+    assert timer.count == len(measuring) == 0
+    assert outcome(layer)[0] == {"auto": "exact", "pruned": "dense"}[backend]
+
+
+def test_paused_measures_nothing_and_keeps_the_choice() -> None:
+    layer, x, grad_output = large("auto")
+    exact = grad_output @ layer.weight
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        with sdgp.paused(layer):
+            assert torch.equal(data_gradient(layer, x, grad_output), exact)
+        assert timer.count == 0
+        assert not torch.equal(data_gradient(layer, x, grad_output), exact)
+        with sdgp.paused(layer):
+            assert torch.equal(data_gradient(layer, x, grad_output), exact)
+            assert sdgp.report(layer)[0].note == "exact: paused"
+        assert not torch.equal(data_gradient(layer, x, grad_output), exact)
+    assert len(measuring) == 1
+
+
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+def test_nothing_is_measured_under_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    layer, x, grad_output = large(backend)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    pruned = sdgp.prune_nm(grad_output, 1, 4) if backend == "pruned" else grad_output
+    measuring, timer = chooser(sparse_wins=True)
+    with measuring:
+        near(data_gradient(compiled, x, grad_output), pruned @ layer.weight)
+    assert timer.count == len(measuring) == 0
+    torch._dynamo.reset()
+
+
+@either_wins
+@pytest.mark.parametrize("backend", ["auto", "pruned"])
+@pytest.mark.parametrize("method", METHODS)
+def test_measuring_leaves_the_generator_to_the_layer(backend: str, method: str, sparse_wins: bool) -> None:
+    layer, x, grad_output = large(backend, method)
+    with chooser(sparse_wins)[0]:
+        torch.manual_seed(3)
+        before = torch.get_rng_state()
+        first = data_gradient(layer, x, grad_output)  # measures
+        after_first = torch.get_rng_state()
+        torch.manual_seed(3)
+        second = data_gradient(layer, x, grad_output)
+    assert torch.equal(torch.get_rng_state(), after_first)
+    assert torch.equal(first, second)
+    drawn = method in ("random", "mvue") and (backend == "pruned" or sparse_wins)
+    assert torch.equal(before, after_first) == (not drawn)
+
+
+def test_backwards_use_the_chooser_of_their_forward() -> None:
+    """Which may be another's by then, or nobody's."""
+    layer, x, grad_output = large("auto")
+    outer, _ = chooser(sparse_wins=False)
+    inner, _ = chooser(sparse_wins=True)
+    with outer:
+        with inner:
+            output = layer(x)
+        gradients(output, grad_output, x)
+        assert (len(outer), len(inner)) == (0, 1)
+        data_gradient(layer, x, grad_output)
+        assert (len(outer), len(inner)) == (1, 1)
+    with pytest.raises(KeyError), inner:
+        raise KeyError
+    before = len(sdgp.chooser)
+    with sdgp.chooser:  # as it is anyway
+        output = layer(x)
+    assert (len(outer), len(inner), len(sdgp.chooser)) == (1, 1, before)
+
+
+# How products are timed.
+
+
+class Named:
+    """A data gradient whose products note that they were called, with which seed, and pass their time."""
+
+    def __init__(self, **milliseconds: float) -> None:
+        self.grad_output, self.work = torch.randn(4, 4), 2**40
+        self.milliseconds, self.calls, self.now = milliseconds, [], 0.0
+
+    def obstacle(self) -> None:
+        return None
+
+    def exact(self) -> Tensor:
+        return self._call("exact", None)
+
+    def dense(self, seed: Tensor | None = None) -> Tensor:
+        return self._call("dense", seed)
+
+    def sparse(self, seed: Tensor | None = None) -> Tensor:
+        return self._call("sparse", seed)
+
+    def time(self, call: Callable[[], object], device: torch.device) -> float:
+        before = self.now
+        call()
+        return self.now - before
+
+    def _call(self, name: str, seed: Tensor | None) -> Tensor:
+        assert not torch.is_grad_enabled()
+        assert (seed is None) == (name == "exact")  # drawn by nobody
+        self.calls.append(name)
+        self.now += self.milliseconds.get(name, 1.0)
+        return torch.empty(0)
+
+
+def pruning(backend: str) -> Pruning:
+    return Pruning.parse("linear", "2:4", "mvue", backend)
+
+
+def test_measuring_times_both_products_in_turn() -> None:
+    for backend, rival in (("auto", "exact"), ("pruned", "dense")):
+        products = Named()
+        decision = sdgp.Chooser(timer=products.time).measure(products, pruning(backend), rounds=3)
+        assert products.calls == ["sparse", rival] * 4  # the first round warms up
+        assert decision.sparse_ms == pytest.approx(1.0)
+        assert getattr(decision, f"{rival}_ms") == pytest.approx(1.0)
+        assert decision.ms == getattr(decision, f"{decision.product}_ms")
+
+
+def test_the_median_of_the_rounds_counts() -> None:
+    times = iter([1.0, 5.0, 90.0, 1.0, 2.0, 4.0])
+    measuring = sdgp.Chooser(timer=lambda call, device: next(times), rounds=3)
+    assert measuring.measure_all(Named(), ["sparse", "exact"]) == {"sparse": 2.0, "exact": 4.0}
+
+
+def test_the_clock_of_a_chooser_of_its_own() -> None:
+    products = LinearProducts(torch.randn(64, 64), torch.randn(64, 64), pruning("pruned"))
+    found = sdgp.Chooser(rounds=2).measure_all(products, ("exact", "dense", "sparse"))
+    assert list(found) == ["exact", "dense", "sparse"]
+    assert all(0 < ms < 1000 for ms in found.values())
+
+
+@pytest.mark.parametrize(
+    ("backend", "other_ms", "sparse_ms", "sparse"),
+    [
+        ("pruned", 1.0, 0.9, True),
+        ("pruned", 1.0, 0.97, False),  # noise
+        ("auto", 10.0, 9.0, True),
+        ("auto", 10.0, 9.7, False),
+        ("auto", 0.5, 0.4, False),  # less than the calls of a layer that may prune
+        ("auto", 0.5, 0.3, True),
+    ],
+)
+def test_by_how_much_sparse_must_win(backend: str, other_ms: float, sparse_ms: float, sparse: bool) -> None:
+    products = Named(sparse=sparse_ms, exact=other_ms, dense=other_ms)
+    decision = sdgp.Chooser(timer=products.time).measure(products, pruning(backend))
+    rival = {"auto": "exact", "pruned": "dense"}[backend]
+    assert decision.product == ("sparse" if sparse else rival)
+    assert getattr(decision, f"{rival}_ms") == pytest.approx(other_ms)
+    assert decision.sparse_ms == pytest.approx(sparse_ms)
+    assert {"exact": decision.dense_ms, "dense": decision.exact_ms}[rival] is None
+
+
+def test_margin_and_calls_are_arguments() -> None:
+    for limits, product in (({}, "exact"), ({"margin": 1.0}, "sparse"), ({"margin": 1.0, "calls_ms": 1.0}, "exact")):
+        products = Named(sparse=9.8, exact=10.0)
+        decision = sdgp.Chooser(timer=products.time, **limits).measure(products, pruning("auto"))
+        assert decision.product == product
+
+
+def test_an_evaluation_keeps_what_the_report_says() -> None:
+    layer, x, grad_output = large("auto")
+    with chooser(sparse_wins=True)[0]:
+        data_gradient(layer, x, grad_output)
+        before = sdgp.report(layer)
+        with torch.no_grad():
+            layer(x)
+        layer(x.detach())
+    assert sdgp.report(layer) == before
+    assert before[0].product == "sparse"
+
+
+# Checkpoints of a run.
+
+
+def measured() -> sdgp.Chooser:
+    measuring, _ = chooser(sparse_wins=True)
+    with measuring:
+        for backend in ("auto", "pruned"):
+            data_gradient(*large(backend))
+        layer = sdgp.Conv2d(64, 64, 3, stride=(1, 2), padding=1, backend="pruned")
+        data_gradient(layer, torch.randn(2, 64, 32, 16, requires_grad=True), torch.randn(2, 64, 32, 8))
+    assert len(measuring) == 3
+    return measuring
+
+
+def restored(state: Any) -> tuple[sdgp.Chooser, Timer]:
+    """A chooser that goes on with it, and would find otherwise itself."""
+    other, timer = chooser(sparse_wins=False)
+    other.load_state_dict(state)
+    return other, timer
+
+
+def test_a_state_dict_goes_through_json() -> None:
+    first = measured()
+    state = json.loads(json.dumps(first.state_dict()))
+    other, timer = restored(state)
+    assert other.state_dict() == first.state_dict()
+    with other:
+        layer, x, grad_output = large("auto")
+        data_gradient(layer, x, grad_output)
+        assert outcome(layer) == ("sparse", 1.0)
+        convolution = sdgp.Conv2d(64, 64, 3, stride=(1, 2), padding=1, backend="pruned")
+        data_gradient(convolution, torch.randn(2, 64, 32, 16, requires_grad=True), torch.randn(2, 64, 32, 8))
+        assert outcome(convolution) == ("sparse", 1.0)
+    assert timer.count == 0
+    assert len(other) == 3
+
+
+def test_a_state_of_another_version_loads() -> None:
+    """Fields are known by name: their order, and those that this version does not know, do not matter."""
+    state = measured().state_dict()
+    changed = {}
+    for key, decision in state.items():
+        site = json.loads(key)
+        site["pruning"] = {"later": 1} | dict(reversed(site["pruning"].items()))
+        site = {"later": [1, 2]} | dict(reversed(site.items()))
+        changed[json.dumps(site)] = {"later": None} | dict(reversed(decision.items()))
+    other, _ = restored(changed)
+    assert other.state_dict() == state
+
+
+def test_a_state_dict_adds_to_what_is_known() -> None:
+    other, timer = chooser(sparse_wins=False)
+    with other:
+        layer, x, grad_output = large("auto", "mvue")
+        data_gradient(layer, x, grad_output)
+        other.load_state_dict(measured().state_dict())
+        data_gradient(layer, x, grad_output)
+    assert outcome(layer)[0] == "exact"
+    assert (len(other), timer.count) == (4, 2)
+
+
+@pytest.mark.parametrize("state", [{"x": {}}, {"[]": {}}, {"{}": {}}, {'{"op": "linear"}': {}}, {1: 2}, [1]], ids=str)
+def test_what_is_no_state_dict(state: Any) -> None:
+    other, _ = chooser(sparse_wins=True)
+    with pytest.raises(ValueError, match=r"^Chooser: expected .*state_dict"):
+        other.load_state_dict(state)
+    assert len(other) == 0
