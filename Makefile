@@ -4,6 +4,7 @@ PYTHON ?= python3
 SUFFIX ?=
 VENV := .venv$(SUFFIX)
 SECOND := .venv-second$(SUFFIX)
+THIRD := .venv-third$(SUFFIX)
 DIST := dist$(SUFFIX)
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
@@ -13,7 +14,7 @@ LOCKED ?=
 DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/dev.txt -c requirements/constraints.txt)
 # Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
-# Under the other torch, what is slow runs where a release is made.
+# Under the other versions of torch, what is slow runs where a release is made.
 SECOND_ARGS ?= -m "not slow"
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
 
@@ -24,11 +25,11 @@ FUZZ_RUNS ?= 1000000
 FUZZ_EXAMPLES ?= 2000
 
 .PHONY: all demo test test-all lint cpp-test sanitize fuzz fuzz-kernels fuzz-ops fuzz-threads memcheck cuda-sanitize wheel \
-  sdist python-test second-test install-test docs bench clean coverage coverage-python coverage-cpp mutants reproducible \
+  sdist python-test second-test third-test install-test docs bench clean coverage coverage-python coverage-cpp reproducible \
   lock licences
 all: test
 
-# One wheel is built and repaired, and both environments install that file.
+# One wheel is built and repaired, and all environments install that file.
 WHEEL_INPUTS := $(shell find cpp cuda cmake python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
   .ci/repair-wheel
 
@@ -36,7 +37,7 @@ demo: $(VENV)/installed
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
 # Hours: all that can be tested on a machine without a GPU.
-test-all: test sanitize fuzz coverage mutants reproducible
+test-all: test sanitize fuzz coverage reproducible
 
 test: lint cpp-test python-test second-test install-test
 
@@ -101,12 +102,15 @@ python-test: $(VENV)/installed
 second-test: $(SECOND)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(SECOND)/bin/python -m pytest $(SECOND_ARGS)
 
+third-test: $(THIRD)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(THIRD)/bin/python -m pytest $(SECOND_ARGS)
+
 install-test: $(VENV)/ready $(SECOND)/ready
 	tests/install.sh $(VENV) $(SECOND)
 
-# The wheel for release, tested under two versions of torch, one of them for the CPU alone.
+# The wheel for release, tested under three versions of torch: the newest, the oldest and one between.
 wheel: SECOND_ARGS =
-wheel: python-test second-test
+wheel: python-test second-test third-test
 	@ls -l $(DIST)/*.whl
 
 sdist: $(VENV)/ready
@@ -127,11 +131,6 @@ coverage-python: $(VENV)/installed $(VENV)/tools
 
 coverage-cpp: $(VENV)/installed $(VENV)/tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/coverage-cpp
-
-# One small change after the other to the conversion logic and the selection kernel: do the tests notice? Hours on two cores.
-mutants: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutation/conversion.py
-	$(BIN)/python tests/mutation/kernel.py
 
 # The newest of everything, with the hashes of the public index.
 lock: $(VENV)/tools
@@ -171,14 +170,16 @@ $(VENV)/installed: $(DIST)/built
 	$(BIN)/pip install --quiet --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
-$(SECOND)/ready: requirements/test.txt requirements/constraints-second.txt
-	$(PYTHON) -m venv $(SECOND)
-	$(SECOND)/bin/pip install --quiet torch -r requirements/test.txt -c requirements/constraints-second.txt
+$(SECOND)/ready: CONSTRAINTS = requirements/constraints-second.txt
+$(THIRD)/ready: CONSTRAINTS = requirements/constraints-third.txt
+$(SECOND)/ready $(THIRD)/ready: %/ready: requirements/test.txt requirements/constraints-second.txt requirements/constraints-third.txt
+	$(PYTHON) -m venv $*
+	$*/bin/pip install --quiet torch -r requirements/test.txt -c $(CONSTRAINTS)
 	touch $@
 
-$(SECOND)/installed: $(SECOND)/ready $(DIST)/built
-	$(SECOND)/bin/pip install --quiet --force-reinstall --no-deps $(DIST)/*.whl
+$(SECOND)/installed $(THIRD)/installed: %/installed: %/ready $(DIST)/built
+	$*/bin/pip install --quiet --force-reinstall --no-deps $(DIST)/*.whl
 	touch $@
 
 clean:
-	rm -rf build $(DIST) $(VENV) $(SECOND)
+	rm -rf build $(DIST) $(VENV) $(SECOND) $(THIRD)
