@@ -31,6 +31,8 @@ _casts: weakref.ref[_Casts] | None = None
 
 def autocast(input: Tensor, weight: Tensor, bias: OptionalTensor) -> tuple[Tensor, Tensor, OptionalTensor]:
     """Input, weight and bias as the plain operator would compute with them."""
+    if not torch._C._is_any_autocast_enabled():
+        return input, weight, bias
     device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
         return input, weight, bias

@@ -11,6 +11,7 @@ recorded. Everything else is decided in the backward, from what the first forwar
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -94,8 +95,20 @@ def in_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it certainly is; a fake tensor that stands for a plain one is found by ``_unusual``."""
+    return (
+        type(tensor) in _PLAIN_TYPES
+        and tensor.dtype in PRUNED_DTYPES
+        and tensor.layout is torch.strided
+        and not tensor.is_nested
+    )
+
+
 def _unusual(input: Tensor, weight: Tensor) -> str | None:
     """What keeps a call from being pruned: a tensor that is more than numbers in memory. None: nothing."""
+    if _is_plain(input) and _is_plain(weight):
+        return None
     for name, tensor in (("input", input), ("weight", weight)):
         if type(tensor) not in _PLAIN_TYPES and not isinstance(tensor, FakeTensor):
             return f"{name} of type {type(tensor).__name__}"
@@ -139,7 +152,7 @@ def make_site(
         dtype=gradient.dtype,
         threads=torch.get_num_threads(),
         pruning=call.pruning,
-        weight_shape=tuple(weight.shape),
+        weight_shape=weight.shape,
         weight_contiguous=weight.is_contiguous(),
         values=_exponent(values),
         pixels=_exponent(pixels),
@@ -195,8 +208,15 @@ def rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, s
     return prune_nm(grad_output, *pruning.pattern, dim, "rescale"), "magnitude"
 
 
+@functools.lru_cache
+def held_exact(why: str) -> Decision:
+    return Decision("exact", why)
+
+
 def rows(x: Tensor) -> Tensor:
     """(..., features) -> (rows, features)"""
+    if x.ndim == 2:
+        return x
     return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
 
 

@@ -18,7 +18,20 @@ from .._decision import Decision
 from .._ops import conv2d_input_grad_nm, prune_nm
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+from ._call import (
+    Call,
+    Layer,
+    data_gradient,
+    detached,
+    held_exact,
+    in_transform,
+    make_site,
+    note,
+    rescaled,
+    rows,
+    start,
+    wanted,
+)
 
 _Pair: TypeAlias = tuple[int, int]
 
@@ -201,7 +214,7 @@ def _decide(call: Call, products: Conv2dProducts) -> Decision:
     if call.chooser is None:
         return Decision(call.pruning.backend, "")
     if call.held:
-        decision = Decision("exact", call.held)
+        decision = held_exact(call.held)
     else:
         input, weight = products.input, products.weight
         stride, padding, dilation, groups = products.geometry

@@ -17,7 +17,20 @@ from .._decision import Decision
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import Call, Layer, data_gradient, detached, in_transform, make_site, note, rescaled, rows, start, wanted
+from ._call import (
+    Call,
+    Layer,
+    data_gradient,
+    detached,
+    held_exact,
+    in_transform,
+    make_site,
+    note,
+    rescaled,
+    rows,
+    start,
+    wanted,
+)
 
 
 def linear(
@@ -162,16 +175,17 @@ def _gradients(
         products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.pruning)
         decision = _decide(call, products, ctx.values)
         grad_input = data_gradient("linear", products, decision, grad_output, weight)
+    grad = rows(grad_output)
     if needs[1]:
         assert input is not None
-        grad, samples = rows(grad_output), rows(input)
+        samples = rows(input)
         # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
         if ctx.transposed:
             grad_weight = samples.t() @ grad if weight.is_contiguous() else (grad.t() @ samples).t()
         else:
             grad_weight = grad.t() @ samples if weight.is_contiguous() else (samples.t() @ grad).t()
     if needs[2]:
-        grad_bias = rows(grad_output).sum(0)
+        grad_bias = grad.sum(0)
     return grad_input, grad_weight, grad_bias
 
 
@@ -179,7 +193,7 @@ def _decide(call: Call, products: LinearProducts, values: int) -> Decision:
     if call.chooser is None:
         return Decision(call.pruning.backend, "")
     if call.held:
-        decision = Decision("exact", call.held)
+        decision = held_exact(call.held)
     else:
         site = make_site(call, products.grad_output, products.weight, values)
         decision = call.chooser.decide(site, products)

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""What a converted layer that prunes nothing adds in Python calls: microseconds over the plain layer.
+
+Forward, and forward with backward, of tiny layers that are too small for auto or held exact, and of the smallest ones
+that auto measures and leaves exact. Each difference is the median over rounds of two calls right after another, with
+its 95 % interval; a second plain layer shows the noise.
+
+    python benchmarks/overhead.py
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench import arguments, begin, store
+from torch import Tensor, nn
+
+import sdgp
+from sdgp._timing import seconds
+
+# The layer, and its input's shape.
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "linear 16 -> 16, (8, 16)": (lambda: nn.Linear(16, 16), (8, 16)),
+    "linear 16 -> 16, (2, 4, 16)": (lambda: nn.Linear(16, 16), (2, 4, 16)),
+    "conv 1x1 16 -> 16, (1, 16, 4, 4)": (lambda: nn.Conv2d(16, 16, 1), (1, 16, 4, 4)),
+    "linear 256 -> 256, (256, 256)": (lambda: nn.Linear(256, 256), (256, 256)),
+    "conv 1x1 256 -> 256, (4, 256, 8, 8)": (lambda: nn.Conv2d(256, 256, 1), (4, 256, 8, 8)),
+}
+
+
+def states(plain: nn.Module) -> dict[str, nn.Module]:
+    """The layers to be compared with the plain one."""
+    held = sdgp.convert(copy.deepcopy(plain), backend="pruned")
+    held.hold("benchmark", "held")  # type: ignore[operator]
+    return {
+        "plain again": copy.deepcopy(plain),
+        "auto": sdgp.convert(copy.deepcopy(plain)),
+        "held exact": held,
+    }
+
+
+def difference(call: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float, float]:
+    """Median microseconds and the ends of its 95 % interval, by order statistics."""
+    pairs = []
+    for round in range(rounds):
+        calls = (call, plain) if round % 2 else (plain, call)  # neither always comes first
+        first, second = (seconds(lambda call=call: [call() for _ in range(5)]) / 5 for call in calls)  # type: ignore[misc]
+        pairs.append(1e6 * (first - second if round % 2 else second - first))
+    pairs.sort()
+    half = 0.98 * math.sqrt(rounds)
+    low, high = (pairs[max(0, min(rounds - 1, round_half))] for round_half in _ends(rounds, half))
+    return statistics.median(pairs), low, high
+
+
+def _ends(rounds: int, half: float) -> tuple[int, int]:
+    return math.floor(rounds / 2 - half), math.ceil(rounds / 2 + half)
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    make, shape = LAYERS[name]
+    plain, x = make(), torch.randn(shape, requires_grad=True)
+    gradient = torch.randn_like(plain(x))
+
+    def forward(layer: nn.Module) -> Callable[[], Tensor]:
+        return lambda: layer(x)
+
+    def step(layer: nn.Module) -> Callable[[], object]:
+        leaves = (x, *layer.parameters())
+
+        def run() -> None:
+            for leaf in leaves:
+                leaf.grad = None
+            layer(x).backward(gradient)
+
+        return run
+
+    rows = []
+    for state, layer in states(plain).items():
+        with sdgp.Chooser(timer=lambda call, device: 1.0):  # finds that sparse is not faster
+            step(layer)()
+            for part, make_call in (("forward", forward), ("forward and backward", step)):
+                median, low, high = difference(make_call(layer), make_call(plain), rounds)
+                row = {"layer": name, "state": state, "part": part, "added_us": round(median, 2)}
+                rows.append(row | {"low_us": round(low, 2), "high_us": round(high, 2)})
+    return rows
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.set_defaults(rounds=1000)
+    args = parser.parse_args()
+    machine = begin(args)
+    rows = []
+    for name in LAYERS:
+        for row in measure(name, args.rounds):
+            rows.append(row)
+            interval = f"[{row['low_us']:6.1f}, {row['high_us']:6.1f}]"
+            state = f"{row['state']:11s} | {row['part']:20s}"
+            print(f"{row['layer']:36s} | {state} | {row['added_us']:+6.1f} us {interval}", flush=True)
+    if machine is not None:
+        store("overhead", machine, rows, args.store)
+
+
+if __name__ == "__main__":
+    main()
