@@ -222,3 +222,11 @@ def test_whole_models_load_with_weights_only(tmp_path: Any) -> None:
     with torch.serialization.safe_globals([nn.Sequential, set]):
         loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     assert sdgp.report(loaded) == sdgp.report(model)
+
+
+def test_report_tells_to_revert_before_eager_quantization() -> None:
+    model = nn.Sequential(sdgp.Linear(8, 8), nn.Linear(8, 8))
+    assert "revert" not in str(sdgp.report(model))
+    for layer in model:
+        layer.qconfig = object()  # as torch.ao.quantization's prepare functions leave it
+    assert ["sdgp.revert first" in row.why for row in sdgp.report(model)] == [True, False]

@@ -53,7 +53,8 @@ def report(model: nn.Module) -> Report:
     """What became of each layer of ``model``: its settings, the product that its data gradient takes, and why.
 
     The product is that of the last backward, unless somebody keeps the layer exact since (``sdgp.paused``,
-    ``sdgp.Schedule``, ``sdgp.watch``).
+    ``sdgp.Schedule``, ``sdgp.watch``). Tools that look for the exact class ``nn.Linear`` or ``nn.Conv2d``, as eager
+    quantization does, skip converted layers: ``sdgp.revert`` the model first.
 
     Raises:
         ValueError: where ``model`` is no ``nn.Module``.
@@ -85,6 +86,8 @@ def _row(name: str, module: nn.Module) -> Row:
         product, ms, why = pruning.backend, None, f'backend="{pruning.backend}"'
     else:
         product, ms, why = "", None, "no backward so far"
+    if hasattr(module, "qconfig"):  # eager quantization was asked for
+        why += "; torch.ao.quantization skips what is not exactly nn.Linear or nn.Conv2d: sdgp.revert first"
     return Row(name, kind, str(pruning.pattern), pruning.method, pruning.backend, product, ms, why)
 
 
