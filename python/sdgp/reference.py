@@ -80,7 +80,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def linear_input_grad_nm(
     grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """``sdgp.ops.linear_input_grad_nm``: prune, then multiply."""
+    """``sdgp._ops.prune_nm_matmul``: prune, then multiply."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     pruned = prune_nm(grad_output, n, m, -1, method, seed)
     return (pruned.to(wide) @ weight.to(wide)).to(grad_output.dtype)
@@ -100,7 +100,7 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """``sdgp.ops.conv2d_input_grad_nm``: prune, then PyTorch's transposed convolution."""
+    """``sdgp._ops.conv2d_input_grad_nm``: prune, then PyTorch's transposed convolution."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     samples, out = grad_output.shape[:2]
     by_group = grad_output
