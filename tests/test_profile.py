@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compare import Timer
 from torch import Tensor, nn
 
 import sdgp
-from sdgp import backends
 
 
 def small() -> nn.Sequential:
@@ -32,31 +32,33 @@ def test_rows() -> None:
         ("5", "(2, 12)", "1:4"),
     ]
     for row in result:
-        assert row.backend == "pruned, sparse product"
-        assert row.dense_ms > 0
-        assert row.sparse_ms > 0
-        assert row.share == pytest.approx(row.dense_ms / result.dense_ms)
+        assert row.product == "sparse"
+        assert min(row.exact_ms, row.dense_ms, row.sparse_ms) > 0
+        assert row.share == pytest.approx(row.exact_ms / result.exact_ms)
     assert result.step_ms > 0
 
 
 @pytest.mark.parametrize(
-    ("backend", "note"),
-    [("auto", "exact so far"), ("pruned", "pruned, dense product"), ("dense", "pruned, dense product")],
+    ("backend", "product"), [("auto", "plain"), ("pruned", "dense"), ("dense", "dense"), ("sparse", "sparse")]
 )
-def test_backend(backend: str, note: str) -> None:
+def test_product(backend: str, product: str) -> None:
     result = sdgp.profile(sdgp.convert(small(), backend=backend), torch.randn(BATCH), rounds=1)
-    assert {row.backend for row in result} == {note}
+    assert {row.product for row in result} == {product}
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_backend_that_was_measured(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_choices", {})
-    monkeypatch.setattr(backends, "measure", lambda *_: backends.Choice(sparse, 2.0, 1.0))
+@pytest.mark.parametrize("sparse_wins", [True, False])
+def test_product_that_was_measured(sparse_wins: bool) -> None:
     layer = sdgp.Linear(256, 256)
-    result = sdgp.profile(layer, torch.randn(256, 256, requires_grad=True), rounds=1)
-    assert [(row.layer, row.backend) for row in result] == [
-        ("(model)", "pruned, sparse product" if sparse else "exact")
-    ]
+    with sdgp.Chooser(timer=Timer(1.0, 2.0) if sparse_wins else Timer(2.0, 1.0), rounds=1):
+        result = sdgp.profile(layer, torch.randn(256, 256, requires_grad=True), rounds=1)
+    assert [(row.layer, row.product) for row in result] == [("(model)", "sparse" if sparse_wins else "exact")]
+
+
+def test_each_product_s_time_stands_in_its_column() -> None:
+    times = iter([3.0, 2.0, 1.0])
+    with sdgp.Chooser(timer=lambda call, device: next(times)):
+        (row,) = sdgp.profile(sdgp.Linear(8, 8, backend="sparse"), torch.randn(4, 8, requires_grad=True), rounds=1)
+    assert (row.exact_ms, row.dense_ms, row.sparse_ms) == (3.0, 2.0, 1.0)
 
 
 def test_a_row_for_each_call() -> None:
@@ -174,7 +176,7 @@ def test_state_is_kept() -> None:
         assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before, strict=True))
     assert [len(layer._forward_hooks) for layer in model] == hooks
     assert model.training
-    assert not any(layer.paused for layer in model if isinstance(layer, (sdgp.Linear, sdgp.Conv2d)))
+    assert not any(layer.holds for layer in model if isinstance(layer, (sdgp.Linear, sdgp.Conv2d)))
 
 
 def test_state_is_kept_where_the_step_fails() -> None:
@@ -191,11 +193,10 @@ def test_state_is_kept_where_the_step_fails() -> None:
 
 
 def test_a_device_without_a_sparse_product() -> None:
-    model = sdgp.convert(Keywords().to("meta"))
+    model = sdgp.convert(Keywords().to("meta"), backend="pruned")
     (row,) = sdgp.profile(model, torch.ones(4, 8, device="meta"), rounds=1)
-    assert math.isnan(row.dense_ms)
     assert math.isnan(row.sparse_ms)
-    assert math.isnan(row.share)
+    assert row.product == "dense"
 
 
 # What it prints, and what it refuses.
@@ -206,41 +207,27 @@ def test_table(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     assert printed == f"{result}\n"
     head, line, *rows, total = printed.splitlines()
-    assert [cell.strip() for cell in head.split("|")] == [
-        "layer",
-        "gradient",
-        "pattern",
-        "dense ms",
-        "sparse ms",
-        "share",
-        "backend",
+    columns = [cell.strip() for cell in head.split("|")]
+    assert [columns[0], *columns[2:]] == [
+        *("layer", "pattern", "exact ms", "pruned + dense ms", "sparse ms", "share", "product")
     ]
     assert set(line) == {"-", "|"}
     assert len(rows) == len(result) == 2
     number = r"\d+\.\d+"
-    pattern = rf"3 +\| \(2, 8, 4, 4\) +\| 2:4 +\| {number} +\| {number} +\| {number}% +\| pruned, sparse product"
+    pattern = rf"3 +\| \(2, 8, 4, 4\) +\| 2:4 +\| ({number} +\| ){{3}}{number}% +\| sparse"
     assert re.fullmatch(pattern, rows[0])
-    assert re.fullmatch(rf"step: dense {number} ms, as converted {number} ms, -?{number}% saved", total)
+    assert re.fullmatch(rf"step: exact {number} ms, as converted {number} ms, -?{number}% saved", total)
 
 
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "requirement", "got"),
     [
-        (
-            lambda: sdgp.profile(small(), torch.randn(BATCH)),
-            "profile: expected a model with converted layers, got none: call sdgp.convert(model) first",
-        ),
-        (lambda: sdgp.profile("resnet18", None), "profile: expected an nn.Module, got str"),  # type: ignore[arg-type]
-        (
-            lambda: sdgp.profile(sdgp.convert(small()), torch.randn(BATCH), rounds=0),
-            "profile: expected rounds >= 1, got 0",
-        ),
-        (
-            lambda: sdgp.profile(sdgp.convert(Keywords()), {"x": torch.ones(4, 8), "out": "none"}),
-            "profile: expected the model to return a tensor with a gradient, got none; pass loss=",
-        ),
+        (lambda: sdgp.profile(small(), torch.randn(BATCH)), "converted layers", "none"),
+        (lambda: sdgp.profile("resnet18", None), "nn.Module", "str"),  # type: ignore[arg-type]
+        (lambda: sdgp.profile(sdgp.convert(small()), torch.randn(BATCH), rounds=0), "rounds >= 1", "0"),
+        (lambda: sdgp.profile(sdgp.convert(Keywords()), {"x": torch.ones(4, 8), "out": "none"}), "gradient", "none"),
     ],
 )
-def test_errors(call: Any, message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+def test_errors(call: Any, requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^profile: expected .*{requirement}.*, got {got}"):
         call()

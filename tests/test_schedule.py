@@ -21,8 +21,13 @@ def small(**settings: Any) -> nn.Sequential:
     return sdgp.convert(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 6)), "2:4", **settings)
 
 
-def notes(model: nn.Module) -> list[str]:
-    return [row.note for row in sdgp.report(model)]
+def products(model: nn.Module) -> list[str]:
+    return [row.product for row in sdgp.report(model)]
+
+
+def reasons(model: nn.Module) -> set[str]:
+    """Why layers are held, nothing where they are not."""
+    return {row.why if row.product == "exact" else "" for row in sdgp.report(model)}
 
 
 def gradient(model: nn.Module) -> Tensor:
@@ -42,25 +47,25 @@ def course(schedule: sdgp.Schedule, see: Callable[[], object], units: int) -> li
     ("settings", "exact"),
     [
         ({}, "0000000000"),
-        ({"dense_first": 3}, "1110000000"),
-        ({"total": 8, "dense_first": 2, "dense_last": 3}, "1100011111"),  # beyond the total as at its end
-        ({"total": 8, "dense_first": 5, "dense_last": 3}, "1111111111"),
-        ({"total": 10, "dense_first": 0.3, "dense_last": 0.19}, "1110000001"),
-        ({"total": 100, "dense_first": 0.07}, "1111111000"),  # 0.07 * 100 > 7, 0.29 * 100 < 29
-        ({"total": 3, "dense_first": 0.5, "dense_last": 0.5}, "1011111111"),
-        ({"total": 10, "dense_first": 0.0}, "0000000000"),
-        ({"dense_first": 0.0}, "0000000000"),  # no share of anything
-        ({"total": 1, "dense_last": 1}, "1111111111"),
+        ({"exact_first": 3}, "1110000000"),
+        ({"total": 8, "exact_first": 2, "exact_last": 3}, "1100011111"),  # beyond the total as at its end
+        ({"total": 8, "exact_first": 5, "exact_last": 3}, "1111111111"),
+        ({"total": 10, "exact_first": 0.3, "exact_last": 0.19}, "1110000001"),
+        ({"total": 100, "exact_first": 0.07}, "1111111000"),  # 0.07 * 100 > 7, 0.29 * 100 < 29
+        ({"total": 3, "exact_first": 0.5, "exact_last": 0.5}, "1011111111"),
+        ({"total": 10, "exact_first": 0.0}, "0000000000"),
+        ({"exact_first": 0.0}, "0000000000"),  # no share of anything
+        ({"total": 1, "exact_last": 1}, "1111111111"),
     ],
     ids=str,
 )
-def test_dense_units(settings: dict[str, Any], exact: str) -> None:
+def test_exact_units(settings: dict[str, Any], exact: str) -> None:
     model = small()
-    pruned, dense = gradient(model), gradient(sdgp.revert(copy.deepcopy(model)))
-    assert not torch.allclose(pruned, dense)
+    pruned, plain = gradient(model), gradient(sdgp.revert(copy.deepcopy(model)))
+    assert not torch.allclose(pruned, plain)
     schedule = sdgp.Schedule(model, **settings)
     expected = [digit == "1" for digit in exact]
-    assert course(schedule, lambda: torch.equal(gradient(model), dense), 10) == expected
+    assert course(schedule, lambda: torch.equal(gradient(model), plain), 10) == expected
     schedule.seek(0)
     assert course(schedule, lambda: torch.equal(gradient(model), pruned), 10) == [not is_exact for is_exact in expected]
     schedule.seek(0)
@@ -92,84 +97,87 @@ def test_patterns_change_nothing_else() -> None:
 
 def test_a_pattern_takes_effect_and_n_equal_m_is_exact() -> None:
     model = small()
-    dense = gradient(sdgp.revert(copy.deepcopy(model)))
+    plain = gradient(sdgp.revert(copy.deepcopy(model)))
     at_1_4 = gradient(sdgp.convert(copy.deepcopy(model), "1:4", "magnitude", backend="pruned"))
     schedule = sdgp.Schedule(model, patterns={0: "4:4", 1: "1:4"})
-    assert torch.equal(gradient(model), dense)
+    assert torch.equal(gradient(model), plain)
     schedule.step()
     assert torch.equal(gradient(model), at_1_4)
 
 
 def test_too_narrow_a_layer_is_exact_while_the_pattern_lasts() -> None:
-    model = small()
+    model = small(backend="dense")
     schedule = sdgp.Schedule(model, patterns={1: "2:8", 2: "2:4"})
-    assert course(schedule, lambda: notes(model)[1], 3) == [
-        "pruned",
-        "exact: 6 output channels per group, fewer than m = 8",
-        "pruned",
-    ]
+    assert course(schedule, lambda: products(model)[1], 3) == ["dense", "exact", "dense"]
+    schedule.seek(1)
+    assert "6 output channels" in sdgp.report(model)[1].why
     # What convert would have refused, but the caller built, goes on pruning.
     layer = sdgp.Linear(8, 3, backend="pruned")
     sdgp.Schedule(layer).step()
-    assert notes(layer) == ["pruned"]
+    assert layer.is_pruning
 
 
 def test_report() -> None:
     model = small()
-    schedule = sdgp.Schedule(model, total=9, dense_first=2, dense_last=3)
-    assert set(notes(model)) == {"exact: scheduled, dense_first=2"}
+    schedule = sdgp.Schedule(model, total=9, exact_first=2, exact_last=3)
+    assert reasons(model) == {"scheduled, exact_first=2"}
     schedule.seek(2)
-    assert set(notes(model)) == {"pruned"}
+    assert reasons(model) == {""}
     schedule.seek(6)
-    assert set(notes(model)) == {"exact: scheduled, dense_last=3 of 9"}
+    assert reasons(model) == {"scheduled, exact_last=3 of 9"}
     with sdgp.paused(model):
-        assert set(notes(model)) == {"exact: paused"}
-    assert repr(schedule) == "Schedule(count=6, total=9, dense_first=2, dense_last=3, patterns={})"
+        assert len(reasons(model) & {"paused", "scheduled, exact_last=3 of 9"}) == 1  # both hold it
+    schedule.seek(2)
+    with sdgp.paused(model):
+        assert reasons(model) == {"paused"}
+    schedule.seek(6)
+    assert repr(schedule) == "Schedule(count=6, total=9, exact_first=2, exact_last=3, patterns={})"
 
 
 def test_paused_and_a_schedule_leave_each_other_alone() -> None:
     model = small()
-    dense = gradient(sdgp.revert(copy.deepcopy(model)))
-    schedule = sdgp.Schedule(model, dense_first=1)
+    plain = gradient(sdgp.revert(copy.deepcopy(model)))
+    schedule = sdgp.Schedule(model, exact_first=1)
     with sdgp.paused(model):
         schedule.step()
-        assert torch.equal(gradient(model), dense)  # still paused
-    assert not torch.equal(gradient(model), dense)
+        assert torch.equal(gradient(model), plain)  # still paused
+    assert not torch.equal(gradient(model), plain)
     with sdgp.paused(model):
         schedule.seek(0)
-    assert torch.equal(gradient(model), dense)  # still scheduled
+    assert torch.equal(gradient(model), plain)  # still scheduled
 
 
 def test_convert_and_revert_on_the_way() -> None:
     model = small()
-    schedule = sdgp.Schedule(model, dense_first=1)
+    schedule = sdgp.Schedule(model, exact_first=1)
     sdgp.convert(model, "1:4", backend="pruned")
-    assert set(notes(model)) == {"exact: scheduled, dense_first=1"}
+    assert reasons(model) == {"scheduled, exact_first=1"}
     schedule.step()
     assert [row.pattern for row in sdgp.report(model)] == ["1:4", "1:4"]  # no patterns: those are convert's
     schedule.seek(0)
     sdgp.revert(model)
     schedule.step()
     assert all(type(layer) in (nn.Linear, nn.ReLU) for layer in model)
-    assert not any({"exact", "pruning", "paused"} & set(vars(layer)) for layer in model)
+    assert not any({"pruning", "holds", "decision"} & set(vars(layer)) for layer in model)
 
 
 def test_one_layer_is_reverted_on_the_way() -> None:
     model = small()
-    schedule = sdgp.Schedule(model, dense_first=1)
+    schedule = sdgp.Schedule(model, exact_first=1)
     sdgp.revert(model[0])
     schedule.step()
-    assert notes(model) == ["dense: not converted", "pruned"]
+    assert products(model) == ["plain", ""]
+    assert model[2].is_pruning
 
 
 def test_copies_and_saved_models_keep_the_phase() -> None:
     model = small()
-    schedule = sdgp.Schedule(model, dense_first=1)
+    schedule = sdgp.Schedule(model, exact_first=1)
     twin = copy.deepcopy(model)
     schedule.step()
-    assert set(notes(twin)) == {"exact: scheduled, dense_first=1"}
+    assert reasons(twin) == {"scheduled, exact_first=1"}
     sdgp.Schedule(twin)  # a new one takes over
-    assert set(notes(twin)) == {"pruned"}
+    assert reasons(twin) == {""}
 
 
 def test_state_dict() -> None:
@@ -181,7 +189,7 @@ def test_state_dict() -> None:
             optimizer.step()
             schedule.step()
 
-    settings: dict[str, Any] = {"total": 8, "dense_first": 2, "dense_last": 2, "patterns": {0: "1:4", 5: "2:4"}}
+    settings: dict[str, Any] = {"total": 8, "exact_first": 2, "exact_last": 2, "patterns": {0: "1:4", 5: "2:4"}}
     start = small()
     whole, first, second = (copy.deepcopy(start) for _ in range(3))
     train(whole, sdgp.Schedule(whole, **settings), 8)
@@ -199,7 +207,7 @@ def test_compiled() -> None:
     model = small()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradient(compiled), gradient(model))
-    schedule = sdgp.Schedule(model, dense_first=1, patterns={2: "1:4"})  # of a model that is compiled already
+    schedule = sdgp.Schedule(model, exact_first=1, patterns={2: "1:4"})  # of a model that is compiled already
     phases = []
     for _ in range(3):
         phases.append(gradient(model))
@@ -208,46 +216,40 @@ def test_compiled() -> None:
     assert not any(torch.allclose(one, other) for one, other in itertools.combinations(phases, 2))
 
 
+def test_old_names_warn_and_work() -> None:
+    model = small()
+    with pytest.warns(FutureWarning, match="exact_first") as first:
+        schedule = sdgp.Schedule(model, total=9, dense_first=2)
+    assert repr(schedule) == repr(sdgp.Schedule(model, total=9, exact_first=2))
+    with pytest.warns(FutureWarning, match="exact_last"):
+        schedule = sdgp.Schedule(model, total=9, dense_last=0.5)
+    assert repr(schedule) == repr(sdgp.Schedule(model, total=9, exact_last=0.5))
+    assert first[0].filename == __file__  # where the old name is
+
+
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("call", "requirement", "got"),
     [
-        (lambda: sdgp.Schedule("resnet18"), "expected an nn.Module, got str"),  # type: ignore[arg-type]
+        (lambda: sdgp.Schedule("resnet18"), "nn.Module", "str"),  # type: ignore[arg-type]
+        (lambda: sdgp.Schedule(nn.Linear(8, 8)), "converted layers", "none"),
+        (lambda: sdgp.Schedule(small(), total=0), "total >= 1", "0"),
+        (lambda: sdgp.Schedule(small(), exact_last=3), "total", "exact_last=3"),
+        (lambda: sdgp.Schedule(small(), exact_first=0.1), "total", "exact_first=0.1"),
+        (lambda: sdgp.Schedule(small(), patterns={0.5: "2:4"}), "total", "patterns' keys=0.5"),
         (
-            lambda: sdgp.Schedule(nn.Linear(8, 8)),
-            "expected a model with converted layers, got none: call sdgp.convert(model) first",
+            lambda: sdgp.Schedule(small(), total=9, exact_first=5, exact_last=5),
+            "exact_first + exact_last <= total",
+            "5 + 5 > 9",
         ),
-        (lambda: sdgp.Schedule(small(), total=0), "expected total >= 1, got 0"),
-        (lambda: sdgp.Schedule(small(), dense_last=3), "expected total with dense_last, got dense_last=3 alone"),
-        (lambda: sdgp.Schedule(small(), dense_first=0.1), "expected total with a share, got dense_first=0.1 alone"),
-        (
-            lambda: sdgp.Schedule(small(), patterns={0.5: "2:4"}),
-            "expected total with a share, got patterns' keys=0.5 alone",
-        ),
-        (
-            lambda: sdgp.Schedule(small(), total=9, dense_first=5, dense_last=5),
-            "expected dense_first + dense_last <= total, got 5 + 5 > 9",
-        ),
-        (
-            lambda: sdgp.Schedule(small(), total=9, dense_first=1.0),
-            "expected dense_first as a number of units or as a share below 1.0, got 1.0",
-        ),
-        (
-            lambda: sdgp.Schedule(small(), total=9, dense_last=-1),
-            "expected dense_last as a number of units or as a share below 1.0, got -1",
-        ),
-        (
-            lambda: sdgp.Schedule(small(), total=9, patterns={1: "2:4", 9: "1:4"}),
-            "expected every pattern to begin before total, got 9 >= 9",
-        ),
-        (lambda: sdgp.Schedule(small()).seek(-1), "expected count >= 0, got -1"),
-        (
-            lambda: sdgp.Schedule(small()).load_state_dict({"epoch": 3}),
-            "expected a state_dict with \"count\", got ['epoch']",
-        ),
+        (lambda: sdgp.Schedule(small(), total=9, exact_first=1.0), "exact_first", "1.0"),
+        (lambda: sdgp.Schedule(small(), total=9, exact_last=-1), "exact_last", "-1"),
+        (lambda: sdgp.Schedule(small(), total=9, patterns={1: "2:4", 9: "1:4"}), "before total", "9 >= 9"),
+        (lambda: sdgp.Schedule(small()).seek(-1), "count >= 0", "-1"),
+        (lambda: sdgp.Schedule(small()).load_state_dict({"epoch": 3}), '"count"', "['epoch']"),
     ],
 )
-def test_errors(call: Callable[[], object], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^Schedule: {re.escape(message)}$"):
+def test_errors(call: Callable[[], object], requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^Schedule: expected .*{re.escape(requirement)}.*, got .*{re.escape(got)}"):
         call()
 
 
