@@ -4,9 +4,9 @@
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,34 +14,41 @@ import torch
 from torch import Tensor, nn
 
 import sdgp
-from sdgp import backends
-from sdgp.backends import Choice, Products
-from sdgp.pattern import Pruning
+from sdgp._autograd import LinearProducts
+from sdgp._decision import Products
+from sdgp._pattern import Pruning
 
-module = importlib.import_module("sdgp.advise")  # the package's attribute is the function
+SPARSE_MS = {"2:4": 0.8, "1:4": 0.6, "4:32": 0.3}  # where the exact product takes 1
 
-SPARSE_MS = {"2:4": 0.8, "1:4": 0.6, "4:32": 0.3}  # where the dense product takes 1
+
+class Told(sdgp.Chooser):
+    """Finds what it is told: a sparse product takes what its pattern says."""
+
+    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+        assert products.exact().shape == products.sparse().shape
+        assert rounds in (5, None)  # None: in a backward
+        return sdgp.Decision("sparse", "", exact_ms=1.0, sparse_ms=SPARSE_MS[str(pruning.pattern)])
+
+
+class Slower(sdgp.Chooser):
+    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+        return sdgp.Decision("exact", "", exact_ms=1.0, sparse_ms=2.0)
 
 
 @pytest.fixture(autouse=True)
-def times(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No layer is too small, and a sparse product takes what its pattern says."""
-
-    def measure(products: Products, pruning: Pruning, rounds: int) -> Choice:
-        assert products.dense().shape == products.sparse(None).shape
-        return Choice(True, 1.0, SPARSE_MS[str(pruning.pattern)])
-
-    monkeypatch.setattr(module, "measure", measure)
-    monkeypatch.setattr(backends, "LEAST_WORK", 0)
+def _told() -> Iterator[None]:
+    with Told():
+        yield
 
 
 def net() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 32))
+    return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Dropout(0.5), nn.Linear(64, 64))
 
 
 def batch() -> Tensor:
-    return torch.randn(64, 32)
+    """Of a size at which no data gradient is too small."""
+    return torch.randn(4096, 32)
 
 
 def loss(output: Tensor) -> Tensor:
@@ -57,7 +64,7 @@ def test_chooses_the_fastest_that_the_limits_allow() -> None:
     assert rows["4", "2:4", "mvue"].error < 0.75 < rows["4", "1:4", "mvue"].error < rows["4", "4:32", "mvue"].error
     assert rows["4", "2:4", "magnitude"].bias == rows["4", "2:4", "magnitude"].error > 0.2
     assert [rows["2", pattern, "mvue"].saved_ms for pattern in SPARSE_MS] == pytest.approx([0.2, 0.4, 0.7])
-    assert rows["2", "2:4", "mvue"].shape == "(64, 64)"
+    assert rows["2", "2:4", "mvue"].shape == "(4096, 64)"
     assert plan.saved_ms == pytest.approx(0.4)
     assert plan.step_ms > 0
     fastest = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=9.0, max_bias=9.0)
@@ -65,7 +72,7 @@ def test_chooses_the_fastest_that_the_limits_allow() -> None:
 
 
 def test_errors_are_those_of_the_data_gradient() -> None:
-    model, x = net().eval(), batch()
+    model, x = net().eval(), torch.randn(64, 32)  # of more samples, a quarter
     plan = sdgp.advise(model, x, loss=loss, patterns=("1:4",), methods=("magnitude",), max_error=9.0, max_bias=9.0)
     hidden = model[:4](x).detach().requires_grad_()
     (exact,) = torch.autograd.grad(loss(model[4](hidden)), hidden)
@@ -106,7 +113,7 @@ def state(model: nn.Module) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_leaves_everything_as_it_was(converted: bool) -> None:
-    model = nn.Sequential(net(), nn.BatchNorm1d(32))
+    model = nn.Sequential(net(), nn.BatchNorm1d(64))
     if converted:
         sdgp.convert(model, "1:4", "random", backend="pruned", filter=lambda module, name: name != "0.2")
     model(batch()).sum().backward()
@@ -127,9 +134,9 @@ def test_convert_takes_a_plan_and_its_json() -> None:
         ("1:4", "mvue", "pruned"),
         ("4:8", "random", "pruned"),
     ]
-    assert sdgp.report(model)[0].note == "dense: not in the plan"
+    assert sdgp.report(model)[0].note == "plain: not in the plan"
     sdgp.convert(model, {})
-    assert [row.note for row in sdgp.report(model)] == ["dense: not in the plan"] * 3
+    assert [row.note for row in sdgp.report(model)] == ["plain: not in the plan"] * 3
     layer = nn.Linear(64, 64)
     assert list(sdgp.advise(layer, batch().repeat(1, 2).requires_grad_())) == [""]
     assert isinstance(sdgp.convert(layer, {"": ("2:4", "mvue")}), sdgp.Linear)
@@ -138,53 +145,47 @@ def test_convert_takes_a_plan_and_its_json() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        ({"5": ("2:4", "mvue")}, "convert: expected a plan for layers of this model, got '5'; a wrapper, such as"),
-        ({"2": "2:4"}, "convert: expected a plan of (pattern, method), got '2:4' for 2"),
-        ({"2": ["2:4"]}, "convert: expected a plan of (pattern, method), got ['2:4'] for 2"),
-        (
-            {"5": ("2:4", "mvue"), "6": ("2:4", "mvue")},
-            "convert: expected a plan for layers of this model, got '5', '6'; ",
-        ),
-        ({"2": ("5:4", "mvue")}, "pattern: expected \"n:m\" or (n, m) with 1 <= n <= m <= 64, got '5:4'"),
-        ({"2": ("2:4", "best")}, "convert: expected method to be one of"),
+        ({"5": ("2:4", "mvue")}, r"convert: expected .*layers of this model, got '5'; .*wrapper"),
+        ({"2": "2:4"}, r"convert: expected .*\(pattern, method\), got '2:4' for 2"),
+        ({"2": ["2:4"]}, r"convert: expected .*\(pattern, method\), got \['2:4'\] for 2"),
+        ({"5": ("2:4", "mvue"), "6": ("2:4", "mvue")}, r"convert: expected .*layers of this model, got '5', '6'"),
+        ({"2": ("5:4", "mvue")}, r'pattern: expected "n:m" .*, got \'5:4\''),
+        ({"2": ("2:4", "best")}, r"convert: expected .*mvue, got 'best'"),
     ],
     ids=str,
 )
 def test_bad_plans(plan: Any, message: str) -> None:
     model = net()
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         sdgp.convert(model, plan)
     assert type(model[2]) is nn.Linear
 
 
-def test_why_a_layer_stays_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(net(), nn.Linear(32, 2), nn.Bilinear(2, 2, 8))
+def test_why_a_layer_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(net(), nn.Linear(64, 2), nn.Bilinear(2, 2, 8))
     model.forward = lambda x: model[1](model[0](x))
     plan = sdgp.advise(model, batch(), patterns=("1:4",), max_error=0.1, filter=lambda module, name: name != "0.2")
     text = str(plan)
     assert not plan
     for layer, why in {
         "0.0": "no data gradient",
-        "0.2": "filter returned False",
-        "0.4": "what is faster has error > 0.1",
-        "1": "2 output channels per group, fewer than m = 4",
-        "2": "only nn.Linear and nn.Conv2d are converted, not Bilinear",
+        "0.2": "filter",
+        "0.4": "error > 0.1",
+        "1": "2 output channels",
+        "2": "not Bilinear",
     }.items():
-        assert re.search(rf"^{layer} +\|[^|]*\| dense: {re.escape(why)} *\|", text, re.MULTILINE), (layer, text)
-    assert "what is faster has bias > 0.1" in str(
-        sdgp.advise(net(), batch(), patterns=("1:4",), methods=("magnitude",), max_bias=0.1)
-    )
-    monkeypatch.setattr(module, "measure", lambda *_: Choice(False, 1.0, 2.0))
-    assert "dense: sparse is not faster" in str(sdgp.advise(net(), batch()))
-    monkeypatch.setattr(Products, "obstacle", property(lambda _: lambda: "a GPU, got none"), raising=False)
+        assert re.search(rf"^{layer} +\|[^|]*\| plain: [^|]*{re.escape(why)}", text, re.MULTILINE), (layer, text)
+    assert "has bias > 0.1" in str(sdgp.advise(net(), batch(), patterns=("1:4",), methods=("magnitude",), max_bias=0.1))
+    with Slower():
+        assert "plain: sparse is not faster" in str(sdgp.advise(net(), batch()))
+    monkeypatch.setattr(LinearProducts, "obstacle", lambda _: "a GPU, got none")
     without = sdgp.advise(net(), batch())
-    assert "dense: no sparse product here" in str(without)
+    assert "plain: no sparse product" in str(without)
     assert {row.sparse_ms for row in without.candidates} == {None}
 
 
-def test_too_small_layers_save_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "LEAST_WORK", 2**40)
-    assert not sdgp.advise(net(), batch())
+def test_too_small_layers_save_nothing() -> None:
+    assert not sdgp.advise(net(), torch.randn(2048, 32))
 
 
 def test_several_batches_and_calls() -> None:
@@ -192,34 +193,34 @@ def test_several_batches_and_calls() -> None:
     model = nn.Sequential(nn.Linear(32, 64), layer, nn.Tanh(), layer)
     plan = sdgp.advise(model, batch(), (batch(),), patterns=("2:4",))
     (row,) = plan.candidates
-    assert (row.layer, row.dense_ms, row.sparse_ms, row.saved_ms) == pytest.approx(("1", 2.0, 1.6, 0.4))
+    assert (row.layer, row.exact_ms, row.sparse_ms, row.saved_ms) == pytest.approx(("1", 2.0, 1.6, 0.4))
 
 
 def test_table() -> None:
     model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64))
     head, _, _, layer, step = str(sdgp.advise(model, batch(), patterns=("2:4",))).splitlines()
     assert head.split(" | ")[0].strip() == "layer"
-    pattern = r"1 +\| \(64, 64\) \| 2:4 mvue +\| 1\.000 +\| 0\.800 +\| 0\.200 +\| 0\.\d{3} \| 0\.\d{3} \| 0\.\d{3}"
+    pattern = r"1 +\| \(4096, 64\) \| 2:4 mvue +\| 1\.000 +\| 0\.800 +\| 0\.200 +\| 0\.\d{3} \| 0\.\d{3} \| 0\.\d{3}"
     assert re.fullmatch(pattern, layer), layer
     assert re.fullmatch(
-        r"step: dense \d+\.\d\d ms, 0\.20 ms \(\d+\.\d%\) saved by 1 layers at max_error=0\.75; error of the "
+        r"step: exact \d+\.\d\d ms, 0\.20 ms \(\d+\.\d%\) saved by 1 layers at max_error=0\.75; error of the "
         r"parameters' gradient 0\.\d{3}",
         step,
     )
 
 
 @pytest.mark.parametrize(
-    ("arguments", "settings", "message"),
+    ("arguments", "settings", "requirement", "got"),
     [
-        ((3, 1), {}, "advise: expected an nn.Module, got int"),
-        ((net(),), {}, "advise: expected at least one batch, got none"),
-        ((net(), 1), {"rounds": 0}, "advise: expected rounds >= 1, got 0"),
-        ((net(), 1), {"patterns": ()}, "advise: expected at least one pattern and one method, got none"),
-        ((net(), 1), {"methods": ("best",)}, "advise: expected method to be one of"),
-        ((nn.ReLU(), 1), {}, "advise: expected a model with layers to prune, got none: see sdgp.report(model)"),
+        ((3, 1), {}, "nn.Module", "int"),
+        ((net(),), {}, "batch", "none"),
+        ((net(), 1), {"rounds": 0}, "rounds >= 1", "0"),
+        ((net(), 1), {"patterns": ()}, "pattern", "none"),
+        ((net(), 1), {"methods": ("best",)}, "mvue", "'best'"),
+        ((nn.ReLU(), 1), {}, "layers to prune", "none"),
     ],
     ids=["module", "batches", "rounds", "patterns", "methods", "layers"],
 )
-def test_errors(arguments: tuple[Any, ...], settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
+def test_errors(arguments: tuple[Any, ...], settings: dict[str, Any], requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^advise: expected .*{requirement}.*, got {got}"):
         sdgp.advise(*arguments, **settings)

@@ -136,9 +136,8 @@ def small_llama() -> tuple[nn.Module, Tensor]:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own, and the libraries'
 @pytest.mark.parametrize("make", [small_squeezenet, small_gpt2, small_llama])
-def test_whole_models(make: Callable[[], tuple[nn.Module, Tensor]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_models(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
     """In one graph, with the gradients of eager mode; of text, for every size of a batch."""
-    monkeypatch.setattr(sdgp.backends, "LEAST_WORK", 0)
     torch.manual_seed(0)
     model, batch = make()
     model.float().train()

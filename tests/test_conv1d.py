@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import close, gradients
+from compare import Timer, close, gradients
 from samples import METHODS
 from torch import nn
 
 import sdgp
-from sdgp import backends
 
 pytest.importorskip("transformers")
 Conv1D: Any = pytest.importorskip("transformers.pytorch_utils").Conv1D
@@ -81,16 +80,25 @@ def test_autocast(backend: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=5e-2)
 
 
-def test_a_linear_layer_of_the_same_shape_has_a_choice_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_choices", {})
-    monkeypatch.setattr(backends, "_remembered", {})
-    monkeypatch.setattr(backends, "LEAST_WORK", 0)
+def test_a_linear_layer_of_the_same_shape_has_a_decision_of_its_own() -> None:
     x = torch.randn(8, 16, requires_grad=True)
-    for layer in (Conv1D(32, 16), nn.Linear(16, 32)):
-        sdgp.convert(layer, backend="pruned")
-        layer(x).sum().backward()
-        assert backends.choice_of(layer.last_key) is not None
-    assert len(backends.choices()) == 2
+    with sdgp.Chooser(timer=Timer(1.0, 2.0), least_work=0) as chooser:
+        for count, layer in enumerate((Conv1D(32, 16), nn.Linear(16, 32)), 1):
+            sdgp.convert(layer, backend="pruned")
+            layer(x).sum().backward()
+            assert layer.decision.product == "sparse"
+            assert len(chooser) == count
+
+
+@pytest.mark.parametrize("sparse_wins", [True, False])
+def test_auto(sparse_wins: bool) -> None:
+    layer = sdgp.convert(Conv1D(256, 256), "1:4", "magnitude")
+    x, grad_output = torch.randn(4, 64, 256, requires_grad=True), torch.randn(4, 64, 256)
+    with sdgp.Chooser(timer=Timer(1.0, 2.0) if sparse_wins else Timer(2.0, 1.0)) as chooser:
+        (actual,) = gradients(layer(x), grad_output, x)
+    assert len(chooser) == 1
+    assert sdgp.report(layer)[0].product == ("sparse" if sparse_wins else "exact")
+    close(actual, (sdgp.prune_nm(grad_output, 1, 4) if sparse_wins else grad_output) @ layer.weight.t())
 
 
 def test_convert_report_pause_profile_revert(capsys: pytest.CaptureFixture[str]) -> None:
@@ -103,13 +111,12 @@ def test_convert_report_pause_profile_revert(capsys: pytest.CaptureFixture[str])
     assert model[0].weight is weight
     assert isinstance(model[0], Conv1D)  # what peft asks
     assert repr(model[0]) == "Conv1D(nf=8, nx=16, pattern=2:4, method=magnitude, backend=dense)"
-    assert [(row.type, row.note) for row in sdgp.report(model)] == [
-        ("Conv1D", "pruned, dense product"),
-        ("Conv1D", "dense: 3 output channels per group, fewer than m = 4"),
-        ("Special", "dense: Special is a subclass that sdgp does not know"),
-    ]
+    rows = sdgp.report(model)
+    assert [(row.type, row.product) for row in rows] == [("Conv1D", "dense"), ("Conv1D", "plain"), ("Special", "plain")]
+    assert "3 output channels" in rows[1].why
+    assert "Special" in rows[2].why
     (row,) = sdgp.profile(model[0], {"x": torch.randn(4, 16, requires_grad=True)}, rounds=1)
-    assert (row.shape, row.backend) == ("(4, 8)", "pruned, dense product")
+    assert (row.shape, row.product) == ("(4, 8)", "dense")
     x = torch.randn(4, 16, requires_grad=True)
     with sdgp.paused(model):
         (exact,) = gradients(model[0](x), torch.ones(4, 8).cumsum(1), x)
@@ -120,7 +127,7 @@ def test_convert_report_pause_profile_revert(capsys: pytest.CaptureFixture[str])
 
 
 def test_made_by_hand() -> None:
-    from sdgp.conv1d import Conv1D as Twin
+    from sdgp._conv1d import Conv1D as Twin
 
     layer = Twin(8, 16, pattern="1:4", backend="sparse")
     assert sdgp.report(layer)[0].pattern == "1:4"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Converted models leave Python: what is exported computes the dense forward and knows nothing of sdgp."""
+"""Converted models leave Python: what is exported computes the plain forward and knows nothing of sdgp."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def test_export(backend: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", [False, True])
 def test_torchscript(script: bool, tmp_path: Path) -> None:
     converted = model()
-    dense = sdgp.revert(copy.deepcopy(converted))
-    scripted = torch.jit.script(dense) if script else torch.jit.trace(converted, torch.randn(2, 3, 6, 6))
+    plain = sdgp.revert(copy.deepcopy(converted))
+    scripted = torch.jit.script(plain) if script else torch.jit.trace(converted, torch.randn(2, 3, 6, 6))
     assert not any(node.kind().startswith(("sdgp::", "prim::PythonOp")) for node in scripted.inlined_graph.nodes())
     scripted.save(str(tmp_path / "model.pt"))
     run_elsewhere(tmp_path / "model.pt", converted, torch.randn(5, 3, 6, 6))
@@ -72,7 +72,7 @@ def test_torchscript(script: bool, tmp_path: Path) -> None:
 
 def test_scripting_says_what_to_do() -> None:
     converted = model()
-    with pytest.raises(RuntimeError, match=r"^torch.jit.script: expected a dense model, got a Conv2d of sdgp: script"):
+    with pytest.raises(RuntimeError, match=r"^torch.jit.script: expected a plain model, got a Conv2d of sdgp"):
         torch.jit.script(converted)
     assert type(converted[0]) is sdgp.Conv2d
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 import sys
@@ -12,17 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from compare import Timer
 from torch import nn
 
 import sdgp
-from sdgp import backends
-from sdgp.advise import Candidate, Plan, Point
+from sdgp import _plot
+from sdgp._advise import Candidate, Plan, Point
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-
-module = importlib.import_module("sdgp.plot")  # the package's attribute is the function
 
 
 @pytest.fixture
@@ -78,7 +76,7 @@ def test_of_a_step_that_was_run_again_the_last_counts(tmp_path: Path) -> None:
     line += '"density": 0}}\n'
     path = tmp_path / "watch.jsonl"
     path.write_text(line.format(3, 0.1) + line.format(1, 0.2) + line.format(3, 0.3))
-    record = module._read(path)["a"]
+    record = _plot._read(path)["a"]
     assert (record["step"], record["cosine"]) == ([1, 3], [0.2, 0.3])
     assert math.isnan(record["error"][0])
 
@@ -101,22 +99,28 @@ def test_draws_a_plan(tmp_path: Path, figures: list[Figure]) -> None:
     assert [text.get_text() for text in layers.get_legend().get_texts()] == ["2:4 mvue", "1:4 mvue"]
 
 
-def test_an_advised_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "LEAST_WORK", 0)
-    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
-    sdgp.plot(sdgp.advise(model, torch.randn(8, 16)), tmp_path / "plan.png")
+def test_an_advised_plan(tmp_path: Path, figures: list[Figure]) -> None:
+    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
+    with sdgp.Chooser(timer=Timer(1.0, 2.0)):
+        plan = sdgp.advise(model, torch.randn(1024, 128))
+    assert list(plan) == ["1"]
+    sdgp.plot(plan, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
+    whole, layers = figures[0].axes
+    assert whole.lines[1].get_xydata().tolist() == [[plan.error, plan.saved_ms]]
+    assert len(layers.get_legend().get_texts()) == 3
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "watch.jsonl"
     for text, message in {
-        "": "plot: expected at least one record, got none: did a layer prune?",
-        "{}": f"plot: expected lines that sdgp.watch wrote, got {path}:1: {{}}",
-        "x": f"plot: expected lines that sdgp.watch wrote, got {path}:1: x",
+        "": "one record, got none",
+        '{"step": 1, "la': "one record, got none",  # half written: the run that writes it may still go on
+        "{}\n": f"sdgp.watch wrote, got {path}:1: {{}}",
+        "x\n": f"sdgp.watch wrote, got {path}:1: x",
     }.items():
         path.write_text(text)
-        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        with pytest.raises(ValueError, match=f"^plot: expected .*{re.escape(message)}"):
             sdgp.plot(path, tmp_path / "a.png")
     with pytest.raises(ValueError, match=r"^plot: expected metric to be one of cosine, .*, got 'best'$"):
         sdgp.plot(path, tmp_path / "a.png", "best")

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import Timer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sdgp
-from sdgp import backends
-from sdgp.fidelity import METRICS
+from sdgp._fidelity import METRICS
 
 
 def step(model: nn.Module, x: Tensor) -> None:
@@ -183,20 +183,18 @@ def test_recomputed_layers_are_recorded_once() -> None:
     assert {name: record["step"] for name, record in watch.items()} == {"0.0": [0], "0.1": [0]}
 
 
-def test_exact_layers_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), backend="auto")  # too small for auto
+def test_exact_layers_are_not_recorded() -> None:
+    model = converted(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256)), backend="auto")
     watch = sdgp.watch(model, every=1)
-    step(model, torch.randn(2, 8))
+    step(model, torch.randn(2, 256))  # too small for auto
     assert not watch
-    monkeypatch.setattr(backends, "LEAST_WORK", 0)
-    monkeypatch.setattr(backends, "_choices", {})
-    monkeypatch.setattr(backends, "measure", lambda *_: backends.Choice(True, 2.0, 1.0))
-    for _ in range(2):
-        step(model, torch.randn(2, 8))
-    assert watch["1"]["step"] == [2]  # at step 1 nothing was measured yet
-    with sdgp.paused(model):
-        step(model, torch.randn(2, 8))
-    assert watch["1"]["step"] == [2]
+    with sdgp.Chooser(timer=Timer(1.0, 2.0)):
+        for _ in range(2):
+            step(model, torch.randn(256, 256))
+        assert watch["1"]["step"] == [2]  # at step 1 nothing was measured yet
+        with sdgp.paused(model):
+            step(model, torch.randn(256, 256))
+        assert watch["1"]["step"] == [2]
 
 
 def test_autocast_and_channels_last() -> None:
@@ -213,7 +211,7 @@ def test_autocast_and_channels_last() -> None:
 @pytest.mark.parametrize("value", [0.0, math.inf, math.nan])
 def test_gradients_without_a_direction(value: float, tmp_path: Path) -> None:
     model = converted(nn.Linear(8, 8))
-    watch = sdgp.watch(model, every=1, window=1, dense_below=0.99, to=tmp_path / "watch.jsonl")
+    watch = sdgp.watch(model, every=1, window=1, exact_below=0.99, to=tmp_path / "watch.jsonl")
     x = torch.randn(2, 8, requires_grad=True)
     model(x).backward(torch.full((2, 8), value))
     assert math.isnan(watch["(model)"]["cosine"][0])
@@ -250,7 +248,7 @@ def test_writes_to_tensorboard() -> None:
 
 def harmed() -> tuple[nn.Module, sdgp.Watch]:
     model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:8", "random")
-    return model, sdgp.watch(model, every=1, window=3, dense_below=0.9)
+    return model, sdgp.watch(model, every=1, window=3, exact_below=0.9)
 
 
 def test_sets_harmed_layers_aside() -> None:
@@ -259,7 +257,7 @@ def test_sets_harmed_layers_aside() -> None:
         assert not watch.set_aside
         step(model, torch.randn(4, 8))
     assert list(watch.set_aside) == ["0", "1"]
-    assert re.fullmatch(r"set aside at step 2, cosine 0\.\d\d < dense_below=0\.9", watch.set_aside["0"])
+    assert re.fullmatch(r"set aside at step 2, .*0\.\d\d < exact_below=0\.9", watch.set_aside["0"])
     assert [row.note for row in sdgp.report(model)] == [f"exact: {why}" for why in watch.set_aside.values()]
     assert str(watch).count("exact: set aside") == 2
     x = torch.randn(4, 8, requires_grad=True)
@@ -271,7 +269,7 @@ def test_sets_harmed_layers_aside() -> None:
 
 def test_a_good_layer_stays() -> None:
     model = converted(nn.Linear(8, 8), "7:8")
-    watch = sdgp.watch(model, every=1, window=2, dense_below=0.9)
+    watch = sdgp.watch(model, every=1, window=2, exact_below=0.9)
     for _ in range(4):
         step(model, torch.randn(4, 8))
     assert last(watch, "(model)")["cosine"] > 0.95
@@ -317,32 +315,35 @@ def test_under_torch_compile_nothing_is_recorded_and_nothing_breaks() -> None:
         sdgp.watch(compiled)
 
 
-BAD: list[tuple[dict[str, Any], str]] = [
-    ({"model": 3}, "watch: expected an nn.Module, got int"),
-    (
-        {"model": nn.Linear(8, 8)},
-        "watch: expected a model with converted layers, got none: call sdgp.convert(model) first",
-    ),
-    ({"every": 0}, "watch: expected every >= 1 and window >= 1, got 0 and 10"),
-    ({"window": 0}, "watch: expected every >= 1 and window >= 1, got 100 and 0"),
-    ({"dense_below": 1.5}, "watch: expected 0 < dense_below <= 1, a cosine, got 1.5"),
-    ({"to": 3}, "watch: expected to= a path or a TensorBoard writer, got int"),
+def test_the_old_name_warns_and_works() -> None:
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:8", "random")
+    with pytest.warns(FutureWarning, match="exact_below") as warned:
+        watch = sdgp.watch(model, every=1, window=1, dense_below=0.9)
+    assert warned[0].filename == __file__
+    step(model, torch.randn(4, 8))
+    assert list(watch.set_aside) == ["0", "1"]
+
+
+BAD: list[tuple[dict[str, Any], str, str]] = [
+    ({"model": 3}, "nn.Module", "int"),
+    ({"model": nn.Linear(8, 8)}, "converted layers", "none"),
+    ({"every": 0}, "every >= 1", "0 and 10"),
+    ({"window": 0}, "window >= 1", "100 and 0"),
+    ({"exact_below": 1.5}, "exact_below <= 1", "1.5"),
+    ({"to": 3}, "path", "int"),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
-def test_errors(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+@pytest.mark.parametrize(("arguments", "requirement", "got"), BAD, ids=[requirement for _, requirement, _ in BAD])
+def test_errors(arguments: dict[str, Any], requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^watch: expected .*{requirement}.*, got {got}"):
         sdgp.watch(**{"model": converted(nn.Linear(8, 8)), **arguments})
 
 
 @pytest.mark.parametrize(
-    ("state", "message"),
-    [
-        ({"step": 3}, 'watch: expected a state_dict with "step" and "set_aside", got [\'step\']'),
-        ({"step": 3, "set_aside": {"x": "bad"}}, "watch: expected a state_dict of this model's layers, got x"),
-    ],
+    ("state", "requirement", "got"),
+    [({"step": 3}, '"set_aside"', "['step']"), ({"step": 3, "set_aside": {"x": "bad"}}, "this model's layers", "x")],
 )
-def test_bad_states(state: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+def test_bad_states(state: dict[str, Any], requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^watch: expected .*{requirement}.*, got {re.escape(got)}"):
         sdgp.watch(converted(nn.Linear(8, 8))).load_state_dict(state)
