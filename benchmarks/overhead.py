@@ -3,7 +3,8 @@
 
 Forward, and forward with backward, of tiny layers that are too small for auto or held exact, and of the smallest ones
 that auto measures and leaves exact. Each difference is the median over rounds of two calls right after another, with
-its 95 % interval; a second plain layer shows the noise.
+its 95 % interval; a second plain layer shows the noise. Then training steps on images of varying size, after the first
+ten.
 
     python benchmarks/overhead.py
 """
@@ -11,13 +12,13 @@ its 95 % interval; a second plain layer shows the noise.
 from __future__ import annotations
 
 import copy
-import math
+import random
 import statistics
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench import arguments, begin, store
+from bench import arguments, begin, interval, store
 from torch import Tensor, nn
 
 import sdgp
@@ -52,13 +53,8 @@ def difference(call: Callable[[], object], plain: Callable[[], object], rounds: 
         first, second = (seconds(lambda call=call: [call() for _ in range(5)]) / 5 for call in calls)  # type: ignore[misc]
         pairs.append(1e6 * (first - second if round % 2 else second - first))
     pairs.sort()
-    half = 0.98 * math.sqrt(rounds)
-    low, high = (pairs[max(0, min(rounds - 1, round_half))] for round_half in _ends(rounds, half))
-    return statistics.median(pairs), low, high
-
-
-def _ends(rounds: int, half: float) -> tuple[int, int]:
-    return math.floor(rounds / 2 - half), math.ceil(rounds / 2 + half)
+    low, high = interval(rounds)
+    return statistics.median(pairs), pairs[low], pairs[high]
 
 
 def measure(name: str, rounds: int) -> list[dict[str, Any]]:
@@ -90,6 +86,34 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def images_of_varying_size(steps: int) -> dict[str, Any]:
+    """Training steps of a small network on images of 48 to 111 pixels each way, as a detector sees them."""
+    plain = nn.Sequential(
+        nn.Conv2d(3, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, padding=1),
+    )
+    converted = sdgp.convert(copy.deepcopy(plain))
+    sizes, ratios = random.Random(0), []
+    with sdgp.Chooser() as chooser:
+        for step in range(steps):
+            images = torch.randn(2, 3, sizes.randrange(48, 112), sizes.randrange(48, 112))
+            models = (plain, converted) if step % 2 else (converted, plain)
+            times = {model: seconds(lambda model=model: model(images).square().mean().backward()) for model in models}  # type: ignore[misc]
+            ratios.append(times[converted] / times[plain])
+        ratios = sorted(ratios[10:])
+        low, high = interval(len(ratios))
+        return {
+            "steps": steps,
+            "sites": len(chooser),
+            "times_plain": round(statistics.median(ratios), 4),
+            "low": round(ratios[low], 4),
+            "high": round(ratios[high], 4),
+        }
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(rounds=1000)
@@ -99,9 +123,10 @@ def main() -> None:
     for name in LAYERS:
         for row in measure(name, args.rounds):
             rows.append(row)
-            interval = f"[{row['low_us']:6.1f}, {row['high_us']:6.1f}]"
-            state = f"{row['state']:11s} | {row['part']:20s}"
-            print(f"{row['layer']:36s} | {state} | {row['added_us']:+6.1f} us {interval}", flush=True)
+            state = f"{row['state']:11s} | {row['part']:20s} | {row['added_us']:+6.1f} us"
+            print(f"{row['layer']:36s} | {state} [{row['low_us']:6.1f}, {row['high_us']:6.1f}]", flush=True)
+    rows.append(images_of_varying_size(max(args.rounds // 10, 30)))
+    print("images of varying size, auto: {times_plain:.3f} of plain [{low:.3f}, {high:.3f}]".format(**rows[-1]))
     if machine is not None:
         store("overhead", machine, rows, args.store)
 
