@@ -12,6 +12,7 @@ ten.
 from __future__ import annotations
 
 import copy
+import functools
 import random
 import statistics
 from collections.abc import Callable
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 import sdgp
 from sdgp._timing import seconds
+
+REPEATS = 5
 
 # The layer, and its input's shape.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
@@ -45,13 +48,18 @@ def states(plain: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def repeat(call: Callable[[], object]) -> None:
+    for _ in range(REPEATS):
+        call()
+
+
 def difference(call: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float, float]:
     """Median microseconds and the ends of its 95 % interval, by order statistics."""
     pairs = []
-    for round in range(rounds):
-        calls = (call, plain) if round % 2 else (plain, call)  # neither always comes first
-        first, second = (seconds(lambda call=call: [call() for _ in range(5)]) / 5 for call in calls)  # type: ignore[misc]
-        pairs.append(1e6 * (first - second if round % 2 else second - first))
+    for index in range(rounds):
+        calls = (call, plain) if index % 2 else (plain, call)  # neither always comes first
+        times = {each: seconds(functools.partial(repeat, each)) / REPEATS for each in calls}
+        pairs.append(1e6 * (times[call] - times[plain]))
     pairs.sort()
     low, high = interval(rounds)
     return statistics.median(pairs), pairs[low], pairs[high]
@@ -86,6 +94,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def train(model: nn.Module, images: Tensor) -> None:
+    model(images).square().mean().backward()
+
+
 def images_of_varying_size(steps: int) -> dict[str, Any]:
     """Training steps of a small network on images of 48 to 111 pixels each way, as a detector sees them."""
     plain = nn.Sequential(
@@ -101,7 +113,7 @@ def images_of_varying_size(steps: int) -> dict[str, Any]:
         for step in range(steps):
             images = torch.randn(2, 3, sizes.randrange(48, 112), sizes.randrange(48, 112))
             models = (plain, converted) if step % 2 else (converted, plain)
-            times = {model: seconds(lambda model=model: model(images).square().mean().backward()) for model in models}  # type: ignore[misc]
+            times = {model: seconds(functools.partial(train, model, images)) for model in models}
             ratios.append(times[converted] / times[plain])
         ratios = sorted(ratios[10:])
         low, high = interval(len(ratios))

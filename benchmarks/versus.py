@@ -145,12 +145,11 @@ class Side:
 
 def compare(case: str, this: Side, other: Side, rounds: int) -> dict[str, Any]:
     mine, ratios = [], []
-    for round in range(rounds):
-        sides = (this, other) if round % 2 else (other, this)  # neither always comes first
-        first, second = (side.milliseconds(case) for side in sides)
-        a, b = (first, second) if round % 2 else (second, first)
-        mine.append(a)
-        ratios.append(a / b)
+    for index in range(rounds):
+        sides = (this, other) if index % 2 else (other, this)  # neither always comes first
+        times = {side: side.milliseconds(case) for side in sides}
+        mine.append(times[this])
+        ratios.append(times[this] / times[other])
     ratios.sort()
     low, high = interval(rounds)
     ms, ratio = statistics.median(mine), statistics.median(ratios)
