@@ -11,7 +11,7 @@ trap 'rm -rf "$work"' EXIT
 export PATH="$tools/bin:$PATH"
 
 CHECK='
-import pathlib, sys, torch, sdgp
+import pathlib, sys, torch, sdgp, sdgp_cli
 assert sdgp.prune_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4).tolist() == [3, 0, 0, -4]
 library = pathlib.Path(sdgp._load.C.__file__)
 assert library.is_relative_to(sys.prefix), f"expected the library of this environment, got {library}"
