@@ -40,7 +40,8 @@ class Call(NamedTuple):
     Attributes:
         held: why the gradient is exact whatever the settings say; empty: the settings count.
         layer: learns the decision; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
-        chooser: decides in the backward; None: the product of ``pruning.backend`` is taken, as under torch.compile.
+        chooser: decides in the backward; None where the forward decided, as under torch.compile.
+        product: what was decided then.
     """
 
     op: str
@@ -48,6 +49,7 @@ class Call(NamedTuple):
     held: str
     layer: Layer | None
     chooser: Chooser | None
+    product: str = ""
 
 
 def start(
@@ -127,8 +129,8 @@ def _compiled(op: str, pruning: Pruning, held: str, input: Tensor, weight: Tenso
         sparse = work >= LEAST_WORK and static_rule(pruning, tuple(weight.shape), _exponent(input.numel()), input)
         if pruning.backend == "auto" and not sparse:
             return None
-        pruning = Pruning(pruning.pattern, pruning.method, "sparse" if sparse else "dense")
-    return Call(op, pruning, "", None, None)
+        return Call(op, pruning, "", None, None, "sparse" if sparse else "dense")
+    return Call(op, pruning, "", None, None, pruning.backend)
 
 
 def _exponent(size: int) -> int:

@@ -191,7 +191,7 @@ def _gradients(
 
 def _decide(call: Call, products: LinearProducts, values: int) -> Decision:
     if call.chooser is None:
-        return Decision(call.pruning.backend, "")
+        return Decision(call.product, "")
     if call.held:
         decision = held_exact(call.held)
     else:
