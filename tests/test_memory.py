@@ -18,6 +18,7 @@ from samples import METHODS
 from torch import Tensor
 
 import sdgp
+from sdgp._autograd import LinearProducts
 
 # More than 2^31 elements.
 
@@ -221,7 +222,7 @@ def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) 
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("sdgp.autograd._linear.linear_input_grad_nm", fail)
+        patch.setattr(LinearProducts, "sparse", fail)
         with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
             layer(x).sum().backward()
     assert x.grad is None
