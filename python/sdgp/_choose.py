@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, fields, replace
 from types import TracebackType
@@ -36,24 +36,22 @@ IDENTITY = Decision("exact", "n == m: nothing is pruned")
 SMALL = Decision("plain", "the data gradient has fewer than 16 M multiply-adds: too small to gain")
 _SMALL = {product: Decision(product, "the data gradient is too small to gain") for product in ("exact", "dense")}
 _TWICE = Decision("exact", "the gradient is differentiated again (create_graph=True)")
-_TRANSFORM = "torch.func transforms have no sparse product"
 _FORCED = {product: Decision(product, f'backend="{product}"') for product in ("dense", "sparse")}
 
 
-def obstacle(pruning: Pruning, gradient: Tensor, groups: int = 1) -> str | None:
-    """Why there is no sparse product for such a gradient, as "requirement, got actual"; None: there is one.
+def obstacle(pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1) -> str | None:
+    """Why there is no sparse product for a data gradient, as "requirement, got actual"; None: there is one.
 
     Args:
         groups: of a convolution.
     """
-    device = gradient.device
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"a device that has a sparse product (cpu, cuda), got {device}"
     if groups > 1:
         return f"a convolution of one group on cuda, got groups={groups}"
-    return _semi_structured.obstacle(device, gradient.dtype, pruning.pattern)
+    return _semi_structured.obstacle(device, dtype, pruning.pattern)
 
 
 def kernels_run(gradient: Tensor) -> bool:
@@ -69,15 +67,17 @@ def kernels_run(gradient: Tensor) -> bool:
     )
 
 
-def static_rule(pruning: Pruning, weight_shape: tuple[int, ...], values: int, gradient: Tensor) -> bool:
+def static_rule(
+    pruning: Pruning, device: torch.device, dtype: torch.dtype, weight_shape: Sequence[int], values: int
+) -> bool:
     """Whether the sparse product has won with a margin wherever it was measured: the rule where nothing is measured.
 
     Args:
-        values: the exponent of a power of two, as in ``Site``.
+        values: the number of the input's values.
     """
     n, m = pruning.pattern
-    large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 18
-    return gradient.device.type == "cpu" and gradient.dtype == torch.float32 and 4 * n <= m and large
+    large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 2**18
+    return device.type == "cpu" and dtype == torch.float32 and 4 * n <= m and large
 
 
 class Chooser:
@@ -134,53 +134,62 @@ class Chooser:
     ) -> None:
         _current.reset(self._tokens.pop())
 
+    def foresee(self, site: Site, work: int) -> Decision | None:
+        """The decision where it is known without measuring; None: the products have to be timed.
+
+        Args:
+            work: multiply-adds of the exact product.
+        """
+        pruning = site.pruning
+        if pruning.is_identity:
+            return IDENTITY
+        backend, other = pruning.backend, _other(pruning)
+        if torch._C._are_functorch_transforms_active():
+            return Decision("dense" if backend != "auto" else "exact", "torch.func transforms have no sparse product")
+        if backend in _FORCED:
+            return _FORCED[backend]
+        deterministic = torch.are_deterministic_algorithms_enabled()
+        if not deterministic and (known := self._decisions.get(site)) is not None:
+            return known
+        if work < (self._least_work if site.device.type == "cpu" else self._least_work_cuda):
+            return _SMALL[other]
+        if (missing := obstacle(pruning, site.device, site.dtype, site.groups)) is not None:
+            return Decision(other, f"a sparse product needs {missing}")
+        if deterministic:
+            return _static(site, "torch.use_deterministic_algorithms asks for no choice by the clock")
+        return None
+
     def decide(self, site: Site, products: Products) -> Decision:
-        """The decision for one data gradient, by the settings in ``site.pruning``.
+        """The decision for one data gradient, in its backward.
 
         Raises:
             ValueError: ``op: requirement, got actual``, where ``sparse`` is forced and there is no such product.
         """
         pruning = site.pruning
-        if pruning.is_identity:
-            return IDENTITY
-        backend = pruning.backend
-        if backend == "auto" and torch.is_grad_enabled():
+        if pruning.backend == "auto" and torch.is_grad_enabled():
             return _TWICE
-        if torch._C._are_functorch_transforms_active():
-            return Decision("exact" if backend == "auto" else "dense", _TRANSFORM)
-        if backend == "dense":
-            return _FORCED["dense"]
-        if backend == "sparse":
-            if (missing := products.obstacle()) is not None:
+        decision = self.foresee(site, products.work)
+        if decision is None:
+            if not kernels_run(products.grad_output):
+                return _static(site, "nothing can be measured here (fake tensors, a tracer or a captured graph)")
+            decision = self._decisions[site] = self._measured(products, pruning)
+            if len(self._decisions) > self._limit:
+                self._decisions.popitem(last=False)
+        elif decision is _FORCED["sparse"]:
+            missing = obstacle(pruning, site.device, site.dtype, site.groups)
+            if missing is not None:
                 raise ValueError(
                     f'{site.op}: backend="sparse" expected {missing}; '
                     'use "pruned" for the same gradients through the faster product there is'
                 )
-            return _FORCED["sparse"]
-        return self._faster(site, products)
+        return decision
 
-    def _faster(self, site: Site, products: Products) -> Decision:
-        gradient = products.grad_output
-        decision = self._decisions.get(site)
-        if decision is not None and not torch.are_deterministic_algorithms_enabled():
-            return decision
-        if products.work < (self._least_work if gradient.device.type == "cpu" else self._least_work_cuda):
-            return _SMALL[_other(site.pruning)]
-        if torch.are_deterministic_algorithms_enabled():
-            return _static(site, gradient, "torch.use_deterministic_algorithms asks for no choice by the clock")
-        if not kernels_run(gradient):
-            return _static(site, gradient, "nothing can be measured here (fake tensors, a tracer or a captured graph)")
-        if (missing := products.obstacle()) is not None:
-            return Decision(_other(site.pruning), f"a sparse product needs {missing}")
+    def _measured(self, products: Products, pruning: Pruning) -> Decision:
         try:
-            decision = self.measure(products, site.pruning)
+            return self.measure(products, pruning)
         except RuntimeError as error:  # out of memory, or a library that refuses this size: the step goes on without
             message = str(error).partition("\n")[0]
-            decision = Decision(_other(site.pruning), f"the sparse product failed when it was measured: {message}")
-        self._decisions[site] = decision
-        if len(self._decisions) > self._limit:
-            self._decisions.popitem(last=False)
-        return decision
+            return Decision(_other(pruning), f"the sparse product failed when it was measured: {message}")
 
     def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> Decision:
         """Times the products that compete under ``pruning.backend``, in turn. PyTorch's generators are left alone."""
@@ -248,8 +257,8 @@ def _other(pruning: Pruning) -> str:
     return "dense" if pruning.backend == "pruned" else "exact"
 
 
-def _static(site: Site, gradient: Tensor, why: str) -> Decision:
-    sparse = static_rule(site.pruning, site.weight_shape, site.values, gradient)
+def _static(site: Site, why: str) -> Decision:
+    sparse = static_rule(site.pruning, site.device, site.dtype, site.weight_shape, 2**site.values)
     return Decision("sparse" if sparse else _other(site.pruning), f"static rule: {why}")
 
 

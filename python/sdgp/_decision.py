@@ -20,9 +20,11 @@ class Site(NamedTuple):
     """What a choice depends on: the data gradients of one kind on one machine. Gradients of similar size share a site.
 
     Attributes:
+        dtype: that the products compute in.
         values: the number of the input's values, as the exponent of the next power of two.
         pixels: the pixels of one sample, likewise; 0 for a linear layer.
-        geometry: stride, padding, dilation and groups of a convolution, flat.
+        groups: of a convolution.
+        geometry: stride, padding and dilation of a convolution, flat.
     """
 
     op: str
@@ -34,7 +36,8 @@ class Site(NamedTuple):
     weight_contiguous: bool
     values: int
     pixels: int = 0
-    geometry: tuple[int, ...] = ()
+    groups: int = 1
+    geometry: tuple[int | str, ...] = ()
     channels_last: bool = False
 
 

@@ -43,6 +43,15 @@ def autocast(input: Tensor, weight: Tensor, bias: OptionalTensor) -> tuple[Tenso
     return _cast(input, dtype, casts), _cast(weight, dtype, casts), None if bias is None else _cast(bias, dtype, casts)
 
 
+def computed_dtype(input: Tensor) -> torch.dtype:
+    """The dtype that an operator computes in, given this input."""
+    if not torch._C._is_any_autocast_enabled() or input.dtype == torch.float64:
+        return input.dtype
+    device = input.device.type
+    is_cast = device != "meta" and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_cast else input.dtype
+
+
 def _cast(tensor: Tensor, dtype: torch.dtype, casts: _Casts | None) -> Tensor:
     if not tensor.is_floating_point() or tensor.dtype in (dtype, torch.float64):
         return tensor

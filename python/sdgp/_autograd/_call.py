@@ -3,15 +3,18 @@
 Function remembers of it.
 
 Note [One path]
-A forward may run twice: activation checkpointing repeats it in the middle of a backward, after other layers have been
-measured, a `paused` block has ended or a schedule has moved on. So whether a call goes through the Function, and what
-the Function saves, depends only on what the repetition sees again: the arguments, `backend`, and whether gradients are
-recorded. Everything else is decided in the backward, from what the first forward noted in its `Call`.
+Activation checkpointing repeats a forward in the middle of a backward, after other layers have been measured, a
+`paused` block has ended or a schedule has moved on. The repetition must save what the first run saved. Checkpoints swap
+saved tensors by hooks. So wherever such hooks are active, a call goes through the Function whatever the state of its
+layer, and the backward decides, from what the first forward noted in its `Call`. Where none are active, nothing repeats
+what this forward records, and a layer that is known to be exact is the plain one. (A reentrant checkpoint records its
+repetition alone.)
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -23,7 +26,7 @@ from .._choose import LEAST_WORK, SMALL, Chooser, current_chooser, static_rule
 from .._decision import Decision, Products, Site
 from .._ops import PRUNED_DTYPES, prune_nm
 from .._pattern import Pruning
-from ._autocast import OptionalTensor
+from ._autocast import OptionalTensor, computed_dtype
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
@@ -40,34 +43,43 @@ class Call(NamedTuple):
     Attributes:
         held: why the gradient is exact whatever the settings say; empty: the settings count.
         layer: learns the decision; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
-        chooser: decides in the backward; None where the forward decided, as under torch.compile.
-        product: what was decided then.
+        chooser: decides in the backward, for ``site``.
+        product: what the forward decided, under torch.compile; empty: the backward decides.
     """
 
     op: str
     pruning: Pruning
-    held: str
-    layer: Layer | None
-    chooser: Chooser | None
+    held: str = ""
+    layer: Layer | None = None
+    chooser: Chooser | None = None
+    site: Site | None = None
     product: str = ""
 
 
 def start(
-    op: str, pruning: Pruning, held: str, layer: Layer | None, input: Tensor, weight: Tensor, work: int
+    op: str,
+    pruning: Pruning,
+    held: str,
+    layer: Layer | None,
+    input: Tensor,
+    weight: Tensor,
+    work: int,
+    make_site: Callable[[torch.dtype], Site],
 ) -> Call | None:
     """The note of a call that goes through the Function, or None for one that the plain operator computes.
 
     Args:
         work: multiply-adds of the data gradient, at stride 1.
+        make_site: from the dtype that the products compute in.
 
     Raises:
         ValueError: ``op: requirement, got actual``, for tensors that sdgp cannot prune where pruning is forced.
     """
     if not (torch.is_grad_enabled() and input.requires_grad):
         return None  # no data gradient
+    auto = pruning.backend == "auto"
     if torch.compiler.is_compiling():
         return _compiled(op, pruning, held, input, weight, work)
-    auto = pruning.backend == "auto"
     if auto and work < LEAST_WORK:
         note(layer, SMALL)
         return None
@@ -84,7 +96,27 @@ def start(
     if auto and in_transform():
         note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"))
         return None
-    return Call(op, pruning, held, layer, current_chooser())
+    chooser, site = current_chooser(), make_site(computed_dtype(input))
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # see Note [One path]
+        decision = held_exact(held) if held else chooser.foresee(site, work) if auto else None
+        if decision is not None and not decision.prunes:
+            note(layer, decision)
+            return None
+    return Call(op, pruning, held, layer, chooser, site)
+
+
+def decide(call: Call, products: Products) -> Decision:
+    """In a backward: which product computes the data gradient of a call."""
+    if call.chooser is None or call.site is None:
+        return Decision(call.product, "")
+    decision = held_exact(call.held) if call.held else call.chooser.decide(call.site, products)
+    note(call.layer, decision)
+    return decision
+
+
+@functools.lru_cache
+def held_exact(why: str) -> Decision:
+    return Decision("exact", why)
 
 
 def note(layer: Layer | None, decision: Decision) -> None:
@@ -125,42 +157,19 @@ def _compiled(op: str, pruning: Pruning, held: str, input: Tensor, weight: Tenso
     """Under torch.compile everything is decided while the forward is traced; a recomputation is part of its graph."""
     if held or pruning.is_identity or torch.compiler._is_exporting_flag:
         return None
-    if pruning.backend in ("auto", "pruned"):
-        sparse = work >= LEAST_WORK and static_rule(pruning, tuple(weight.shape), _exponent(input.numel()), input)
-        if pruning.backend == "auto" and not sparse:
+    product = pruning.backend
+    if product in ("auto", "pruned"):
+        large = work >= LEAST_WORK
+        sparse = large and static_rule(pruning, input.device, input.dtype, weight.shape, input.numel())
+        if product == "auto" and not sparse:
             return None
-        return Call(op, pruning, "", None, None, "sparse" if sparse else "dense")
-    return Call(op, pruning, "", None, None, pruning.backend)
+        product = "sparse" if sparse else "dense"
+    return Call(op, pruning, product=product)
 
 
-def _exponent(size: int) -> int:
+def exponent(size: int) -> int:
     """Of the next power of two."""
     return max(size - 1, 0).bit_length()
-
-
-def make_site(
-    call: Call,
-    gradient: Tensor,
-    weight: Tensor,
-    values: int,
-    pixels: int = 0,
-    geometry: tuple[int, ...] = (),
-    channels_last: bool = False,
-) -> Site:
-    """The site of a data gradient whose input has ``values`` values, ``pixels`` of them in a channel of a sample."""
-    return Site(
-        op=call.op,
-        device=gradient.device,
-        dtype=gradient.dtype,
-        threads=torch.get_num_threads(),
-        pruning=call.pruning,
-        weight_shape=weight.shape,
-        weight_contiguous=weight.is_contiguous(),
-        values=_exponent(values),
-        pixels=_exponent(pixels),
-        geometry=geometry,
-        channels_last=channels_last,
-    )
 
 
 def data_gradient(op: str, products: Products, decision: Decision, *sources: OptionalTensor) -> Tensor:
@@ -208,11 +217,6 @@ def rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, s
     if pruning.method != "rescale":
         return grad_output, pruning.method
     return prune_nm(grad_output, *pruning.pattern, dim, "rescale"), "magnitude"
-
-
-@functools.lru_cache
-def held_exact(why: str) -> Decision:
-    return Decision("exact", why)
 
 
 def rows(x: Tensor) -> Tensor:

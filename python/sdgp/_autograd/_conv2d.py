@@ -14,24 +14,11 @@ from torch.autograd import Function
 
 from .. import _semi_structured
 from .._choose import obstacle
-from .._decision import Decision
+from .._decision import Site
 from .._ops import conv2d_input_grad_nm, prune_nm
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import (
-    Call,
-    Layer,
-    data_gradient,
-    detached,
-    held_exact,
-    in_transform,
-    make_site,
-    note,
-    rescaled,
-    rows,
-    start,
-    wanted,
-)
+from ._call import Call, Layer, data_gradient, decide, detached, exponent, in_transform, rescaled, rows, start, wanted
 
 _Pair: TypeAlias = tuple[int, int]
 
@@ -109,7 +96,24 @@ def pruned_conv2d(
     layer: Layer | None = None,
 ) -> Tensor:
     """``conv2d`` for settings that are known to be good; ``held`` and ``layer`` as in ``pruned_linear``."""
-    call = start("conv2d", pruning, held, layer, input, weight, _work(input, weight, groups))
+
+    def make_site(dtype: torch.dtype) -> Site:
+        return Site(
+            op="conv2d",
+            device=input.device,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            pruning=pruning,
+            weight_shape=weight.shape,
+            weight_contiguous=weight.is_contiguous(),
+            values=exponent(input.numel()),
+            pixels=exponent(input.shape[-2] * input.shape[-1]),
+            groups=groups,
+            geometry=(*_pair(stride), *((padding,) if isinstance(padding, str) else _pair(padding)), *_pair(dilation)),
+            channels_last=input.ndim == 4 and _is_channels_last(input),
+        )
+
+    call = start("conv2d", pruning, held, layer, input, weight, _work(input, weight, groups), make_site)
     if call is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
@@ -200,7 +204,7 @@ def _gradients(
     grad_input: OptionalTensor = None
     if needs_input:
         products = Conv2dProducts(grad_output, input, weight, ctx.geometry, ctx.call.pruning)
-        decision = _decide(ctx.call, products)
+        decision = decide(ctx.call, products)
         if not decision.prunes:
             return _convolution_backward(grad_output, input, weight, ctx.geometry, (True, needs_weight, needs_bias))
         grad_input = data_gradient("conv2d", products, decision, grad_output, weight, input)
@@ -208,28 +212,6 @@ def _gradients(
         return grad_input, None, None
     mask = (False, needs_weight, needs_bias)
     return grad_input, *_convolution_backward(grad_output, input, weight, ctx.geometry, mask)[1:]
-
-
-def _decide(call: Call, products: Conv2dProducts) -> Decision:
-    if call.chooser is None:
-        return Decision(call.product, "")
-    if call.held:
-        decision = held_exact(call.held)
-    else:
-        input, weight = products.input, products.weight
-        stride, padding, dilation, groups = products.geometry
-        site = make_site(
-            call,
-            products.grad_output,
-            weight,
-            input.numel(),
-            pixels=input.shape[2] * input.shape[3],
-            geometry=(*stride, *padding, *dilation, groups),
-            channels_last=_is_channels_last(input),
-        )
-        decision = call.chooser.decide(site, products)
-    note(call.layer, decision)
-    return decision
 
 
 @dataclass(slots=True)
@@ -247,7 +229,7 @@ class Conv2dProducts:
         return _work(self.input, self.weight, self.geometry.groups)
 
     def obstacle(self) -> str | None:
-        return obstacle(self.pruning, self.grad_output, self.geometry.groups)
+        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype, self.geometry.groups)
 
     def exact(self) -> Tensor:
         return self._multiply(self.grad_output)

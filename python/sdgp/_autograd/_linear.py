@@ -13,24 +13,11 @@ from torch.autograd import Function
 
 from .. import _semi_structured
 from .._choose import obstacle
-from .._decision import Decision
+from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import (
-    Call,
-    Layer,
-    data_gradient,
-    detached,
-    held_exact,
-    in_transform,
-    make_site,
-    note,
-    rescaled,
-    rows,
-    start,
-    wanted,
-)
+from ._call import Call, Layer, data_gradient, decide, detached, exponent, in_transform, rescaled, rows, start, wanted
 
 
 def linear(
@@ -98,8 +85,21 @@ def pruned_linear(
         layer: learns the decision of the backward.
         transposed: ``weight`` is (in, out), as in transformers' Conv1D.
     """
+
+    def make_site(dtype: torch.dtype) -> Site:
+        return Site(
+            op="linear",
+            device=input.device,
+            dtype=dtype,
+            threads=torch.get_num_threads(),
+            pruning=pruning,
+            weight_shape=weight.shape,
+            weight_contiguous=weight.is_contiguous(),
+            values=exponent(input.numel()),
+        )
+
     work = input.numel() * weight.shape[1 if transposed else 0]
-    call = start("linear", pruning, held, layer, input, weight, work)
+    call = start("linear", pruning, held, layer, input, weight, work, make_site)
     if call is None:
         return _linear(input, weight, bias, transposed)
     function: type[Function] = _LinearInTransform if not torch.compiler.is_compiling() and in_transform() else _Linear
@@ -159,7 +159,7 @@ class _LinearInTransform(Function):
 
 
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
-    ctx.call, ctx.transposed, ctx.values = call, transposed, input.numel()
+    ctx.call, ctx.transposed = call, transposed
     # The leaf itself, no view of it: what releases its memory between forward and backward (ZeRO) finds no other owner.
     # The weight first: the plain operator saves its transpose second. Where one path were repeated as the other, the
     # shapes would tell. A frozen weight keeps no input.
@@ -173,7 +173,7 @@ def _gradients(
     if needs[0]:
         call: Call = ctx.call
         products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.pruning)
-        decision = _decide(call, products, ctx.values)
+        decision = decide(call, products)
         grad_input = data_gradient("linear", products, decision, grad_output, weight)
     grad = rows(grad_output)
     if needs[1]:
@@ -189,18 +189,6 @@ def _gradients(
     return grad_input, grad_weight, grad_bias
 
 
-def _decide(call: Call, products: LinearProducts, values: int) -> Decision:
-    if call.chooser is None:
-        return Decision(call.product, "")
-    if call.held:
-        decision = held_exact(call.held)
-    else:
-        site = make_site(call, products.grad_output, products.weight, values)
-        decision = call.chooser.decide(site, products)
-    note(call.layer, decision)
-    return decision
-
-
 @dataclass(slots=True)
 class LinearProducts:
     """The data gradient of a linear layer, see ``Products``; ``weight`` is (out, in)."""
@@ -214,7 +202,7 @@ class LinearProducts:
         return self.grad_output.numel() * self.weight.shape[1]
 
     def obstacle(self) -> str | None:
-        return obstacle(self.pruning, self.grad_output)
+        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype)
 
     def exact(self) -> Tensor:
         return self.grad_output @ self.weight
