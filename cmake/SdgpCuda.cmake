@@ -19,15 +19,16 @@ add_library(
   sdgp_cuda SHARED
   cpp/ops/prune_args.cpp
   cuda/build_info.cu
-  cuda/kernels.cpp
+  cuda/kernels/cuda_kernels.cpp
+  cuda/kernels/pack_24_bfloat16.cu
+  cuda/kernels/pack_24_float16.cu
+  cuda/kernels/prune_nm_bfloat16.cu
+  cuda/kernels/prune_nm_float16.cu
+  cuda/kernels/prune_nm_float32.cu
+  cuda/kernels/prune_nm_float64.cu
   cuda/ops/pack_24.cpp
-  cuda/ops/prune_nm.cpp
-  cuda/pack_24_bfloat16.cu
-  cuda/pack_24_float16.cu
-  cuda/prune_nm_bfloat16.cu
-  cuda/prune_nm_float16.cu
-  cuda/prune_nm_float32.cu
-  cuda/prune_nm_float64.cu)
+  cuda/ops/prune_cuda.cpp
+  cuda/ops/prune_nm.cpp)
 add_dependencies(sdgp_cuda sdgp_torch_cuda)
 target_link_libraries(sdgp_cuda PRIVATE stdc++ TorchStable::torch_cpu "$<TARGET_FILE:sdgp_torch_cuda>")
 target_compile_features(sdgp_cuda PRIVATE cxx_std_20 cuda_std_20)

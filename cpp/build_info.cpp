@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 #include "sdgp/build_info.h"
 
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 
 const char* sdgp_version() { return SDGP_VERSION; }
 

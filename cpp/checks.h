@@ -9,13 +9,14 @@
 #include <torch/headeronly/core/Layout.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <iterator>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 
-#include "kernels/kernels.h"
+#include "kernels/args.h"
 
 #ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in the headers of torch before 2.13
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
@@ -38,17 +39,25 @@ void check(bool ok, const Args&... message) {
   throw std::runtime_error(text.str());
 }
 
-inline Method check_method(const char* op, std::string_view name) {
-  std::string known;
-  for (const auto& [text, method] : kMethods) {
-    if (text == name) return method;
-    known += (known.empty() ? "" : ", ") + std::string(text);
+// The names of a table's rows, as a message lists them: "a, b or c".
+template <class Table>
+std::string names_of(const Table& table, const char* last = " or ") {
+  std::string text;
+  size_t left = std::size(table);
+  for (const auto& row : table) {
+    text += row.name;
+    if (--left > 0) text += left == 1 ? last : ", ";
   }
-  check(false, op, ": expected method to be one of ", known, ", got \"", name, "\"");
-  __builtin_unreachable();
+  return text;
 }
 
-inline bool is_random(Method method) { return method == Method::kRandom || method == Method::kMvue; }
+inline Method check_method(const char* op, std::string_view name) {
+  for (const MethodTraits& known : kMethods) {
+    if (name == known.name) return known.value;
+  }
+  check(false, op, ": expected method to be one of ", names_of(kMethods, ", "), ", got \"", name, "\"");
+  __builtin_unreachable();
+}
 
 inline void check_pattern(const char* op, int64_t n, int64_t m) {
   check(1 <= n && n <= m && m <= kMaxGroupSize, op, ": expected 1 <= n <= m <= ", kMaxGroupSize, ", got n=", n,
@@ -129,12 +138,11 @@ inline std::string name_of_dtype(int32_t dtype) {
 }
 
 inline DType check_dtype(const char* op, const Tensor& input) {
-  const int32_t dtype = dtype_of(input);
-  if (dtype == aoti_torch_dtype_float32()) return DType::kFloat32;
-  if (dtype == aoti_torch_dtype_float64()) return DType::kFloat64;
-  if (dtype == aoti_torch_dtype_float16()) return DType::kFloat16;
-  if (dtype == aoti_torch_dtype_bfloat16()) return DType::kBFloat16;
-  check(false, op, ": expected float32, float64, float16 or bfloat16, got ", name_of_dtype(dtype));
+  const std::string name = name_of_dtype(dtype_of(input));
+  for (const DTypeTraits& known : kDTypes) {
+    if (name == known.name) return known.value;
+  }
+  check(false, op, ": expected ", names_of(kDTypes), ", got ", name);
   __builtin_unreachable();
 }
 
@@ -173,9 +181,9 @@ inline void check_same_device(const char* op, const Tensor& first, const char* n
   }
 }
 
-// `like`: what `first` is, for the message.
+// `like`: "the input is", what names `first` in the message.
 inline void check_same_dtype(const char* op, const Tensor& first, const char* name, const Tensor& other,
-                             const char* like = "the values are") {
+                             const char* like) {
   const int32_t expected = dtype_of(first), actual = dtype_of(other);
   if (actual != expected) {
     check(false, op, ": expected ", name, " to be ", name_of_dtype(expected), " as ", like, ", got ",

@@ -14,8 +14,8 @@ STABLE_TORCH_LIBRARY(sdgp, library) {
   library.def("decompress_nm(Tensor values, Tensor indices, int m, SymInt size, int dim=-1) -> Tensor");
   library.def("spmm_nm(Tensor values, Tensor indices, int m, Tensor dense) -> Tensor");
   library.def(
-      "_linear_input_grad_nm(Tensor grad_output, Tensor weight, int n, int m, str method=\"magnitude\", "
-      "Tensor? seed=None) -> Tensor");
+      "_prune_nm_matmul(Tensor input, Tensor dense, int n, int m, str method=\"magnitude\", Tensor? seed=None) "
+      "-> Tensor");
   library.def(
       "_conv2d_input_grad_nm(Tensor grad_output, Tensor weight, int n, int m, str method, Tensor? seed, "
       "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");

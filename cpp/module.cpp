@@ -3,15 +3,32 @@
 // sdgp._C: facts about the build. Importing it loads libsdgp.so, and with it the ops.
 #include <pybind11/pybind11.h>
 
-#include "kernels/kernels.h"
+#include "kernels/layout_24.h"
 #include "sdgp/build_info.h"
 
+namespace {
+
+// The names of those rows of a table that `keep` keeps.
+template <class Table, class Keep>
+pybind11::tuple names(const Table& table, const Keep& keep) {
+  pybind11::list found;
+  for (const auto& row : table) {
+    if (keep(row)) found.append(row.name);
+  }
+  return pybind11::tuple(found);
+}
+
+}  // namespace
+
 PYBIND11_MODULE(_C, module) {
+  const auto all = [](const auto&) { return true; };
   module.doc() = "Build facts of sdgp; importing it registers the ops in torch.ops.sdgp.";
   module.attr("version") = SDGP_VERSION;
   module.attr("max_group_size") = sdgp::kMaxGroupSize;
-  pybind11::list methods;
-  for (const auto& known : sdgp::kMethods) methods.append(known.name);
-  module.attr("methods") = pybind11::tuple(methods);
+  module.attr("methods") = names(sdgp::kMethods, all);
+  module.attr("methods_that_draw") = names(sdgp::kMethods, [](const auto& method) { return method.draws; });
+  module.attr("methods_by_group") = names(sdgp::kMethods, [](const auto& method) { return method.by_group; });
+  module.attr("tile_24") = pybind11::make_tuple(sdgp::kTileRows, sdgp::kTileCols);
+  module.attr("layouts_24") = names(sdgp::kLayouts24, all);
   module.def("isa", &sdgp_isa, "Name of the instruction set whose kernels this process uses.");
 }

@@ -25,12 +25,12 @@ from torch.sparse._semi_structured_conversions import (
 )
 
 import sdgp
+from sdgp._load import C
 
 ROOT = Path(__file__).parents[1]
-METHODS_BY_KERNEL = ("magnitude", "random", "rescale", "rescale_group", "mvue")  # as Method counts them
 DTYPES_BY_KERNEL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as DType counts them
-LAYOUTS = ("cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80")  # as Metadata in cuda/kernels.h
-TILE_ROWS, TILE_COLS = 128, 64
+METHODS_BY_KERNEL, LAYOUTS = C.methods, C.layouts_24  # as Method and Layout24 count them
+TILE_ROWS, TILE_COLS = C.tile_24
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +123,18 @@ def test_every_path_is_taken(kernels: ctypes.CDLL) -> None:
     assert path(torch.randn(8, 64, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last), 8, 1) == 4 + vectors
     assert path(torch.randn(8, 63), 3, 1) == one_row
     assert path(torch.randn(513)[1:], 4, 0) == one_row + 1  # reads begin unaligned
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("m", [15, 16, 17, 32, 33, 64])
+def test_neighbouring_rows_of_every_group_size(kernels: ctypes.CDLL, m: int, method: str) -> None:
+    """Two rows of 16-bit floats share a thread up to a group size of 16: none is left out above."""
+    for x, dim in ((torch.randn(2, 70, 4, 6), 1), (torch.randn(130, 8), 0)):
+        seed = draw_seed()
+        for dtype in (torch.float16, torch.bfloat16):
+            actual, path = prune(kernels, x.to(dtype), 3, m, dim, method, seed)
+            same_as_reference(actual, torch.ops.sdgp.prune_nm(x.to(dtype), 3, m, dim, method, seed), method)
+            assert path == (8 if m <= 16 else 4)
 
 
 def test_long_sums_of_rescale(kernels: ctypes.CDLL) -> None:

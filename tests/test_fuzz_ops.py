@@ -159,7 +159,7 @@ def check_linear(case: Case, method: str, weight: Tensor) -> None:
     results = [call(sdgp.spmm_nm, kept, indices, m, weight)]
     pruned = sdgp.prune_nm(x, n, m, -1, method, seed).double()
     if method != "rescale":
-        results.append(call(sdgp.ops.linear_input_grad_nm, x, weight, n, m, method, seed))
+        results.append(call(sdgp.ops.prune_nm_matmul, x, weight, n, m, method, seed))
     for actual in results:
         assert actual.shape == (*x.shape[:-1], weight.shape[1])
         if kind in (*TAME, "subnormal"):

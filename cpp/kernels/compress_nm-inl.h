@@ -92,7 +92,9 @@ struct Packer {
   const bool whole;  // eight elements are whole groups
   PackTable table;
 
-  Packer(int n, int m) : n(n), m(m), whole(kPack % m == 0) { make_pack_table(table, whole ? n : 0, whole ? m : kPack); }
+  explicit Packer(const Pruning& pruning) : n(pruning.n), m(pruning.m), whole(kPack % m == 0) {
+    make_pack_table(table, whole ? n : 0, whole ? m : kPack);
+  }
 
   // One group of `length` elements, exactly.
   void pack_group(const T* x, int64_t length, T* values, uint8_t* indices) const {
@@ -231,7 +233,8 @@ template <class T>
 class PrunedRows {
  public:
   // Readable kPack - 1 elements beyond its end; valid until the next call.
-  const T* read(PruneArgs part, bool copy) {
+  const T* read(const PruneArgs& rows_of, bool copy) {
+    PruneArgs part = rows_of;
     Dim& rows = part.dims[0];
     const int64_t count = rows.size * part.size;
     const bool side_by_side = rows.in_stride == 1 && part.in_stride != 1 && rows.size > 1;
@@ -241,8 +244,7 @@ class PrunedRows {
     part.ndim = 1;
     rows.out_stride = side_by_side ? 1 : part.size;
     if (copy) {  // all of every group
-      part.method = Method::kMagnitude;
-      part.n = part.m = 4;
+      part.pruning = {.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
     }
     prune_nm(part, 0, prune_nm_units(part));
     if (!side_by_side) return buffer;
@@ -259,9 +261,9 @@ template <class T>
 void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
   const PruneArgs& whole = args.prune;
   const CompressPlan plan = make_compress_plan(whole);
-  const int64_t groups = ceil_div(whole.size, whole.m);
-  const int64_t kept = groups * whole.n;
-  const Packer<T> packer(whole.n, whole.m);
+  const int64_t groups = ceil_div(whole.size, whole.pruning.m);
+  const int64_t kept = groups * whole.pruning.n;
+  const Packer<T> packer(whole.pruning);
   PrunedRows<T> pruned;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit % plan.pieces * plan.piece;
@@ -274,12 +276,12 @@ void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
     part.first_group = row * static_cast<uint64_t>(groups);
     part.dims[0] = inner;
     part.dims[0].size = plan.inner - first < plan.piece ? plan.inner - first : plan.piece;
-    const T* buffer = pruned.read(part, args.pruned || whole.n == whole.m);
+    const T* buffer = pruned.read(part, args.pruned || whole.pruning.keeps_all());
 
     T* values = static_cast<T*>(args.values) + row * static_cast<uint64_t>(kept);
     uint8_t* indices = args.indices + row * static_cast<uint64_t>(kept);
     const int64_t rows = part.dims[0].size;
-    if (inner.row_step == 1 && whole.size % whole.m == 0) {
+    if (inner.row_step == 1 && whole.size % whole.pruning.m == 0) {
       packer.pack_row(buffer, rows * whole.size, values, indices);
       continue;
     }
@@ -293,12 +295,8 @@ void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
 inline int64_t compress_nm_units(const CompressArgs& args) { return make_compress_plan(args.prune).units; }
 
 inline void compress_nm(const CompressArgs& args, int64_t begin, int64_t end) {
-  switch (args.prune.dtype) {
-    case DType::kFloat32: return compress_range<uint32_t>(args, begin, end);
-    case DType::kFloat64: return compress_range<uint64_t>(args, begin, end);
-    case DType::kFloat16:
-    case DType::kBFloat16: return compress_range<uint16_t>(args, begin, end);
-  }
+  visit(DTypes{}, args.prune.dtype,
+        [&]<DType kDType>(Constant<kDType>) { compress_range<WordOf<kDType>>(args, begin, end); });
 }
 
 // Where an index occurs twice in a group, its first value counts: the others fill a short group.
@@ -327,9 +325,8 @@ bool decompress_range(const DecompressArgs& args, int64_t begin, int64_t end) {
 }
 
 inline bool decompress_nm(const DecompressArgs& args, int64_t begin, int64_t end) {
-  if (args.element_size == 2) return decompress_range<uint16_t>(args, begin, end);
-  if (args.element_size == 4) return decompress_range<uint32_t>(args, begin, end);
-  return decompress_range<uint64_t>(args, begin, end);
+  return visit(DTypes{}, args.dtype,
+               [&]<DType kDType>(Constant<kDType>) { return decompress_range<WordOf<kDType>>(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA

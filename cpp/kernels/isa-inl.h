@@ -5,6 +5,7 @@
 // keep one copy of it for all, perhaps the one with instructions that this CPU lacks.
 #include "compress_nm-inl.h"
 #include "spmm_nm-inl.h"
+#include "table.h"
 
 namespace sdgp::SDGP_ISA {
 const Kernels table{
@@ -14,7 +15,7 @@ const Kernels table{
     .compress_nm_units = &compress_nm_units,
     .compress_nm = &compress_nm,
     .decompress_nm = &decompress_nm,
-    .packed_size = &packed_size,
+    .packed_bytes = &packed_bytes,
     .pack_units = &pack_units,
     .pack = &pack,
     .spmm_nm_units = &spmm_nm_units,

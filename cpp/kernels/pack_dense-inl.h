@@ -5,6 +5,7 @@
 #pragma once
 
 #include "plan-inl.h"
+#include "table.h"
 #include "vec-inl.h"
 
 namespace sdgp::SDGP_ISA {
@@ -50,12 +51,12 @@ DensePlan make_dense_plan(const SpmmArgs& args) {
   plan.panel = ceil_div(vectors, plan.panels);
   plan.panels = ceil_div(vectors, plan.panel);
   plan.width = plan.panel * kLanes<E>;
-  const int64_t groups = ceil_div(args.size, args.m);
-  const int64_t group_bytes = args.m * plan.width * static_cast<int64_t>(sizeof(E));
+  const int64_t groups = ceil_div(args.size, args.pruning.m);
+  const int64_t group_bytes = args.pruning.m * plan.width * static_cast<int64_t>(sizeof(E));
   const int64_t cache = block_bytes();
   const int64_t fit = group_bytes < cache ? cache / group_bytes : 1;
   plan.blocks = ceil_div(groups, fit);
-  plan.rows = ceil_div(groups, plan.blocks) * args.m;
+  plan.rows = ceil_div(groups, plan.blocks) * args.pruning.m;
   plan.blocks = ceil_div(args.size, plan.rows);
   plan.tap_set = cache / (plan.rows * plan.width * static_cast<int64_t>(sizeof(E)));
   if (plan.tap_set < 1) plan.tap_set = 1;
@@ -112,15 +113,15 @@ void pack_range(const SpmmArgs& args, int64_t begin, int64_t end) {
     const int64_t cols = args.cols - first_col < plan.width ? args.cols - first_col : plan.width;
     E* to = static_cast<E*>(args.packed) + plan.panel_offset(args, group, panel) + plan.block_offset(block);
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
-      const int64_t at = tap / args.width.kernel * args.dense_height_stride +
-                         tap % args.width.kernel * args.dense_width_stride + first_col * args.dense_col_stride;
+      const int64_t at = tap / args.width.kernel * args.dense.height_stride +
+                         tap % args.width.kernel * args.dense.width_stride + first_col * args.dense.col_stride;
       for (int64_t k = 0; k < plan.block_rows(args, block); ++k, to += plan.width) {
-        const auto* from = static_cast<const typename C::T*>(args.dense) + at +
-                           (group * args.size + block * plan.rows + k) * args.dense_row_stride;
-        if (args.dense_col_stride == 1) {
+        const auto* from = static_cast<const typename C::T*>(args.dense.data) + at +
+                           (group * args.size + block * plan.rows + k) * args.dense.row_stride;
+        if (args.dense.col_stride == 1) {
           load_elements<C>(from, to, cols);
         } else {
-          for (int64_t j = 0; j < cols; ++j) to[j] = load_element<C>(from + j * args.dense_col_stride);
+          for (int64_t j = 0; j < cols; ++j) to[j] = load_element<C>(from + j * args.dense.col_stride);
         }
         for (int64_t j = cols; j < plan.width; ++j) to[j] = 0;
       }
@@ -128,26 +129,23 @@ void pack_range(const SpmmArgs& args, int64_t begin, int64_t end) {
   }
 }
 
-// Element types of the packed operand: 16-bit floats are widened.
-inline int64_t packed_size(const SpmmArgs& args) {
-  const auto size = [&](const DensePlan& plan) {
-    return args.groups * plan.panels * args.size * plan.taps * plan.width;
-  };
-  return args.dtype == DType::kFloat64 ? size(make_dense_plan<double>(args)) : size(make_dense_plan<float>(args));
+inline int64_t packed_bytes(const SpmmArgs& args) {
+  return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    using E = typename LanesOf<kDType>::E;  // 16-bit floats are widened
+    const DensePlan plan = make_dense_plan<E>(args);
+    return args.groups * plan.panels * args.size * plan.taps * plan.row_bytes(sizeof(E));
+  });
 }
 
 inline int64_t pack_units(const SpmmArgs& args) {
-  const auto units = [&](const DensePlan& plan) { return args.groups * plan.panels * plan.blocks; };
-  return args.dtype == DType::kFloat64 ? units(make_dense_plan<double>(args)) : units(make_dense_plan<float>(args));
+  return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    const DensePlan plan = make_dense_plan<typename LanesOf<kDType>::E>(args);
+    return args.groups * plan.panels * plan.blocks;
+  });
 }
 
 inline void pack(const SpmmArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32: return pack_range<Float32>(args, begin, end);
-    case DType::kFloat64: return pack_range<Float64>(args, begin, end);
-    case DType::kFloat16: return pack_range<Float16>(args, begin, end);
-    case DType::kBFloat16: return pack_range<BFloat16>(args, begin, end);
-  }
+  visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { pack_range<LanesOf<kDType>>(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA

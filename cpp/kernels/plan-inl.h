@@ -4,7 +4,8 @@
 // arguments alone; moves no data.
 #pragma once
 
-#include "kernels.h"
+#include "args.h"
+#include "select_nm-inl.h"
 #include "vec-inl.h"
 
 namespace sdgp::SDGP_ISA {
@@ -32,32 +33,34 @@ struct Plan {
   int64_t chunks;    // kRows: pieces of `inner`; kGroups: pieces of a row
   bool rows_inside;  // rows lie closer together in the output than the elements of a group
   int64_t units;
+  Pruning mixed;  // its seed mixed (Note [Random numbers])
 };
 
 inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
   Plan plan{};
+  plan.mixed = with_mixed_seed(args.pruning);
   plan.rows = 1;
   for (int d = 0; d < args.ndim; ++d) plan.rows *= args.dims[d].size;
-  plan.groups = ceil_div(args.size, args.m);
+  plan.groups = ceil_div(args.size, args.pruning.m);
   plan.row_groups = args.row_groups ? args.row_groups : plan.groups;
-  plan.full = args.size / args.m;
+  plan.full = args.size / args.pruning.m;
   const Dim* last = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
   plan.inner = last ? last->size : 1;
   plan.rows_inside = last && last->out_stride < args.out_stride;
-  const bool power_of_two = (args.m & (args.m - 1)) == 0;
+  const bool power_of_two = (args.pruning.m & (args.pruning.m - 1)) == 0;
   if (last && last->in_stride == 1 && last->out_stride == 1 && last->size >= lanes) {
     plan.layout = Layout::kRows;
-    plan.chunks = 1 + plan.inner * args.m / kUnitElements;
+    plan.chunks = 1 + plan.inner * args.pruning.m / kUnitElements;
     if (plan.inner / plan.chunks < lanes) plan.chunks = 1;
     plan.units = plan.rows / plan.inner * plan.groups * plan.chunks;
   } else if (args.in_stride == 1 && args.out_stride == 1 && power_of_two && plan.full >= lanes) {
     plan.layout = Layout::kGroups;
-    plan.chunks = 1 + plan.full * args.m / kUnitElements;
+    plan.chunks = 1 + plan.full * args.pruning.m / kUnitElements;
     if (plan.full / plan.chunks < lanes) plan.chunks = 1;
     plan.units = plan.rows * plan.chunks;
   } else {
     plan.layout = Layout::kStaged;
-    plan.units = ceil_div(plan.rows * plan.groups * args.m, kUnitElements);
+    plan.units = ceil_div(plan.rows * plan.groups * args.pruning.m, kUnitElements);
   }
   return plan;
 }
@@ -86,8 +89,8 @@ inline void flatten_rows(PruneArgs& args) {
   while (args.ndim > 0) {
     const Dim& last = args.dims[args.ndim - 1];
     const bool consecutive = last.in_stride == args.size && last.out_stride == args.size && last.row_step == 1;
-    if (args.in_stride != 1 || args.out_stride != 1 || !consecutive || args.size % args.m != 0) return;
-    if (args.row_groups != 0 && args.row_groups != args.size / args.m) return;
+    if (args.in_stride != 1 || args.out_stride != 1 || !consecutive || args.size % args.pruning.m != 0) return;
+    if (args.row_groups != 0 && args.row_groups != args.size / args.pruning.m) return;
     args.row_groups *= last.size;
     for (int d = 0; d + 1 < args.ndim; ++d) args.dims[d].row_step /= last.size;
     args.size *= last.size;

@@ -14,13 +14,13 @@ inline PruneArgs flattened(const PruneArgs& args) {
 }
 
 inline int64_t prune_nm_units(const PruneArgs& args) {
-  if (args.method == Method::kRescale) return make_block_plan(args).blocks;
-  return make_plan(flattened(args), tile_lanes(args)).units;
+  if (args.pruning.method == Method::kRescale) return make_block_plan(args).blocks;
+  return make_plan(flattened(args), range_of(args.dtype, args.pruning.method).lanes).units;
 }
 
 inline void prune_nm(const PruneArgs& args, int64_t begin, int64_t end) {
-  if (args.method == Method::kRescale) return rescale_range(args, begin, end);
-  range_function(args)(flattened(args), begin, end);
+  if (args.pruning.method == Method::kRescale) return rescale_range(args, begin, end);
+  range_of(args.dtype, args.pruning.method).run(flattened(args), begin, end);
 }
 
 }  // namespace sdgp::SDGP_ISA

@@ -60,20 +60,21 @@ struct PruneKernel {
 
  private:
   // The paths that are not worth their own copy of the tile's code.
-  __attribute__((noinline)) static void prune_slow(Elem<C>* x, const PruneArgs& args, const LaneGroups<C>& group) {
-    prune_tile<C, kMethod, kM>(x, args, group);
+  __attribute__((noinline)) static void prune_slow(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
+    prune_tile<C, kMethod, kM>(x, mixed, group);
   }
 
   static void run_rows(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     const Dim& inner = args.dims[args.ndim - 1];
+    const int64_t m = args.pruning.m;
     const LaneOffsets<C> offsets(
         [&](int lane) { return static_cast<uint64_t>(lane * inner.row_step * plan.row_groups); });
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t chunk = unit % plan.chunks;
       const int64_t group = unit / plan.chunks % plan.groups;
       const Row row = find_row(args, args.ndim - 1, unit / plan.chunks / plan.groups);
-      const int64_t first = group * args.m;
-      const int64_t length = args.size - first < args.m ? args.size - first : args.m;
+      const int64_t first = group * m;
+      const int64_t length = args.size - first < m ? args.size - first : m;
       const T* in = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
       T* out = static_cast<T*>(args.out) + row.out + first * args.out_stride;
       const int64_t stop = plan.inner * (chunk + 1) / plan.chunks;
@@ -88,12 +89,12 @@ struct PruneKernel {
         if (length == kM) {
 #pragma GCC unroll 64
           for (int j = 0; j < kM; ++j) x[j] = C::load(in + p + j * args.in_stride);
-          prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false));
+          prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
 #pragma GCC unroll 64
           for (int j = 0; j < kM; ++j) C::store(out + p + j * args.out_stride, x[j]);
         } else {
           for (int j = 0; j < kM; ++j) x[j] = j < length ? C::load(in + p + j * args.in_stride) : Elem<C>{};
-          prune_slow(x, args, offsets.from(index, length, true));
+          prune_slow(x, plan.mixed, offsets.from(index, length, true));
           for (int j = 0; j < length; ++j) C::store(out + p + j * args.out_stride, x[j]);
         }
       }
@@ -150,7 +151,7 @@ struct PruneKernel {
         load_groups(in + g * kM, x);
         const uint64_t index =
             args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g);
-        prune_tile<C, kMethod, kM>(x, args, offsets.from(index, kM, false));
+        prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
         store_groups(out + g * kM, x);
       }
       // A row's tail belongs to its last unit. Several rows' make a tile; they are still in the cache.
@@ -185,7 +186,7 @@ struct PruneKernel {
           const uint64_t index = piece.first.index + static_cast<uint64_t>(r) * row_step + static_cast<uint64_t>(g);
           lo[lane] = static_cast<typename C::U>(index & 0xffffffffu);
           hi[lane] = static_cast<typename C::U>(index >> 32);
-          length[lane] = static_cast<typename C::U>(piece.tail && g + 1 == piece.groups ? piece.tail : args.m);
+          length[lane] = static_cast<typename C::U>(piece.tail && g + 1 == piece.groups ? piece.tail : args.pruning.m);
         }
       }
     }
@@ -196,23 +197,21 @@ struct PruneKernel {
     }
   };
 
-  static void prune_staged(const PruneArgs& args, const Plan& plan, const T* in, T* out, int64_t lane,
-                           const LaneGroups<C>& group) {
+  static void prune_staged(const Plan& plan, const T* in, T* out, int64_t lane, const LaneGroups<C>& group) {
     Elem<C> x[kM];
     if (plan.rows_inside) {
       for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
-      prune_slow(x, args, group);
+      prune_slow(x, plan.mixed, group);
       for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
     } else {
       load_groups(in + lane * kM, x);
-      prune_slow(x, args, group);
+      prune_slow(x, plan.mixed, group);
       store_groups(out + lane * kM, x);
     }
   }
 
   static void run_staged(const PruneArgs& args, const Plan& plan, Pieces pieces) {
     constexpr int kMost = 64;  // pieces at a time
-    constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
     const Dim* const inner = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
     alignas(kVectorBytes) T in[kM * kStaged] = {};
     alignas(kVectorBytes) T out[kM * kStaged];
@@ -221,7 +220,7 @@ struct PruneKernel {
     for (;;) {
       int count = 0;
       int64_t lanes = 0;
-      if (args.size % args.m != 0) std::memset(in, 0, sizeof in);
+      if (args.size % args.pruning.m != 0) std::memset(in, 0, sizeof in);
       for (; count < kMost && pieces.next(kStaged - lanes, kStaged, piece[count]); ++count) {
         const Piece& p = piece[count];
         T* const buffer = in + lanes * (plan.rows_inside ? 1 : kM);
@@ -231,11 +230,11 @@ struct PruneKernel {
             [&](const Box& box, int64_t to, const Strides& to_strides, int64_t from, const Strides& from_strides) {
               copy_box(buffer + to, to_strides, tensor + from, from_strides, box);
             });
-        if constexpr (kDraws) groups.describe(args, plan, p, lanes);
+        if constexpr (traits(kMethod).draws) groups.describe(args, plan, p, lanes);
         lanes += p.lanes();
       }
       if (count == 0) return;
-      for (int64_t lane = 0; lane < lanes; lane += kL) prune_staged(args, plan, in, out, lane, groups.at(lane));
+      for (int64_t lane = 0; lane < lanes; lane += kL) prune_staged(plan, in, out, lane, groups.at(lane));
       lanes = 0;
       for (int i = 0; i < count; ++i) {
         const Piece& p = piece[i];
@@ -252,57 +251,30 @@ struct PruneKernel {
   }
 };
 
-template <class C, Method kMethod>
-void prune_compiled(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
-  if (args.m <= 2) return PruneKernel<C, kMethod, 2>::run(args, plan, begin, end);
-  if (args.m <= 4) return PruneKernel<C, kMethod, 4>::run(args, plan, begin, end);
-  if (args.m <= 8) return PruneKernel<C, kMethod, 8>::run(args, plan, begin, end);
-  if (args.m <= 16) return PruneKernel<C, kMethod, 16>::run(args, plan, begin, end);
-  if (args.m <= 32) return PruneKernel<C, kMethod, 32>::run(args, plan, begin, end);
-  return PruneKernel<C, kMethod, 64>::run(args, plan, begin, end);
-}
+// The group sizes that kernels are compiled for; a group of another one is padded.
+using GroupSizes = Values<2, 4, 8, 16, 32, 64>;
+static_assert(contains(GroupSizes{}, kMaxGroupSize));
 
 template <class C, Method kMethod>
 void prune_range(const PruneArgs& args, int64_t begin, int64_t end) {
-  PruneArgs mixed = args;
-  mixed.seed = mix_seed(args.seed);
-  prune_compiled<C, kMethod>(mixed, make_plan(args, kLanes<typename C::E>), begin, end);
+  const Plan plan = make_plan(args, kLanes<typename C::E>);
+  visit_at_least(GroupSizes{}, args.pruning.m,
+                 [&]<int kM>(Constant<kM>) { PruneKernel<C, kMethod, kM>::run(args, plan, begin, end); });
 }
 
-using RangeFunction = void (*)(const PruneArgs&, int64_t, int64_t);
+// What one call runs, for a method that prunes group by group.
+struct Range {
+  void (*run)(const PruneArgs&, int64_t begin, int64_t end);
+  int64_t lanes;  // of a tile
+};
 
-template <class C, class Magnitude = C>
-RangeFunction range_function(Method method) {
-  switch (method) {
-    case Method::kMagnitude:
-    case Method::kRescale: return &prune_range<Magnitude, Method::kMagnitude>;
-    case Method::kRandom: return &prune_range<C, Method::kRandom>;
-    case Method::kRescaleGroup: return &prune_range<C, Method::kRescaleGroup>;
-    case Method::kMvue: return &prune_range<C, Method::kMvue>;
-  }
-  __builtin_unreachable();
-}
-
-inline RangeFunction range_function(const PruneArgs& args) {
-  switch (args.dtype) {
-    case DType::kFloat32: return range_function<Float32>(args.method);
-    case DType::kFloat64: return range_function<Float64>(args.method);
-    case DType::kFloat16: return range_function<Float16, Bits16<0x3c00>>(args.method);
-    case DType::kBFloat16: return range_function<BFloat16, Bits16<0x3f80>>(args.method);
-  }
-  __builtin_unreachable();
-}
-
-// Lanes of the tile that this call will use: 16-bit types have twice as many where no arithmetic is done on them.
-inline int64_t tile_lanes(const PruneArgs& args) {
-  const bool magnitude = args.method == Method::kMagnitude || args.method == Method::kRescale;
-  switch (args.dtype) {
-    case DType::kFloat32: return kLanes<float>;
-    case DType::kFloat64: return kLanes<double>;
-    case DType::kFloat16:
-    case DType::kBFloat16: return magnitude ? kLanes<int16_t> : kLanes<float>;
-  }
-  __builtin_unreachable();
+inline Range range_of(DType dtype, Method method) {
+  return visit(DTypes{}, dtype, [&]<DType kDType>(Constant<kDType>) {
+    return visit(GroupMethods{}, method, []<Method kMethod>(Constant<kMethod>) {
+      using C = LanesFor<kDType, kMethod>;
+      return Range{&prune_range<C, kMethod>, kLanes<typename C::E>};
+    });
+  });
 }
 
 }  // namespace sdgp::SDGP_ISA

@@ -37,9 +37,9 @@ inline BlockPlan make_block_plan(const PruneArgs& args) {
       per_sample *= args.dims[d].size;
     }
   }
-  plan.groups = ceil_div(args.size, args.m);
+  plan.groups = ceil_div(args.size, args.pruning.m);
   plan.group_step = plan.groups;
-  const int64_t tile = tile_lanes(args);
+  const int64_t tile = range_of(args.dtype, Method::kMagnitude).lanes;
   // Small samples share a block. Where they are neighbours in memory, a narrow block reads parts of cache lines.
   const bool neighbours = plan.sample_dim >= 0 && args.dims[plan.sample_dim].out_stride == 1;
   plan.sample_step = at_least(kUnitElements / at_least(per_sample, 1), neighbours ? kNarrowest : 1);
@@ -104,9 +104,10 @@ struct Rescale {
       const int64_t sample = b / group_blocks * plan.sample_step;
       const int64_t group = b % group_blocks * plan.group_step;
       PruneArgs part = args;
-      part.method = Method::kMagnitude;
-      const int64_t first = group * args.m;
-      part.size = args.size - first < plan.group_step * args.m ? args.size - first : plan.group_step * args.m;
+      part.pruning.method = Method::kMagnitude;
+      const int64_t first = group * args.pruning.m;
+      part.size =
+          args.size - first < plan.group_step * args.pruning.m ? args.size - first : plan.group_step * args.pruning.m;
       int64_t in = first * args.in_stride;
       int64_t out = first * args.out_stride;
       if (plan.sample_dim >= 0) {
@@ -140,12 +141,12 @@ struct Rescale {
     while (block.ndim < 3) block.add({1, 0, 0, 0});
     flatten_rows(part);
 
-    const bool scale = part.scale;
-    part.scale = false;
+    const bool scale = part.pruning.scale;
+    part.pruning.scale = false;
     E* all = new E[2 * static_cast<size_t>(factors + kL)]();
     E* kept = all + factors + kL;
-    const RangeFunction prune = range_function(part);
-    prune(part, 0, make_plan(part, tile_lanes(part)).units);
+    const Range magnitude = range_of(part.dtype, Method::kMagnitude);
+    magnitude.run(part, 0, make_plan(part, magnitude.lanes).units);
     const Axis* const axes = block.axes + block.ndim - 3;
     const int64_t in_stride[3] = {axes[0].in_stride, axes[1].in_stride, axes[2].in_stride};
     const int64_t out_stride[3] = {axes[0].out_stride, axes[1].out_stride, axes[2].out_stride};
@@ -157,8 +158,8 @@ struct Rescale {
       store_bits(all + i, Sums::ratio(load_bits<Elem<C>>(all + i), load_bits<Elem<C>>(kept + i)));
     }
     if (scale) {
-      part.scale = true;
-      prune(part, 0, make_plan(part, tile_lanes(part)).units);
+      part.pruning.scale = true;
+      magnitude.run(part, 0, make_plan(part, magnitude.lanes).units);
     }
     block.for_each_slab([&](int64_t, int64_t out_at, int64_t factor) {
       Sums::multiply(static_cast<T*>(part.out) + out_at, out_stride, axes, all + factor);
@@ -168,12 +169,7 @@ struct Rescale {
 };
 
 inline void rescale_range(const PruneArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Rescale<Float32>::run(args, begin, end);
-    case DType::kFloat64: return Rescale<Float64>::run(args, begin, end);
-    case DType::kFloat16: return Rescale<Float16>::run(args, begin, end);
-    case DType::kBFloat16: return Rescale<BFloat16>::run(args, begin, end);
-  }
+  visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { Rescale<LanesOf<kDType>>::run(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA

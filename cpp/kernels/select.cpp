@@ -7,7 +7,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels.h"
+#include "table.h"
 
 namespace sdgp {
 namespace {

@@ -5,7 +5,7 @@
 // result: a zero loses every tie to an element with a lower index, weighs nothing and adds nothing.
 #pragma once
 
-#include "kernels.h"
+#include "pruning.h"
 #include "sorting_network.h"
 #include "vec-inl.h"
 
@@ -107,6 +107,12 @@ inline uint64_t mix_seed(uint64_t seed) {
   return z ^ (z >> 31);
 }
 
+// What the functions below take: a Pruning whose seed is mixed, once per call.
+inline Pruning with_mixed_seed(Pruning pruning) {
+  pruning.seed = mix_seed(pruning.seed);
+  return pruning;
+}
+
 template <class C>
 SDGP_INLINE Unsigned<C> word(Unsigned<C> x) {
   if constexpr (sizeof(typename C::U) > 4) return x & 0xffffffffu;
@@ -163,18 +169,18 @@ SDGP_INLINE void apply_mask(Elem<C>* x, const Key<C>* keep, bool scale) {
 }
 
 template <class C, int kM>
-SDGP_INLINE void prune_magnitude(Elem<C>* x, int n, bool scale) {
+SDGP_INLINE void prune_magnitude(Elem<C>* x, const Pruning& mixed) {
   Key<C> key[kM];
   Key<C> keep[kM];
 #pragma GCC unroll 64
   for (int j = 0; j < kM; ++j) key[j] = magnitude_key<C>(x[j]);
-  select_largest<typename C::K, kM>(key, n, keep);
-  apply_mask<C, kM>(x, keep, scale);
+  select_largest<typename C::K, kM>(key, mixed.n, keep);
+  apply_mask<C, kM>(x, keep, mixed.scale);
 }
 
 template <class C, int kM>
-SDGP_INLINE void prune_random(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, const LaneGroups<C>& group) {
-  const RandomState<C> state(mixed_seed, group);
+SDGP_INLINE void prune_random(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
+  const RandomState<C> state(mixed.seed, group);
   Key<C> key[kM];
   Key<C> keep[kM];
 #pragma GCC unroll 64
@@ -182,16 +188,16 @@ SDGP_INLINE void prune_random(Elem<C>* x, int n, bool scale, uint64_t mixed_seed
   if (group.padded) {
     for (int j = 0; j < kM; ++j) key[j] &= (Key<C>)(group.length > static_cast<typename C::U>(j));
   }
-  select_largest<typename C::K, kM>(key, n, keep);
-  apply_mask<C, kM>(x, keep, scale);
+  select_largest<typename C::K, kM>(key, mixed.n, keep);
+  apply_mask<C, kM>(x, keep, mixed.scale);
 }
 
 template <class C, int kM>
-SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
+SDGP_INLINE void prune_rescale_group(Elem<C>* x, const Pruning& mixed) {
   Key<C> key[kM];
   Key<C> keep[kM];
   for (int j = 0; j < kM; ++j) key[j] = magnitude_key<C>(x[j]);
-  select_largest<typename C::K, kM>(key, n, keep);
+  select_largest<typename C::K, kM>(key, mixed.n, keep);
   Elem<C> all{};
   Elem<C> kept{};
   for (int j = 0; j < kM; ++j) {
@@ -199,7 +205,7 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
     kept = add_if(keep[j], kept, (Elem<C>)key[j]);
   }
   const Elem<C> factor = kept == 0 ? splat<typename C::E>(1) : all / kept;
-  for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], C::round(scale ? factor : x[j] * factor));
+  for (int j = 0; j < kM; ++j) x[j] = keep_if(keep[j], C::round(mixed.scale ? factor : x[j] * factor));
 }
 
 // Note [mvue]
@@ -210,7 +216,8 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, int n, bool scale) {
 // The sample: with the elements below step laid end to end, each |x_i| long, those are kept that hold one of the points
 // (u + k) * step. `left` enforces "at most n" where rounding would place a point too many.
 template <class C, int kM>
-SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, const LaneGroups<C>& group) {
+SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
+  const int n = mixed.n;
   using E = typename C::E;
   using K = typename C::K;
   constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
@@ -241,7 +248,7 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, 
     }
   }
 
-  const RandomState<C> state(mixed_seed, group);
+  const RandomState<C> state(mixed.seed, group);
   const Elem<C> value = C::round(step);
   Elem<C> point = state.uniform() * step;
   Elem<C> reached{};
@@ -258,7 +265,7 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, 
     const Key<C> sign = (Key<C>)x[j] ^ (Key<C>)magnitude[j];
     out[j] = keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude[j], value) | sign));
   }
-  if (scale) [[unlikely]] {
+  if (mixed.scale) [[unlikely]] {
     for (int j = 0; j < kM; ++j) {
       const Key<C> keep = out[j] != 0;
       out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j]));
@@ -267,23 +274,23 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, int n, bool scale, uint64_t mixed_seed, 
   if (any(not_finite)) [[unlikely]] {
     Elem<C> fallback[kM];
     for (int j = 0; j < kM; ++j) fallback[j] = x[j];
-    prune_magnitude<C, kM>(fallback, n, scale);
+    prune_magnitude<C, kM>(fallback, mixed);
     for (int j = 0; j < kM; ++j) out[j] = not_finite ? fallback[j] : out[j];
   }
   for (int j = 0; j < kM; ++j) x[j] = out[j];
 }
 
-// Here args.seed is the mixed one.
 template <class C, Method kMethod, int kM>
-SDGP_INLINE void prune_tile(Elem<C>* x, const PruneArgs& args, const LaneGroups<C>& group) {
+SDGP_INLINE void prune_tile(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
   if constexpr (kMethod == Method::kMagnitude) {
-    prune_magnitude<C, kM>(x, args.n, args.scale);
+    prune_magnitude<C, kM>(x, mixed);
   } else if constexpr (kMethod == Method::kRandom) {
-    prune_random<C, kM>(x, args.n, args.scale, args.seed, group);
+    prune_random<C, kM>(x, mixed, group);
   } else if constexpr (kMethod == Method::kRescaleGroup) {
-    prune_rescale_group<C, kM>(x, args.n, args.scale);
+    prune_rescale_group<C, kM>(x, mixed);
   } else {
-    prune_mvue<C, kM>(x, args.n, args.scale, args.seed, group);
+    static_assert(kMethod == Method::kMvue);
+    prune_mvue<C, kM>(x, mixed, group);
   }
 }
 

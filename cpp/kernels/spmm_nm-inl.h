@@ -47,7 +47,7 @@ template <class C>
 class Spmm {
   using T = typename C::T;
   using E = typename C::E;
-  using Word = std::conditional_t<sizeof(T) == 2, uint16_t, typename C::U>;  // that holds a T
+  using Word = SDGP_ISA::Word<sizeof(T)>;
 
  public:
   static bool run(const SpmmArgs& args, int64_t begin, int64_t end) {
@@ -69,7 +69,7 @@ class Spmm {
         plan_(make_spmm_plan<E>(args)),
         dense_(plan_.dense),
         gather_(args, dense_, kChunkRows),
-        packer_(args.n, args.m) {}
+        packer_(args.pruning) {}
 
   void run_unit(int64_t unit) {
     const int64_t part = unit % plan_.parts;
@@ -85,7 +85,7 @@ class Spmm {
     }
 
     const int64_t kept_bytes = static_cast<int64_t>(sizeof(uint16_t) + sizeof(E)) * gather_.sources;
-    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     int64_t slab_blocks = kSlabBytes / (kept_bytes * block_kept + 1);
     if (slab_blocks < 1) slab_blocks = 1;
     const int64_t slabs = ceil_div(dense_.blocks, slab_blocks);
@@ -104,9 +104,9 @@ class Spmm {
   }
 
   int64_t kept_before(int64_t block) const {
-    const int64_t groups = ceil_div(args_.size, args_.m);
-    const int64_t before = block * (dense_.rows / args_.m);
-    return (before < groups ? before : groups) * args_.n;
+    const int64_t groups = ceil_div(args_.size, args_.pruning.m);
+    const int64_t before = block * (dense_.rows / args_.pruning.m);
+    return (before < groups ? before : groups) * args_.pruning.n;
   }
 
   // Brings a slab's kept values and offsets into the order of the row kernel: [block][source][kept].
@@ -119,11 +119,11 @@ class Spmm {
     values_.reserve(count * gather_.sources + blocks * kStep);
     if (args_.gradient != nullptr) return compress_rows(block_begin, block_end, count);
     find_bases(begin, count);
-    const T* const values = static_cast<const T*>(args_.values);
+    const T* const values = static_cast<const T*>(args_.compressed.values);
     const int64_t end = source_offset(gather_.first_source + gather_.sources - 1) + begin + count;
     for (int64_t s = 0; s < gather_.sources; ++s) {
       const int64_t at = source_offset(gather_.first_source + s) + begin;
-      place_row(s, values + at, args_.indices + at, count, values + end);
+      place_row(s, values + at, args_.compressed.indices + at, count, values + end);
     }
   }
 
@@ -134,10 +134,10 @@ class Spmm {
     uint8_t* last = last_.reserve(count + kStep);
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
     for (int64_t i = 0; i < count + kStep; ++i) {
-      const int64_t first = (begin + i) / args_.n * args_.m;
+      const int64_t first = (begin + i) / args_.pruning.n * args_.pruning.m;
       const int64_t left = args_.size - first;
       base[i] = static_cast<uint16_t>(first % dense_.rows * row_bytes);
-      last[i] = i < count ? static_cast<uint8_t>((left < args_.m ? left : args_.m) - 1) : 255;
+      last[i] = i < count ? static_cast<uint8_t>((left < args_.pruning.m ? left : args_.pruning.m) - 1) : 255;
     }
   }
 
@@ -148,20 +148,17 @@ class Spmm {
     const int64_t last = block_end * dense_.rows < args_.size ? block_end * dense_.rows : args_.size;
     const int64_t pixels = args_.height.out * args_.width.out;
     const bool one_run = !gradient.by_group && gradient.sample_stride == pixels * gradient.pixel_stride;
-    const int64_t row_groups =
-        gradient.by_group || args_.groups == 1 ? ceil_div(args_.size, args_.m) : args_.size / args_.m * args_.groups;
+    const int64_t row_groups = gradient.by_group || args_.groups == 1 ? ceil_div(args_.size, args_.pruning.m)
+                                                                      : args_.size / args_.pruning.m * args_.groups;
     PruneArgs part{};
     part.dtype = args_.dtype;
-    part.method = gradient.method;
-    part.n = args_.n;
-    part.m = args_.m;
-    part.seed = gradient.seed;
+    part.pruning = args_.pruning;
     part.size = last - first;
     part.in_stride = gradient.channel_stride;
     part.row_groups = row_groups;
     const int64_t least = gradient.channel_stride == 1 ? 1 : 64;  // rows that lie side by side
     const int64_t piece = kCompressElements / part.size > least ? kCompressElements / part.size : least;
-    const bool whole = part.size % args_.m == 0;
+    const bool whole = part.size % args_.pruning.m == 0;
     const bool placed = sizeof(T) == sizeof(E) && whole && packer_.places(part.size) && packer_.places(dense_.rows);
     if (!placed) find_bases(kept_before(block_begin), count);
     for (int64_t s = 0, rows = 0; s < gather_.sources; s += rows) {
@@ -173,11 +170,11 @@ class Spmm {
       part.in = static_cast<const T*>(gradient.data) + sample * gradient.sample_stride + pixel * gradient.pixel_stride +
                 (group_ * args_.size + first) * gradient.channel_stride;
       const int64_t row = gradient.by_group ? (sample * args_.groups + group_) * pixels + pixel : source;
-      const int64_t groups_before = gradient.by_group ? 0 : group_ * (args_.size / args_.m);
-      part.first_group = static_cast<uint64_t>(row * row_groups + groups_before + first / args_.m);
+      const int64_t groups_before = gradient.by_group ? 0 : group_ * (args_.size / args_.pruning.m);
+      part.first_group = static_cast<uint64_t>(row * row_groups + groups_before + first / args_.pruning.m);
       part.dims[0] = {rows, gradient.pixel_stride, 0, 1, false};
       if (part.in_stride == 1) prefetch_rows(part, s + rows < gather_.sources ? rows : 0);
-      const Word* buffer = pruned_.read(part, args_.n == args_.m);
+      const Word* buffer = pruned_.read(part, args_.pruning.keeps_all());
       if (placed) {
         for (int64_t r = 0; r < rows; ++r) place_pruned(s + r, buffer + r * part.size, part.size);
         continue;
@@ -204,12 +201,12 @@ class Spmm {
 
   // One row's pruned elements, whole groups, to their places.
   SDGP_INLINE void place_pruned(int64_t s, const Word* row, int64_t size) {
-    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
     int64_t first_kept = 0;  // of the block, over all sources
     for (int64_t i = 0; i < size; i += dense_.rows) {
       const int64_t length = size - i < dense_.rows ? size - i : dense_.rows;
-      const int64_t to = first_kept + s * (length / args_.m * args_.n);
+      const int64_t to = first_kept + s * (length / args_.pruning.m * args_.pruning.n);
       packer_.place_block(row + i, length, reinterpret_cast<Word*>(values_.data) + to, offsets_.data + to, row_bytes);
       first_kept += block_kept * gather_.sources + kStep;
     }
@@ -218,7 +215,7 @@ class Spmm {
   // One row's kept values to their places. Indices out of range are noted, and read as the last one in it. From `end`
   // on nothing may be read.
   SDGP_INLINE void place_row(int64_t s, const T* row, const uint8_t* row_indices, int64_t count, const T* end) {
-    const int64_t block_kept = dense_.rows / args_.m * args_.n;
+    const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
     const uint16_t* base = base_.data;
     const uint8_t* last = last_.data;
@@ -234,8 +231,8 @@ class Spmm {
         const uint8_t* index = row_indices + i + j;
         T value_copy[kStep];
         uint8_t index_copy[kStep];
-        __builtin_prefetch(value + kAhead * args_.row_stride);
-        __builtin_prefetch(index + kAhead * args_.row_stride);
+        __builtin_prefetch(value + kAhead * args_.compressed.row_stride);
+        __builtin_prefetch(index + kAhead * args_.compressed.row_stride);
         if (value + kStep > end) [[unlikely]] {
           for (int64_t k = 0; k < kStep; ++k) {
             value_copy[k] = j + k < length ? value[k] : T{};
@@ -260,8 +257,8 @@ class Spmm {
 
   int64_t source_offset(int64_t source) const {
     const int64_t per_sample = args_.height.out * args_.width.out;
-    return source / per_sample * args_.sample_stride + source % per_sample * args_.row_stride +
-           group_ * args_.group_stride;
+    return source / per_sample * args_.compressed.sample_stride + source % per_sample * args_.compressed.row_stride +
+           group_ * args_.compressed.group_stride;
   }
 
   void multiply_panel(int64_t panel, int64_t block_begin, int64_t block_end, E* sums) {
@@ -353,17 +350,13 @@ class Spmm {
 };
 
 inline int64_t spmm_nm_units(const SpmmArgs& args) {
-  return args.dtype == DType::kFloat64 ? make_spmm_plan<double>(args).units : make_spmm_plan<float>(args).units;
+  return visit(DTypes{}, args.dtype,
+               [&]<DType kDType>(Constant<kDType>) { return make_spmm_plan<typename LanesOf<kDType>::E>(args).units; });
 }
 
 inline bool spmm_nm(const SpmmArgs& args, int64_t begin, int64_t end) {
-  switch (args.dtype) {
-    case DType::kFloat32: return Spmm<Float32>::run(args, begin, end);
-    case DType::kFloat64: return Spmm<Float64>::run(args, begin, end);
-    case DType::kFloat16: return Spmm<Float16>::run(args, begin, end);
-    case DType::kBFloat16: return Spmm<BFloat16>::run(args, begin, end);
-  }
-  __builtin_unreachable();
+  return visit(DTypes{}, args.dtype,
+               [&]<DType kDType>(Constant<kDType>) { return Spmm<LanesOf<kDType>>::run(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA

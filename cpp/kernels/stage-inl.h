@@ -126,10 +126,10 @@ class Pieces {
     const int64_t group = first_group_ + (plan_.rows_inside ? major_ : minor_);
     piece.rows = plan_.rows_inside ? run : count;
     piece.groups = plan_.rows_inside ? count : run;
-    piece.tail = group + piece.groups > plan_.full ? args_.size % args_.m : 0;
+    piece.tail = group + piece.groups > plan_.full ? args_.size % args_.pruning.m : 0;
     const Dim inner = args_.ndim ? args_.dims[args_.ndim - 1] : Dim{};
-    piece.first.in = base_.in + row * inner.in_stride + group * args_.m * args_.in_stride;
-    piece.first.out = base_.out + row * inner.out_stride + group * args_.m * args_.out_stride;
+    piece.first.in = base_.in + row * inner.in_stride + group * args_.pruning.m * args_.in_stride;
+    piece.first.out = base_.out + row * inner.out_stride + group * args_.pruning.m * args_.out_stride;
     piece.first.index =
         args_.first_group +
         (base_.index + static_cast<uint64_t>(row * inner.row_step)) * static_cast<uint64_t>(plan_.row_groups) +
@@ -167,7 +167,7 @@ class Pieces {
 template <class Copy>
 SDGP_INLINE void for_each_box(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t capacity,
                               int64_t padded, int64_t row_stride, int64_t stride, Copy copy) {
-  const int64_t m = args.m;
+  const int64_t m = args.pruning.m;
   const int64_t full = piece.groups - (piece.tail != 0);
   if (plan.rows_inside) {
     const Strides buffer{{piece.rows, capacity, 1}};

@@ -10,6 +10,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../kernels/table.h"
 #include "memory.h"
 #include "prune_cpu.h"
 #include "views.h"
@@ -27,9 +28,9 @@ Tensor empty_innermost(const Tensor& like, int64_t dim, int64_t size, ScalarType
   return movedim(torch::stable::new_empty(like, sizes, dtype), -1, dim);
 }
 
-std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim,
-                                           std::string_view method, const std::optional<Tensor>& seed) {
-  const PruneCall call = validate_prune("compress_nm", input, n, m, dim, method, seed);
+std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& settings) {
+  const PruneCall call = validate_prune("compress_nm", input, settings);
+  const int64_t n = call.pruning.n, m = call.pruning.m;
   const int64_t kept = (input.size(call.dim) + m - 1) / m * n;
   Tensor values = empty_innermost(input, call.dim, kept, input.scalar_type());
   Tensor indices = empty_innermost(input, call.dim, kept, ScalarType::Byte);
@@ -39,12 +40,13 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64
 
   CompressArgs args{};
   Tensor source = input;
-  if (call.method == Method::kRescale && n != m) {  // its sums run across rows, in an order that the whole decides
+  if (!traits(call.pruning.method).by_group && n != m) {  // it sums across rows, in an order that the whole decides
     source = torch::stable::empty_like(input);
-    prune_into(input, source, call, n, m, seed, false);
+    prune_into_cpu(input, source, call);
     args.pruned = true;
   }
-  args.prune = describe_prune_cpu(source, source, call, n, m, seed);
+  args.prune = describe_prune(source, source, call);
+  args.prune.pruning = read_seed(input, call);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();
@@ -54,20 +56,21 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, int64_t n, int64
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor> compress_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t dim,
-                                                   std::string_view method, const std::optional<Tensor>& seed) {
-  validate_prune("compress_nm", input, n, m, dim, method, seed);
+std::tuple<Tensor, Tensor> compress_nm_unsupported(const Tensor& input, const Settings& settings) {
+  validate_prune("compress_nm", input, settings);
   refuse_device("compress_nm", input);
 }
 
 struct DecompressCall {
+  DType dtype;
   int64_t n;
   int64_t dim;
 };
 
 DecompressCall validate_decompress(const Tensor& values, const Tensor& indices, int64_t m, int64_t size, int64_t dim) {
   const int64_t front_dim = check_dim("decompress_nm", values, dim);
-  return {check_compressed("decompress_nm", values, indices, m, size, front_dim), front_dim};
+  const int64_t n = check_compressed("decompress_nm", values, indices, m, size, front_dim);
+  return {check_dtype("decompress_nm", values), n, front_dim};
 }
 
 Tensor decompress_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m, int64_t size, int64_t dim) {
@@ -79,7 +82,7 @@ Tensor decompress_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m,
   const DecompressArgs args{.values = rows.const_data_ptr(),
                             .indices = row_indices.const_data_ptr<uint8_t>(),
                             .out = output.mutable_data_ptr(),
-                            .element_size = static_cast<int>(values.element_size()),
+                            .dtype = call.dtype,
                             .n = static_cast<int>(call.n),
                             .m = static_cast<int>(m),
                             .size = size,
@@ -102,11 +105,11 @@ Tensor decompress_nm_unsupported(const Tensor& values, const Tensor& indices, in
 }  // namespace sdgp
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CPU, library) {
-  library.impl("compress_nm", TORCH_BOX(&sdgp::compress_nm_cpu));
+  library.impl("compress_nm", SDGP_BOX(&sdgp::compress_nm_cpu));
   library.impl("decompress_nm", TORCH_BOX(&sdgp::decompress_nm_cpu));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
-  library.impl("compress_nm", TORCH_BOX(&sdgp::compress_nm_unsupported));
+  library.impl("compress_nm", SDGP_BOX(&sdgp::compress_nm_unsupported));
   library.impl("decompress_nm", TORCH_BOX(&sdgp::decompress_nm_unsupported));
 }

@@ -1,38 +1,47 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What every sparse product on the CPU ends with.
+// What the sparse products on the CPU share: their checks, their output, and the call of the kernel.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <atomic>
-
-#include "../checks.h"
-#include "../kernels/kernels.h"
+#include "prune_args.h"
 
 namespace sdgp {
 
-// Packs the dense operand, then multiplies. `like` is of the operands' device; `op` begins the message about an index
-// out of range.
-inline void multiply(const char* op, const Tensor& like, SpmmArgs& args) {
-  constexpr int64_t kAlignment = 64;
-  const Kernels& table = kernels();
-  const bool is_double = args.dtype == DType::kFloat64;
-  const int64_t element_size = is_double ? sizeof(double) : sizeof(float);
-  const int64_t packed_size = table.packed_size(args) + kAlignment / element_size;
-  Tensor packed = torch::stable::new_empty(like, {&packed_size, 1}, is_double ? ScalarType::Double : ScalarType::Float);
-  const auto address = reinterpret_cast<uintptr_t>(packed.mutable_data_ptr());
-  args.packed = reinterpret_cast<void*>((address + kAlignment - 1) / kAlignment * kAlignment);
-  torch::stable::parallel_for(0, table.pack_units(args), 1,
-                              [&](int64_t begin, int64_t end) { table.pack(args, begin, end); });
-  args.threads = torch::stable::get_num_threads();
-  std::atomic<bool> valid{true};
-  torch::stable::parallel_for(0, table.spmm_nm_units(args), 1, [&](int64_t begin, int64_t end) {
-    if (!table.spmm_nm(args, begin, end)) valid = false;
-  });
-  check(valid, op, ": expected every index below ", args.m, " and inside the size ", args.size,
-        ", got one that is not");
-}
+constexpr Axis2d kPoint{1, 1, 1, 1, 0, 1};
+
+// A product as the kernel knows it, a convolution's data gradient; a plain one has 1 x 1 pixels and taps.
+struct Product {
+  const char* op;  // begins the message about an index out of range
+  DType dtype;
+  Pruning pruning;
+  int64_t samples;
+  int64_t groups = 1;
+  Axis2d height = kPoint;
+  Axis2d width = kPoint;
+  bool channels_first = false;
+};
+
+// What the messages of an op call its operands.
+struct OperandNames {
+  const char* like;  // "the input is"
+  const char* dense;
+};
+
+// The arguments of a product whose left operand is pruned on the way, checked as far as they are alike.
+PruneCall validate_product(const char* op, const OperandNames& names, const Tensor& input, const Tensor& dense,
+                           const Settings& settings);
+
+// (..., cols), with the leading dimensions of `rows`.
+Tensor empty_rows(const Tensor& rows, int64_t cols);
+int64_t count_rows(const Tensor& rows);
+
+// Makes an output ready to be written to. False where nothing is left to do: it is empty, or every sum in it is.
+bool begin_output(Tensor& output, bool has_terms);
+
+// `dense`: (groups x size, cols) or, of a convolution, (groups x size, cols, height, width), any strides.
+void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
+void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

@@ -8,9 +8,8 @@
 namespace sdgp {
 namespace {
 
-Tensor pack_24_unsupported(const Tensor& input, int64_t n, int64_t m, std::string_view method,
-                           const std::optional<Tensor>& seed, std::string_view layout) {
-  validate_pack(input, n, m, method, seed, layout);
+Tensor pack_24_unsupported(const Tensor& input, const SettingsAlong<-1>& settings, std::string_view layout) {
+  validate_pack(input, settings, layout);
   refuse_device("_pack_24", input, "cuda, where sdgp was built for it");
 }
 
@@ -18,5 +17,5 @@ Tensor pack_24_unsupported(const Tensor& input, int64_t n, int64_t m, std::strin
 }  // namespace sdgp
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
-  library.impl("_pack_24", TORCH_BOX(&sdgp::pack_24_unsupported));
+  library.impl("_pack_24", SDGP_BOX(&sdgp::pack_24_unsupported));
 }

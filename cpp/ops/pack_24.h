@@ -3,40 +3,33 @@
 // _pack_24's arguments, checked alike on every device.
 #pragma once
 
-#include "../../cuda/kernels.h"
+#include "../kernels/layout_24.h"
 #include "prune_args.h"
 
 namespace sdgp {
 
-struct LayoutName {
-  const char* name;
-  cuda::Metadata layout;
-};
-inline constexpr LayoutName kLayouts[] = {{"cusparselt_sm80", cuda::Metadata::kCusparseLtSm80},
-                                          {"cusparselt_sm90", cuda::Metadata::kCusparseLtSm90},
-                                          {"cutlass_sm80", cuda::Metadata::kCutlassSm80}};
-
 struct PackCall {
   PruneCall prune;
-  cuda::Metadata layout;
+  Layout24 layout;
 };
 
-// Patterns whose groups are 2:4 in every quad.
-constexpr bool fits_24(int64_t n, int64_t m) { return (n <= 2 && m % 4 == 0) || (n == 1 && m == 2); }
-
-inline PackCall validate_pack(const Tensor& input, int64_t n, int64_t m, std::string_view method,
-                              const std::optional<Tensor>& seed, std::string_view layout) {
-  constexpr const char* kOp = "_pack_24";
-  const PruneCall prune = validate_prune(kOp, input, n, m, -1, method, seed);
-  check(input.dim() == 2, kOp, ": expected a matrix, got ", name_of_shape(input));
-  check(prune.dtype == DType::kFloat16 || prune.dtype == DType::kBFloat16, kOp, ": expected float16 or bfloat16, got ",
-        name_of_dtype(dtype_of(input)));
-  check(fits_24(n, m), kOp, ": expected n <= 2 and m a multiple of 4, or 1:2, got ", n, ":", m);
-  for (const LayoutName& known : kLayouts) {
-    if (layout == known.name) return {prune, known.layout};
+inline Layout24 check_layout(const char* op, std::string_view name) {
+  for (const Layout24Name& known : kLayouts24) {
+    if (name == known.name) return known.value;
   }
-  check(false, kOp, ": expected layout to be cusparselt_sm80, cusparselt_sm90 or cutlass_sm80, got \"", layout, "\"");
+  check(false, op, ": expected layout to be ", names_of(kLayouts24), ", got \"", name, "\"");
   __builtin_unreachable();
+}
+
+inline PackCall validate_pack(const Tensor& input, const SettingsAlong<-1>& settings, std::string_view layout) {
+  constexpr const char* kOp = "_pack_24";
+  const PruneCall prune = validate_prune(kOp, input, settings);
+  check(input.dim() == 2, kOp, ": expected a matrix, got ", name_of_shape(input));
+  check(contains(PackedDTypes{}, prune.dtype), kOp, ": expected float16 or bfloat16, got ",
+        name_of_dtype(dtype_of(input)));
+  check(fits_24(prune.pruning.n, prune.pruning.m), kOp, ": expected n <= 2 and m a multiple of 4, or 1:2, got ",
+        settings.n, ":", settings.m);
+  return {prune, check_layout(kOp, layout)};
 }
 
 }  // namespace sdgp

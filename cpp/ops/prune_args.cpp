@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <limits>
 #include <vector>
 
 namespace sdgp {
@@ -43,24 +44,26 @@ void describe_dims(const Tensor& input, const Tensor& output, int64_t pruned, Pr
 
 }  // namespace
 
-PruneCall validate_prune(const char* op, const Tensor& input, int64_t n, int64_t m, int64_t dim,
-                         std::string_view method, const std::optional<Tensor>& seed) {
-  check_pattern(op, n, m);
-  const Method known = check_method(op, method);
+PruneCall validate_prune(const char* op, const Tensor& input, const Settings& settings) {
+  check_pattern(op, settings.n, settings.m);
+  const Method method = check_method(op, settings.method);
   check_strided(op, input);
   const DType dtype = check_dtype(op, input);
-  const int64_t front_dim = check_dim(op, input, dim);
-  check_seed(op, input, seed);
-  return {dtype, known, front_dim};
+  const int64_t front_dim = check_dim(op, input, settings.dim);
+  check_seed(op, input, settings.seed);
+  const Pruning pruning{.method = method,
+                        .n = static_cast<int>(settings.n),
+                        .m = static_cast<int>(settings.m),
+                        .seed = 0,
+                        .scale = false};
+  return {dtype, front_dim, pruning, settings.seed};
 }
 
-PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m) {
+PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call) {
   PruneArgs args{};
   args.in = input.const_data_ptr();
   args.dtype = call.dtype;
-  args.method = call.method;
-  args.n = static_cast<int>(n);
-  args.m = static_cast<int>(m);
+  args.pruning = call.pruning;
   args.size = input.size(call.dim);
   args.in_stride = input.stride(call.dim);
   args.out_stride = output.stride(call.dim);
@@ -68,10 +71,10 @@ PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneC
   return args;
 }
 
-bool nothing_to_choose(const Tensor& input, Tensor& output, int64_t n, int64_t m, bool scale) {
+bool nothing_to_choose(const Tensor& input, Tensor& output, const Pruning& pruning) {
   if (input.numel() == 0) return true;
-  if (n != m) return false;
-  if (scale) {
+  if (!pruning.keeps_all()) return false;
+  if (pruning.scale) {
     torch::stable::fill_(output, 1.0);
   } else {
     torch::stable::copy_(output, input);
@@ -79,11 +82,14 @@ bool nothing_to_choose(const Tensor& input, Tensor& output, int64_t n, int64_t m
   return true;
 }
 
-Tensor draw_seed(const Tensor& input) {
+Tensor seed_of(const Tensor& input, const PruneCall& call) {
+  if (call.seed) return *call.seed;
+  using torch::stable::detail::from;
+  constexpr auto low = std::numeric_limits<int64_t>::min(), high = std::numeric_limits<int64_t>::max();
   const int64_t one = 1;
   const Tensor drawn = torch::stable::new_empty(input, {&one, 1}, ScalarType::Long);
-  StableIValue stack[2] = {torch::stable::detail::from(drawn), torch::stable::detail::from(std::nullopt)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "", stack, TORCH_ABI_VERSION));
+  StableIValue stack[4] = {from(drawn), from(low), from(std::optional<int64_t>(high)), from(std::nullopt)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::random_", "from", stack, TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 

@@ -6,29 +6,32 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string_view>
 
 #include "../checks.h"
-#include "../kernels/kernels.h"
+#include "../kernels/args.h"
+#include "settings.h"
 
 namespace sdgp {
 
+// The Settings of a call, checked; of its Pruning the seed is open until the tensor that holds it is read.
 struct PruneCall {
   DType dtype;
-  Method method;
   int64_t dim;  // counted from the front
+  Pruning pruning;
+  std::optional<Tensor> seed;
+
+  bool draws() const { return traits(pruning.method).draws && !pruning.keeps_all(); }
 };
 
-PruneCall validate_prune(const char* op, const Tensor& input, int64_t n, int64_t m, int64_t dim,
-                         std::string_view method, const std::optional<Tensor>& seed);
+PruneCall validate_prune(const char* op, const Tensor& input, const Settings& settings);
 
-// `output` gives the strides; of a tensor with elements. The seed stays open.
-PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call, int64_t n, int64_t m);
+// `output` gives the strides; of a tensor with elements. The pointer to write to stays open.
+PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call);
 
 // Fills `output` where every element stays, or there is none; whether it did.
-bool nothing_to_choose(const Tensor& input, Tensor& output, int64_t n, int64_t m, bool scale);
+bool nothing_to_choose(const Tensor& input, Tensor& output, const Pruning& pruning);
 
-// One int64 from the generator of the input's device, on that device.
-Tensor draw_seed(const Tensor& input);
+// The seed that the caller gave, or one that the generator of the input's device draws there, as sdgp's Python does.
+Tensor seed_of(const Tensor& input, const PruneCall& call);
 
 }  // namespace sdgp

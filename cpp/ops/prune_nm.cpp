@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // prune_nm and _prune_nm_scale: one host function validates for every device; what differs is who fills the output.
+#include "prune_nm.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -10,49 +12,44 @@
 namespace sdgp {
 namespace {
 
-constexpr const char* op_name(bool scale) { return scale ? "_prune_nm_scale" : "prune_nm"; }
-
 // The output has the input's strides where those leave no holes and do not overlap, else those that clone() would give.
 Tensor allocate(const Tensor& input) { return torch::stable::empty_like(input); }
 
 template <bool kScale>
-Tensor prune_nm_cpu(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
-                    const std::optional<Tensor>& seed) {
-  const PruneCall call = validate_prune(op_name(kScale), input, n, m, dim, method, seed);
+Tensor prune_nm_cpu(const Tensor& input, const Settings& settings) {
+  const PruneCall call = validate_prune_nm<kScale>(input, settings);
   Tensor output = allocate(input);
-  prune_into(input, output, call, n, m, seed, kScale);
+  prune_into_cpu(input, output, call);
   return output;
 }
 
 template <bool kScale>
-Tensor prune_nm_meta(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
-                     const std::optional<Tensor>& seed) {
-  validate_prune(op_name(kScale), input, n, m, dim, method, seed);
+Tensor prune_nm_meta(const Tensor& input, const Settings& settings) {
+  validate_prune_nm<kScale>(input, settings);
   return allocate(input);
 }
 
 // Whatever has no kernel: quantized and sparse tensors fail the checks, a device without one is named.
 template <bool kScale>
-Tensor prune_nm_unsupported(const Tensor& input, int64_t n, int64_t m, int64_t dim, std::string_view method,
-                            const std::optional<Tensor>& seed) {
-  validate_prune(op_name(kScale), input, n, m, dim, method, seed);
-  refuse_device(op_name(kScale), input, "cpu, or cuda where sdgp was built for it");
+Tensor prune_nm_unsupported(const Tensor& input, const Settings& settings) {
+  validate_prune_nm<kScale>(input, settings);
+  refuse_device(kPruneNmName<kScale>, input, "cpu, or cuda where sdgp was built for it");
 }
 
 }  // namespace
 }  // namespace sdgp
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CPU, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_cpu<false>));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_cpu<true>));
+  library.impl("prune_nm", SDGP_BOX(&sdgp::prune_nm_cpu<false>));
+  library.impl("_prune_nm_scale", SDGP_BOX(&sdgp::prune_nm_cpu<true>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, Meta, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_meta<false>));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_meta<true>));
+  library.impl("prune_nm", SDGP_BOX(&sdgp::prune_nm_meta<false>));
+  library.impl("_prune_nm_scale", SDGP_BOX(&sdgp::prune_nm_meta<true>));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
-  library.impl("prune_nm", TORCH_BOX(&sdgp::prune_nm_unsupported<false>));
-  library.impl("_prune_nm_scale", TORCH_BOX(&sdgp::prune_nm_unsupported<true>));
+  library.impl("prune_nm", SDGP_BOX(&sdgp::prune_nm_unsupported<false>));
+  library.impl("_prune_nm_scale", SDGP_BOX(&sdgp::prune_nm_unsupported<true>));
 }

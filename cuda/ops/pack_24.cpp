@@ -8,7 +8,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include "../kernels.h"
+#include "../kernels/cuda_kernels.h"
 #include "prune_cuda.h"
 
 namespace sdgp {
@@ -16,44 +16,40 @@ namespace {
 
 int64_t round_up(int64_t size, int64_t step) { return (size + step - 1) / step * step; }
 
-Tensor pack_24_cuda(const Tensor& input, int64_t n, int64_t m, std::string_view method,
-                    const std::optional<Tensor>& seed, std::string_view layout) {
-  PackCall call = validate_pack(input, n, m, method, seed, layout);
+Tensor pack_24_cuda(const Tensor& input, const SettingsAlong<-1>& settings, std::string_view layout) {
+  auto [call, known_layout] = validate_pack(input, settings, layout);
   const torch::stable::accelerator::DeviceGuard guard(device_of(input).index);
-  cuda::PackArgs args{};
-  args.rows = round_up(input.size(0), cuda::kTileRows);
-  args.cols = round_up(input.size(1), cuda::kTileCols);
-  const int64_t size = args.rows * args.cols / 16 * 9;  // half the values, and two bits for each of them
+  const int64_t rows = round_up(input.size(0), kTileRows);
+  const int64_t cols = round_up(input.size(1), kTileCols);
+  const int64_t size = rows * cols / 16 * 9;  // half the values, and two bits for each of them
   Tensor packed = torch::stable::new_empty(input, {&size, 1});
   if (size == 0) return packed;
 
   // What one pass cannot do is pruned first; packing then keeps what is left.
   Tensor source = input;
-  if (call.prune.method == Method::kRescale || !cuda::packs(m)) {
+  if (!traits(call.pruning.method).by_group || !contains(PackedSizes{}, call.pruning.m)) {
     source = torch::stable::empty_like(input);
-    prune_into_cuda(input, source, call.prune, n, m, seed, false);
-    call.prune.method = Method::kMagnitude;
-    n = 2;
-    m = 4;
+    prune_into_cuda(input, source, call);
+    call.pruning = {.method = Method::kMagnitude, .n = 2, .m = 4, .seed = 0, .scale = false};
   }
   if (source.stride(1) != 1) source = torch::stable::contiguous(source);
-  std::optional<Tensor> drawn;
-  args.seed = seed_pointer(input, call.prune, seed, drawn);
-  args.in = source.const_data_ptr();
-  args.in_rows = source.size(0);
-  args.in_cols = source.size(1);
-  args.row_stride = source.stride(0);
-  args.dtype = call.prune.dtype;
-  args.method = call.prune.method;
-  args.n = static_cast<int>(n);
-  args.m = static_cast<int>(m);
-  args.layout = call.layout;
-  args.packed = packed.mutable_data_ptr();
-  cuda::pack_24(args, current_stream(input));
+  std::optional<Tensor> held;
+  const cuda::PackArgs args{.in = source.const_data_ptr(),
+                            .in_rows = source.size(0),
+                            .in_cols = source.size(1),
+                            .row_stride = source.stride(0),
+                            .dtype = call.dtype,
+                            .pruning = call.pruning,
+                            .seed = seed_on_device(input, call, held),
+                            .layout = known_layout,
+                            .rows = rows,
+                            .cols = cols,
+                            .packed = packed.mutable_data_ptr()};
+  cuda::launch_pack_24(args, current_stream(input));
   return packed;
 }
 
 }  // namespace
 }  // namespace sdgp
 
-STABLE_TORCH_LIBRARY_IMPL(sdgp, CUDA, library) { library.impl("_pack_24", TORCH_BOX(&sdgp::pack_24_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(sdgp, CUDA, library) { library.impl("_pack_24", SDGP_BOX(&sdgp::pack_24_cuda)); }

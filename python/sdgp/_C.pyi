@@ -1,5 +1,9 @@
 version: str
 max_group_size: int
 methods: tuple[str, ...]
+methods_that_draw: tuple[str, ...]
+methods_by_group: tuple[str, ...]
+tile_24: tuple[int, int]
+layouts_24: tuple[str, ...]
 
 def isa() -> str: ...

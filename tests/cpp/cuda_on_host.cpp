@@ -3,36 +3,13 @@
 // What the CUDA kernels' threads compute, run on the host, thread after thread: the shared library that
 // tests/test_cuda_on_host.py compares with the CPU's ops. Only the launches and the shuffles of a warp are not in here.
 #include <algorithm>
-#include <cstring>
-#include <type_traits>
 #include <vector>
 
-#include "../../cuda/pack_24.cuh"
-#include "../../cuda/rescale.cuh"
+#include "../../cuda/kernels/pack_24.cuh"
+#include "../../cuda/kernels/rescale.cuh"
 
 namespace sdgp::cuda {
 namespace {
-
-template <class Visit>
-void with_dtype(DType dtype, Visit visit) {
-  switch (dtype) {
-    case DType::kFloat32: return visit(Float32{});
-    case DType::kFloat64: return visit(Float64{});
-    case DType::kFloat16: return visit(Float16{});
-    case DType::kBFloat16: return visit(BFloat16{});
-  }
-}
-
-template <class Visit>
-void with_method(Method method, Visit visit) {
-  switch (method) {
-    case Method::kMagnitude: return visit(std::integral_constant<Method, Method::kMagnitude>{});
-    case Method::kRandom: return visit(std::integral_constant<Method, Method::kRandom>{});
-    case Method::kRescale: return visit(std::integral_constant<Method, Method::kRescale>{});
-    case Method::kRescaleGroup: return visit(std::integral_constant<Method, Method::kRescaleGroup>{});
-    case Method::kMvue: return visit(std::integral_constant<Method, Method::kMvue>{});
-  }
-}
 
 template <class C, int kM>
 void sum_warps(const SumParams& params) {
@@ -57,6 +34,45 @@ void sum_warps(const SumParams& params) {
   }
 }
 
+// The factors of rescale.
+template <class C>
+std::vector<typename C::E> find_factors(const PruneArgs& args) {
+  SumParams sums = plan_sums(args);
+  std::vector<typename C::E> factors(sums.factors);
+  std::vector<typename C::E> partial(2 * sums.stretches * sums.factors);
+  sums.partial = partial.data();
+  sums.factor = factors.data();
+  visit_at_least(GroupSizes{}, args.pruning.m, [&]<int kM>(Constant<kM>) { sum_warps<C, kM>(sums); });
+  for (int64_t f = 0; f < sums.factors; ++f) find_factor<typename C::E>(sums, f);
+  return factors;
+}
+
+template <class C>
+void prune(const PruneArgs& args, PrunePlan& plan) {
+  std::vector<typename C::E> factors;
+  if (args.pruning.method == Method::kRescale) factors = find_factors<C>(args);
+  plan.params.factors = factors.data();
+  visit_prune<C>(plan, [&]<Method kMethod, int kM, int kV>(Constant<kMethod>, Constant<kM>, Constant<kV>) {
+    for (uint64_t thread = 0; thread < plan.params.threads; ++thread) {
+      prune_thread<C, kMethod, kM, kV>(plan.params, thread);
+    }
+  });
+}
+
+template <class C, Method kMethod, int kM>
+void pack(const PackArgs& args) {
+  std::vector<uint8_t> nibbles(kTileRows * kTileQuads);
+  for (int64_t row = 0; row < args.rows; row += kTileRows) {
+    for (int64_t col = 0; col < args.cols; col += kTileCols) {
+      std::fill(nibbles.begin(), nibbles.end(), uint8_t{0xff});
+      for (int thread = 0; thread < kTileThreads; ++thread) {
+        pack_values<C, kMethod, kM>(args, row, col, thread, nibbles.data());
+      }
+      for (int thread = 0; thread < kTileThreads; ++thread) pack_metadata(args, row, col, thread, nibbles.data());
+    }
+  }
+}
+
 }  // namespace
 
 // `sizes`, `in_strides`, `out_strides`: of all dimensions but the pruned one, sorted and not merged; `flags`: has
@@ -69,10 +85,7 @@ extern "C" int prune_on_host(const void* in, void* out, int dtype, int method, i
   args.in = in;
   args.out = out;
   args.dtype = static_cast<DType>(dtype);
-  args.method = static_cast<Method>(method);
-  args.scale = scale != 0;
-  args.n = n;
-  args.m = m;
+  args.pruning = {.method = static_cast<Method>(method), .n = n, .m = m, .seed = 0, .scale = scale != 0};
   args.size = size;
   args.in_stride = in_stride;
   args.out_stride = out_stride;
@@ -83,34 +96,7 @@ extern "C" int prune_on_host(const void* in, void* out, int dtype, int method, i
   }
   PrunePlan plan = plan_prune(args);
   plan.params.seed = &seed;
-  with_dtype(args.dtype, [&](auto type) {
-    using C = decltype(type);
-    with_compiled_size(m, [&](auto compiled) {
-      constexpr int kM = decltype(compiled)::value;
-      std::vector<typename C::E> factors;
-      if (args.method == Method::kRescale) {
-        SumParams sums = plan_sums(args);
-        factors.resize(sums.factors);
-        std::vector<typename C::E> partial(2 * sums.stretches * sums.factors);
-        sums.partial = partial.data();
-        sums.factor = factors.data();
-        sum_warps<C, kM>(sums);
-        for (int64_t f = 0; f < sums.factors; ++f) find_factor<typename C::E>(sums, f);
-        plan.params.factors = factors.data();
-      }
-      with_method(args.method, [&](auto chosen) {
-        for (uint64_t thread = 0; thread < plan.params.threads; ++thread) {
-          if constexpr (sizeof(typename C::Bits) == 2) {
-            if (plan.rows_per_thread == 2) {
-              prune_thread<C, decltype(chosen)::value, kM, 2>(plan.params, thread);
-              continue;
-            }
-          }
-          prune_thread<C, decltype(chosen)::value, kM, 1>(plan.params, thread);
-        }
-      });
-    });
-  });
+  visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { prune<ElementOf<kDType>>(args, plan); });
   return plan.rows_per_thread * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // which paths were taken
 }
 
@@ -122,47 +108,17 @@ extern "C" void pack_on_host(const void* in, int64_t in_rows, int64_t in_cols, i
                       .in_cols = in_cols,
                       .row_stride = row_stride,
                       .dtype = static_cast<DType>(dtype),
-                      .method = static_cast<Method>(method),
-                      .n = n,
-                      .m = m,
+                      .pruning = {.method = static_cast<Method>(method), .n = n, .m = m, .seed = 0, .scale = false},
                       .seed = &seed,
-                      .layout = static_cast<Metadata>(layout),
+                      .layout = static_cast<Layout24>(layout),
                       .rows = rows,
                       .cols = cols,
                       .packed = packed};
-  std::vector<uint8_t> nibbles(kTileRows * kTileQuads);
-  const auto run = [&](auto type, auto chosen, auto size) {
-    for (int64_t row = 0; row < rows; row += kTileRows) {
-      for (int64_t col = 0; col < cols; col += kTileCols) {
-        std::fill(nibbles.begin(), nibbles.end(), uint8_t{0xff});
-        for (int thread = 0; thread < kTileThreads; ++thread) {
-          pack_values<decltype(type), decltype(chosen)::value, decltype(size)::value>(args, row, col, thread,
-                                                                                      nibbles.data());
-        }
-        for (int thread = 0; thread < kTileThreads; ++thread) pack_metadata(args, row, col, thread, nibbles.data());
-      }
-    }
-  };
-  const auto with_type = [&](auto chosen, auto size) {
-    if (args.dtype == DType::kFloat16) return run(Float16{}, chosen, size);
-    run(BFloat16{}, chosen, size);
-  };
-  const auto with_m = [&](auto chosen) {
-    switch (m) {
-      case 2: return with_type(chosen, std::integral_constant<int, 2>{});
-      case 4: return with_type(chosen, std::integral_constant<int, 4>{});
-      case 8: return with_type(chosen, std::integral_constant<int, 8>{});
-      case 16: return with_type(chosen, std::integral_constant<int, 16>{});
-      default: return with_type(chosen, std::integral_constant<int, 32>{});
-    }
-  };
-  switch (args.method) {
-    case Method::kRescale:
-    case Method::kMagnitude: return with_m(std::integral_constant<Method, Method::kMagnitude>{});
-    case Method::kRandom: return with_m(std::integral_constant<Method, Method::kRandom>{});
-    case Method::kRescaleGroup: return with_m(std::integral_constant<Method, Method::kRescaleGroup>{});
-    case Method::kMvue: return with_m(std::integral_constant<Method, Method::kMvue>{});
-  }
+  visit(PackedDTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
+      pack<ElementOf<kDType>, kMethod, kM>(args);
+    });
+  });
 }
 
 }  // namespace sdgp::cuda

@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 
 namespace sdgp::test {
 

@@ -3,8 +3,6 @@
 // The kernels without torch: prune_nm of one instruction set against scalar code, group by group, for every dtype, over
 // layouts that take each path (rows, groups, staged), with odd sizes, tails, gaps, ties, NaN, and group indices beyond
 // 2^32. Tensors lie against pages that trap, at either end: nothing outside them is touched.
-#include "kernels/kernels.h"
-
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -14,6 +12,7 @@
 
 #include "guarded.h"
 #include "harness.h"
+#include "kernels/table.h"
 #include "rows.h"
 #include "scalar.h"
 
@@ -76,10 +75,7 @@ std::vector<Layout> long_layouts() { return {nchw("long rows", 2, 5, 9001), line
 PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int m, int64_t row_steps = 1) {
   PruneArgs args{};
   args.dtype = dtype;
-  args.method = method;
-  args.n = n;
-  args.m = m;
-  args.seed = 0x0123456789abcdefu;
+  args.pruning = {.method = method, .n = n, .m = m, .seed = 0x0123456789abcdefu, .scale = false};
   args.size = layout.size;
   args.in_stride = layout.in_stride;
   args.out_stride = layout.out_stride;
@@ -135,13 +131,14 @@ T one_of(DType dtype) {
 
 template <class T>
 std::vector<T> expected_group(const PruneArgs& args, const std::vector<T>& group, uint64_t index) {
-  if (args.scale) {  // what a value would be multiplied by
-    const std::vector<bool> keep = scalar::largest_magnitudes(group, args.n);
+  if (args.pruning.scale) {  // what a value would be multiplied by
+    const std::vector<bool> keep = scalar::largest_magnitudes(group, args.pruning.n);
     return scalar::masked(std::vector<T>(group.size(), one_of<T>(args.dtype)), keep);
   }
-  if (args.method == Method::kMagnitude) return scalar::masked(group, scalar::largest_magnitudes(group, args.n));
-  if (args.method == Method::kRandom) return scalar::random(group, args.n, args.seed, index);
-  if constexpr (sizeof(T) > 2) return scalar::mvue(group, args.n, args.seed, index);
+  if (args.pruning.method == Method::kMagnitude)
+    return scalar::masked(group, scalar::largest_magnitudes(group, args.pruning.n));
+  if (args.pruning.method == Method::kRandom) return scalar::random(group, args.pruning.n, args.pruning.seed, index);
+  if constexpr (sizeof(T) > 2) return scalar::mvue(group, args.pruning.n, args.pruning.seed, index);
   std::abort();
 }
 
@@ -152,15 +149,16 @@ void test_equals_scalar(const PruneArgs& args, bool special, const std::string& 
   const Guarded<T> in(extent(args, false), true);
   fill(in.data, extent(args, false), special);
   std::vector<T> expected(static_cast<size_t>(extent(args, true)), T{77});
-  const int64_t groups = (args.size + args.m - 1) / args.m;
+  const int64_t groups = (args.size + args.pruning.m - 1) / args.pruning.m;
   for_each_row(args, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t) {
     for (int64_t g = 0; g < groups; ++g) {
       std::vector<T> group;
-      const int64_t length = std::min<int64_t>(args.m, args.size - g * args.m);
-      for (int64_t j = 0; j < length; ++j) group.push_back(in.data[in_at + (g * args.m + j) * args.in_stride]);
+      const int64_t length = std::min<int64_t>(args.pruning.m, args.size - g * args.pruning.m);
+      for (int64_t j = 0; j < length; ++j) group.push_back(in.data[in_at + (g * args.pruning.m + j) * args.in_stride]);
       group = expected_group(args, group, row * static_cast<uint64_t>(groups) + static_cast<uint64_t>(g));
       for (int64_t j = 0; j < length; ++j) {
-        expected[static_cast<size_t>(out_at + (g * args.m + j) * args.out_stride)] = group[static_cast<size_t>(j)];
+        expected[static_cast<size_t>(out_at + (g * args.pruning.m + j) * args.out_stride)] =
+            group[static_cast<size_t>(j)];
       }
     }
   });
@@ -208,12 +206,12 @@ void test_scaled(PruneArgs args, const std::string& what) {
   fill(in.data, extent(args, false), false);
   std::fill_n(out.data, extent(args, true), T{77});
   run(args, in.data, out.data, 3);
-  const bool by_group = args.method == Method::kRescaleGroup;
-  args.method = Method::kMagnitude;
+  const bool by_group = args.pruning.method == Method::kRescaleGroup;
+  args.pruning.method = Method::kMagnitude;
   run(args, in.data, pruned.data, 1);
   std::map<std::pair<int64_t, uint64_t>, std::pair<double, double>> sums;
   const auto factor_of = [&](int64_t sample, uint64_t row, int64_t k) {
-    return by_group ? std::pair(k / args.m, row) : std::pair(k, static_cast<uint64_t>(sample));
+    return by_group ? std::pair(k / args.pruning.m, row) : std::pair(k, static_cast<uint64_t>(sample));
   };
   for_each_row(args, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t sample) {
     for (int64_t k = 0; k < args.size; ++k) {
@@ -259,7 +257,7 @@ void test_layout(const Layout& layout, int n, int m) {
   if (kFew) return;
   const auto multipliers = [&](DType dtype) {
     PruneArgs scaled = args(dtype, Method::kMagnitude);
-    scaled.scale = true;
+    scaled.pruning.scale = true;
     return scaled;
   };
   test_equals_scalar<float>(multipliers(DType::kFloat32), true, "multipliers " + what);

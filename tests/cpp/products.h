@@ -9,9 +9,10 @@
 #include <cstring>
 #include <new>
 #include <random>
+#include <utility>
 #include <vector>
 
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 #include "rows.h"
 
 namespace sdgp::test {
@@ -113,24 +114,24 @@ inline void set_weight_strides(const Product& p, sdgp::SpmmArgs& args) {
                                 {p.cols * h * w, 1, w * p.cols, p.cols},  // (rows, h, w, cols)
                                 {1, h * w * rows, w * rows, rows}};       // (cols, h, w, rows)
   const int64_t* chosen = strides[static_cast<int>(p.weight)];
-  args.dense_row_stride = chosen[0];
-  args.dense_col_stride = chosen[1];
-  args.dense_height_stride = chosen[2];
-  args.dense_width_stride = chosen[3];
+  args.dense.row_stride = chosen[0];
+  args.dense.col_stride = chosen[1];
+  args.dense.height_stride = chosen[2];
+  args.dense.width_stride = chosen[3];
 }
 
-inline sdgp::SpmmArgs describe(const Product& p, sdgp::DType dtype, int n, int m) {
+inline sdgp::SpmmArgs describe(const Product& p, sdgp::DType dtype, const sdgp::Pruning& pruning) {
+  const auto [n, m] = std::pair(pruning.n, pruning.m);
   const bool apart = p.groups > 1 && p.size % m != 0;
   const int64_t kept = (apart ? ceil_div(p.size, m) : ceil_div(p.size * p.groups, m)) * n;
   const int64_t pixels = p.height.out * p.width.out;
   sdgp::SpmmArgs args{};
-  args.row_stride = kept;
-  args.sample_stride = pixels * kept * (apart ? p.groups : 1);
-  args.group_stride = apart ? pixels * kept : kept / p.groups;
+  args.compressed.row_stride = kept;
+  args.compressed.sample_stride = pixels * kept * (apart ? p.groups : 1);
+  args.compressed.group_stride = apart ? pixels * kept : kept / p.groups;
   args.out_channels_first = p.channels_first;
   args.dtype = dtype;
-  args.n = n;
-  args.m = m;
+  args.pruning = pruning;
   args.size = p.size;
   args.cols = p.cols;
   args.groups = p.groups;
@@ -142,8 +143,9 @@ inline sdgp::SpmmArgs describe(const Product& p, sdgp::DType dtype, int n, int m
 }
 
 // The rows of a product's gradient as they are pruned: no group of m crosses two of the convolution.
-inline sdgp::PruneArgs describe_rows(const Product& p, sdgp::DType dtype, int n, int m, bool channels_first) {
-  const bool apart = p.groups > 1 && p.size % m != 0;
+inline sdgp::PruneArgs describe_rows(const Product& p, sdgp::DType dtype, const sdgp::Pruning& pruning,
+                                     bool channels_first) {
+  const bool apart = p.groups > 1 && p.size % pruning.m != 0;
   const int64_t pixels = p.height.out * p.width.out;
   const int64_t channels = p.groups * p.size;
   const int64_t channel_stride = channels_first ? pixels : 1;
@@ -152,8 +154,7 @@ inline sdgp::PruneArgs describe_rows(const Product& p, sdgp::DType dtype, int n,
   const int64_t rows = apart ? p.groups * pixels : pixels;  // of a sample
   sdgp::PruneArgs args{};
   args.dtype = dtype;
-  args.n = n;
-  args.m = m;
+  args.pruning = pruning;
   args.size = apart ? p.size : channels;
   args.in_stride = args.out_stride = channel_stride;
   if (p.samples > 1) args.dims[args.ndim++] = {p.samples, channels * pixels, channels * pixels, rows, false};
@@ -166,12 +167,10 @@ inline sdgp::Gradient describe_gradient(const Product& p, const sdgp::PruneArgs&
   const int64_t pixels = p.height.out * p.width.out;
   const int64_t channels = p.groups * p.size;
   return {.data = rows.in,
-          .method = rows.method,
-          .seed = rows.seed,
           .sample_stride = channels * pixels,
           .pixel_stride = rows.in_stride == 1 ? channels : 1,
           .channel_stride = rows.in_stride,
-          .by_group = p.groups > 1 && p.size % rows.m != 0};
+          .by_group = p.groups > 1 && p.size % rows.pruning.m != 0};
 }
 
 struct Sums {
@@ -190,11 +189,11 @@ template <class F>
 void add_slot(const sdgp::SpmmArgs& args, int64_t group, int64_t at, int64_t slot, int64_t dense, int64_t sample,
               int64_t y, int64_t x, Sums& sums) {
   using T = typename F::Type;
-  const double value = F::value(static_cast<const T*>(args.values)[at + slot]);
-  const int64_t k = slot / args.n * args.m + args.indices[at + slot];
+  const double value = F::value(static_cast<const T*>(args.compressed.values)[at + slot]);
+  const int64_t k = slot / args.pruning.n * args.pruning.m + args.compressed.indices[at + slot];
   for (int64_t c = 0; c < args.cols; ++c) {
-    const int64_t from = dense + (group * args.size + k) * args.dense_row_stride + c * args.dense_col_stride;
-    const double term = value * F::value(static_cast<const T*>(args.dense)[from]);
+    const int64_t from = dense + (group * args.size + k) * args.dense.row_stride + c * args.dense.col_stride;
+    const double term = value * F::value(static_cast<const T*>(args.dense.data)[from]);
     const auto to = static_cast<size_t>(result_offset(args, sample, y, x, group * args.cols + c));
     sums.exact[to] += term;
     sums.magnitude[to] += std::fabs(term);
@@ -207,7 +206,7 @@ Sums product_sums(const sdgp::SpmmArgs& args) {
   const sdgp::Axis2d& w = args.width;
   const auto count = static_cast<size_t>(args.samples * args.groups * args.cols * h.in * w.in);
   Sums sums{std::vector<double>(count), std::vector<double>(count)};
-  const int64_t slots = ceil_div(args.size, args.m) * args.n;
+  const int64_t slots = ceil_div(args.size, args.pruning.m) * args.pruning.n;
   for (int64_t i = 0; i < args.samples * args.groups * h.out * w.out * h.kernel * w.kernel; ++i) {
     const int64_t kx = i % w.kernel;
     const int64_t ky = i / w.kernel % h.kernel;
@@ -217,8 +216,9 @@ Sums product_sums(const sdgp::SpmmArgs& args) {
     const int64_t y = pixel / w.out * h.stride - h.padding + ky * h.dilation;
     const int64_t x = pixel % w.out * w.stride - w.padding + kx * w.dilation;
     if (y < 0 || y >= h.in || x < 0 || x >= w.in) continue;
-    const int64_t at = sample * args.sample_stride + group * args.group_stride + pixel * args.row_stride;
-    const int64_t dense = ky * args.dense_height_stride + kx * args.dense_width_stride;
+    const int64_t at = sample * args.compressed.sample_stride + group * args.compressed.group_stride +
+                       pixel * args.compressed.row_stride;
+    const int64_t dense = ky * args.dense.height_stride + kx * args.dense.width_stride;
     for (int64_t slot = 0; slot < slots; ++slot) add_slot<F>(args, group, at, slot, dense, sample, y, x, sums);
   }
   return sums;
@@ -235,7 +235,7 @@ struct Packed {
 
 template <class T>
 bool multiply(const sdgp::Kernels& table, sdgp::SpmmArgs args, std::vector<T>& out, int64_t pieces) {
-  const Packed packed(table.packed_size(args) * static_cast<int64_t>(sizeof(T) == 8 ? 8 : 4));
+  const Packed packed(table.packed_bytes(args));
   args.packed = packed.data;
   args.out = out.data();
   in_pieces(table.pack_units(args), pieces, [&](int64_t begin, int64_t end) {

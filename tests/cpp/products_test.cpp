@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "harness.h"
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 #include "rows.h"
 
 namespace {
@@ -47,10 +47,7 @@ sdgp::PruneArgs describe(const Shape& shape, const std::vector<typename F::Type>
   sdgp::PruneArgs args{};
   args.in = in.data();
   args.dtype = F::kDType;
-  args.method = method;
-  args.n = n;
-  args.m = m;
-  args.seed = 0x0123456789abcdefu;
+  args.pruning = {.method = method, .n = n, .m = m, .seed = 0x0123456789abcdefu, .scale = false};
   args.size = shape.size;
   args.in_stride = args.out_stride = shape.middle_last ? 1 : shape.inner;
   args.ndim = 2;
@@ -62,15 +59,15 @@ sdgp::PruneArgs describe(const Shape& shape, const std::vector<typename F::Type>
 }
 
 template <class T>
-void test_decompress(const Compressed<T>& from, const std::vector<T>& pruned, int64_t rows, int64_t size, int n, int m,
-                     const std::string& what) {
+void test_decompress(const Compressed<T>& from, const std::vector<T>& pruned, sdgp::DType dtype, int64_t rows,
+                     int64_t size, int n, int m, const std::string& what) {
   const sdgp::Kernels& table = sdgp::kernels();
   std::vector<T> out(pruned.size());
   Compressed<T> corrupt = from;
   const sdgp::DecompressArgs args{.values = corrupt.values.data(),
                                   .indices = corrupt.indices.data(),
                                   .out = out.data(),
-                                  .element_size = sizeof(T),
+                                  .dtype = dtype,
                                   .n = n,
                                   .m = m,
                                   .size = size,
@@ -116,7 +113,7 @@ void test_compress(const Shape& shape, int n, int m, sdgp::Method method, double
     });
     expect(actual == expected, what + ", compress in " + std::to_string(pieces));
   }
-  test_decompress(expected, rows, shape.rows(), shape.size, n, m, what);
+  test_decompress(expected, rows, F::kDType, shape.rows(), shape.size, n, m, what);
 }
 
 void test_all_compress() {
@@ -157,10 +154,11 @@ const Product kProducts[] = {
 
 std::vector<uint8_t> draw_indices(const sdgp::SpmmArgs& args, int64_t count) {
   std::vector<uint8_t> indices(static_cast<size_t>(count));
-  const int64_t slots = args.size % args.m == 0 ? args.row_stride : ceil_div(args.size, args.m) * args.n;
+  const auto [n, m] = std::pair(args.pruning.n, args.pruning.m);
+  const int64_t slots = args.size % m == 0 ? args.compressed.row_stride : ceil_div(args.size, m) * n;
   for (int64_t i = 0; i < count; ++i) {
-    const int64_t left = (args.size % args.m == 0 ? args.m : args.size - i % slots / args.n * args.m);
-    indices[static_cast<size_t>(i)] = static_cast<uint8_t>(below(left < args.m ? left : args.m));
+    const int64_t left = (args.size % m == 0 ? m : args.size - i % slots / n * m);
+    indices[static_cast<size_t>(i)] = static_cast<uint8_t>(below(left < m ? left : m));
   }
   return indices;
 }
@@ -169,20 +167,20 @@ template <class F>
 void test_product(const Product& p, int n, int m, const std::string& what) {
   if (skip()) return;
   using T = typename F::Type;
-  sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
-  const auto values = draw<F>(p.samples * args.sample_stride);
-  std::vector<uint8_t> indices = draw_indices(args, p.samples * args.sample_stride);
+  sdgp::SpmmArgs args = describe(p, F::kDType, {.method = {}, .n = n, .m = m, .seed = 0, .scale = false});
+  const auto values = draw<F>(p.samples * args.compressed.sample_stride);
+  std::vector<uint8_t> indices = draw_indices(args, p.samples * args.compressed.sample_stride);
   const auto dense = draw<F>(p.groups * p.size * p.cols * p.height.kernel * p.width.kernel);
-  args.values = values.data();
-  args.indices = indices.data();
-  args.dense = dense.data();
+  args.compressed.values = values.data();
+  args.compressed.indices = indices.data();
+  args.dense.data = dense.data();
   const Sums sums = product_sums<F>(args);
   std::vector<T> out(sums.exact.size());
   std::vector<T> again(sums.exact.size());
   expect(multiply(sdgp::kernels(), args, out, 1), what + ", valid");
   expect(multiply(sdgp::kernels(), args, again, 5), what + ", valid in pieces");
   expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) == 0, what + ", in pieces");
-  const double terms = static_cast<double>(args.row_stride * p.height.kernel * p.width.kernel + 2);
+  const double terms = static_cast<double>(args.compressed.row_stride * p.height.kernel * p.width.kernel + 2);
   const double epsilon = sizeof(T) == 8 ? std::ldexp(1, -52) : std::ldexp(1, -23);
   for (size_t i = 0; i < out.size(); ++i) {
     const double error = std::fabs(F::value(out[i]) - sums.exact[i]);
@@ -205,27 +203,26 @@ template <class F>
 void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool channels_first, const std::string& what) {
   if (skip()) return;
   using T = typename F::Type;
-  sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
+  const sdgp::Pruning pruning{.method = method, .n = n, .m = m, .seed = 7, .scale = false};
+  sdgp::SpmmArgs args = describe(p, F::kDType, pruning);
   const int64_t channels = p.groups * p.size;
   const auto data = draw<F>(p.samples * channels * p.height.out * p.width.out);
   const auto dense = draw<F>(channels * p.cols * p.height.kernel * p.width.kernel);
-  args.dense = dense.data();
+  args.dense.data = dense.data();
 
   sdgp::CompressArgs compress{};
   sdgp::PruneArgs& prune = compress.prune;
-  prune = describe_rows(p, F::kDType, n, m, channels_first);
+  prune = describe_rows(p, F::kDType, pruning, channels_first);
   prune.in = data.data();
-  prune.method = method;
-  prune.seed = 7;
-  std::vector<T> values(static_cast<size_t>(p.samples * args.sample_stride));
+  std::vector<T> values(static_cast<size_t>(p.samples * args.compressed.sample_stride));
   std::vector<uint8_t> indices(values.size());
   compress.values = values.data();
   compress.indices = indices.data();
   const sdgp::Kernels& table = sdgp::kernels();
   table.compress_nm(compress, 0, table.compress_nm_units(compress));
 
-  args.values = values.data();
-  args.indices = indices.data();
+  args.compressed.values = values.data();
+  args.compressed.indices = indices.data();
   std::vector<T> expected(static_cast<size_t>(p.samples * p.height.in * p.width.in * p.groups * p.cols));
   std::vector<T> actual(expected.size());
   multiply(sdgp::kernels(), args, expected, 1);

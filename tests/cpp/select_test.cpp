@@ -17,7 +17,7 @@ namespace {
 
 using namespace sdgp::baseline;
 using sdgp::Method;
-using sdgp::PruneArgs;
+using sdgp::Pruning;
 using sdgp::test::expect;
 
 constexpr uint64_t kSeed = 0x0123456789abcdefu;
@@ -87,11 +87,8 @@ void test_tile(int n, int kind, bool scale, int length) {
     group.length[lane] = static_cast<typename C::U>(length);
   }
   group.padded = length < kM;
-  PruneArgs args{};
-  args.n = n;
-  args.scale = scale;
-  args.seed = mix_seed(kSeed);
-  prune_tile<C, kMethod, kM>(x, args, group);
+  const Pruning pruning{.method = kMethod, .n = n, .m = kM, .seed = kSeed, .scale = scale};
+  prune_tile<C, kMethod, kM>(x, with_mixed_seed(pruning), group);
   const std::string what = "method " + std::to_string(static_cast<int>(kMethod)) + ", " + std::to_string(n) + ":" +
                            std::to_string(kM) + ", kind " + std::to_string(kind) + ", scale " + std::to_string(scale) +
                            ", length " + std::to_string(length) + ", " + std::to_string(sizeof(E)) + " bytes";
@@ -135,8 +132,10 @@ void test_bits(int n) {
   }
   Elem<C> ones[kM];
   std::copy_n(x, kM, ones);
-  prune_magnitude<C, kM>(x, n, false);
-  prune_magnitude<C, kM>(ones, n, true);
+  Pruning pruning{.method = Method::kMagnitude, .n = n, .m = kM, .seed = 0, .scale = false};
+  prune_magnitude<C, kM>(x, pruning);
+  pruning.scale = true;
+  prune_magnitude<C, kM>(ones, pruning);
   for (int lane = 0; lane < kLanes<int16_t>; ++lane) {
     const std::vector<bool> keep = scalar::largest_magnitudes(lanes[lane], n);
     for (int j = 0; j < kM; ++j) {

@@ -7,7 +7,7 @@
 #include <thread>
 
 #include "harness.h"
-#include "kernels/kernels.h"
+#include "kernels/table.h"
 #include "products.h"
 #include "rows.h"
 
@@ -28,10 +28,9 @@ struct Shared {
 };
 
 sdgp::PruneArgs rows_of(const Shared& shared, Method method) {
-  sdgp::PruneArgs rows = describe_rows(shared.product, sdgp::DType::kFloat32, 2, 8, true);
+  const sdgp::Pruning pruning{.method = method, .n = 2, .m = 8, .seed = 7, .scale = false};
+  sdgp::PruneArgs rows = describe_rows(shared.product, sdgp::DType::kFloat32, pruning, true);
   rows.in = shared.gradient.data();
-  rows.method = method;
-  rows.seed = 7;
   rows.dim_per_factor = true;
   return rows;
 }
@@ -47,16 +46,16 @@ struct Calls {
   Calls(const Shared& shared, Method method)
       : pruned(shared.gradient.size()), out(static_cast<size_t>(shared.result_size())), rows(rows_of(shared, method)) {
     rows.out = pruned.data();
-    spmm = describe(shared.product, sdgp::DType::kFloat32, 2, 8);
+    spmm = describe(shared.product, sdgp::DType::kFloat32, rows.pruning);
     const sdgp::Kernels& table = sdgp::kernels();
-    packed.resize(static_cast<size_t>(table.packed_size(spmm)) + 16);
+    packed.resize(static_cast<size_t>(table.packed_bytes(spmm)) / sizeof(float) + 16);
     const auto address = reinterpret_cast<uintptr_t>(packed.data());
     spmm.packed = reinterpret_cast<void*>((address + 63) / 64 * 64);
-    spmm.dense = shared.weight.data();
+    spmm.dense.data = shared.weight.data();
     spmm.out = out.data();
     spmm.threads = kThreads;
     gradient = describe_gradient(shared.product, rows);
-    if (method == Method::kRescale) gradient.method = Method::kMagnitude;
+    if (method == Method::kRescale) spmm.pruning.method = Method::kMagnitude;
     spmm.gradient = &gradient;
   }
   Calls(const Calls&) = delete;

@@ -33,9 +33,9 @@ void fuzz_decompress(Bytes& bytes, const PruneArgs& prune, const Compressed<type
   const sdgp::DecompressArgs args{.values = values.data,
                                   .indices = indices.data,
                                   .out = out.data,
-                                  .element_size = sizeof(T),
-                                  .n = prune.n,
-                                  .m = prune.m,
+                                  .dtype = prune.dtype,
+                                  .n = prune.pruning.n,
+                                  .m = prune.pruning.m,
                                   .size = prune.size,
                                   .rows = out.size / prune.size};
   const auto run = [&](const Kernels& table) {
@@ -44,7 +44,7 @@ void fuzz_decompress(Bytes& bytes, const PruneArgs& prune, const Compressed<type
                      [&](int64_t begin, int64_t end) { return table.decompress_nm(args, begin, end); });
   };
   const int64_t at = bytes.below(count);
-  const auto wrong = static_cast<uint8_t>(prune.m + bytes.below(256 - prune.m));
+  const auto wrong = static_cast<uint8_t>(prune.pruning.m + bytes.below(256 - prune.pruning.m));
   for (const Kernels* table : kTables) {
     require(run(*table), "decompress_nm: valid");
     require(std::memcmp(out.data, rows.data(), rows.size() * sizeof(T)) == 0, "decompress_nm: the inverse");
@@ -61,17 +61,17 @@ void fuzz_compress(Bytes& bytes) {
   args.pruned = bytes.below(4) == 0;
   args.prune = draw_tensor(bytes, args.pruned);
   args.prune.dtype = F::kDType;
-  args.prune.method = bytes.flag() ? Method::kMagnitude : bytes.flag() ? Method::kRandom : Method::kMvue;
-  if (bytes.below(8) == 0) args.prune.n = args.prune.m;
+  args.prune.pruning.method = bytes.flag() ? Method::kMagnitude : bytes.flag() ? Method::kRandom : Method::kMvue;
+  if (bytes.below(8) == 0) args.prune.pruning.n = args.prune.pruning.m;
   const int64_t pieces = 1 + bytes.below(5);
   const int64_t skew = bytes.below(4);
   const Array<T> drawn(extent(args.prune, false), skew);
   fill<F>(drawn, static_cast<Values>(bytes.below(5)), bytes);
   const Array<T> pruned(extent(args.prune, true), skew);
-  const bool all = args.prune.n == args.prune.m;
+  const bool all = args.prune.pruning.keeps_all();
   if (!all) prune(*kTables[0], args.prune, drawn, pruned, 1);
 
-  const int64_t groups = ceil_div(args.prune.size, args.prune.m);
+  const int64_t groups = ceil_div(args.prune.size, args.prune.pruning.m);
   std::map<uint64_t, int64_t> offset_of_row;
   for_each_row(args.prune, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t) {
     offset_of_row[row] = all ? in_at : out_at;
@@ -82,9 +82,9 @@ void fuzz_compress(Bytes& bytes) {
     const int64_t stride = all ? args.prune.in_stride : args.prune.out_stride;
     for (int64_t k = 0; k < args.prune.size; ++k) rows.push_back((all ? drawn : pruned)[at + k * stride]);
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t length = std::min<int64_t>(args.prune.m, args.prune.size - g * args.prune.m);
-      pack_group(rows.data() + static_cast<int64_t>(rows.size()) - args.prune.size + g * args.prune.m, length,
-                 args.prune.n, expected);
+      const int64_t length = std::min<int64_t>(args.prune.pruning.m, args.prune.size - g * args.prune.pruning.m);
+      pack_group(rows.data() + static_cast<int64_t>(rows.size()) - args.prune.size + g * args.prune.pruning.m, length,
+                 args.prune.pruning.n, expected);
     }
   }
   const auto count = static_cast<int64_t>(expected.values.size());

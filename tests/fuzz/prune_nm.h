@@ -62,9 +62,9 @@ inline PruneArgs draw_tensor(Bytes& bytes, bool dense) {
   }
   std::stable_sort(args.dims, args.dims + args.ndim,
                    [](const sdgp::Dim& a, const sdgp::Dim& b) { return a.out_stride > b.out_stride; });
-  args.m = static_cast<int>(bytes.flag() ? int64_t{2} << bytes.below(6) : 2 + bytes.below(63));
-  args.n = static_cast<int>(1 + bytes.below(args.m - 1));
-  args.seed = bytes.byte();
+  args.pruning.m = static_cast<int>(bytes.flag() ? int64_t{2} << bytes.below(6) : 2 + bytes.below(63));
+  args.pruning.n = static_cast<int>(1 + bytes.below(args.pruning.m - 1));
+  args.pruning.seed = bytes.byte();
   return args;
 }
 
@@ -84,15 +84,17 @@ std::vector<typename F::Type> expected_group(const PruneArgs& args, const std::v
                                              uint64_t index) {
   using T = typename F::Type;
   const T one = from_eighths<F>(8);
-  if (args.method == Method::kMagnitude) {
-    return scalar::masked(args.scale ? std::vector<T>(x.size(), one) : x, scalar::largest_magnitudes(x, args.n));
+  if (args.pruning.method == Method::kMagnitude) {
+    return scalar::masked(args.pruning.scale ? std::vector<T>(x.size(), one) : x,
+                          scalar::largest_magnitudes(x, args.pruning.n));
   }
-  if (args.method == Method::kRandom) {
-    return scalar::random(args.scale ? std::vector<T>(x.size(), one) : x, args.n, args.seed, index);
+  if (args.pruning.method == Method::kRandom) {
+    return scalar::random(args.pruning.scale ? std::vector<T>(x.size(), one) : x, args.pruning.n, args.pruning.seed,
+                          index);
   }
   if constexpr (sizeof(T) > 2) {
-    if (args.method == Method::kMvue) return scalar::mvue(x, args.n, args.seed, index);
-    if (args.method == Method::kRescaleGroup) return scalar::rescale_group(x, args.n);
+    if (args.pruning.method == Method::kMvue) return scalar::mvue(x, args.pruning.n, args.pruning.seed, index);
+    if (args.pruning.method == Method::kRescaleGroup) return scalar::rescale_group(x, args.pruning.n);
   }
   std::abort();
 }
@@ -100,13 +102,13 @@ std::vector<typename F::Type> expected_group(const PruneArgs& args, const std::v
 // Calls group(in offset, out offset, length, index) for every group.
 template <class Visit>
 void for_each_group(const PruneArgs& args, Visit visit) {
-  const int64_t groups = ceil_div(args.size, args.m);
+  const int64_t groups = ceil_div(args.size, args.pruning.m);
   const auto row_groups = static_cast<uint64_t>(args.row_groups ? args.row_groups : groups);
   for_each_row(args, [&](int64_t in_at, int64_t out_at, uint64_t row, int64_t) {
     for (int64_t g = 0; g < groups; ++g) {
-      const int64_t first = g * args.m;
+      const int64_t first = g * args.pruning.m;
       visit(in_at + first * args.in_stride, out_at + first * args.out_stride,
-            std::min<int64_t>(args.m, args.size - first),
+            std::min<int64_t>(args.pruning.m, args.size - first),
             args.first_group + row * row_groups + static_cast<uint64_t>(g));
     }
   });
@@ -129,7 +131,7 @@ void check_at_most_n(const PruneArgs& args, const Array<typename F::Type>& out) 
   for_each_group(args, [&](int64_t, int64_t out_at, int64_t length, uint64_t) {
     int kept = 0;
     for (int64_t j = 0; j < length; ++j) kept += F::value(out[out_at + j * args.out_stride]) != 0;
-    require(kept <= args.n, "prune_nm: at most n of m");
+    require(kept <= args.pruning.n, "prune_nm: at most n of m");
   });
 }
 
@@ -157,7 +159,7 @@ void check_rescale(const PruneArgs& args, const Array<typename F::Type>& in, con
     const double x = F::value(pruned[at]);
     const double factor = sum.second == 0 ? 1 : sum.first / sum.second;
     const double wanted =
-        args.scale ? (std::memcmp(&pruned[at], "\0\0\0\0\0\0\0", sizeof pruned[at]) != 0) * factor : x * factor;
+        args.pruning.scale ? (std::memcmp(&pruned[at], "\0\0\0\0\0\0\0", sizeof pruned[at]) != 0) * factor : x * factor;
     const double actual = F::value(out[at]);
     require(std::abs(actual - wanted) <= (1e-5 + F::kRounding) * std::abs(wanted), "prune_nm: rescale's factor");
   });
@@ -168,13 +170,13 @@ void fuzz_prune(Bytes& bytes) {
   using T = typename F::Type;
   PruneArgs args = draw_tensor(bytes, false);
   args.dtype = F::kDType;
-  args.method = static_cast<Method>(bytes.below(5));
-  args.scale = bytes.below(4) == 0;
-  if (args.method != Method::kRescale && bytes.below(4) == 0) {  // a part of a larger tensor
+  args.pruning.method = static_cast<Method>(bytes.below(5));
+  args.pruning.scale = bytes.below(4) == 0;
+  if (args.pruning.method != Method::kRescale && bytes.below(4) == 0) {  // a part of a larger tensor
     args.first_group = bytes.word() >> 20;
     const int64_t step = int64_t{1} << bytes.below(33);
     for (int d = 0; d < args.ndim; ++d) args.dims[d].row_step *= step;
-    if (bytes.flag()) args.row_groups = ceil_div(args.size, args.m) + bytes.below(3);
+    if (bytes.flag()) args.row_groups = ceil_div(args.size, args.pruning.m) + bytes.below(3);
   }
   const int64_t pieces = 1 + bytes.below(5);
   const int64_t skew = bytes.below(4);
@@ -184,15 +186,15 @@ void fuzz_prune(Bytes& bytes) {
 
   const Array<T> first(extent(args, true), skew);
   prune(*kTables[0], args, in, first, 1);
-  const bool exact =
-      args.method == Method::kMagnitude || args.method == Method::kRandom || (sizeof(T) > 2 && !args.scale);
-  if (args.method == Method::kRescale) {
+  const bool exact = args.pruning.method == Method::kMagnitude || args.pruning.method == Method::kRandom ||
+                     (sizeof(T) > 2 && !args.pruning.scale);
+  if (args.pruning.method == Method::kRescale) {
     PruneArgs by_magnitude = args;
-    by_magnitude.method = Method::kMagnitude;
-    by_magnitude.scale = false;
+    by_magnitude.pruning.method = Method::kMagnitude;
+    by_magnitude.pruning.scale = false;
     const Array<T> pruned(first.size, skew);
     prune(*kTables[0], by_magnitude, in, pruned, 1);
-    if (values == kTame && !args.scale) check_rescale<F>(args, in, pruned, first);
+    if (values == kTame && !args.pruning.scale) check_rescale<F>(args, in, pruned, first);
   } else if (exact) {
     check_groups<F>(args, in, first);
   }
@@ -201,8 +203,9 @@ void fuzz_prune(Bytes& bytes) {
     const Array<T> whole(first.size, skew);
     const Array<T> cut(first.size, skew);
     prune(*table, args, in, cut, pieces);
-    if (args.method != Method::kRescale || values == kTame) require(same<F>(cut, first), "prune_nm: of every ISA");
-    if (args.method != Method::kRescale) continue;
+    if (args.pruning.method != Method::kRescale || values == kTame)
+      require(same<F>(cut, first), "prune_nm: of every ISA");
+    if (args.pruning.method != Method::kRescale) continue;
     prune(*table, args, in, whole, 1);
     require(same<F>(cut, whole), "prune_nm: in pieces");
   }

@@ -30,7 +30,7 @@ inline Product draw_product(Bytes& bytes) {
 
 template <class F>
 bool times(const Kernels& table, sdgp::SpmmArgs args, const Array<typename F::Type>& out, int64_t pieces) {
-  const Packed packed(table.packed_size(args) * (sizeof(typename F::Type) == 8 ? 8 : 4));
+  const Packed packed(table.packed_bytes(args));
   args.packed = packed.data;
   args.out = out.data;
   calls += 2 * pieces;
@@ -45,8 +45,8 @@ bool times(const Kernels& table, sdgp::SpmmArgs args, const Array<typename F::Ty
 template <class F>
 void check_sums(const sdgp::SpmmArgs& args, const Array<typename F::Type>& out) {
   const Sums sums = product_sums<F>(args);
-  const double terms =
-      static_cast<double>(ceil_div(args.size, args.m) * args.n * args.height.kernel * args.width.kernel);
+  const double terms = static_cast<double>(ceil_div(args.size, args.pruning.m) * args.pruning.n * args.height.kernel *
+                                           args.width.kernel);
   for (int64_t i = 0; i < out.size; ++i) {
     const double exact = sums.exact[static_cast<size_t>(i)];
     if (F::kDType == sdgp::DType::kFloat16 && std::fabs(exact) > 65000) continue;  // may round to infinity
@@ -63,10 +63,11 @@ void fuzz_product(Bytes& bytes) {
   const Product p = draw_product(bytes);
   const int m = static_cast<int>(bytes.flag() ? int64_t{1} << bytes.below(7) : 1 + bytes.below(64));
   const int n = static_cast<int>(1 + bytes.below(m));
-  sdgp::SpmmArgs args = describe(p, F::kDType, n, m);
-  PruneArgs rows = describe_rows(p, F::kDType, n, m, bytes.flag());
-  rows.method = bytes.flag() ? Method::kMagnitude : bytes.flag() ? Method::kRandom : Method::kMvue;
-  rows.seed = bytes.byte();
+  const bool channels_first = bytes.flag();
+  const Method method = bytes.flag() ? Method::kMagnitude : bytes.flag() ? Method::kRandom : Method::kMvue;
+  const sdgp::Pruning pruning{.method = method, .n = n, .m = m, .seed = bytes.byte(), .scale = false};
+  sdgp::SpmmArgs args = describe(p, F::kDType, pruning);
+  PruneArgs rows = describe_rows(p, F::kDType, pruning, channels_first);
   const int64_t pieces = 1 + bytes.below(5);
   const int64_t skew = bytes.below(4);
   const int64_t threads = 1 + bytes.below(8);
@@ -75,13 +76,13 @@ void fuzz_product(Bytes& bytes) {
   const Array<T> dense(p.groups * p.size * p.cols * p.height.kernel * p.width.kernel, skew);
   fill<F>(gradient, values, bytes);
   fill<F>(dense, bytes.below(4) == 0 ? values : kTame, bytes);
-  args.dense = dense.data;
+  args.dense.data = dense.data;
 
-  const Array<T> kept(p.samples * args.sample_stride, skew);
+  const Array<T> kept(p.samples * args.compressed.sample_stride, skew);
   const Array<uint8_t> indices(kept.size, skew);
   compress(*kTables[0], {rows, false, nullptr, nullptr}, gradient, kept, indices, 1);
-  args.values = kept.data;
-  args.indices = indices.data;
+  args.compressed.values = kept.data;
+  args.compressed.indices = indices.data;
   rows.in = gradient.data;
   const sdgp::Gradient pruned_inside = describe_gradient(p, rows);
   const Array<T> first(p.samples * p.height.in * p.width.in * p.groups * p.cols, skew);

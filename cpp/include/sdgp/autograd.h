@@ -81,7 +81,7 @@ inline std::pair<at::Tensor, std::string> rescaled(const at::Tensor& grad, int64
 
 inline at::Tensor linear_input_grad(const at::Tensor& grad, const at::Tensor& weight, const Pruning& pruning) {
   static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
-                                         const std::optional<at::Tensor>&)>("sdgp::_linear_input_grad_nm");
+                                         const std::optional<at::Tensor>&)>("sdgp::_prune_nm_matmul");
   const auto dense = [&] { return grad.matmul(weight); };
   const auto pruned = [&](const std::optional<at::Tensor>& seed) {
     return prune_nm(grad, pruning.n, pruning.m, -1, pruning.method, seed).matmul(weight);

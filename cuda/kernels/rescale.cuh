@@ -25,8 +25,7 @@ struct SumParams {
   void* partial;  // (2, stretches, factors): of all, of the kept
   void* factor;   // (factors)
   Lanes lanes;
-  int n;
-  int m;
+  Pruning pruning;
   int64_t size;
   int64_t in_stride;
   bool vector_in;
@@ -45,11 +44,10 @@ struct SumParams {
 inline SumParams plan_sums(const PruneArgs& args) {
   SumParams params{};
   params.in = args.in;
-  params.n = args.n;
-  params.m = args.m;
+  params.pruning = args.pruning;
   params.size = args.size;
   params.in_stride = args.in_stride;
-  params.groups = ceil_div<int64_t>(args.size, args.m);
+  params.groups = ceil_div<int64_t>(args.size, args.pruning.m);
   params.positions = 1;
   params.samples = 1;
   params.factors_per_sample = args.dim_per_factor ? args.size : 1;
@@ -79,11 +77,11 @@ inline SumParams plan_sums(const PruneArgs& args) {
     params.tiles = ceil_div<int64_t>(params.groups, kWarp);
     params.stretches = ceil_div(params.positions, kStretch);
   }
-  const size_t element_size = size_of(args.dtype);
-  const size_t group_bytes = static_cast<size_t>(args.m) * element_size;
+  const auto element_size = static_cast<size_t>(traits(args.dtype).size);
+  const size_t group_bytes = static_cast<size_t>(args.pruning.m) * element_size;
   const size_t bytes = group_bytes < 16 ? group_bytes : 16;
-  params.vector_in = args.m == compiled_size(args.m) && args.size % args.m == 0 && args.in_stride == 1 &&
-                     reinterpret_cast<uintptr_t>(args.in) % bytes == 0 &&
+  params.vector_in = args.pruning.m == compiled_size(args.pruning.m) && args.size % args.pruning.m == 0 &&
+                     args.in_stride == 1 && reinterpret_cast<uintptr_t>(args.in) % bytes == 0 &&
                      static_cast<size_t>(params.sample_stride) * element_size % bytes == 0;
   for (int a = 0; a < params.axes; ++a) {
     params.vector_in = params.vector_in && static_cast<size_t>(params.axis[a].in_stride) * element_size % bytes == 0;
@@ -130,12 +128,12 @@ struct LaneSums {
   }
 
   SDGP_HOST_DEVICE void add(const SumParams& params, int64_t sample, int64_t position, int64_t group) {
-    const int length = group_length(params.m, params.size, group);
+    const int length = group_length(params.pruning.m, params.size, group);
     const Bits* from = static_cast<const Bits*>(params.in) + sample * params.sample_stride +
-                       position_offset(params, position) + group * params.m * params.in_stride;
+                       position_offset(params, position) + group * params.pruning.m * params.in_stride;
     Bits x[1][kM];
     load_group<Bits, kM, 1>(from, params.in_stride, length, params.vector_in, x);
-    const Mask<kM> keep = select_magnitude<C, kM>(x[0], params.n);
+    const Mask<kM> keep = select_magnitude<C, kM>(x[0], params.pruning.n);
     const bool per_row = params.lanes == Lanes::kGroupsOfRow;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
@@ -178,12 +176,12 @@ struct LaneSums {
     }
     const int64_t group = params.lanes == Lanes::kGroupsOfPosition ? share.tile * kWarp + lane : share.tile;
     if (group >= params.groups) return;
-    const int length = group_length(params.m, params.size, group);
+    const int length = group_length(params.pruning.m, params.size, group);
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
       if (j >= length) continue;
-      partial[group * params.m + j] = all[j];
-      partial_kept[group * params.m + j] = kept[j];
+      partial[group * params.pruning.m + j] = all[j];
+      partial_kept[group * params.pruning.m + j] = kept[j];
     }
   }
 };

@@ -3,15 +3,15 @@
 // Where a 2:4 operand's metadata goes. A quad of four elements keeps two; their places in it are one nibble, the first
 // in its low bits. A layout orders the nibbles of a matrix.
 //
-// Note [Metadata layouts]
+// Note [Layout24 layouts]
 // cuSPARSELt documents none: its two were read off its compressor, by others, on Ampere and on Hopper, and sdgp
 // compares them with that compressor before it uses them (python/sdgp/semi_structured.py). CUTLASS's for compute
 // capability 8.x is that of torch/sparse/_semi_structured_conversions.py. In each, a tile of kTileRows x kTileCols
 // elements owns whole 32-bit words, kTileWords of them, so here every word says which quads it holds.
 #pragma once
 
+#include "cuda_kernels.h"
 #include "host_device.cuh"
-#include "kernels.h"
 
 namespace sdgp::cuda {
 
@@ -25,9 +25,9 @@ struct TileWord {
 };
 
 // The tile's `word`-th word; the operand has rows x cols elements.
-SDGP_HOST_DEVICE TileWord tile_word(Metadata layout, int64_t rows, int64_t cols, int64_t tile_row, int64_t tile_col,
+SDGP_HOST_DEVICE TileWord tile_word(Layout24 layout, int64_t rows, int64_t cols, int64_t tile_row, int64_t tile_col,
                                     int word) {
-  if (layout == Metadata::kCusparseLtSm90) {
+  if (layout == Layout24::kCusparseLtSm90) {
     // Blocks of 64 rows x 32 columns, along rows of blocks. Two words hold rows r and r + 8 of the 32 columns.
     const int half = word % 2, row = word / 2 % 8, row16 = word / 16 % 4, col32 = word / 64 % 2, row64 = word / 128;
     const int64_t at = (tile_row / 64 + row64) * 2 * cols + (tile_col / 32 + col32) * 64 + word % 64;
@@ -38,7 +38,7 @@ SDGP_HOST_DEVICE TileWord tile_word(Metadata layout, int64_t rows, int64_t cols,
   const int col16 = word % 2, row16 = word / 2 % 2, row = word / 4 % 8, row32 = word / 32 % 4, col32 = word / 128;
   const int first_row = row32 * 32 + row16 * 16 + row;
   const int first_quad = col32 * 8 + col16 * 4;
-  if (layout == Metadata::kCutlassSm80) {  // down the columns of squares
+  if (layout == Layout24::kCutlassSm80) {  // down the columns of squares
     return {(tile_col / 32 + col32) * rows + tile_row + word % 128, first_row, first_quad};
   }
   // Tiles of 4 x 2 squares, down the columns inside and out.
@@ -51,9 +51,9 @@ struct NibbleStep {
   int quad;
 };
 
-SDGP_HOST_DEVICE NibbleStep nibble_step(Metadata layout, int i) {
+SDGP_HOST_DEVICE NibbleStep nibble_step(Layout24 layout, int i) {
   // Hopper: the two rows side by side, quads 0 4 1 5 (then 2 6 3 7); Ampere: four quads of a row, then of the other.
-  if (layout == Metadata::kCusparseLtSm90) return {i % 2 * 8, i / 4 + i / 2 % 2 * 4};
+  if (layout == Layout24::kCusparseLtSm90) return {i % 2 * 8, i / 4 + i / 2 % 2 * 4};
   return {i / 4 * 8, i % 4};
 }
 

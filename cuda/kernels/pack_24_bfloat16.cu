@@ -3,6 +3,6 @@
 
 namespace sdgp::cuda {
 
-template void pack_24_as<BFloat16>(const PackArgs&, void*);
+template void launch_pack_24<BFloat16>(const PackArgs&, void*);
 
 }  // namespace sdgp::cuda

@@ -88,26 +88,40 @@ SDGP_HOST_DEVICE int group_length(int m, int64_t size, int64_t group_in_row) {
 template <class C, Method kMethod, int kM, int kV>
 SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
   using Bits = typename C::Bits;
-  constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
   const Place place = find_place(params, thread);
-  const int length = group_length(params.m, params.size, place.in_row);
+  const int length = group_length(params.pruning.m, params.size, place.in_row);
   Bits x[kV][kM];
   load_group<Bits, kM, kV>(static_cast<const Bits*>(params.in) + place.in, params.in_stride, length, params.vector_in,
                            x);
-  const uint64_t mixed_seed = kDraws ? mix_seed(static_cast<uint64_t>(*params.seed)) : 0;
+  const Pruning mixed = with_mixed_seed<kMethod>(params.pruning, params.seed);
   SDGP_UNROLL
   for (int v = 0; v < kV; ++v) {
     if constexpr (kMethod == Method::kRescale) {
       const auto* factor =
           static_cast<const typename C::E*>(params.factors) + place.factor + v * params.row_factor_step;
-      prune_rescale<C, kM>(x[v], params.n, length, params.scale, factor, params.factor_step);
+      prune_rescale<C, kM>(x[v], mixed, length, factor, params.factor_step);
     } else {
       const uint64_t group = place.group + static_cast<uint64_t>(v * params.row_group_step);
-      prune_group<C, kMethod, kM>(x[v], params.n, length, params.scale, mixed_seed, group);
+      prune_group<C, kMethod, kM>(x[v], mixed, length, group);
     }
   }
   store_group<Bits, kM, kV>(x, static_cast<Bits*>(params.out) + place.out, params.out_stride, length,
                             params.vector_out);
+}
+
+// Calls `call` with what one of the compiled kernels is compiled for, that of this plan: method, group size, rows per
+// thread.
+template <class C, class Call>
+void visit_prune(const PrunePlan& plan, const Call& call) {
+  visit(Methods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
+    visit_at_least(GroupSizes{}, plan.params.pruning.m, [&]<int kM>(Constant<kM> size) {
+      constexpr int kRows = rows_per_thread(sizeof(typename C::Bits), kM);
+      if constexpr (kRows > 1) {
+        if (plan.rows_per_thread == kRows) return call(method, size, Constant<kRows>{});
+      }
+      call(method, size, Constant<1>{});
+    });
+  });
 }
 
 }  // namespace sdgp::cuda

@@ -62,7 +62,7 @@ SDGP_HOST_DEVICE void pack_group(const Bits* x, Bits* values, uint8_t* nibbles) 
 
 // Prunes kSpan elements, one or several groups of kM, kM <= kSpan.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void prune_span(typename C::Bits* x, const PackArgs& args, uint64_t mixed_seed, int64_t row,
+SDGP_HOST_DEVICE void prune_span(typename C::Bits* x, const PackArgs& args, const Pruning& mixed, int64_t row,
                                  int64_t col) {
   SDGP_UNROLL
   for (int g = 0; g < kSpan / kM; ++g) {
@@ -70,8 +70,7 @@ SDGP_HOST_DEVICE void prune_span(typename C::Bits* x, const PackArgs& args, uint
     if (first >= args.in_cols) break;
     const int64_t groups = ceil_div<int64_t>(args.in_cols, kM);
     const auto group = static_cast<uint64_t>(row * groups + first / kM);
-    prune_group<C, kMethod, kM>(x + g * kM, args.n, group_length(kM, args.in_cols, first / kM), false, mixed_seed,
-                                group);
+    prune_group<C, kMethod, kM>(x + g * kM, mixed, group_length(kM, args.in_cols, first / kM), group);
   }
 }
 
@@ -84,11 +83,11 @@ template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
                                   uint8_t* nibbles) {
   using Bits = typename C::Bits;
-  constexpr bool kDraws = kMethod == Method::kRandom || kMethod == Method::kMvue;
   constexpr int kSpan = kM < 8 ? 8 : kM;
   constexpr int kSpans = kTileCols / kSpan;
   const bool vectors = rows_lie_in_vectors(args);
-  const uint64_t mixed_seed = kDraws ? mix_seed(static_cast<uint64_t>(*args.seed)) : 0;
+  Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
+  mixed.scale = false;  // known here: multipliers are no operand, and their code drops out
   for (int i = thread; i < kTileRows * kSpans; i += kTileThreads) {
     const int64_t row = tile_row + i / kSpans;
     const int64_t col = tile_col + i % kSpans * kSpan;
@@ -98,7 +97,7 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
       const int length = left < kSpan ? static_cast<int>(left) : kSpan;
       const Bits* from = static_cast<const Bits*>(args.in) + row * args.row_stride + col;
       load_group<Bits, kSpan, 1>(from, 1, length, vectors && length == kSpan, x);
-      prune_span<C, kMethod, kM, kSpan>(x[0], args, mixed_seed, row, col);
+      prune_span<C, kMethod, kM, kSpan>(x[0], args, mixed, row, col);
     }
     pack_group<Bits, kSpan>(x[0], static_cast<Bits*>(args.packed) + row * (args.cols / 2) + col / 2,
                             nibbles + (row - tile_row) * kTileQuads + (col - tile_col) / 4);
@@ -116,6 +115,14 @@ SDGP_HOST_DEVICE void pack_metadata(const PackArgs& args, int64_t tile_row, int6
     word |= static_cast<uint32_t>(nibbles[(first.row + step.row) * kTileQuads + first.quad + step.quad]) << (4 * i);
   }
   static_cast<uint32_t*>(args.packed)[args.rows * args.cols / 4 + first.at] = word;
+}
+
+// Calls `call` with what one of the compiled kernels is compiled for, that of these arguments.
+template <class Call>
+void visit_pack(const PackArgs& args, const Call& call) {
+  visit(GroupMethods{}, args.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
+    visit(PackedSizes{}, args.pruning.m, [&]<int kM>(Constant<kM> size) { call(method, size); });
+  });
 }
 
 }  // namespace sdgp::cuda

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 #endif
 
+#include "../../cpp/kernels/pruning.h"
 #include "host_device.cuh"
 
 namespace sdgp::cuda {
@@ -55,6 +56,27 @@ struct BFloat16 {
   }
 #endif
 };
+
+template <DType kDType>
+struct ElementType;
+template <>
+struct ElementType<DType::kFloat32> {
+  using Type = Float32;
+};
+template <>
+struct ElementType<DType::kFloat64> {
+  using Type = Float64;
+};
+template <>
+struct ElementType<DType::kFloat16> {
+  using Type = Float16;
+};
+template <>
+struct ElementType<DType::kBFloat16> {
+  using Type = BFloat16;
+};
+template <DType kDType>
+using ElementOf = typename ElementType<kDType>::Type;
 
 template <class C>
 SDGP_HOST_DEVICE typename C::Bits without_sign(typename C::Bits x) {

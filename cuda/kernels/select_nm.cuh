@@ -9,8 +9,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "../cpp/kernels/kernels.h"
-#include "../cpp/kernels/sorting_network.h"
+#include "../../cpp/kernels/pruning.h"
+#include "../../cpp/kernels/sorting_network.h"
 #include "element.cuh"
 
 namespace sdgp::cuda {
@@ -117,6 +117,13 @@ SDGP_HOST_DEVICE uint64_t mix_seed(uint64_t seed) {
   return z ^ (z >> 31);
 }
 
+// What the functions below take: a Pruning whose seed is mixed. `seed`: read where the method draws.
+template <Method kMethod>
+SDGP_HOST_DEVICE Pruning with_mixed_seed(Pruning pruning, const int64_t* seed) {
+  if constexpr (traits(kMethod).draws) pruning.seed = mix_seed(static_cast<uint64_t>(*seed));
+  return pruning;
+}
+
 // Note [Random numbers]
 struct RandomState {
   uint32_t a;
@@ -146,9 +153,9 @@ SDGP_HOST_DEVICE Mask<kM> select_random(int n, int length, const RandomState& st
 }
 
 template <class C, int kM>
-SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, int n, bool scale) {
+SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, const Pruning& mixed) {
   using E = typename C::E;
-  const Mask<kM> keep = select_magnitude<C, kM>(x, n);
+  const Mask<kM> keep = select_magnitude<C, kM>(x, mixed.n);
   E all = 0;
   E kept = 0;
   SDGP_UNROLL
@@ -160,15 +167,15 @@ SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, int n, bool scale
   const E factor = kept == 0 ? E{1} : all / kept;
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
-    x[j] = has<kM>(keep, j) ? C::narrow(scale ? factor : C::widen(x[j]) * factor) : typename C::Bits{0};
+    x[j] = has<kM>(keep, j) ? C::narrow(mixed.scale ? factor : C::widen(x[j]) * factor) : typename C::Bits{0};
   }
 }
 
 // rescale, where the factors are known: factor[j * step].
 template <class C, int kM>
-SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, int n, int length, bool scale, const typename C::E* factor,
-                                    int64_t step) {
-  apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning, int length,
+                                    const typename C::E* factor, int64_t step) {
+  apply_mask<C, kM>(x, select_magnitude<C, kM>(x, pruning.n), pruning.scale);
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
     const typename C::E value = C::widen(x[j]);
@@ -182,7 +189,8 @@ SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, int n, int length, bool
 
 // Note [mvue]
 template <class C, int kM>
-SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, int n, bool scale, const RandomState& state) {
+SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
+  const int n = mixed.n;
   using E = typename C::E;
   using Bits = typename C::Bits;
   constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
@@ -190,7 +198,7 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, int n, bool scale, const R
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) total += magnitude<C>(x[j]);
   if (total - total != 0) {  // inf or NaN
-    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), mixed.scale);
     return;
   }
   E step = std::numeric_limits<E>::infinity();
@@ -213,7 +221,7 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, int n, bool scale, const R
     }
   }
   const E value = rounded<C>(step);
-  E point = state.uniform<E>() * step;
+  E point = RandomState(mixed.seed, group).uniform<E>() * step;
   E reached = 0;
   int left = n;
   SDGP_UNROLL
@@ -228,22 +236,22 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, int n, bool scale, const R
     const E larger = size > value ? size : value;
     const auto kept = static_cast<Bits>(C::narrow(larger) | (x[j] ^ without_sign<C>(x[j])));
     x[j] = keep ? kept : Bits{0};
-    if (scale && without_sign<C>(x[j]) != 0) x[j] = above ? C::kOne : C::narrow(step / size);
+    if (mixed.scale && without_sign<C>(x[j]) != 0) x[j] = above ? C::kOne : C::narrow(step / size);
   }
 }
 
 // One group: its elements (those from `length` on are zeros), its logical index.
 template <class C, Method kMethod, int kM>
-SDGP_HOST_DEVICE void prune_group(typename C::Bits* x, int n, int length, bool scale, uint64_t mixed_seed,
-                                  uint64_t group) {
+SDGP_HOST_DEVICE void prune_group(typename C::Bits* x, const Pruning& mixed, int length, uint64_t group) {
   if constexpr (kMethod == Method::kMagnitude) {
-    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), scale);
+    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, mixed.n), mixed.scale);
   } else if constexpr (kMethod == Method::kRandom) {
-    apply_mask<C, kM>(x, select_random<kM>(n, length, RandomState(mixed_seed, group)), scale);
+    apply_mask<C, kM>(x, select_random<kM>(mixed.n, length, RandomState(mixed.seed, group)), mixed.scale);
   } else if constexpr (kMethod == Method::kRescaleGroup) {
-    prune_rescale_group<C, kM>(x, n, scale);
+    prune_rescale_group<C, kM>(x, mixed);
   } else {
-    prune_mvue<C, kM>(x, n, scale, RandomState(mixed_seed, group));
+    static_assert(kMethod == Method::kMvue);
+    prune_mvue<C, kM>(x, mixed, group);
   }
 }
 

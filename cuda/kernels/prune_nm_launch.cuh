@@ -15,35 +15,17 @@ __global__ void __launch_bounds__(kThreads) prune_nm_kernel(const __grid_constan
   if (thread < params.threads) prune_thread<C, kMethod, kM, kV>(params, thread);
 }
 
-template <class C, Method kMethod, int kM>
-void launch_prune(const PrunePlan& plan, cudaStream_t stream) {
-  const unsigned blocks = blocks_of(plan.params.threads);
-  if constexpr (sizeof(typename C::Bits) == 2 && kM <= 16) {
-    if (plan.rows_per_thread == 2) {
-      prune_nm_kernel<C, kMethod, kM, 2><<<blocks, kThreads, 0, stream>>>(plan.params);
-      return check_launch("prune_nm");
-    }
-  }
-  prune_nm_kernel<C, kMethod, kM, 1><<<blocks, kThreads, 0, stream>>>(plan.params);
-  check_launch("prune_nm");
-}
-
 template <class C>
-void prune_nm_as(const PruneArgs& args, const int64_t* seed, const void* factors, void* stream) {
+void launch_prune_nm(const PruneArgs& args, const int64_t* seed, const void* factors, void* stream) {
   PrunePlan plan = plan_prune(args);
   plan.params.seed = seed;
   plan.params.factors = factors;
+  const unsigned blocks = blocks_of(plan.params.threads);
   const auto on = static_cast<cudaStream_t>(stream);
-  with_compiled_size(args.m, [&](auto size) {
-    constexpr int kM = decltype(size)::value;
-    switch (args.method) {
-      case Method::kMagnitude: return launch_prune<C, Method::kMagnitude, kM>(plan, on);
-      case Method::kRandom: return launch_prune<C, Method::kRandom, kM>(plan, on);
-      case Method::kRescale: return launch_prune<C, Method::kRescale, kM>(plan, on);
-      case Method::kRescaleGroup: return launch_prune<C, Method::kRescaleGroup, kM>(plan, on);
-      case Method::kMvue: return launch_prune<C, Method::kMvue, kM>(plan, on);
-    }
+  visit_prune<C>(plan, [&]<Method kMethod, int kM, int kV>(Constant<kMethod>, Constant<kM>, Constant<kV>) {
+    prune_nm_kernel<C, kMethod, kM, kV><<<blocks, kThreads, 0, on>>>(plan.params);
   });
+  check_launch("prune_nm");
 }
 
 template <class C, int kM>
@@ -76,14 +58,14 @@ __global__ void __launch_bounds__(kThreads) factors_kernel(const __grid_constant
 }
 
 template <class C>
-void rescale_factors_as(const PruneArgs& args, void* partial, void* factors, void* stream) {
+void launch_rescale_factors(const PruneArgs& args, void* partial, void* factors, void* stream) {
   SumParams params = plan_sums(args);
   params.partial = partial;
   params.factor = factors;
   const auto on = static_cast<cudaStream_t>(stream);
   const auto warps = static_cast<uint64_t>(params.samples * params.stretches * params.tiles);
-  with_compiled_size(args.m, [&](auto size) {
-    partial_sums_kernel<C, decltype(size)::value><<<blocks_of(warps * kWarp), kThreads, 0, on>>>(params);
+  visit_at_least(GroupSizes{}, args.pruning.m, [&]<int kM>(Constant<kM>) {
+    partial_sums_kernel<C, kM><<<blocks_of(warps * kWarp), kThreads, 0, on>>>(params);
   });
   check_launch("rescale");
   factors_kernel<typename C::E><<<blocks_of(static_cast<uint64_t>(params.factors)), kThreads, 0, on>>>(params);

@@ -4,9 +4,7 @@
 // numbers run through the output in memory order.
 #pragma once
 
-#include <type_traits>
-
-#include "../cpp/kernels/kernels.h"
+#include "../../cpp/kernels/args.h"
 #include "host_device.cuh"
 
 namespace sdgp::cuda {
@@ -50,9 +48,7 @@ struct PruneParams {
   void* out;
   const int64_t* seed;  // on the device, so that a captured graph draws anew
   const void* factors;  // rescale
-  bool scale;
-  int n;
-  int m;
+  Pruning pruning;
   int64_t size;
   int64_t in_stride;
   int64_t out_stride;
@@ -91,32 +87,17 @@ SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
   return place;
 }
 
-// Elements that one 4-byte access moves where rows are neighbours.
-constexpr int rows_per_thread(size_t element_size) { return element_size == 2 ? 2 : 1; }
+// The group sizes that kernels are compiled for; a group of another one is padded.
+using GroupSizes = Values<4, 8, 16, 32, 64>;
+static_assert(contains(GroupSizes{}, kMaxGroupSize));
 
-inline size_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kFloat64: return 8;
-    case DType::kFloat16:
-    case DType::kBFloat16: return 2;
-  }
-  return 0;
+inline int compiled_size(int m) {
+  return visit_at_least(GroupSizes{}, m, []<int kM>(Constant<kM>) { return kM; });
 }
 
-// The group size that a kernel is compiled for.
-constexpr int compiled_size(int m) { return m <= 4 ? 4 : m <= 8 ? 8 : m <= 16 ? 16 : m <= 32 ? 32 : 64; }
-
-// Calls visit with it as a constant.
-template <class Visit>
-void with_compiled_size(int m, Visit visit) {
-  switch (compiled_size(m)) {
-    case 4: return visit(std::integral_constant<int, 4>{});
-    case 8: return visit(std::integral_constant<int, 8>{});
-    case 16: return visit(std::integral_constant<int, 16>{});
-    case 32: return visit(std::integral_constant<int, 32>{});
-    default: return visit(std::integral_constant<int, 64>{});
-  }
+// Where rows are neighbours, as many as one 4-byte access moves; of larger groups a thread's registers hold one row.
+constexpr int rows_per_thread(int element_size, int compiled_m) {
+  return element_size == 2 && compiled_m <= 16 ? 2 : 1;
 }
 
 struct PrunePlan {
@@ -130,20 +111,18 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   PruneParams& params = plan.params;
   params.in = args.in;
   params.out = args.out;
-  params.scale = args.scale;
-  params.n = args.n;
-  params.m = args.m;
+  params.pruning = args.pruning;
   params.size = args.size;
   params.in_stride = args.in_stride;
   params.out_stride = args.out_stride;
-  const int64_t groups = ceil_div<int64_t>(args.size, args.m);
+  const int64_t groups = ceil_div<int64_t>(args.size, args.pruning.m);
   const int64_t factors_per_sample = args.dim_per_factor ? args.size : 1;
   params.factor_step = args.dim_per_factor ? 1 : 0;
 
   // The groups' axis goes where their stride in the output puts it; the dimensions are sorted by theirs already.
-  const int64_t group_stride = args.m * args.out_stride;
-  const ThreadAxis group_axis{Divisor::of(static_cast<uint64_t>(groups)), args.m * args.in_stride, group_stride, 1,
-                              args.m * params.factor_step};
+  const int64_t group_stride = args.pruning.m * args.out_stride;
+  const ThreadAxis group_axis{Divisor::of(static_cast<uint64_t>(groups)), args.pruning.m * args.in_stride, group_stride,
+                              1, args.pruning.m * params.factor_step};
   params.group_axis = -1;
   for (int d = 0; d < args.ndim; ++d) {
     const Dim& dim = args.dims[d];
@@ -159,10 +138,11 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
     params.axis[params.axes++] = group_axis;
   }
 
-  const size_t element_size = size_of(args.dtype);
-  const size_t group_bytes = static_cast<size_t>(args.m) * element_size;
+  const auto element_size = static_cast<size_t>(traits(args.dtype).size);
+  const int compiled_m = compiled_size(args.pruning.m);
+  const size_t group_bytes = static_cast<size_t>(args.pruning.m) * element_size;
   const size_t vector_bytes = group_bytes < 16 ? group_bytes : 16;
-  const bool whole = args.m == compiled_size(args.m) && args.size % args.m == 0;
+  const bool whole = args.pruning.m == compiled_m && args.size % args.pruning.m == 0;
   const auto aligned = [&](const void* pointer, size_t bytes, bool in) {
     bool result = reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
     for (int a = 0; a < params.axes; ++a) {
@@ -177,7 +157,7 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   // Neighbouring rows share a thread where they pair up, aligned in both tensors.
   plan.rows_per_thread = 1;
   ThreadAxis& last = params.axis[params.axes - 1];
-  const auto rows = static_cast<uint64_t>(rows_per_thread(element_size));
+  const auto rows = static_cast<uint64_t>(rows_per_thread(traits(args.dtype).size, compiled_m));
   if (rows > 1 && params.group_axis != params.axes - 1 && last.in_stride == 1 && last.out_stride == 1 &&
       last.size.size % rows == 0) {
     const ThreadAxis one = last;

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// _prune_nm_matmul: prune_nm(input, n, m, -1) @ dense, the input pruned on the way. A linear layer's data gradient, and
+// of a transposed input its weight gradient.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "multiply.h"
+#include "prune_cpu.h"
+
+namespace sdgp {
+namespace {
+
+constexpr const char* kOp = "_prune_nm_matmul";
+
+PruneCall validate(const Tensor& input, const Tensor& dense, const SettingsAlong<-1>& settings) {
+  const PruneCall call = validate_product(kOp, {"the input is", "dense"}, input, dense, settings);
+  check(dense.dim() == 2, kOp, ": expected dense (size, cols), got ", name_of_shape(dense));
+  check(input.size(call.dim) == dense.size(0), kOp, ": expected input (..., ", dense.size(0), "), got ",
+        name_of_shape(input));
+  return call;
+}
+
+// The step from row to row, where one leads through all of them and each lies consecutive in memory.
+std::optional<int64_t> find_row_stride(const Tensor& input) {
+  if (input.stride(input.dim() - 1) != 1) return std::nullopt;
+  std::optional<int64_t> step;
+  int64_t next = 0;  // the stride that the next dimension outwards must have
+  for (int64_t d = input.dim() - 2; d >= 0; --d) {
+    if (input.size(d) == 1) continue;
+    if (step && input.stride(d) != next) return std::nullopt;
+    if (!step) step = input.stride(d);
+    next = input.stride(d) * input.size(d);
+  }
+  return step.value_or(input.size(input.dim() - 1));
+}
+
+Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const SettingsAlong<-1>& settings) {
+  const PruneCall call = validate(input, dense, settings);
+  Tensor output = empty_rows(input, dense.size(1));
+  if (!begin_output(output, dense.size(0) > 0)) return output;
+  // Rows side by side, of a transposed input, are copied: read as they lie, with strides that are powers of two, they
+  // evict each other from the first-level cache and cost more than the copy.
+  const std::optional<int64_t> row_stride = find_row_stride(input);
+  const Tensor source = row_stride ? input : torch::stable::contiguous(input);
+  const int64_t step = row_stride.value_or(dense.size(0));
+  multiply({.op = kOp, .dtype = call.dtype, .pruning = read_seed(input, call), .samples = count_rows(input)},
+           Gradient{.data = source.const_data_ptr(),
+                    .sample_stride = step,
+                    .pixel_stride = step,
+                    .channel_stride = 1,
+                    .by_group = false},
+           dense, output);
+  return output;
+}
+
+Tensor prune_nm_matmul_unsupported(const Tensor& input, const Tensor& dense, const SettingsAlong<-1>& settings) {
+  validate(input, dense, settings);
+  refuse_device(kOp, input);
+}
+
+}  // namespace
+}  // namespace sdgp
+
+STABLE_TORCH_LIBRARY_IMPL(sdgp, CPU, library) {
+  library.impl("_prune_nm_matmul", SDGP_BOX(&sdgp::prune_nm_matmul_cpu));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(sdgp, CompositeExplicitAutograd, library) {
+  library.impl("_prune_nm_matmul", SDGP_BOX(&sdgp::prune_nm_matmul_unsupported));
+}

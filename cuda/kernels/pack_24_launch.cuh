@@ -1,0 +1,31 @@
+// SPDX-License-Identifier: BSD-3-Clause
+#pragma once
+
+#include "launch.cuh"
+#include "pack_24.cuh"
+
+namespace sdgp::cuda {
+
+template <class C, Method kMethod, int kM>
+__global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
+  __shared__ uint8_t nibbles[kTileRows * kTileQuads];
+  const int64_t tiles_across = args.cols / kTileCols;
+  const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
+  const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
+  const int thread = static_cast<int>(threadIdx.x);
+  pack_values<C, kMethod, kM>(args, tile_row, tile_col, thread, nibbles);
+  __syncthreads();
+  pack_metadata(args, tile_row, tile_col, thread, nibbles);
+}
+
+template <class C>
+void launch_pack_24(const PackArgs& args, void* stream) {
+  const auto blocks = static_cast<unsigned>(args.rows / kTileRows * (args.cols / kTileCols));
+  const auto on = static_cast<cudaStream_t>(stream);
+  visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
+    pack_24_kernel<C, kMethod, kM><<<blocks, kTileThreads, 0, on>>>(args);
+  });
+  check_launch("pack_24");
+}
+
+}  // namespace sdgp::cuda

@@ -1,9 +1,0 @@
-// SPDX-License-Identifier: BSD-3-Clause
-#include "prune_nm_launch.cuh"
-
-namespace sdgp::cuda {
-
-template void prune_nm_as<Float16>(const PruneArgs&, const int64_t*, const void*, void*);
-template void rescale_factors_as<Float16>(const PruneArgs&, void*, void*, void*);
-
-}  // namespace sdgp::cuda
