@@ -30,7 +30,8 @@ add_library(
   cuda/ops/prune_cuda.cpp
   cuda/ops/prune_nm.cpp)
 add_dependencies(sdgp_cuda sdgp_torch_cuda)
-target_link_libraries(sdgp_cuda PRIVATE stdc++ TorchStable::torch_cpu "$<TARGET_FILE:sdgp_torch_cuda>")
+target_link_libraries(sdgp_cuda PRIVATE stdc++ TorchStable::torch_cpu "$<TARGET_FILE:sdgp_torch_cuda>"
+                                        ${CMAKE_DL_LIBS})
 target_compile_features(sdgp_cuda PRIVATE cxx_std_20 cuda_std_20)
 target_compile_definitions(sdgp_cuda PRIVATE USE_CUDA)
 set_target_properties(

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Facts about the built library, in C, for whoever loads it: they tell whether this machine's driver can run it.
-#include <cuda_runtime.h>
+// Facts about the built library, in C, for whoever loads it: they tell whether this machine's driver can run it. Asking
+// leaves CUDA uninitialized.
+#include <cuda_runtime_api.h>
+
+#include "driver.h"
 
 #define SDGP_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -9,7 +12,4 @@
 SDGP_EXPORT int sdgp_cuda_runtime() { return CUDART_VERSION; }
 
 // The newest CUDA that the driver knows; 0: there is no driver.
-SDGP_EXPORT int sdgp_cuda_driver() {
-  int version = 0;
-  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
-}
+SDGP_EXPORT int sdgp_cuda_driver() { return sdgp::cuda::driver_version(); }

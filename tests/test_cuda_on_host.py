@@ -7,8 +7,10 @@ Needs a C++ compiler and no GPU. What a GPU alone can show stands in test_cuda.p
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,7 +43,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
     flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
     source = ROOT / "tests" / "cpp" / "cuda_on_host.cpp"
-    subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", str(library), str(source)], check=True)
+    subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -243,3 +245,42 @@ def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:
             _, expected = sparse_semi_structured_from_dense_cutlass(square)
             actual = tiles[col // 64, row // 128, col % 64 // 32, row % 128 // 32]
             assert torch.equal(actual, expected.flatten())
+
+
+# Stands in for a driver newer than any runtime, where the CUDA runtime finds functions by name: it tells its version to
+# whoever asks, and ends the process of whoever initializes CUDA.
+DRIVER = """
+#include <stdlib.h>
+#include <string.h>
+int cuDriverGetVersion(int* version) { *version = 99000; return 0; }
+int cuInit(unsigned flags) { _Exit(3); }
+static int other() { return 0; }
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags, void* status) {
+  *function = strcmp(name, "cuInit") == 0               ? (void*)cuInit
+              : strcmp(name, "cuDriverGetVersion") == 0 ? (void*)cuDriverGetVersion
+              : strcmp(name, "cuGetProcAddress") == 0   ? (void*)cuGetProcAddress_v2
+                                                        : (void*)other;
+  return 0;
+}
+int cuGetProcAddress(const char* name, void** function, int version, unsigned long long flags) {
+  return cuGetProcAddress_v2(name, function, version, flags, 0);
+}
+"""
+ASK = "import ctypes, sys; print(getattr(ctypes.CDLL(sys.argv[1]), sys.argv[2])())"
+
+
+@pytest.mark.parametrize("library", ["on the host", "installed"])
+def test_asking_for_the_driver_leaves_cuda_uninitialized(kernels: ctypes.CDLL, library: str, tmp_path: Path) -> None:
+    path, function = Path(kernels._name), "driver_version_on_host"
+    if library == "installed":
+        path, function = Path(sdgp.cmake_prefix_path) / "lib" / "libsdgp_cuda.so", "sdgp_cuda_driver"
+        if not path.exists() or torch.version.cuda is None:
+            pytest.skip("needs an sdgp that was built with CUDA")
+    ask = ASK if library == "on the host" else f"import torch; {ASK}"  # torch has loaded what the library asks of it
+    (tmp_path / "driver.c").write_text(DRIVER)
+    stub = tmp_path / "libcuda.so.1"
+    subprocess.run(["c++", "-xc", "-w", "-shared", "-fPIC", "-o", stub, tmp_path / "driver.c"], check=True)
+    command = [sys.executable, "-c", ask, path, function]
+    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "99000\n"), result.stderr

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "../../cuda/driver.h"
 #include "../../cuda/kernels/pack_24.cuh"
 #include "../../cuda/kernels/rescale.cuh"
 
@@ -120,5 +121,7 @@ extern "C" void pack_on_host(const void* in, int64_t in_rows, int64_t in_cols, i
     });
   });
 }
+
+extern "C" int driver_version_on_host() { return driver_version(); }
 
 }  // namespace sdgp::cuda
