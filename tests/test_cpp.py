@@ -133,11 +133,6 @@ def conv2d(**changes: Any) -> dict[str, Any]:
     return {**case, **window, "pattern": "2:4", "method": "magnitude", "backend": "pruned", **changes}
 
 
-LARGE = {
-    "input": torch.randn(4096, 128),
-    "weight": torch.randn(64, 128),
-    "bias": torch.randn(64),
-}  # enough work for auto to measure
 CASES = {
     **{f"linear {backend} {method}": linear(backend=backend, method=method)
        for backend in ("pruned", "sparse", "dense")
@@ -145,8 +140,7 @@ CASES = {
     **{f"conv2d {backend} {method}": conv2d(backend=backend, method=method)
        for backend in ("pruned", "sparse", "dense")
        for method in ("magnitude", "rescale", "rescale_group", "random", "mvue")},
-    "linear small auto": linear(backend="auto"),
-    "linear large pruned": linear(**LARGE),
+    "linear large": linear(input=torch.randn(4096, 128), weight=torch.randn(64, 128), bias=torch.randn(64)),
     "linear 1-d": linear(input=torch.randn(12)),
     "linear 4:4": linear(pattern="4:4"),
     "linear frozen": linear(frozen=True),
@@ -228,14 +222,69 @@ def test_modules(programs: Path) -> None:
     ]
 
 
-def test_auto_measures_and_stays_near_one_of_the_two(programs: Path, tmp_path: Path) -> None:
-    """The gradient is the exact one or the pruned one, whichever was faster here."""
-    case = complete(linear(backend="auto", **LARGE))
-    (found,) = in_cpp(programs, tmp_path, {"auto": case}).values()
-    exact, pruned = (
-        in_python({**case, "backend": "pruned", "pattern": pattern})["input"] for pattern in ("4:4", "2:4")
+# Square, so that no product of the wrong side or orientation fails by its shape.
+SQUARE = {"input": torch.randn(16, 16), "weight": torch.randn(16, 16), "bias": torch.randn(16), "backend": "exact"}
+SQUARE_CONV = {"input": torch.randn(4, 4, 8, 8), "weight": torch.randn(4, 4, 4, 4), "backend": "exact"}
+EXACT = {
+    "linear": linear(**SQUARE),
+    "linear without bias": {name: x for name, x in linear(**SQUARE).items() if name != "bias"},
+    "linear of a batch": linear(**{**SQUARE, "input": torch.randn(16, 16, 16)}),
+    "linear, weight transposed": linear(**{**SQUARE, "weight": torch.randn(16, 16).t()}),
+    "linear float64": linear(**{name: x.double() if isinstance(x, Tensor) else x for name, x in SQUARE.items()}),
+    "linear bfloat16": linear(**{name: x.bfloat16() if isinstance(x, Tensor) else x for name, x in SQUARE.items()}),
+    "linear frozen": linear(**SQUARE, frozen=True),
+    "linear autocast": linear(**SQUARE, autocast=True),
+    "linear twice": linear(**SQUARE, twice=True),
+    "linear pruned to all": linear(**{**SQUARE, "backend": "pruned", "pattern": "4:4"}),
+    "conv2d": conv2d(**SQUARE_CONV, bias=torch.randn(4)),
+    "conv2d channels_last": conv2d(
+        **{**SQUARE_CONV, "input": SQUARE_CONV["input"].to(memory_format=torch.channels_last)}
+    ),
+    "conv2d frozen": conv2d(**SQUARE_CONV, frozen=True),
+    "conv2d groups": conv2d(**{**SQUARE_CONV, "weight": torch.randn(4, 2, 4, 4)}, groups=2),
+    "conv2d twice": conv2d(**SQUARE_CONV, twice=True),
+}
+
+
+def in_torch(case: dict[str, Any]) -> dict[str, Tensor]:
+    leaves = {name: case[name].clone().requires_grad_() for name in ("input", "weight", "bias") if name in case}
+    leaves["weight"].requires_grad_(not case["frozen"])
+    options = {name: case[name] for name in ("stride", "padding", "dilation", "groups") if name in case}
+    with torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"]):
+        output = {"linear": nn.functional.linear, "conv2d": nn.functional.conv2d}[case["op"]](**leaves, **options)
+    found = torch.autograd.grad(
+        output, [x for x in leaves.values() if x.requires_grad], case["grad_output"], create_graph=case["twice"]
     )
-    assert any(torch.allclose(found["input"], wanted, rtol=1e-4, atol=1e-4) for wanted in (exact, pruned))
+    gradients = dict(zip([name for name, x in leaves.items() if x.requires_grad], found, strict=True))
+    if case["twice"]:
+        (again,) = torch.autograd.grad(gradients["input"].sum(), leaves["weight"])
+        gradients["weight"] = gradients["weight"] + again
+    return {"output": output.detach(), **{name: x.detach() for name, x in gradients.items()}}
+
+
+def test_exact_is_what_torch_computes(programs: Path, tmp_path: Path) -> None:
+    """Bit for bit, and twice where it is differentiated twice."""
+    cases = {name: complete(case) for name, case in EXACT.items()}
+    for name, found in in_cpp(programs, tmp_path, cases).items():
+        assert not isinstance(found, str), (name, found)
+        expected = in_torch(cases[name])
+        assert found.keys() == expected.keys(), name
+        for key, value in expected.items():
+            assert torch.equal(found[key], value), (name, key)
+
+
+def test_pruned_takes_the_sparse_product_on_the_cpu(programs: Path, tmp_path: Path) -> None:
+    cases = {
+        f"{make.__name__} {method} {backend}": complete(make(method=method, backend=backend))
+        for make in (linear, conv2d)
+        for method in ("mvue", "rescale")
+        for backend in ("pruned", "sparse")
+    }
+    for name, case in cases.items():
+        case.update({key: cases[name.replace("sparse", "pruned")][key] for key in ("input", "weight", "grad_output")})
+    found = in_cpp(programs, tmp_path, cases)
+    for name in cases:
+        assert torch.equal(found[name]["input"], found[name.replace("sparse", "pruned")]["input"]), name
 
 
 ERRORS = {
@@ -244,8 +293,8 @@ ERRORS = {
     "n > m": (linear(pattern="5:4"), "prune_nm: expected 1 <= n <= m <= 64, got n=5, m=4"),
     "method": (linear(method="topk"), 'prune_nm: expected method to be one of .*, got "topk"'),
     "backend": (
-        linear(backend="fast"),
-        'linear: expected backend to be one of auto, pruned, sparse, dense, got "fast"',
+        linear(backend="auto"),
+        'linear: expected backend to be one of pruned, sparse, dense, exact, got "auto"',
     ),
     "second differentiation": (linear(twice=True), "linear: expected one differentiation, got a second"),
     "conv2d's second differentiation": (conv2d(twice=True), "conv2d: expected one differentiation, got a second"),

@@ -3,7 +3,7 @@
 // Trains a small network whose data gradients are pruned: train DATA.pt METHOD. DATA.pt is a dictionary that Python's
 // torch.save wrote: "images" (steps, batch, 3, 8, 8), "labels" (steps, batch) and the initial weights by name. Prints
 // the loss of each step, and writes the weights after the last, a tuple, to DATA.pt.trained, for torch.load.
-#include <sdgp/autograd.h>
+#include <sdgp/modules.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/optim/sgd.h>
 #include <torch/serialize.h>

@@ -3,7 +3,7 @@
 // Calls a C++ layer for the Python tests: layers CASE.pt..., each a dictionary that torch.save wrote: what to call and
 // with what. Writes its output and gradients, or the error, to CASE.pt.result. Without arguments: what modules are
 // besides.
-#include <sdgp/autograd.h>
+#include <sdgp/modules.h>
 #include <torch/serialize.h>
 
 #include <fstream>

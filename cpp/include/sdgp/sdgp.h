@@ -10,10 +10,8 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/randint.h>
 
 #include <cstdint>
-#include <limits>
 #include <optional>
 #include <string_view>
 #include <tuple>
@@ -29,14 +27,6 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").template typed<Signature>();
 }
 
-// Drawn here and as Python draws it, so that torch::manual_seed(s) and torch.manual_seed(s) lead to the same choices.
-inline std::optional<at::Tensor> seed_for(const at::Tensor& input, std::string_view method,
-                                          const std::optional<at::Tensor>& seed) {
-  if (seed || (method != "random" && method != "mvue")) return seed;
-  constexpr auto low = std::numeric_limits<int64_t>::min(), high = std::numeric_limits<int64_t>::max();
-  return at::randint(low, high, {1}, input.options().dtype(at::kLong));
-}
-
 }  // namespace detail
 
 // Prunes `input` to N:M sparsity: at most n of every m consecutive values along `dim` stay, 1 <= n <= m <= 64.
@@ -44,14 +34,15 @@ inline std::optional<at::Tensor> seed_for(const at::Tensor& input, std::string_v
 //   input   float32, float64, float16 or bfloat16; any shape but a scalar, any strides; CPU, or CUDA where
 //           sdgp::sdgp_cuda is linked too
 //   method  "magnitude", "random", "rescale", "rescale_group" or "mvue"
-//   seed    for "random" and "mvue": int64, one element, on the input's device; by default drawn from its generator
+//   seed    for "random" and "mvue": int64, one element, on the input's device; by default drawn from its generator, as
+//           Python draws it: after torch::manual_seed(s) and torch.manual_seed(s) the choices are the same
 //
 // Returns a tensor of the input's shape, dtype and strides.
 inline at::Tensor prune_nm(const at::Tensor& input, int64_t n, int64_t m, int64_t dim = -1,
                            std::string_view method = "magnitude", const std::optional<at::Tensor>& seed = {}) {
   static const auto op = detail::find<at::Tensor(const at::Tensor&, int64_t, int64_t, int64_t, std::string_view,
                                                  const std::optional<at::Tensor>&)>("sdgp::prune_nm");
-  return op.call(input, n, m, dim, method, detail::seed_for(input, method, seed));
+  return op.call(input, n, m, dim, method, seed);
 }
 
 // What prune_nm keeps, packed: (values, indices), n of each per group, indices uint8 within the group. Both have the
@@ -62,7 +53,7 @@ inline std::tuple<at::Tensor, at::Tensor> compress_nm(const at::Tensor& input, i
   static const auto op =
       detail::find<std::tuple<at::Tensor, at::Tensor>(const at::Tensor&, int64_t, int64_t, int64_t, std::string_view,
                                                       const std::optional<at::Tensor>&)>("sdgp::compress_nm");
-  return op.call(input, n, m, dim, method, detail::seed_for(input, method, seed));
+  return op.call(input, n, m, dim, method, seed);
 }
 
 // The inverse: bit for bit what prune_nm returns, `size` along `dim`, which lies innermost in memory.

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// How a C++ layer prunes its data gradient, and which product it takes. Of it, PruningOptions is for callers.
+#pragma once
+
+#include <ATen/ops/empty.h>
+#include <torch/arg.h>
+
+#include <algorithm>
+#include <array>
+#include <charconv>
+#include <string>
+#include <utility>
+
+#include "sdgp/sdgp.h"
+
+namespace sdgp {
+
+// The settings of a layer, in the manner of LibTorch's options: sdgp::PruningOptions("4:8").method("rescale").
+//
+//   pattern  "n:m": groups of m output features or channels
+//   method   see prune_nm; "mvue" is unbiased
+//   backend  "pruned": always prunes, then takes the sparse product where there is one, on the CPU, and the dense one
+//            elsewhere; "sparse", "dense": prunes and takes that product; "exact": does not prune
+//
+// Nothing is measured: device and dtype alone decide.
+struct PruningOptions {
+  PruningOptions() = default;
+  PruningOptions(std::string pattern) : pattern_(std::move(pattern)) {}  // NOLINT: converting, as options are
+  PruningOptions(const char* pattern) : pattern_(pattern) {}             // NOLINT
+  TORCH_ARG(std::string, pattern) = "2:4";
+  TORCH_ARG(std::string, method) = "mvue";
+  TORCH_ARG(std::string, backend) = "pruned";
+};
+
+namespace detail {
+
+// The options, read and checked.
+struct Settings {
+  int64_t n;
+  int64_t m;
+  std::string method;
+  std::string backend;
+
+  bool prunes() const { return n < m && backend != "exact"; }
+};
+
+// `op` begins the message of what is wrong.
+inline Settings parse(const char* op, const PruningOptions& options) {
+  const std::string& text = options.pattern();
+  const char *begin = text.data(), *end = begin + text.size();
+  int64_t n = 0, m = 0;
+  const auto [colon, n_error] = std::from_chars(begin, end, n);
+  const bool has_colon = n_error == std::errc() && colon != end && *colon == ':';
+  const auto [rest, m_error] = has_colon ? std::from_chars(colon + 1, end, m) : std::from_chars_result{begin, {}};
+  TORCH_CHECK_VALUE(has_colon && m_error == std::errc() && rest == end, op, ": expected pattern \"n:m\", got \"", text,
+                    "\"");
+  constexpr std::array backends = {"pruned", "sparse", "dense", "exact"};
+  TORCH_CHECK_VALUE(std::find(backends.begin(), backends.end(), options.backend()) != backends.end(), op,
+                    ": expected backend to be one of pruned, sparse, dense, exact, got \"", options.backend(), "\"");
+  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, options.method());  // checks the rest
+  return {n, m, options.method(), options.backend()};
+}
+
+inline bool has_sparse_product(at::Device device, at::ScalarType dtype) {
+  return device.is_cpu() &&
+         (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16);
+}
+
+// Whether the pruned gradient goes through the sparse product.
+inline bool takes_sparse_product(const char* op, const Settings& settings, const at::Tensor& grad_output) {
+  if (settings.backend == "dense") return false;
+  const bool has_one = has_sparse_product(grad_output.device(), grad_output.scalar_type());
+  TORCH_CHECK_VALUE(has_one || settings.backend != "sparse", op,
+                    ": backend=\"sparse\" expected a gradient on the CPU, got ", grad_output.device(),
+                    "; use \"pruned\" for the same gradients");
+  return has_one;
+}
+
+}  // namespace detail
+}  // namespace sdgp
