@@ -4,9 +4,9 @@
 // block is consecutive. Compiled once per instruction set.
 #pragma once
 
+#include "lanes-inl.h"
 #include "plan-inl.h"
 #include "table.h"
-#include "vec-inl.h"
 
 namespace sdgp::SDGP_ISA {
 

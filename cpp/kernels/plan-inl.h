@@ -5,8 +5,8 @@
 #pragma once
 
 #include "args.h"
+#include "lanes-inl.h"
 #include "select_nm-inl.h"
-#include "vec-inl.h"
 
 namespace sdgp::SDGP_ISA {
 

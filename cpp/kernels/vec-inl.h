@@ -10,8 +10,6 @@
 #include <type_traits>
 #include <utility>
 
-#include "pruning.h"
-
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -248,42 +246,6 @@ struct Bits16 {
   static SDGP_INLINE Vec<E> load(const T* p) { return load_bits<Vec<E>>(p); }
   static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
 };
-
-// What the kernels make of a stored type: lanes to compute in, and, for methods that look at magnitudes alone, to
-// compare.
-template <DType kDType>
-struct LaneTypes;
-template <>
-struct LaneTypes<DType::kFloat32> {
-  using Computed = Float32;
-  using Compared = Float32;
-};
-template <>
-struct LaneTypes<DType::kFloat64> {
-  using Computed = Float64;
-  using Compared = Float64;
-};
-template <>
-struct LaneTypes<DType::kFloat16> {
-  using Computed = Float16;
-  using Compared = Bits16<0x3c00>;
-};
-template <>
-struct LaneTypes<DType::kBFloat16> {
-  using Computed = BFloat16;
-  using Compared = Bits16<0x3f80>;
-};
-template <DType kDType>
-using LanesOf = typename LaneTypes<kDType>::Computed;
-template <DType kDType, Method kMethod>
-using LanesFor =
-    std::conditional_t<kMethod == Method::kMagnitude, typename LaneTypes<kDType>::Compared, LanesOf<kDType>>;
-
-// The word that holds an element, to move it.
-template <int kBytes>
-using Word = std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
-template <DType kDType>
-using WordOf = Word<sizeof(typename LanesOf<kDType>::T)>;
 
 // Exchanges bit kBit of the vector's index with bit kBit of the lane's index: after it, `a` holds what had lane bit 0
 // and `b` what had lane bit 1.

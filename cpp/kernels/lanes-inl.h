@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// Which lanes (vec-inl.h) each element type takes: a type's one row on the CPU. Compiled once per instruction set.
+#pragma once
+
+#include "pruning.h"
+#include "vec-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+// What the kernels make of a stored type: lanes to compute in, and, for methods that look at magnitudes alone, to
+// compare.
+template <DType kDType>
+struct LaneTypes;
+template <>
+struct LaneTypes<DType::kFloat32> {
+  using Computed = Float32;
+  using Compared = Float32;
+};
+template <>
+struct LaneTypes<DType::kFloat64> {
+  using Computed = Float64;
+  using Compared = Float64;
+};
+template <>
+struct LaneTypes<DType::kFloat16> {
+  using Computed = Float16;
+  using Compared = Bits16<0x3c00>;
+};
+template <>
+struct LaneTypes<DType::kBFloat16> {
+  using Computed = BFloat16;
+  using Compared = Bits16<0x3f80>;
+};
+template <DType kDType>
+using LanesOf = typename LaneTypes<kDType>::Computed;
+template <DType kDType, Method kMethod>
+using LanesFor =
+    std::conditional_t<kMethod == Method::kMagnitude, typename LaneTypes<kDType>::Compared, LanesOf<kDType>>;
+
+// The word that holds an element, to move it.
+template <int kBytes>
+using Word = std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
+template <DType kDType>
+using WordOf = Word<sizeof(typename LanesOf<kDType>::T)>;
+
+}  // namespace sdgp::SDGP_ISA
