@@ -18,7 +18,7 @@ import torch
 from bench import arguments, begin, store
 from torch import Tensor, nn
 
-from sdgp._timing import steps_beside_dense
+from sdgp._timing import steps_beside_plain
 
 METHOD = "mvue"
 
@@ -59,8 +59,8 @@ def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
 
 
 def measure(name: str, patterns: list[str], backends: list[str], rounds: int) -> list[dict[str, Any]]:
-    rows = steps_beside_dense(*MODELS[name](), patterns, METHOD, backends, rounds)
-    return [{"model": name, "plain_ms": row.pop("dense_ms"), **row} for row in rows]
+    rows = steps_beside_plain(*MODELS[name](), patterns, METHOD, backends, rounds)
+    return [{"model": name, **row} for row in rows]
 
 
 def show(row: dict[str, Any]) -> None:

@@ -235,19 +235,35 @@ def test_sparse_is_taken_where_it_wins(backend: str) -> None:
 
 
 @either_wins
-def test_what_a_forward_records_does_not_depend_on_what_was_found(sparse_wins: bool) -> None:
-    """So that checkpointing may repeat it after the first measurement, or outside of a pause."""
+def test_what_a_checkpointed_forward_records_does_not_depend_on_what_was_found(sparse_wins: bool) -> None:
+    """So that it may be repeated after the first measurement, or outside of a pause."""
     layer, x, grad_output = large("auto")
 
-    def record(output: Tensor) -> tuple[str, list[tuple[int, ...]]]:
+    def record() -> tuple[str, list[tuple[int, ...]]]:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            output = layer(x)
         return output.grad_fn.name(), [tuple(tensor.shape) for tensor in output.grad_fn.saved_tensors]
 
     with chooser(sparse_wins)[0]:
-        before = record(layer(x))
+        before = record()
         data_gradient(layer, x, grad_output)
-        assert record(layer(x)) == before
+        assert record() == before
         with sdgp.paused(layer):
-            assert record(layer(x)) == before
+            assert record() == before
+
+
+def test_an_exact_layer_that_nothing_repeats_is_the_plain_one() -> None:
+    layer, x, grad_output = large("auto")
+    plain = layer.to_dense()(x).grad_fn.name()
+    with chooser(sparse_wins=False)[0]:
+        assert layer(x).grad_fn.name() != plain  # nothing was measured yet
+        data_gradient(layer, x, grad_output)
+        assert layer(x).grad_fn.name() == plain
+        assert outcome(layer) == ("exact", 1.0)
+    sdgp.convert(layer, backend="pruned")
+    with sdgp.paused(layer):
+        assert layer(x).grad_fn.name() == plain
+    assert layer(x).grad_fn.name() != plain
 
 
 @either_wins

@@ -10,7 +10,7 @@ import sdgp
 from sdgp import _semi_structured as semi_structured
 from sdgp._autograd import LinearProducts
 from sdgp._choose import obstacle
-from sdgp._decision import Decision, Site
+from sdgp._decision import Site
 from sdgp._pattern import Pattern, Pruning
 
 CUDA = torch.device("cuda", 0)
@@ -58,31 +58,29 @@ def test_devices(
         semi_structured._obstacle_of_device.cache_clear()
 
 
-class WithoutSparse(LinearProducts):
-    def obstacle(self) -> str:
-        return "more, got less"
-
-
-def decide(backend: str) -> Decision:
-    """What a backward on a device without a sparse product takes."""
+def decide(backend: str) -> sdgp.Decision:
+    """What a backward in float32 on CUDA takes, which has no sparse product."""
     pruning = Pruning.parse("op", "2:4", "mvue", backend)
-    products = WithoutSparse(torch.randn(64, 32), torch.randn(32, 16), pruning)
-    site = Site("linear", torch.device("cpu"), torch.float32, 1, pruning, (32, 16), True, 10)
+    site = Site("linear", CUDA, torch.float32, 1, pruning, (32, 16), True, 10)
     with torch.no_grad():
-        return sdgp.Chooser(least_work=0).decide(site, products)
+        return sdgp.Chooser(least_work_cuda=0).decide(
+            site, LinearProducts(torch.randn(64, 32), torch.randn(32, 16), pruning)
+        )
 
 
 def test_an_obstacle_leaves_auto_exact_and_pruned_dense() -> None:
     for backend, product in (("auto", "exact"), ("pruned", "dense")):
         decision = decide(backend)
         assert (decision.product, decision.ms) == (product, None)
-        assert "more, got less" in decision.why
+        assert "float16 or bfloat16" in decision.why
+        assert "got float32" in decision.why
     assert decide("dense").product == "dense"
-    with pytest.raises(ValueError, match=r'^linear: .*"sparse".* more, got less.*"pruned"'):
+    with pytest.raises(ValueError, match=r'^linear: .*"sparse".* float16 or bfloat16 .*, got float32; .*"pruned"'):
         decide("sparse")
 
 
-def test_the_obstacles_of_a_gradient() -> None:
+def test_the_obstacles_of_a_device() -> None:
     pruning = Pruning.parse("op", "2:4", "mvue", "auto")
-    assert obstacle(pruning, torch.empty(1)) is None
-    assert "got meta" in str(obstacle(pruning, torch.empty(1, device="meta")))
+    assert obstacle(pruning, torch.device("cpu"), torch.float64, groups=2) is None
+    assert "got meta" in str(obstacle(pruning, torch.device("meta"), torch.float16))
+    assert "got groups=2" in str(obstacle(pruning, CUDA, torch.float16, groups=2))

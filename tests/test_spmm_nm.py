@@ -228,6 +228,21 @@ def test_linear_of_any_strides(grad: Tensor, data: st.DataObject) -> None:
     near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), grad.shape[-1])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue"])
+def test_matmul_of_transposed_operands(method: str, dtype: torch.dtype) -> None:
+    """Bit for bit as of contiguous ones: rows side by side, rows far apart, leading dimensions out of order."""
+    inputs = [torch.randn(130, 300).t(), torch.randn(66, 5, 40).movedim(0, -1), torch.randn(600, 130)[::2]]
+    inputs += [torch.randn(5, 7, 130).transpose(0, 1), torch.randn(7, 260)[:, ::2], torch.randn(130).expand(300, 130)]
+    for x in inputs:
+        x, seed = x.to(dtype), draw_seed()
+        for weight in (torch.randn(x.shape[-1], 33), torch.randn(33, x.shape[-1]).t(), torch.randn(x.shape[-1], 66)):
+            dense = weight.to(dtype)[:, :33] if weight.is_contiguous() else weight.to(dtype)
+            for n, m in ((2, 4), (3, 7), (4, 4), (8, 32)):
+                expected = prune_nm_matmul(x.contiguous(), dense.contiguous(), n, m, method, seed)
+                identical(prune_nm_matmul(x, dense, n, m, method, seed), expected)
+
+
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
     names = (

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch; forward and weight gradient stay exact."""
 
+# First of all: it tells what is wrong with an installation before anything else fails.
+from ._load import cmake_prefix_path as cmake_prefix_path
+from ._load import version as __version__
+
+# isort: split
 from ._advise import Plan, advise
 from ._autograd import conv2d, linear
 from ._choose import Chooser, chooser
 from ._convert import convert, paused, revert
 from ._decision import Decision
 from ._layers import Conv2d, Linear
-from ._load import cmake_prefix_path as cmake_prefix_path
-from ._load import version as __version__
 from ._ops import compress_nm, decompress_nm, prune_nm, spmm_nm
 from ._pattern import Pattern
 from ._plot import plot

@@ -44,7 +44,7 @@ def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return values.new_empty(*values.shape[:-1], dense.shape[1])
 
 
-@_fake("_linear_input_grad_nm")
+@_fake("_prune_nm_matmul")
 def _prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
@@ -85,9 +85,7 @@ def _pack_24(
     seed: Tensor | None = None,
     layout: str = "cusparselt_sm80",
 ) -> Tensor:
-    rows, cols = (
-        _ceil_div(size, tile) * tile for size, tile in zip(input.shape, getattr(C, "tile_24", (128, 64)), strict=True)
-    )
+    rows, cols = (_ceil_div(size, tile) * tile for size, tile in zip(input.shape, C.tile_24, strict=True))
     return input.new_empty(rows * cols // 16 * 9)
 
 

@@ -169,7 +169,7 @@ def prune_nm_matmul(
     Returns:
         (..., cols).
     """
-    result: Tensor = torch.ops.sdgp._linear_input_grad_nm(input, dense, n, m, method, _seed(input, method, seed))
+    result: Tensor = torch.ops.sdgp._prune_nm_matmul(input, dense, n, m, method, _seed(input, method, seed))
     return result
 
 
@@ -307,7 +307,7 @@ for _name, _formula in {
     "decompress_nm": _no_flop,
     "_pack_24": _no_flop,
     "spmm_nm": _spmm_flop,
-    "_linear_input_grad_nm": _matmul_flop,
+    "_prune_nm_matmul": _matmul_flop,
     "_conv2d_input_grad_nm": _conv2d_flop,
 }.items():
     register: Any = register_flop_formula(getattr(torch.ops.sdgp, _name))

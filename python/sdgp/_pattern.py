@@ -9,7 +9,8 @@ from typing import NamedTuple, TypeAlias
 from ._load import C
 
 METHODS: tuple[str, ...] = C.methods
-METHODS_THAT_DRAW: tuple[str, ...] = getattr(C, "methods_that_draw", ("random", "mvue"))
+METHODS_THAT_DRAW: tuple[str, ...] = C.methods_that_draw
+METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # a group's result depends on that group alone
 BACKENDS = ("auto", "pruned", "sparse", "dense")
 MAX_GROUP_SIZE: int = C.max_group_size
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._load import C
 from ._ops import pack_24, prune_nm
 from ._pattern import Pattern
 
-TILE_ROWS, TILE_COLS = 128, 64  # an operand has whole tiles
+TILE_ROWS, TILE_COLS = C.tile_24  # an operand has whole tiles
 _DENSE_MULTIPLE = 8  # of the dense operand's columns
 
 

@@ -60,7 +60,7 @@ def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[
     return step
 
 
-def steps_beside_dense(
+def steps_beside_plain(
     model: nn.Module,
     input: Tensor,
     target: Tensor,
@@ -69,22 +69,22 @@ def steps_beside_dense(
     backends: Sequence[str],
     rounds: int,
 ) -> list[dict[str, Any]]:
-    """Training steps of the dense model beside converted copies of it: a row per pattern and backend.
+    """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
 
-    ``noise`` is what a second copy of the dense model seems to save.
+    ``noise`` is what a second copy of the plain model seems to save.
     """
     converted = {
         (pattern, backend): convert(copy.deepcopy(model), pattern, method, backend=backend)
         for pattern in patterns
         for backend in backends
     }
-    candidates = {"dense": training_step(model, input, target)}
+    candidates = {"plain": training_step(model, input, target)}
     for (pattern, backend), twin in converted.items():
         candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
-    candidates["dense again"] = training_step(copy.deepcopy(model), input, target)
+    candidates["plain again"] = training_step(copy.deepcopy(model), input, target)
     times = interleaved(candidates, rounds, input.device)
     milliseconds = {candidate: 1e3 * elapsed for candidate, elapsed in times.items()}
-    dense = milliseconds["dense"]
+    plain = milliseconds["plain"]
     rows = []
     for (pattern, backend), twin in converted.items():
         layers = [row for row in report(twin) if row.pattern]
@@ -93,10 +93,10 @@ def steps_beside_dense(
                 "pattern": pattern,
                 "method": method,
                 "backend": backend,
-                "dense_ms": round(dense, 2),
+                "plain_ms": round(plain, 2),
                 "converted_ms": round(milliseconds[f"{pattern} {backend}"], 2),
-                "saved": round(1 - milliseconds[f"{pattern} {backend}"] / dense, 4),
-                "noise": round(1 - milliseconds["dense again"] / dense, 4),
+                "saved": round(1 - milliseconds[f"{pattern} {backend}"] / plain, 4),
+                "noise": round(1 - milliseconds["plain again"] / plain, 4),
                 "layers": len(layers),
                 "layers_sparse": sum(row.product == "sparse" for row in layers),
             }

@@ -77,7 +77,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
     return (values.to(wide).unsqueeze(-1) * rows).sum(-2).to(values.dtype)
 
 
-def linear_input_grad_nm(
+def prune_nm_matmul(
     grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
     """``sdgp._ops.prune_nm_matmul``: prune, then multiply."""

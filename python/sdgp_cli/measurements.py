@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sdgp import Conv2d, Linear, Pattern, chooser, prune_nm
 from sdgp._pattern import METHODS
-from sdgp._timing import interleaved, seconds, steps_beside_dense, training_step
+from sdgp._timing import interleaved, seconds, steps_beside_plain, training_step
 
 METHOD = "mvue"  # of products and steps
 
@@ -169,8 +169,8 @@ def _steps(name: str, model: nn.Module, input: Tensor, target: Tensor, effort: E
     step()
     a_round = 2 * (2 + len(effort.patterns)) * seconds(step, input.device)
     rounds = effort.rounds("train_step", a_round)
-    rows = steps_beside_dense(model, input, target, effort.patterns, METHOD, ("auto",), rounds)
-    return [{"model": name, "plain_ms": row.pop("dense_ms"), **row} for row in rows]
+    rows = steps_beside_plain(model, input, target, effort.patterns, METHOD, ("auto",), rounds)
+    return [{"model": name, **row} for row in rows]
 
 
 def _by(sizes: tuple[int, ...]) -> str:

@@ -108,7 +108,7 @@ def _linear(backend: str, device: torch.device) -> Iterator[Comparison]:
         settings: Any = {"pattern": f"{n}:{m}", "method": "magnitude", "backend": backend}
         found = _gradients(_autograd.linear(input, weight, **settings), input, weight, grad_output)
         exact = _gradients(F.linear(input, weight), input, weight, grad_output)
-        pruned = reference.linear_input_grad_nm(grad_output, weight.detach(), n, m)
+        pruned = reference.prune_nm_matmul(grad_output, weight.detach(), n, m)
         yield from _layer(f"{n}:{m}", backend, found, exact, pruned)
 
 

@@ -25,7 +25,7 @@ from torch.autograd import Function, forward_ad
 from .._choose import LEAST_WORK, SMALL, Chooser, current_chooser, static_rule
 from .._decision import Decision, Products, Site
 from .._ops import PRUNED_DTYPES, prune_nm
-from .._pattern import Pruning
+from .._pattern import METHODS_BY_GROUP, Pruning
 from ._autocast import OptionalTensor, computed_dtype
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -212,11 +212,11 @@ def detached(grad_output: Tensor) -> Tensor:
 
 
 def rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, str]:
-    """What a sparse product prunes, and by which method: rescale's sums need the whole gradient, so it prunes first,
-    and of what it leaves magnitude keeps everything."""
-    if pruning.method != "rescale":
+    """What a sparse product prunes, and by which method: one that sums over the whole gradient, as rescale does, prunes
+    first, and of what it leaves magnitude keeps everything."""
+    if pruning.method in METHODS_BY_GROUP:
         return grad_output, pruning.method
-    return prune_nm(grad_output, *pruning.pattern, dim, "rescale"), "magnitude"
+    return prune_nm(grad_output, *pruning.pattern, dim, pruning.method), "magnitude"
 
 
 def rows(x: Tensor) -> Tensor:
