@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from ..common.errors import UserError
 from ..common.images import normalize
 from ..common.process import World
-
-if TYPE_CHECKING:
-    from .train import Config
+from .config import Config
 
 _MEAN, _STD = (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)
 

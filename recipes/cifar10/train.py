@@ -12,33 +12,18 @@ test.beton (with ffcv). All images live decoded in memory, on the GPU where ther
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..common.images import ImageSettings, is_pruned
+from ..common.images import is_pruned
 from ..common.launch import launch
 from ..common.process import World, derive_seed
 from ..common.run import Job, Run
+from .config import Config
 from .data import Cifar, Images, load
-
-
-@dataclass(frozen=True)
-class Config(ImageSettings):
-    """The published recipe as it was written; the code that came with it peaked at epoch 2 instead of 5."""
-
-    width: int = 128  # channels of the first convolution
-    epochs: int = 150
-    batch_size: int = 512
-    lr: float = 0.5
-    peak_epoch: float = 5.0
-    weight_decay: float = 5e-4
-    flip: bool = True
-    translate: int = 2  # pixels
-    cutout: int = 4  # pixels a side
 
 
 class Residual(nn.Module):

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -18,9 +18,7 @@ from torchvision.transforms import v2
 from ..common.errors import UserError
 from ..common.images import normalize
 from ..common.process import World, derive_seed
-
-if TYPE_CHECKING:
-    from .train import Config
+from .config import Config
 
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 _CROP = 224 / 256  # the part of an image's shorter side that an evaluation sees
