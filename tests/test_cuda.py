@@ -15,7 +15,7 @@ from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sam
 from torch import Tensor, nn
 
 import sdgp
-from sdgp import semi_structured
+from sdgp import _semi_structured as semi_structured
 
 pytestmark = pytest.mark.cuda
 

@@ -25,7 +25,7 @@ from samples import DTYPES, METHODS, PATTERNS, draw_seed
 from torch import Tensor
 
 import sdgp
-from sdgp import reference
+from sdgp import _ops, reference
 
 EXAMPLES = int(os.environ.get("SDGP_FUZZ_EXAMPLES", "0"))
 SETTINGS: dict[str, Any] = {
@@ -159,7 +159,7 @@ def check_linear(case: Case, method: str, weight: Tensor) -> None:
     results = [call(sdgp.spmm_nm, kept, indices, m, weight)]
     pruned = sdgp.prune_nm(x, n, m, -1, method, seed).double()
     if method != "rescale":
-        results.append(call(sdgp.ops.prune_nm_matmul, x, weight, n, m, method, seed))
+        results.append(call(_ops.prune_nm_matmul, x, weight, n, m, method, seed))
     for actual in results:
         assert actual.shape == (*x.shape[:-1], weight.shape[1])
         if kind in (*TAME, "subnormal"):
@@ -197,7 +197,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Case, Tensor, list[Any]]:
 def check_conv2d(case: Case, method: str, weight: Tensor, window: list[Any]) -> None:
     x, kind, n, m, _, seed = case
     groups = window[4]
-    actual = call(sdgp.ops.conv2d_input_grad_nm, x, weight, n, m, method, seed, *window)
+    actual = call(_ops.conv2d_input_grad_nm, x, weight, n, m, method, seed, *window)
     by_group = x
     if groups > 1 and x.shape[1] // groups % m != 0:
         by_group = x.reshape(-1, x.shape[1] // groups, *x.shape[2:])
@@ -257,7 +257,7 @@ def test_eight_threads_at_once() -> None:
             results += [pruned, kept, indices, sdgp.decompress_nm(kept, indices, m, x.shape[1], 1)]
             if x is shared and method != "rescale":
                 window: tuple[Any, ...] = ([15, 15], [1, 1], [1, 1], [1, 1], 1, False)
-                results.append(sdgp.ops.conv2d_input_grad_nm(x, weight, n, m, method, seed, *window))
+                results.append(_ops.conv2d_input_grad_nm(x, weight, n, m, method, seed, *window))
         return results
 
     expected = [run(number) for number in range(32)]
