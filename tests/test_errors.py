@@ -318,7 +318,7 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 }
 BOTH = tuple(GRADIENTS)
 MATMUL, CONV = ((op,) for op in BOTH)
-NAMES = {"matmul": r"_\w+", "conv2d": "_conv2d_input_grad_nm"}
+NAMES = {"matmul": "_prune_nm_matmul", "conv2d": "_conv2d_input_grad_nm"}
 
 BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
     (BOTH, {"n": 5}, "1 <= n <= m <= 64", "n=5, m=4"),
@@ -327,10 +327,10 @@ BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
     (BOTH, {"method": "rescale"}, "one group at a time", "rescale; prune by it, then call this by magnitude"),
     (BOTH, {"seed": torch.zeros(2, dtype=torch.int64)}, "seed to have one element", "2"),
     (MATMUL, {"input": torch.tensor(1.0)}, "1 dimension", "a scalar"),
-    (MATMUL, {"input": torch.randn(3, 9)}, "(..., 8)", "(3, 9)"),
+    (MATMUL, {"input": torch.randn(3, 9)}, "input (..., 8)", "(3, 9)"),
     (MATMUL, {"input": torch.ones(3, 8).int()}, "float32, float64, float16 or bfloat16", "int32"),
-    (MATMUL, {"dense": torch.randn(8)}, "", "(8,)"),
-    (MATMUL, {"dense": torch.randn(8, 5).half()}, "to be float32", "float16"),
+    (MATMUL, {"dense": torch.randn(8)}, "dense (size, cols)", "(8,)"),
+    (MATMUL, {"dense": torch.randn(8, 5).half()}, "dense to be float32", "float16"),
     (CONV, {"grad_output": torch.randn(8, 5, 5)}, "(N, C, H, W)", "(8, 5, 5)"),
     (CONV, {"grad_output": torch.randn(2, 9, 5, 5)}, "(N, 8, H, W)", "(2, 9, 5, 5)"),
     (CONV, {"weight": torch.randn(8, 3)}, "(out, in / groups, kH, kW)", "(8, 3)"),
@@ -564,6 +564,8 @@ def test_a_library_that_does_not_load(tmp_path: Path) -> None:
 
 
 def test_a_library_of_another_python(tmp_path: Path) -> None:
+    if any("editable" in type(finder).__module__ for finder in sys.meta_path):
+        pytest.skip("an editable installation is found before any other")
     package = tmp_path / "sdgp"
     shutil.copytree(Path(sdgp.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*.so", "lib"))
     (package / "_C.cpython-39-aarch64-linux-gnu.so").touch()
