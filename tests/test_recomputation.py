@@ -152,6 +152,37 @@ def test_converted_again_between_forward_and_backward(mode: str) -> None:
     assert all(map(torch.equal, run("none"), run(mode)))
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_layer_that_is_known_to_be_exact_is_the_plain_one(kind: str) -> None:
+    """Except where hooks on saved tensors tell that its forward may be repeated."""
+    blocks = make(kind)
+    layer, x = blocks[0].layer, draw_input(kind)
+    plain = type(sdgp.revert(copy.deepcopy(layer))(x).grad_fn).__name__
+    with sdgp.Chooser(timer=timer(False)):
+        assert type(layer(x).grad_fn).__name__ != plain  # not measured yet
+        layer(x).sum().backward()
+        assert type(layer(x).grad_fn).__name__ == plain
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+            assert type(layer(x).grad_fn).__name__ != plain
+    with sdgp.Chooser(timer=timer(True)):
+        layer(x).sum().backward()
+        assert type(layer(x).grad_fn).__name__ != plain
+        with sdgp.paused(blocks):
+            assert type(layer(x).grad_fn).__name__ == plain
+
+
+@pytest.mark.parametrize("change", [sdgp.revert, lambda blocks: sdgp.convert(blocks, backend="dense")])
+@pytest.mark.parametrize("rows", [WIDTH, 32])
+def test_layer_of_another_class_at_the_repetition_is_an_error(change: Callable[[nn.Module], Any], rows: int) -> None:
+    layer: nn.Module = nn.Linear(WIDTH, WIDTH)
+    if change is sdgp.revert:
+        sdgp.convert(layer, backend="dense")
+    y = checkpoint(layer, torch.randn(rows, WIDTH, requires_grad=True), use_reentrant=False)
+    change(layer)
+    with pytest.raises(torch.utils.checkpoint.CheckpointError):
+        y.sum().backward()
+
+
 def test_recomputation_under_autocast_saves_and_computes_the_same() -> None:
     def run(mode: str) -> list[Tensor]:
         blocks = make("3-D", method="magnitude", backend="dense")

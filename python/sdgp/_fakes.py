@@ -33,14 +33,14 @@ def _compress_nm(
 
 @_fake("decompress_nm")
 def _decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
-    _check_shape("decompress_nm", "indices", indices, values.shape)
+    _check_indices("decompress_nm", indices, values)
     return _empty_innermost(values, dim, size, values.dtype)
 
 
 @_fake("spmm_nm")
 def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
-    _check_shape("spmm_nm", "indices", indices, values.shape)
-    _check_dtype("spmm_nm", "dense", dense, values)
+    _check_indices("spmm_nm", indices, values)
+    _check_matrix("spmm_nm", "dense", dense, values)
     return values.new_empty(*values.shape[:-1], dense.shape[1])
 
 
@@ -48,8 +48,8 @@ def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def _prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    _check_dtype("_prune_nm_matmul", "dense", dense, input)
-    _check_shape("_prune_nm_matmul", "dense", dense, (input.shape[-1], *dense.shape[1:]))
+    _check_matrix("_prune_nm_matmul", "dense", dense, input)
+    _check_shape("_prune_nm_matmul", "dense", dense, (input.shape[-1], dense.shape[1]))
     return input.new_empty(*input.shape[:-1], dense.shape[1])
 
 
@@ -98,6 +98,18 @@ def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> T
     shape = list(like.shape)
     del shape[dim]
     return like.new_empty(*shape, size, dtype=dtype).movedim(-1, dim)
+
+
+def _check_indices(op: str, indices: Tensor, values: Tensor) -> None:
+    _check_shape(op, "indices", indices, values.shape)
+    if indices.dtype != torch.uint8:
+        raise RuntimeError(f"{op}: expected indices to be uint8, got {str(indices.dtype).removeprefix('torch.')}")
+
+
+def _check_matrix(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    if tensor.ndim != 2:
+        raise RuntimeError(f"{op}: expected {name} to be a matrix, got {tuple(tensor.shape)}")
+    _check_dtype(op, name, tensor, like)
 
 
 def _check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int]) -> None:

@@ -88,7 +88,7 @@ class PruningLayer(nn.Module):
     @property
     def held(self) -> str:
         """Why the next forward records an exact gradient whatever the settings say; empty: nobody holds it."""
-        return next(iter(self.holds.values()), "")
+        return self.holds.get("paused") or next(iter(self.holds.values()), "")
 
     @property
     def is_pruning(self) -> bool:

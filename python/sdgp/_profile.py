@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ._choose import current_chooser
+from ._choose import current_chooser, kernels_run
 from ._convert import paused
 from ._layer import PruningLayer
 from ._models import format_table, pruning_layers
@@ -26,7 +26,8 @@ class LayerProfile(NamedTuple):
         shape: of the output gradient.
         exact_ms: not pruned.
         dense_ms: pruned, then multiplied by PyTorch's dense product.
-        sparse_ms: pruned, packed and multiplied by the sparse product; NaN where the device has none.
+        sparse_ms: pruned, packed and multiplied by the sparse product; NaN where the device has none. All three are NaN
+            where no kernels run, as on the meta device.
         share: the part of the exact step that the exact data gradient takes.
         product: the one that the step takes, see ``sdgp.report``.
     """
@@ -152,5 +153,7 @@ def profile(
 
 def _measure(layer: PruningLayer, grad_output: Tensor, input: Tensor, rounds: int) -> dict[str, float]:
     products = layer.products(grad_output, stand_in(input, grad_output))
+    if not kernels_run(products.grad_output):
+        return dict.fromkeys(("exact", "dense"), math.nan)
     names = ("exact", "dense", "sparse") if products.obstacle() is None else ("exact", "dense")
     return current_chooser().measure_all(products, names, rounds)

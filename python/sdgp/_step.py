@@ -102,10 +102,11 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, buffers and generators back as they were."""
+    """Puts gradients, buffers, generators and the layers' decisions back as they were."""
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    decisions = [(vars(layer), vars(layer)["decision"]) for layer in model.modules() if "decision" in vars(layer)]
     for parameter in parameters:
         parameter.grad = None
     try:
@@ -117,3 +118,6 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
+        for attributes, decision in decisions:
+            if "decision" in attributes:  # not reverted within
+                attributes["decision"] = decision

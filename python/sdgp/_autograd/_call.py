@@ -105,6 +105,17 @@ def start(
     return Call(op, pruning, held, layer, chooser, site)
 
 
+# No plain operator saves such a tensor. Where a checkpoint repeats the forward of a layer that was converted or
+# reverted since, it finds the mark in the place of another tensor, and raises rather than mix up what each saves.
+_MARK = torch.empty(0, dtype=torch.uint8, device="cpu")
+
+
+def save(ctx: Any, weight: Tensor, input: Tensor) -> None:
+    """Saves what the backward needs; a frozen weight keeps no input."""
+    mark = () if torch.compiler.is_compiling() else (_MARK,)
+    ctx.save_for_backward(*mark, weight, input if ctx.needs_input_grad[1] else None)
+
+
 def decide(call: Call, products: Products) -> Decision:
     """In a backward: which product computes the data gradient of a call."""
     if call.chooser is None or call.site is None:

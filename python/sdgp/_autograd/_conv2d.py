@@ -18,7 +18,20 @@ from .._decision import Site
 from .._ops import conv2d_input_grad_nm, prune_nm
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import Call, Layer, data_gradient, decide, detached, exponent, in_transform, rescaled, rows, start, wanted
+from ._call import (
+    Call,
+    Layer,
+    data_gradient,
+    decide,
+    detached,
+    exponent,
+    in_transform,
+    rescaled,
+    rows,
+    save,
+    start,
+    wanted,
+)
 
 _Pair: TypeAlias = tuple[int, int]
 
@@ -149,7 +162,7 @@ class _Conv2d(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
-        weight, input = ctx.saved_tensors
+        *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
 
@@ -170,7 +183,7 @@ class _Conv2dInTransform(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
-        weight, input = ctx.saved_tensors
+        *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
 
     @staticmethod
@@ -191,7 +204,7 @@ def _work(input: Tensor, weight: Tensor, groups: int) -> int:
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, geometry: Geometry) -> None:
     ctx.call, ctx.geometry, ctx.input_shape = call, geometry, input.shape
     ctx.channels_last = _is_channels_last(input)
-    ctx.save_for_backward(weight, input if ctx.needs_input_grad[1] else None)  # frozen weights keep no input
+    save(ctx, weight, input)
 
 
 def _gradients(

@@ -17,7 +17,20 @@ from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning
 from ._autocast import OptionalTensor, autocast
-from ._call import Call, Layer, data_gradient, decide, detached, exponent, in_transform, rescaled, rows, start, wanted
+from ._call import (
+    Call,
+    Layer,
+    data_gradient,
+    decide,
+    detached,
+    exponent,
+    in_transform,
+    rescaled,
+    rows,
+    save,
+    start,
+    wanted,
+)
 
 
 def linear(
@@ -124,7 +137,7 @@ class _Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
-        weight, input = ctx.saved_tensors
+        *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
 
@@ -145,7 +158,7 @@ class _LinearInTransform(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
-        weight, input = ctx.saved_tensors
+        *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
 
     @staticmethod
@@ -161,9 +174,7 @@ class _LinearInTransform(Function):
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
     ctx.call, ctx.transposed = call, transposed
     # The leaf itself, no view of it: what releases its memory between forward and backward (ZeRO) finds no other owner.
-    # The weight first: the plain operator saves its transpose second. Where one path were repeated as the other, the
-    # shapes would tell. A frozen weight keeps no input.
-    ctx.save_for_backward(weight, input if ctx.needs_input_grad[1] else None)
+    save(ctx, weight, input)
 
 
 def _gradients(

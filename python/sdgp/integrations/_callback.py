@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .._choose import chooser
+from .._choose import current_chooser
 from .._convert import convert
 from .._pattern import Pattern, PatternLike, Pruning
 from .._renamed import renamed
@@ -56,8 +56,8 @@ class ScheduleCallback:
     @property
     def measured(self) -> dict[str, Any]:
         """What ``auto`` and ``pruned`` measured, in plain types: with it a run that goes on takes the same products."""
-        return chooser.state_dict()
+        return current_chooser().state_dict()
 
     @measured.setter
     def measured(self, measured: Mapping[str, Any]) -> None:
-        chooser.load_state_dict(measured)
+        current_chooser().load_state_dict(measured)
