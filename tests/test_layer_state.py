@@ -39,7 +39,7 @@ def test_a_new_layer(layer: PruningLayer) -> None:
     assert (layer.holds, layer.held, layer.decision, layer.is_pruning) == ({}, "", None, False)
     assert repr(layer).endswith(", pattern=2:4, method=mvue, backend=auto)")
     plain = set(vars(nn.Linear(4, 8) if isinstance(layer, nn.Linear) else nn.Conv2d(4, 8, 3)))
-    assert set(vars(layer)) == plain | {"pruning", "holds", "decision"}
+    assert set(vars(layer)) == plain | {"pruning", "holds", "decision", "plain_for"}
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_who_holds_a_layer() -> None:
     layer.hold("schedule", "scheduled")
     layer.hold("paused", "paused")
     assert layer.holds == {"schedule": "scheduled", "paused": "paused"}
-    assert (layer.held, layer.is_pruning) == ("scheduled", False)
+    assert (layer.held, layer.is_pruning) == ("paused", False)  # told first
     layer.hold("schedule", "")
     assert (layer.holds, layer.held) == ({"paused": "paused"}, "paused")
     layer.hold("paused", "")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
@@ -120,6 +121,7 @@ class Chooser:
         self._least_work, self._least_work_cuda = least_work, least_work_cuda
         self._timer = timer or elapsed_ms
         self._decisions: OrderedDict[Site, Decision] = OrderedDict()
+        self.epoch = time.time_ns()  # another one when what was decided may no longer hold
         self._tokens: list[Token[Chooser]] = []
 
     def __len__(self) -> int:
@@ -224,6 +226,7 @@ class Chooser:
     def forget(self) -> None:
         """Drops all that was measured, so that it is measured again: after the machine has become busier, say."""
         self._decisions.clear()
+        self.epoch = time.time_ns()
 
     def state_dict(self) -> dict[str, Any]:
         """All that was measured, by name and in types that JSON holds. A training run that goes on from a checkpoint
@@ -248,6 +251,7 @@ class Chooser:
                 f"Chooser: expected what Chooser.state_dict() returned, got an entry that reads wrong: {error}"
             ) from error
         self._decisions.update(loaded)
+        self.epoch = time.time_ns()
         while len(self._decisions) > self._limit:
             self._decisions.popitem(last=False)
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as _PlainConv1D
 
-from ._autograd import LinearProducts, pruned_linear
+from ._autograd import LinearProducts, is_plain_again, pruned_linear
 from ._decision import Products
 from ._layer import PruningLayer, call_plain, calls_plain
 from ._pattern import PatternLike, Pruning
@@ -33,6 +33,9 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         self._set_up(pruning)
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_plain_again(self, x):
+            again: Tensor = super().forward(x)
+            return again
         if calls_plain(self, x):
             plain: Tensor = call_plain(self, x)
             return plain

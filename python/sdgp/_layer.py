@@ -37,12 +37,14 @@ class PruningLayer(nn.Module):
         holds: why the gradient is exact now whatever the settings say, by who holds it (``"paused"``, ``"schedule"``,
             ``"watch"``); empty: nobody does.
         decision: of the last backward.
+        plain_for: the kind of calls that the plain operator computes at once, see ``is_plain_again``.
     """
 
     weight: Tensor
     pruning: Pruning
     holds: dict[str, str]
     decision: Decision | None
+    plain_for: tuple[object, ...] | None
     _plain: ClassVar[type[nn.Module]]
 
     @classmethod
@@ -78,12 +80,13 @@ class PruningLayer(nn.Module):
         if self.holds.get(who, "") != why:
             self._remember()
             self.holds = {name: reason for name, reason in {**self.holds, who: why}.items() if reason}
+            self.plain_for = None
 
     def use(self, pruning: Pruning) -> None:
         """Takes new settings from the next forward on."""
         if self.pruning != pruning:
             self._remember()
-            self.pruning, self.decision = pruning, None
+            self.pruning, self.decision, self.plain_for = pruning, None, None
 
     @property
     def held(self) -> str:
@@ -122,7 +125,7 @@ class PruningLayer(nn.Module):
         return f"{super().extra_repr()}, {self.pruning}"
 
     def _set_up(self, pruning: Pruning) -> None:
-        self.pruning, self.holds, self.decision = pruning, {}, None
+        self.pruning, self.holds, self.decision, self.plain_for = pruning, {}, None, None
 
     def _remember(self) -> None:
         changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
@@ -173,7 +176,7 @@ def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning
     if isinstance(module, PruningLayer):
         module.use(pruning)
         module.hold("watch", "")
-        module.decision = None
+        module.decision = module.plain_for = None
     else:
         module.__class__ = twin
         module._set_up(pruning)  # type: ignore[operator]
@@ -186,7 +189,7 @@ def unprune_in_place(module: PruningLayer) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision"):
+    for name in ("pruning", "holds", "decision", "plain_for"):
         vars(module).pop(name, None)
 
 

@@ -13,6 +13,7 @@ from ._autograd import (
     Conv2dProducts,
     LinearProducts,
     conv2d_geometry,
+    is_plain_again,
     prune_conv2d_grad,
     pruned_conv2d,
     pruned_linear,
@@ -57,6 +58,8 @@ class Linear(PruningLayer, nn.Linear):
         self._set_up(pruning)
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_plain_again(self, input):
+            return F.linear(input, self.weight, self.bias)
         if calls_plain(self, input):
             output: Tensor = call_plain(self, input)
             return output
@@ -123,7 +126,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         return output
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if is_traced(input):
+        if is_traced(input) or is_plain_again(self, input):
             traced: Tensor = super()._conv_forward(input, weight, bias)
             return traced
         stride: Any = self.stride

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """linear and conv2d with a pruned data gradient, as Python autograd over ATen's operators."""
 
+from ._call import is_plain_again
 from ._conv2d import Conv2dProducts, conv2d, conv2d_geometry, prune_conv2d_grad, pruned_conv2d
 from ._linear import LinearProducts, linear, pruned_linear
 
@@ -9,6 +10,7 @@ __all__ = [
     "LinearProducts",
     "conv2d",
     "conv2d_geometry",
+    "is_plain_again",
     "linear",
     "prune_conv2d_grad",
     "pruned_conv2d",

@@ -32,9 +32,38 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Layer(Protocol):
-    """What a call needs of a layer: a place for the decision of its last backward."""
+    """What a call needs of a layer.
+
+    Attributes:
+        decision: of its last backward.
+        plain_for: what ``signature`` gave for the last call that the plain operator computed.
+    """
 
     decision: Decision | None
+    plain_for: tuple[object, ...] | None
+
+
+def signature(input: Tensor) -> tuple[object, ...] | None:
+    """What tells calls apart that the plain operator computes at once. It is right for every call, so this need not
+    hold all that a choice depends on, only what makes another choice likely. None in a backward, where a layer is as it
+    was in the forward that is repeated."""
+    if torch._C._current_graph_task_id() != -1:
+        return None
+    return input.shape, input.dtype, current_chooser().epoch
+
+
+def is_plain_again(layer: Layer, input: object) -> bool:
+    """Whether the plain operator computed the last call, one like this, and may compute this one: the quick way."""
+    if torch.compiler.is_compiling():
+        return False
+    plain_for = vars(layer).get("plain_for")
+    return (
+        plain_for is not None
+        and type(input) is Tensor
+        and plain_for == signature(input)
+        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 class Call(NamedTuple):
@@ -81,7 +110,7 @@ def start(
     if torch.compiler.is_compiling():
         return _compiled(op, pruning, held, input, weight, work)
     if auto and work < LEAST_WORK:
-        note(layer, SMALL)
+        note(layer, SMALL, input)
         return None
     if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
         return None  # what leaves Python keeps the forward alone, which is the plain one
@@ -96,11 +125,15 @@ def start(
     if auto and in_transform():
         note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"))
         return None
+    no_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # see Note [One path]
+    if held and no_hooks:
+        note(layer, held_exact(held), input)
+        return None
     chooser, site = current_chooser(), make_site(computed_dtype(input))
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:  # see Note [One path]
-        decision = held_exact(held) if held else chooser.foresee(site, work) if auto else None
+    if auto and no_hooks:
+        decision = chooser.foresee(site, work)
         if decision is not None and not decision.prunes:
-            note(layer, decision)
+            note(layer, decision, input)
             return None
     return Call(op, pruning, held, layer, chooser, site)
 
@@ -130,9 +163,11 @@ def held_exact(why: str) -> Decision:
     return Decision("exact", why)
 
 
-def note(layer: Layer | None, decision: Decision) -> None:
-    if layer is not None and layer.decision is not decision:
-        vars(layer)["decision"] = decision  # nn.Module's own __setattr__ takes microseconds
+def note(layer: Layer | None, decision: Decision, plain_for: Tensor | None = None) -> None:
+    """Tells a layer what was decided; ``plain_for``: the input of a call that the plain operator computes by itself."""
+    if layer is not None:  # nn.Module's own __setattr__ takes microseconds
+        vars(layer)["decision"] = decision
+        vars(layer)["plain_for"] = None if plain_for is None else signature(plain_for)
 
 
 def in_transform() -> bool:
