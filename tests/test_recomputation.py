@@ -171,6 +171,31 @@ def test_layer_that_is_known_to_be_exact_is_the_plain_one(kind: str) -> None:
             assert type(layer(x).grad_fn).__name__ == plain
 
 
+def test_call_that_differs_from_the_last_one_is_decided_anew() -> None:
+    """The quick way to the plain operator is for calls like the last one alone."""
+    layer, x = sdgp.Linear(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
+    larger = torch.randn(2 * WIDTH, WIDTH, requires_grad=True)
+
+    def is_plain(x: Tensor) -> bool:
+        return "Addmm" in type(layer(x).grad_fn).__name__ or "ToCopy" in type(layer(x).grad_fn).__name__
+
+    with sdgp.Chooser(timer=timer(False)) as chooser:
+        layer(x).sum().backward()
+        assert is_plain(x)
+        assert is_plain(x)
+        assert not is_plain(larger)
+        assert is_plain(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not is_plain(x)
+        assert is_plain(x)
+        chooser.forget()
+        assert not is_plain(x)
+    assert is_plain(x[:8])  # too small
+    assert not is_plain(x)
+    sdgp.convert(layer, "4:32", backend="dense")
+    assert not is_plain(x[:8])
+
+
 @pytest.mark.parametrize("change", [sdgp.revert, lambda blocks: sdgp.convert(blocks, backend="dense")])
 @pytest.mark.parametrize("rows", [WIDTH, 32])
 def test_layer_of_another_class_at_the_repetition_is_an_error(change: Callable[[nn.Module], Any], rows: int) -> None:

@@ -49,7 +49,7 @@ def signature(input: Tensor) -> tuple[object, ...] | None:
     was in the forward that is repeated."""
     if torch._C._current_graph_task_id() != -1:
         return None
-    return input.shape, input.dtype, current_chooser().epoch
+    return input.shape, input.dtype, torch._C._is_any_autocast_enabled(), current_chooser().epoch
 
 
 def is_plain_again(layer: Layer, input: object) -> bool:
