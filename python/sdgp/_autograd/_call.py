@@ -14,7 +14,7 @@ repetition alone.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -250,6 +250,18 @@ def _is_asked_for(node: Any) -> bool:
         return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
         return True
+
+
+def forward_derivative(
+    ctx: Any, tangents: Sequence[OptionalTensor], product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The derivative of ``product(input, weight) + bias`` along the tangents of input, weight and bias."""
+    input, weight = ctx.saved_tensors
+    input_t, weight_t, bias_t = tangents[:3]
+    terms = [] if bias_t is None else [bias_t]
+    terms += [] if input_t is None else [product(input_t, weight)]
+    terms += [] if weight_t is None else [product(input, weight_t)]
+    return functools.reduce(torch.add, terms)
 
 
 def detached(grad_output: Tensor) -> Tensor:

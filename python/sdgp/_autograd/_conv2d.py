@@ -25,6 +25,7 @@ from ._call import (
     decide,
     detached,
     exponent,
+    forward_derivative,
     in_transform,
     rescaled,
     rows,
@@ -188,12 +189,9 @@ class _Conv2dInTransform(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        input, weight = ctx.saved_tensors
         input_t, weight_t, bias_t, *_ = tangents
-        terms = [] if input_t is None else [F.conv2d(input_t, weight, None, *ctx.geometry)]
-        terms += [] if weight_t is None else [F.conv2d(input, weight_t, None, *ctx.geometry)]
-        output: Tensor = sum(terms) if bias_t is None else sum(terms, bias_t[:, None, None])  # type: ignore[assignment]
-        return output
+        bias_t = None if bias_t is None else bias_t[:, None, None]
+        return forward_derivative(ctx, (input_t, weight_t, bias_t), lambda x, w: F.conv2d(x, w, None, *ctx.geometry))
 
 
 def _work(input: Tensor, weight: Tensor, groups: int) -> int:

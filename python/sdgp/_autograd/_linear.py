@@ -24,6 +24,7 @@ from ._call import (
     decide,
     detached,
     exponent,
+    forward_derivative,
     in_transform,
     rescaled,
     rows,
@@ -163,12 +164,7 @@ class _LinearInTransform(Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
-        input, weight = ctx.saved_tensors
-        input_t, weight_t, bias_t, *_ = tangents
-        terms = [] if input_t is None else [_linear(input_t, weight, None, ctx.transposed)]
-        terms += [] if weight_t is None else [_linear(input, weight_t, None, ctx.transposed)]
-        output: Tensor = sum(terms) if bias_t is None else sum(terms, bias_t)  # type: ignore[assignment]
-        return output
+        return forward_derivative(ctx, tangents, lambda x, w: _linear(x, w, None, ctx.transposed))
 
 
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
