@@ -81,9 +81,7 @@ def test_which_decision_is_noted(layer: Any, shape: tuple[int, ...]) -> None:
     with sdgp.paused(layer):
         output = layer(x)
     output.sum().backward()
-    assert layer.decision == sdgp.Decision("exact", "paused")
-    layer(x).sum().backward()
-    assert layer.decision == first
+    assert layer.decision is first  # a pause says nothing about other forwards
     assert sdgp.convert(layer, backend="pruned").decision is None
 
 

@@ -171,6 +171,16 @@ def test_layer_that_is_known_to_be_exact_is_the_plain_one(kind: str) -> None:
             assert type(layer(x).grad_fn).__name__ == plain
 
 
+def test_pause_changes_nothing_that_was_decided() -> None:
+    layer, x = sdgp.Linear(8, 8, backend="dense"), torch.randn(4, 8, requires_grad=True)
+    for hooks in (contextlib.nullcontext, lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):
+        layer(x).sum().backward()
+        with sdgp.paused(layer), hooks():
+            layer(x).sum().backward()
+            assert sdgp.report(layer)[0].product == "exact"
+        assert (sdgp.report(layer)[0].product, layer.is_pruning) == ("dense", True)
+
+
 def test_call_that_differs_from_the_last_one_is_decided_anew() -> None:
     """The quick way to the plain operator is for calls like the last one alone."""
     layer, x = sdgp.Linear(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)

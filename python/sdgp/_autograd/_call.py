@@ -127,7 +127,7 @@ def start(
         return None
     no_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # see Note [One path]
     if held and no_hooks:
-        note(layer, held_exact(held), input)
+        remember(layer, input)
         return None
     chooser, site = current_chooser(), make_site(computed_dtype(input))
     if auto and no_hooks:
@@ -153,20 +153,28 @@ def decide(call: Call, products: Products) -> Decision:
     """In a backward: which product computes the data gradient of a call."""
     if call.chooser is None or call.site is None:
         return Decision(call.product, "")
-    decision = held_exact(call.held) if call.held else call.chooser.decide(call.site, products)
+    if call.held:
+        return _HELD  # says nothing about the gradients of other forwards
+    decision = call.chooser.decide(call.site, products)
     note(call.layer, decision)
     return decision
 
 
-@functools.lru_cache
-def held_exact(why: str) -> Decision:
-    return Decision("exact", why)
+_HELD = Decision("exact", "somebody holds the layer exact")
+
+
+# In these, nn.Module's own __setattr__ would take microseconds.
 
 
 def note(layer: Layer | None, decision: Decision, plain_for: Tensor | None = None) -> None:
     """Tells a layer what was decided; ``plain_for``: the input of a call that the plain operator computes by itself."""
-    if layer is not None:  # nn.Module's own __setattr__ takes microseconds
+    if layer is not None:
         vars(layer)["decision"] = decision
+        remember(layer, plain_for)
+
+
+def remember(layer: Layer | None, plain_for: Tensor | None) -> None:
+    if layer is not None:
         vars(layer)["plain_for"] = None if plain_for is None else signature(plain_for)
 
 
