@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdgp
 from sdgp import _semi_structured as semi_structured
@@ -84,3 +85,21 @@ def test_the_obstacles_of_a_device() -> None:
     assert obstacle(pruning, torch.device("cpu"), torch.float64, groups=2) is None
     assert "got meta" in str(obstacle(pruning, torch.device("meta"), torch.float16))
     assert "got groups=2" in str(obstacle(pruning, CUDA, torch.float16, groups=2))
+
+
+@pytest.mark.parametrize("layout", ["cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80"])
+@pytest.mark.parametrize("shape", [(256, 128, 64), (200, 100, 50), (1, 1, 1), (0, 64, 8), (64, 64, 0)])
+def test_shapes_of_a_product(layout: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """On fake tensors, whose operators check what the real ones take: the packed operand has a row for each row."""
+    monkeypatch.setattr(semi_structured, "metadata_layout", lambda index, dtype: layout)
+    rows, size, columns = shape
+    with FakeTensorMode():
+        matrix = torch.empty(rows, size, device="cuda", dtype=torch.bfloat16)
+        dense = torch.empty(size + 1, columns, device="cuda", dtype=torch.bfloat16)[1:]
+        operand = semi_structured.pack(matrix, Pattern(2, 4), "magnitude")
+        assert operand.packed.shape[0] == -(-rows // 128) * 128
+        if rows and columns:
+            padded = torch.empty(operand.padded_cols, 64, device="cuda", dtype=torch.bfloat16)
+            product = semi_structured._multiply_packed(operand.packed, layout, operand.padded_cols, padded)
+            assert product.shape == (operand.packed.shape[0], 64)
+        assert semi_structured.multiply(operand, dense).shape == (rows, columns)

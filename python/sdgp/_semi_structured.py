@@ -9,7 +9,7 @@ that compressor packs.
 from __future__ import annotations
 
 import functools
-import warnings
+import logging
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from ._pattern import Pattern
 
 TILE_ROWS, TILE_COLS = C.tile_24  # an operand has whole tiles
 _DENSE_MULTIPLE = 8  # of the dense operand's columns
+_ALIGNMENT = 16  # bytes, of its address
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern) -> str | None:
@@ -46,10 +47,15 @@ def _obstacle_of_device(index: int) -> str | None:
 
 
 class Operand(NamedTuple):
-    """A pruned matrix (rows, cols) as the product takes it."""
+    """A pruned matrix (rows, cols) as the product takes it.
+
+    Attributes:
+        packed: (padded rows, ...): kept values, then metadata, in one buffer.
+        layout: of the metadata; None: cuSPARSELt's own compressor wrote it.
+    """
 
     packed: Tensor
-    layout: str | None  # None: cuSPARSELt's own compressor wrote it
+    layout: str | None
     rows: int
     cols: int
     padded_cols: int
@@ -64,25 +70,34 @@ def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = No
     if layout is None:
         pruned = F.pad(prune_nm(matrix, n, m, -1, method, seed), (0, padded_cols - cols, 0, padded_rows - rows))
         return Operand(torch._cslt_compress(pruned.contiguous()), None, rows, cols, padded_cols)
-    return Operand(pack_24(matrix, n, m, method, seed, layout), layout, rows, cols, padded_cols)
+    packed = pack_24(matrix, n, m, method, seed, layout).view(padded_rows, padded_cols // 16 * 9)
+    return Operand(packed, layout, rows, cols, padded_cols)
 
 
 def multiply(operand: Operand, dense: Tensor) -> Tensor:
     """(rows, cols) times ``dense`` (cols, columns) -> (rows, columns)."""
     columns = dense.shape[1]
+    if operand.packed.numel() == 0 or columns == 0:
+        return dense.new_zeros(operand.rows, columns)
     missing = (0, -columns % _DENSE_MULTIPLE, 0, operand.padded_cols - operand.cols)
     if any(missing):
         dense = F.pad(dense, missing)
-    product = _multiply_packed(operand.packed, operand.layout, operand.padded_cols, dense.contiguous())
+    product = _multiply_packed(operand.packed, operand.layout, operand.padded_cols, _aligned(dense))
     return product[: operand.rows, :columns]
+
+
+def _aligned(dense: Tensor) -> Tensor:
+    """Contiguous, and at an address that the libraries take: a view may begin anywhere."""
+    dense = dense.contiguous()
+    return dense.clone() if dense.storage_offset() * dense.element_size() % _ALIGNMENT else dense
 
 
 def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tensor) -> Tensor:
     result: Tensor
     if layout == "cutlass_sm80":
-        rows = packed.numel() * 16 // 9 // cols
-        values = packed[: rows * cols // 2].view(rows, cols // 2)
-        metadata = packed[rows * cols // 2 :].view(torch.int16).view(rows, cols // 16)
+        rows, buffer = packed.shape[0], packed.flatten()
+        values = buffer[: rows * cols // 2].view(rows, cols // 2)
+        metadata = buffer[rows * cols // 2 :].view(torch.int16).view(rows, cols // 16)
         result = torch._sparse_semi_structured_mm(values, metadata, dense)
     else:
         result = torch._cslt_sparse_mm(packed, dense)  # algorithm 0: others have returned wrong results
@@ -91,7 +106,7 @@ def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tenso
 
 @functools.cache
 def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
-    """The layout that a device's product reads, found by trying; None, with a warning, where sdgp knows none."""
+    """The layout that a device's product reads, found by trying; None, told in the log, where sdgp knows none."""
     device = torch.device("cuda", index)
     if not torch.backends.cusparselt.is_available():
         return "cutlass_sm80"
@@ -105,10 +120,13 @@ def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
         if torch.equal(pack_24(matrix, 2, 4, "magnitude", None, layout).view(torch.int16), expected):
             return layout
     major, minor = torch.cuda.get_device_capability(index)
-    warnings.warn(
-        f"sdgp: this GPU's 2:4 metadata (compute capability {major}.{minor}, {torch.version.cuda}) has an order that "
-        "sdgp does not know; PyTorch's own compressor packs instead, in a pass of its own",
-        stacklevel=2,
+    # No warning: it would end a training that turns warnings into errors.
+    logging.getLogger("sdgp").warning(
+        "sdgp does not know the order of this GPU's 2:4 metadata (compute capability %d.%d, CUDA %s); PyTorch's own "
+        "compressor packs instead, in a pass of its own",
+        major,
+        minor,
+        torch.version.cuda,
     )
     return None
 
