@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Each way to install from source, into an environment of its own, and from outside the tree an import and a call.
 # Takes two environments to borrow packages from, so that no torch is installed for this: one with all that a build
-# needs, and one with the torch that requirements/constraints-second.txt names, which the isolated build fetches.
+# needs, and one to run what the isolated build made. That build fetches the torch that requirements/constraints-third.txt
+# names, whose download is small.
 # Without the CUDA kernels: the wheel that the other tests install has them, and they take minutes to compile.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -35,7 +36,7 @@ if git rev-parse --git-dir > /dev/null 2>&1; then
 fi
 
 # Older pips read the first for the build's environment too, newer ones the second.
-PIP_CONSTRAINT=$PWD/requirements/constraints-second.txt PIP_BUILD_CONSTRAINT=$PWD/requirements/constraints-second.txt \
+PIP_CONSTRAINT=$PWD/requirements/constraints-third.txt PIP_BUILD_CONSTRAINT=$PWD/requirements/constraints-third.txt \
   install isolated "$second" "$sdist"
 # One build folder for both: the kernels are compiled once.
 install shared "$tools" --no-build-isolation -C build-dir="$work/build" .
