@@ -52,6 +52,11 @@ def signature(input: Tensor) -> tuple[object, ...] | None:
     return input.shape, input.dtype, torch._C._is_any_autocast_enabled(), current_chooser().epoch
 
 
+def has_hooks() -> bool:
+    """Whether hooks swap what this forward saves, as in a checkpoint, which may repeat it: see Note [One path]."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def is_plain_again(layer: Layer, input: object) -> bool:
     """Whether the plain operator computed the last call, one like this, and may compute this one: the quick way."""
     if torch.compiler.is_compiling():
@@ -61,7 +66,7 @@ def is_plain_again(layer: Layer, input: object) -> bool:
         plain_for is not None
         and type(input) is Tensor
         and plain_for == signature(input)
-        and torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+        and not has_hooks()
         and not torch.are_deterministic_algorithms_enabled()
     )
 
@@ -125,12 +130,12 @@ def start(
     if auto and in_transform():
         note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"))
         return None
-    no_hooks = torch._C._autograd._top_saved_tensors_default_hooks(True) is None  # see Note [One path]
-    if held and no_hooks:
+    may_repeat = has_hooks()
+    if held and not may_repeat:
         remember(layer, input)
         return None
     chooser, site = current_chooser(), make_site(computed_dtype(input))
-    if auto and no_hooks:
+    if auto and not may_repeat:
         decision = chooser.foresee(site, work)
         if decision is not None and not decision.prunes:
             note(layer, decision, input)
@@ -145,7 +150,7 @@ _MARK = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 def save(ctx: Any, weight: Tensor, input: Tensor) -> None:
     """Saves what the backward needs; a frozen weight keeps no input."""
-    mark = () if torch.compiler.is_compiling() else (_MARK,)
+    mark = (_MARK,) if not torch.compiler.is_compiling() and has_hooks() else ()
     ctx.save_for_backward(*mark, weight, input if ctx.needs_input_grad[1] else None)
 
 
