@@ -201,7 +201,7 @@ for backend, output in outputs.items():
     try:
         torch.autograd.grad(output, x, grad)
     except RuntimeError as error:
-        print(backend, "alloc" in str(error))
+        print(backend, error)
 resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 print(all(torch.equal(gradient(backend), expected[backend]) for backend in expected))
 """
@@ -210,7 +210,12 @@ print(all(torch.equal(gradient(backend), expected[backend]) for backend in expec
 def test_out_of_memory_in_a_backward_is_an_error_and_passes() -> None:
     done = subprocess.run([sys.executable, "-c", NO_MEMORY], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["dense", "True", "sparse", "True", "True"]
+    first_words = [
+        line.split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("dense", "sparse", "True"))
+    ]
+    assert first_words == ["dense", "sparse", "True"]
+    # torch 2.10 tells the reason on stderr alone.
+    assert (done.stdout + done.stderr).count("can't allocate memory") >= 2
 
 
 def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
