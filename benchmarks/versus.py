@@ -18,11 +18,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import models
 import torch
 from bench import ROOT, arguments, begin, interval, store
 from torch import nn
 
 import sdgp
+from sdgp._timing import training_step
 
 Case = Callable[[], object]
 
@@ -49,11 +51,13 @@ def layer(make: Callable[[], nn.Module], shape: tuple[int, ...], pattern: str, b
 
 
 def step(name: str, pattern: str, backend: str) -> Case:
-    import train_step
-
-    from sdgp._timing import training_step
-
-    model, input, target = train_step.MODELS[name]()
+    if name == "resnet18":
+        model = models.resnet18().to(memory_format=torch.channels_last)
+        input = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+        target = torch.randint(10, (16,))
+    else:
+        model = models.Transformer()
+        input, target = torch.randint(256, (2, 8, 128)).unbind()
     return training_step(sdgp.convert(model, pattern, "mvue", backend=backend), input, target)
 
 
