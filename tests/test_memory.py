@@ -214,8 +214,9 @@ def test_out_of_memory_in_a_backward_is_an_error_and_passes() -> None:
         line.split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("dense", "sparse", "True"))
     ]
     assert first_words == ["dense", "sparse", "True"]
-    # torch 2.10 tells the reason on stderr alone.
-    assert (done.stdout + done.stderr).count("can't allocate memory") >= 2
+    # The stable ABI of torch 2.10 passes no text of an error on: there the reason is on stderr alone.
+    told = done.stderr if torch.__version__.startswith("2.10.") else done.stdout
+    assert told.count("can't allocate memory") >= 2
 
 
 def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
