@@ -11,6 +11,7 @@ from ._load import C
 METHODS: tuple[str, ...] = C.methods
 METHODS_THAT_DRAW: tuple[str, ...] = C.methods_that_draw
 METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # a group's result depends on that group alone
+UNBIASED_METHODS = ("mvue",)
 BACKENDS = ("auto", "pruned", "sparse", "dense")
 MAX_GROUP_SIZE: int = C.max_group_size
 
@@ -33,22 +34,25 @@ class Pattern(NamedTuple):
         Raises:
             ValueError: where it is none of these, or not ``1 <= n <= m <= 64``.
         """
-        parts: object = pattern
-        if isinstance(pattern, str):
-            # No regular expression: torch.compile traces this, and some versions of it do not know re.
-            texts = pattern.split(":")
-            if all(text.isascii() and text.isdigit() and len(text) <= 4 for text in texts):
-                parts = tuple(int(text) for text in texts)
-        if isinstance(parts, (tuple, list)) and len(parts) == 2:
-            n, m = parts
-            if type(n) is int and type(m) is int and 1 <= n <= m <= MAX_GROUP_SIZE:
-                return cls(n, m)
-        raise ValueError(f'pattern: expected "n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}, got {pattern!r}')
+        read = _read(pattern)
+        if read is None:
+            raise ValueError(f"pattern: expected {_PATTERN}, got {pattern!r}")
+        return cls(*read)
 
     @property
     def fits_24(self) -> bool:
         """Whether every group of four keeps at most two values, as 2:4 tensor cores need it."""
         return (self.n <= 2 and self.m % 4 == 0) or self == (1, 2)
+
+    @property
+    def wider(self) -> Pattern | None:
+        """One of the same density that takes a CPU the same time and, its groups being larger, adds less noise: 8:16
+        for 2:4, 4:16 for 1:4. None: there is none, or nobody has measured it."""
+        n, m = self
+        if n == m or m not in (2, 4, 8, 16):
+            return None
+        times = max(4 // n, 16 // m)
+        return Pattern(n * times, m * times) if times > 1 else None
 
     def __str__(self) -> str:
         return f"{self.n}:{self.m}"
@@ -56,34 +60,107 @@ class Pattern(NamedTuple):
 
 PatternLike: TypeAlias = str | tuple[int, int] | Pattern
 
+_PATTERN = f'"n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}'
+
+
+def _read(pattern: object) -> tuple[int, int] | None:
+    """n and m; None: that is no pattern."""
+    parts = pattern
+    if isinstance(pattern, str):
+        # No regular expression: torch.compile traces this, and some versions of it do not know re.
+        texts = pattern.split(":")
+        if all(text.isascii() and text.isdigit() and len(text) <= 4 for text in texts):
+            parts = tuple(int(text) for text in texts)
+    if isinstance(parts, (tuple, list)) and len(parts) == 2:
+        n, m = parts
+        if type(n) is int and type(m) is int and 1 <= n <= m <= MAX_GROUP_SIZE:
+            return n, m
+    return None
+
+
+class WeightGrad(NamedTuple):
+    """How the gradient that enters a weight-gradient product is pruned: along rows, or output pixels."""
+
+    pattern: Pattern
+    method: str
+
+    @classmethod
+    def parse(cls, op: str, weight_grad: WeightGradLike | None) -> WeightGrad | None:
+        """Reads a pattern, whose method is then mvue, or a pair (pattern, method); None stays None.
+
+        Raises:
+            ValueError: where it is none of these; the message begins with ``op``.
+        """
+        if weight_grad is None:
+            return None
+        pattern: object = weight_grad
+        method = "mvue"
+        if isinstance(weight_grad, (tuple, list)) and len(weight_grad) == 2 and isinstance(weight_grad[1], str):
+            pattern, method = weight_grad[0], weight_grad[1]
+        read = _read(pattern)
+        if read is None:
+            raise ValueError(
+                f"{op}: expected weight_grad to be a pattern, {_PATTERN}, or (pattern, method), got {weight_grad!r}"
+            )
+        if method not in METHODS:
+            raise ValueError(f"{op}: expected weight_grad's method to be one of {', '.join(METHODS)}, got {method!r}")
+        return cls(Pattern(*read), method)
+
+    def __str__(self) -> str:
+        return f"{self.pattern} {self.method}"
+
+
+WeightGradLike: TypeAlias = PatternLike | tuple[PatternLike, str] | WeightGrad
+
 
 @dataclass(frozen=True)
 class Pruning:
-    """The settings of a layer: how it prunes its data gradient, and which product may multiply the result.
+    """The settings of a layer: how it prunes its data gradient and, on request, its weight gradient, and which products
+    may multiply the results. Or those of one of the two products, see ``data`` and ``weight``.
 
     Attributes:
         pattern: of the output gradient, along the output features.
         method: one of ``METHODS``, see ``sdgp.prune_nm``.
         backend: one of ``BACKENDS``, see ``sdgp.linear``.
+        weight_grad: of the output gradient as it enters the weight gradient; None: that is exact.
     """
 
     pattern: Pattern
     method: str
     backend: str
+    weight_grad: WeightGrad | None = None
 
     @classmethod
-    def parse(cls, op: str, pattern: PatternLike, method: str, backend: str) -> Pruning:
+    def parse(
+        cls, op: str, pattern: PatternLike, method: str, backend: str, weight_grad: WeightGradLike | None = None
+    ) -> Pruning:
         """Checks the settings; the message of what it raises begins with ``op``."""
         if method not in METHODS:
             raise ValueError(f"{op}: expected method to be one of {', '.join(METHODS)}, got {method!r}")
         if backend not in BACKENDS:
             raise ValueError(f"{op}: expected backend to be one of {', '.join(BACKENDS)}, got {backend!r}")
-        return cls(pattern=Pattern.parse(pattern), method=method, backend=backend)
+        return cls(
+            pattern=Pattern.parse(pattern),
+            method=method,
+            backend=backend,
+            weight_grad=WeightGrad.parse(op, weight_grad),
+        )
+
+    @property
+    def data(self) -> Pruning:
+        """The settings of the data gradient alone."""
+        return self if self.weight_grad is None else Pruning(self.pattern, self.method, self.backend)
+
+    @property
+    def weight(self) -> Pruning | None:
+        """The settings of the weight gradient alone; None: it is exact."""
+        return None if self.weight_grad is None else Pruning(*self.weight_grad, self.backend)
 
     @property
     def is_identity(self) -> bool:
-        """Whether every value stays: n == m."""
+        """Whether every value that enters the product stays: n == m. Of a layer's settings: the data gradient."""
         return self.pattern.n == self.pattern.m
 
     def __str__(self) -> str:
-        return f"pattern={self.pattern}, method={self.method}, backend={self.backend}"
+        settings = f"pattern={self.pattern}, method={self.method}, backend={self.backend}"
+        return settings if self.weight_grad is None else f"{settings}, weight_grad={self.weight_grad}"
