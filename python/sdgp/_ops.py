@@ -13,6 +13,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _fakes as _fakes
 from . import _load as _load  # registers the ops
+from . import reference
 from ._pattern import METHODS_THAT_DRAW
 
 #: What the kernels compute with.
@@ -156,7 +157,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """``prune_nm(input, n, m, -1, method, seed) @ dense``: the data gradient of a linear layer.
+    """``prune_nm(input, n, m, -1, method, seed) @ dense``: the data or weight gradient of a linear layer.
 
     The pruned matrix is never stored: some rows at a time are pruned, packed and multiplied in the caches.
 
@@ -206,6 +207,52 @@ def conv2d_input_grad_nm(
         grad_output, weight, n, m, method, drawn, input_size, stride, padding, dilation, groups, channels_last
     )
     return result
+
+
+def conv2d_weight_grad_nm(
+    grad_output: Tensor,
+    input: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """The weight gradient of a 2-D convolution, from its output gradient, pruned on the way.
+
+    Args:
+        grad_output: (N, out, H', W').
+        input: (N, in, H, W), any strides.
+        n, m, method, seed: as in ``prune_nm_matmul``. Groups of m are consecutive output pixels, row by row, of one
+            channel of one sample: what is pruned is (N, out, H' * W').
+        kernel_size: (kH, kW).
+        stride, padding, dilation, groups: of the convolution.
+        channels_last: the memory format of the result.
+
+    Returns:
+        (out, in / groups, kH, kW).
+    """
+    samples, out, height, width = grad_output.shape
+    pruned = prune_nm(grad_output.reshape(samples, out, height * width), n, m, -1, method, seed)
+    return reference.conv2d_weight_grad_nm(
+        pruned.reshape(grad_output.shape),
+        input,
+        m,
+        m,
+        method,
+        None,
+        kernel_size,
+        stride,
+        padding,
+        dilation,
+        groups,
+        channels_last,
+    )
 
 
 def pack_24(

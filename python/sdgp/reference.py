@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.grad import conv2d_weight
 
 _WORD = 0xFFFFFFFF
 
@@ -118,6 +119,34 @@ def conv2d_input_grad_nm(
     )
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return result.to(grad_output.dtype).contiguous(memory_format=memory_format)
+
+
+def conv2d_weight_grad_nm(
+    grad_output: Tensor,
+    input: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    """``sdgp._ops.conv2d_weight_grad_nm``: prune along the pixels, then PyTorch's weight gradient."""
+    wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    samples, out, height, width = grad_output.shape
+    pruned = prune_nm(grad_output.reshape(samples, out, height * width), n, m, -1, method, seed)
+    pruned = pruned.reshape(grad_output.shape).to(wide)
+    size = (out, input.shape[1] // groups, *kernel_size)
+    result = conv2d_weight(  # type: ignore[no-untyped-call]
+        input.to(wide), size, pruned, tuple(stride), tuple(padding), tuple(dilation), groups
+    )
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    gradient: Tensor = result.to(grad_output.dtype).contiguous(memory_format=memory_format)
+    return gradient
 
 
 def _scale_and_value(
