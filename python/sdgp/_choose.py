@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The chooser: measures which product computes a data gradient fastest, and remembers it."""
+"""The chooser: measures which product computes a gradient fastest, and remembers it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Multiply-adds of a data gradient whose dense product takes some 0.2 ms. Below, the calls of the sparse product would
+# Multiply-adds of a gradient whose dense product takes some 0.2 ms. Below, the calls of the sparse product would
 # cost most of what pruning saves. Under `auto` the path of a forward depends on it, see Note [One path]: a constant.
 LEAST_WORK = 16 * 2**20
 
@@ -34,22 +34,27 @@ LEAST_WORK = 16 * 2**20
 _LEAST_WORK_CUDA = 2**35
 
 IDENTITY = Decision("exact", "n == m: nothing is pruned")
-SMALL = Decision("plain", "the data gradient has fewer than 16 M multiply-adds: too small to gain")
-_SMALL = {product: Decision(product, "the data gradient is too small to gain") for product in ("exact", "dense")}
+SMALL = Decision("plain", "fewer than 16 M multiply-adds: too small to gain")
+_SMALL = {product: Decision(product, "too small to gain") for product in ("exact", "dense")}
 _TWICE = Decision("exact", "the gradient is differentiated again (create_graph=True)")
 _FORCED = {product: Decision(product, f'backend="{product}"') for product in ("dense", "sparse")}
 
 
-def obstacle(pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1) -> str | None:
-    """Why there is no sparse product for a data gradient, as "requirement, got actual"; None: there is one.
+def obstacle(
+    pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1, gradient: str = "data"
+) -> str | None:
+    """Why there is no sparse product for a gradient, as "requirement, got actual"; None: there is one.
 
     Args:
         groups: of a convolution.
+        gradient: ``"data"`` or ``"weight"``.
     """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"a device that has a sparse product (cpu, cuda), got {device}"
+    if gradient == "weight":
+        return f"a cpu for a weight gradient, got {device}"
     if groups > 1:
         return f"a convolution of one group on cuda, got groups={groups}"
     return _semi_structured.obstacle(device, dtype, pruning.pattern)
@@ -82,7 +87,7 @@ def static_rule(
 
 
 class Chooser:
-    """Decides which product computes a data gradient: measures each site once and remembers the result.
+    """Decides which product computes a data or a weight gradient: measures each site once and remembers the result.
 
     ``with chooser:`` makes it the one that forwards within use, in this thread; others use ``sdgp.chooser``.
 
@@ -155,14 +160,14 @@ class Chooser:
             return known
         if work < (self._least_work if site.device.type == "cpu" else self._least_work_cuda):
             return _SMALL[other]
-        if (missing := obstacle(pruning, site.device, site.dtype, site.groups)) is not None:
+        if (missing := _obstacle(site)) is not None:
             return Decision(other, f"a sparse product needs {missing}")
         if deterministic:
             return _static(site, "torch.use_deterministic_algorithms asks for no choice by the clock")
         return None
 
     def decide(self, site: Site, products: Products) -> Decision:
-        """The decision for one data gradient, in its backward.
+        """The decision for one gradient, in its backward.
 
         Raises:
             ValueError: ``op: requirement, got actual``, where ``sparse`` is forced and there is no such product.
@@ -178,7 +183,7 @@ class Chooser:
             if len(self._decisions) > self._limit:
                 self._decisions.popitem(last=False)
         elif decision is _FORCED["sparse"]:
-            missing = obstacle(pruning, site.device, site.dtype, site.groups)
+            missing = _obstacle(site)
             if missing is not None:
                 raise ValueError(
                     f'{site.op}: backend="sparse" expected {missing}; '
@@ -232,7 +237,7 @@ class Chooser:
         """All that was measured, by name and in types that JSON holds. A training run that goes on from a checkpoint
         with it takes the same products, and so rounds alike, bit for bit."""
         return {
-            json.dumps(site._asdict() | {"pruning": asdict(site.pruning)}, sort_keys=True, default=str): asdict(
+            json.dumps(site._asdict() | {"pruning": _named(site.pruning)}, sort_keys=True, default=str): asdict(
                 decision
             )
             for site, decision in self._decisions.items()
@@ -261,14 +266,26 @@ def _other(pruning: Pruning) -> str:
     return "dense" if pruning.backend == "pruned" else "exact"
 
 
+def _obstacle(site: Site) -> str | None:
+    return obstacle(site.pruning, site.device, site.dtype, site.groups, site.gradient)
+
+
 def _static(site: Site, why: str) -> Decision:
     sparse = static_rule(site.pruning, site.device, site.dtype, site.weight_shape, 2**site.values)
     return Decision("sparse" if sparse else _other(site.pruning), f"static rule: {why}")
 
 
+# Those of one product, which has no other beside it.
+_SETTINGS = [field.name for field in fields(Pruning) if field.name != "weight_grad"]
+
+
+def _named(pruning: Pruning) -> dict[str, Any]:
+    return {name: value for name, value in asdict(pruning).items() if name in _SETTINGS}
+
+
 def _site(named: dict[str, Any]) -> Site:
     """From a state_dict of this or another version: fields that this one does not know are dropped."""
-    pruning = {field.name: named["pruning"][field.name] for field in fields(Pruning) if field.name in named["pruning"]}
+    pruning = {name: named["pruning"][name] for name in _SETTINGS if name in named["pruning"]}
     pruning["pattern"] = Pattern(*pruning["pattern"])
     known = {name: named[name] for name in Site._fields if name in named}
     for name in ("weight_shape", "geometry"):

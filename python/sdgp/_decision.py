@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which product computes a data gradient, as data.
+"""Which product computes a data or a weight gradient, as data.
 
 Three products compete. ``exact`` multiplies the gradient as it is; ``dense`` prunes it and multiplies the result with
 PyTorch's dense product; ``sparse`` prunes it and skips the zeros. ``plain`` is the original layer's own backward.
@@ -17,14 +17,16 @@ from ._pattern import Pruning
 
 
 class Site(NamedTuple):
-    """What a choice depends on: the data gradients of one kind on one machine. Gradients of similar size share a site.
+    """What a choice depends on: the gradients of one kind on one machine. Gradients of similar size share a site.
 
     Attributes:
+        pruning: the settings of this one product.
         dtype: that the products compute in.
         values: the number of the input's values, as the exponent of the next power of two.
         pixels: the pixels of one sample, likewise; 0 for a linear layer.
         groups: of a convolution.
         geometry: stride, padding and dilation of a convolution, flat.
+        gradient: which one: ``"data"`` or ``"weight"``.
     """
 
     op: str
@@ -39,11 +41,12 @@ class Site(NamedTuple):
     groups: int = 1
     geometry: tuple[int | str, ...] = ()
     channels_last: bool = False
+    gradient: str = "data"
 
 
 @dataclass(frozen=True)
 class Decision:
-    """Which product a data gradient takes, why, and the milliseconds of each product that was measured.
+    """Which product a data or a weight gradient takes, why, and the milliseconds of each product that was measured.
 
     Attributes:
         product: ``"plain"`` (the original layer's own backward), ``"exact"``, ``"dense"`` or ``"sparse"``.
@@ -75,7 +78,7 @@ class Decision:
 
 
 class Products(Protocol):
-    """One data gradient, computed in three ways. ``seed`` is that of random methods; None: it is drawn."""
+    """One data or weight gradient, computed in three ways. ``seed`` is that of random methods; None: it is drawn."""
 
     @property
     def grad_output(self) -> Tensor: ...
