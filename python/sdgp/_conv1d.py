@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""transformers' Conv1D (GPT-2's linear layer, its weight transposed) with a pruned data gradient.
+"""transformers' Conv1D (GPT-2's linear layer, its weight transposed) with pruned gradients.
 
 Imported only where such a layer is converted or unpickled: sdgp works without transformers.
 """
@@ -14,11 +14,12 @@ from transformers.pytorch_utils import Conv1D as _PlainConv1D
 from ._autograd import LinearProducts, is_plain_again, pruned_linear
 from ._decision import Products
 from ._layer import PruningLayer, call_plain, calls_plain
-from ._pattern import PatternLike, Pruning
+from ._pattern import PatternLike, Pruning, WeightGradLike
 
 
 class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
-    """``transformers.pytorch_utils.Conv1D``: y = x W + b with weight (in, out), dx = prune_nm(dy) Wᵀ."""
+    """``transformers.pytorch_utils.Conv1D``: y = x W + b with weight (in, out), dx = prune_nm(dy) Wᵀ, and with
+    ``weight_grad`` dW = xᵀ prune_nm(dyᵀ)ᵀ."""
 
     nf: int
     nx: int
@@ -26,9 +27,16 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
     _plain = _PlainConv1D
 
     def __init__(
-        self, nf: int, nx: int, *, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
+        self,
+        nf: int,
+        nx: int,
+        *,
+        pattern: PatternLike = "2:4",
+        method: str = "mvue",
+        backend: str = "auto",
+        weight_grad: WeightGradLike | None = None,
     ) -> None:
-        pruning = Pruning.parse("Conv1D", pattern, method, backend)
+        pruning = Pruning.parse("Conv1D", pattern, method, backend, weight_grad)
         super().__init__(nf, nx)
         self._set_up(pruning)
 
@@ -45,7 +53,7 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         return output.view(*x.shape[:-1], self.nf)
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        return LinearProducts(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning)
+        return LinearProducts(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning.data)
 
     def __repr__(self) -> str:
         return f"Conv1D(nf={self.nf}, nx={self.nx}, {self.pruning})"

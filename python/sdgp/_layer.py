@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ._decision import Decision, Products
 from ._ops import prune_nm
-from ._pattern import Pattern, PatternLike, Pruning
+from ._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,9 +34,10 @@ class PruningLayer(nn.Module):
 
     Attributes:
         pruning: the settings.
-        holds: why the gradient is exact now whatever the settings say, by who holds it (``"paused"``, ``"schedule"``,
+        holds: why the gradients are exact now whatever the settings say, by who holds it (``"paused"``, ``"schedule"``,
             ``"watch"``); empty: nobody does.
-        decision: of the last backward.
+        decision: of the last backward, for the data gradient.
+        weight_decision: the same for the weight gradient, where ``pruning.weight_grad`` is set.
         plain_for: the kind of calls that the plain operator computes at once, see ``is_plain_again``.
     """
 
@@ -44,12 +45,19 @@ class PruningLayer(nn.Module):
     pruning: Pruning
     holds: dict[str, str]
     decision: Decision | None
+    weight_decision: Decision | None
     plain_for: tuple[object, ...] | None
     _plain: ClassVar[type[nn.Module]]
 
     @classmethod
     def from_dense(
-        cls, dense: nn.Module, pattern: PatternLike = "2:4", method: str = "mvue", backend: str = "auto"
+        cls,
+        dense: nn.Module,
+        pattern: PatternLike = "2:4",
+        method: str = "mvue",
+        backend: str = "auto",
+        *,
+        weight_grad: WeightGradLike | None = None,
     ) -> Self:
         """A pruning twin of the plain layer that shares its Parameters, buffers and hooks.
 
@@ -59,7 +67,7 @@ class PruningLayer(nn.Module):
         if type(dense) is not cls._plain:
             raise ValueError(f"from_dense: expected an nn.{cls._plain.__name__}, got {type(dense).__name__}")
         layer = _share(dense, cls)
-        layer._set_up(Pruning.parse(cls.__name__, pattern, method, backend))
+        layer._set_up(Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
         return layer
 
     def to_dense(self) -> nn.Module:
@@ -86,7 +94,8 @@ class PruningLayer(nn.Module):
         """Takes new settings from the next forward on."""
         if self.pruning != pruning:
             self._remember()
-            self.pruning, self.decision, self.plain_for = pruning, None, None
+            self.pruning = pruning
+            self._forget()
 
     @property
     def held(self) -> str:
@@ -95,10 +104,24 @@ class PruningLayer(nn.Module):
 
     @property
     def is_pruning(self) -> bool:
-        """Whether gradients like that of the last backward are pruned, as far as is known."""
-        if self.held or self.pruning.is_identity:
+        """Whether gradients like those of the last backward are pruned, data or weight, as far as is known."""
+        return self.prunes_data or self.prunes_weight
+
+    @property
+    def prunes_data(self) -> bool:
+        """``is_pruning`` of the data gradient alone."""
+        return self._prunes(self.pruning.data, self.decision)
+
+    @property
+    def prunes_weight(self) -> bool:
+        """``is_pruning`` of the weight gradient alone."""
+        pruning = self.pruning.weight
+        return pruning is not None and self.weight.requires_grad and self._prunes(pruning, self.weight_decision)
+
+    def _prunes(self, pruning: Pruning, decision: Decision | None) -> bool:
+        if self.held or pruning.is_identity:
             return False
-        return self.pruning.backend != "auto" if self.decision is None else self.decision.prunes
+        return pruning.backend != "auto" if decision is None else decision.prunes
 
     @classmethod
     def too_narrow(cls, layer: nn.Module, pattern: Pattern) -> str | None:
@@ -125,7 +148,12 @@ class PruningLayer(nn.Module):
         return f"{super().extra_repr()}, {self.pruning}"
 
     def _set_up(self, pruning: Pruning) -> None:
-        self.pruning, self.holds, self.decision, self.plain_for = pruning, {}, None, None
+        self.pruning, self.holds = pruning, {}
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was decided under other settings."""
+        self.decision = self.weight_decision = self.plain_for = None
 
     def _remember(self) -> None:
         changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
@@ -176,7 +204,7 @@ def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning
     if isinstance(module, PruningLayer):
         module.use(pruning)
         module.hold("watch", "")
-        module.decision = module.plain_for = None
+        module._forget()
     else:
         module.__class__ = twin
         module._set_up(pruning)  # type: ignore[operator]
@@ -189,7 +217,7 @@ def unprune_in_place(module: PruningLayer) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision", "plain_for"):
+    for name in ("pruning", "holds", "decision", "weight_decision", "plain_for"):
         vars(module).pop(name, None)
 
 

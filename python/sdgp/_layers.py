@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""nn.Linear and nn.Conv2d with a pruned data gradient: same Parameters, same state_dict."""
+"""nn.Linear and nn.Conv2d with pruned gradients: same Parameters, same state_dict."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ._autograd import (
 )
 from ._decision import Decision, Products
 from ._layer import PruningLayer, call_plain, calls_plain, is_traced
-from ._pattern import Pattern, PatternLike, Pruning
+from ._pattern import Pattern, PatternLike, Pruning, WeightGrad, WeightGradLike
 
 
 class Linear(PruningLayer, nn.Linear):
@@ -28,7 +28,7 @@ class Linear(PruningLayer, nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        pattern, method, backend: see ``sdgp.linear``.
+        pattern, method, backend, weight_grad: see ``sdgp.linear``.
 
     Raises:
         ValueError: ``Linear: requirement, got actual``.
@@ -52,8 +52,9 @@ class Linear(PruningLayer, nn.Linear):
         pattern: PatternLike = "2:4",
         method: str = "mvue",
         backend: str = "auto",
+        weight_grad: WeightGradLike | None = None,
     ) -> None:
-        pruning = Pruning.parse("Linear", pattern, method, backend)
+        pruning = Pruning.parse("Linear", pattern, method, backend, weight_grad)
         super().__init__(in_features, out_features, bias, device, dtype)
         self._set_up(pruning)
 
@@ -66,7 +67,7 @@ class Linear(PruningLayer, nn.Linear):
         return pruned_linear(input, self.weight, self.bias, *self._settings(), self)
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        return LinearProducts(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning)
+        return LinearProducts(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning.data)
 
 
 class Conv2d(PruningLayer, nn.Conv2d):
@@ -74,7 +75,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
 
     Args:
         in_channels, …, dtype: as in ``nn.Conv2d``, every padding mode included.
-        pattern, method, backend: see ``sdgp.linear``.
+        pattern, method, backend, weight_grad: see ``sdgp.conv2d``.
 
     Raises:
         ValueError: ``Conv2d: requirement, got actual``.
@@ -104,8 +105,9 @@ class Conv2d(PruningLayer, nn.Conv2d):
         pattern: PatternLike = "2:4",
         method: str = "mvue",
         backend: str = "auto",
+        weight_grad: WeightGradLike | None = None,
     ) -> None:
-        pruning = Pruning.parse("Conv2d", pattern, method, backend)
+        pruning = Pruning.parse("Conv2d", pattern, method, backend, weight_grad)
         super().__init__(
             in_channels,
             out_channels,
@@ -147,7 +149,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, self.groups)
         if input.ndim == 3:
             input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
-        return Conv2dProducts(grad_output, input, weight.to(input.dtype), geometry, self.pruning)
+        return Conv2dProducts(grad_output, input, weight.to(input.dtype), geometry, self.pruning.data)
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
         """Pads beforehand what is not padded with zeros."""
@@ -162,4 +164,4 @@ class Conv2d(PruningLayer, nn.Conv2d):
 
 # Pickles and messages name the public class; torch.load(weights_only=True) may load it with its settings.
 Linear.__module__ = Conv2d.__module__ = "sdgp"
-torch.serialization.add_safe_globals([Linear, Conv2d, Pattern, Pruning, Decision])
+torch.serialization.add_safe_globals([Linear, Conv2d, Pattern, Pruning, WeightGrad, Decision])

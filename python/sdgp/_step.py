@@ -106,7 +106,12 @@ def state_kept(model: nn.Module) -> Iterator[None]:
     parameters = list(model.parameters())
     gradients = [parameter.grad for parameter in parameters]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    decisions = [(vars(layer), vars(layer)["decision"]) for layer in model.modules() if "decision" in vars(layer)]
+    decisions = [
+        (vars(layer), name, vars(layer)[name])
+        for layer in model.modules()
+        for name in ("decision", "weight_decision")
+        if name in vars(layer)
+    ]
     for parameter in parameters:
         parameter.grad = None
     try:
@@ -118,6 +123,6 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, before in buffers:
                 buffer.copy_(before)
-        for attributes, decision in decisions:
-            if "decision" in attributes:  # not reverted within
-                attributes["decision"] = decision
+        for attributes, name, decision in decisions:
+            if name in attributes:  # not reverted within
+                attributes[name] = decision

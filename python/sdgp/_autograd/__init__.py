@@ -1,13 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""linear and conv2d with a pruned data gradient, as Python autograd over ATen's operators."""
+"""linear and conv2d with pruned data and weight gradients, as Python autograd over ATen's operators."""
 
 from ._call import is_plain_again
-from ._conv2d import Conv2dProducts, conv2d, conv2d_geometry, prune_conv2d_grad, pruned_conv2d
-from ._linear import LinearProducts, linear, pruned_linear
+from ._conv2d import Conv2dProducts, Conv2dWeightProducts, conv2d, conv2d_geometry, prune_conv2d_grad, pruned_conv2d
+from ._linear import LinearProducts, LinearWeightProducts, linear, pruned_linear
 
 __all__ = [
     "Conv2dProducts",
+    "Conv2dWeightProducts",
     "LinearProducts",
+    "LinearWeightProducts",
     "conv2d",
     "conv2d_geometry",
     "is_plain_again",

@@ -14,6 +14,7 @@ repetition alone.)
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -35,11 +36,12 @@ class Layer(Protocol):
     """What a call needs of a layer.
 
     Attributes:
-        decision: of its last backward.
+        decision, weight_decision: of its last backward, for the data and for the weight gradient.
         plain_for: what ``signature`` gave for the last call that the plain operator computed.
     """
 
     decision: Decision | None
+    weight_decision: Decision | None
     plain_for: tuple[object, ...] | None
 
 
@@ -71,23 +73,43 @@ def is_plain_again(layer: Layer, input: object) -> bool:
     )
 
 
+class Part(NamedTuple):
+    """One product of a call, that of the data or of the weight gradient.
+
+    Attributes:
+        pruning: its settings alone.
+        site: what the chooser of the call decides for.
+        product: what the forward decided, under torch.compile; empty: the backward decides.
+    """
+
+    pruning: Pruning
+    site: Site | None = None
+    product: str = ""
+
+
 class Call(NamedTuple):
     """What a forward notes for its backward.
 
     Attributes:
-        held: why the gradient is exact whatever the settings say; empty: the settings count.
-        layer: learns the decision; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
-        chooser: decides in the backward, for ``site``.
-        product: what the forward decided, under torch.compile; empty: the backward decides.
+        data: the data gradient, where there is one.
+        weight: the weight gradient; None: it is exact, and there is nothing to decide.
+        held: why the gradients are exact whatever the settings say; empty: the settings count.
+        layer: learns the decisions; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
+        chooser: decides in the backward.
     """
 
     op: str
-    pruning: Pruning
+    data: Part
+    weight: Part | None = None
     held: str = ""
     layer: Layer | None = None
     chooser: Chooser | None = None
-    site: Site | None = None
-    product: str = ""
+
+
+_DATA, _WEIGHT = ("data",), ("weight",)
+
+# What the groups of a weight gradient run along.
+_ALONG = {"linear": "rows", "conv2d": "output pixels"}
 
 
 def start(
@@ -99,48 +121,69 @@ def start(
     weight: Tensor,
     work: int,
     make_site: Callable[[torch.dtype], Site],
+    along: Callable[[], int],
 ) -> Call | None:
     """The note of a call that goes through the Function, or None for one that the plain operator computes.
 
     Args:
-        work: multiply-adds of the data gradient, at stride 1.
-        make_site: from the dtype that the products compute in.
+        work: multiply-adds of the data gradient, and of the weight gradient, at stride 1.
+        make_site: from the dtype that the products compute in; of the data gradient.
+        along: the number of values that the groups of a weight gradient run along.
 
     Raises:
         ValueError: ``op: requirement, got actual``, for tensors that sdgp cannot prune where pruning is forced.
     """
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return None  # no data gradient
+    if not torch.is_grad_enabled():
+        return None
+    weight_pruning = pruning.weight if weight.requires_grad else None
+    if weight_pruning is not None and not input.is_nested and along() < weight_pruning.pattern.m:
+        if not (held or torch.compiler.is_compiling()):
+            note(layer, _too_few(op, along(), weight_pruning), _WEIGHT)
+        weight_pruning = None
+    if not (input.requires_grad or weight_pruning is not None):
+        return None  # no gradient to prune
     auto = pruning.backend == "auto"
     if torch.compiler.is_compiling():
-        return _compiled(op, pruning, held, input, weight, work)
+        return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
+    asked = (*(_DATA if input.requires_grad else ()), *(_WEIGHT if weight_pruning is not None else ()))
     if auto and work < LEAST_WORK:
-        note(layer, SMALL, input)
+        note(layer, SMALL, asked)
+        remember(layer, input)
         return None
     if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
         return None  # what leaves Python keeps the forward alone, which is the plain one
     if (unusual := _unusual(input, weight)) is not None:
         if auto:
-            note(layer, Decision("plain", f"only plain tensors are pruned, this call had {unusual}"))
+            note(layer, Decision("plain", f"only plain tensors are pruned, this call had {unusual}"), asked)
+            remember(layer, None)
             return None
         raise ValueError(
             f'{op}: backend="{pruning.backend}" expected plain tensors, got {unusual}; use backend="auto", or leave '
             "the layer out by the filter of sdgp.convert"
         )
     if auto and in_transform():
-        note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"))
+        note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"), asked)
+        remember(layer, None)
         return None
     may_repeat = has_hooks()
     if held and not may_repeat:
         remember(layer, input)
         return None
     chooser, site = current_chooser(), make_site(computed_dtype(input))
+    sites = {"data": site}
+    if weight_pruning is not None:
+        sites["weight"] = site._replace(pruning=weight_pruning, gradient="weight")
     if auto and not may_repeat:
-        decision = chooser.foresee(site, work)
-        if decision is not None and not decision.prunes:
-            note(layer, decision, input)
+        decisions = {gradient: chooser.foresee(sites[gradient], work) for gradient in asked}
+        if not any(decision is None or decision.prunes for decision in decisions.values()):
+            for gradient, decision in decisions.items():
+                note(layer, decision, (gradient,))
+            # Another call like this may need the gradient that this one does not.
+            needs_all = pruning.weight_grad is None or (input.requires_grad and weight.requires_grad)
+            remember(layer, input if needs_all else None)
             return None
-    return Call(op, pruning, held, layer, chooser, site)
+    of_weight = None if weight_pruning is None else Part(weight_pruning, sites["weight"])
+    return Call(op, Part(pruning.data, site), of_weight, held, layer, chooser)
 
 
 # No plain operator saves such a tensor. Where a checkpoint repeats the forward of a layer that was converted or
@@ -154,31 +197,39 @@ def save(ctx: Any, weight: Tensor, input: Tensor) -> None:
     ctx.save_for_backward(*mark, weight, input if ctx.needs_input_grad[1] else None)
 
 
-def decide(call: Call, products: Products) -> Decision:
-    """In a backward: which product computes the data gradient of a call."""
-    if call.chooser is None or call.site is None:
-        return Decision(call.product, "")
+def decide(call: Call, part: Part, products: Products) -> Decision:
+    """In a backward: which product computes a gradient of a call."""
+    if call.chooser is None or part.site is None:
+        return Decision(part.product, "")
     if call.held:
         return _HELD  # says nothing about the gradients of other forwards
-    decision = call.chooser.decide(call.site, products)
-    note(call.layer, decision)
+    decision = call.chooser.decide(part.site, products)
+    note(call.layer, decision, (part.site.gradient,))
+    remember(call.layer, None)
     return decision
 
 
 _HELD = Decision("exact", "somebody holds the layer exact")
 
 
+def _too_few(op: str, count: int, pruning: Pruning) -> Decision:
+    return Decision("exact", f"{count} {_ALONG[op]}, fewer than m = {pruning.pattern.m}")
+
+
 # In these, nn.Module's own __setattr__ would take microseconds.
 
+_DECISIONS = {"data": "decision", "weight": "weight_decision"}
 
-def note(layer: Layer | None, decision: Decision, plain_for: Tensor | None = None) -> None:
-    """Tells a layer what was decided; ``plain_for``: the input of a call that the plain operator computes by itself."""
+
+def note(layer: Layer | None, decision: Decision | None, gradients: Sequence[str]) -> None:
+    """Tells a layer what was decided for its data or weight gradient."""
     if layer is not None:
-        vars(layer)["decision"] = decision
-        remember(layer, plain_for)
+        for gradient in gradients:
+            vars(layer)[_DECISIONS[gradient]] = decision
 
 
 def remember(layer: Layer | None, plain_for: Tensor | None) -> None:
+    """``plain_for``: the input of a call that the plain operator computes by itself, as it will those like it."""
     if layer is not None:
         vars(layer)["plain_for"] = None if plain_for is None else signature(plain_for)
 
@@ -212,18 +263,38 @@ def _unusual(input: Tensor, weight: Tensor) -> str | None:
     return None
 
 
-def _compiled(op: str, pruning: Pruning, held: str, input: Tensor, weight: Tensor, work: int) -> Call | None:
+def _compiled(
+    op: str,
+    data: Pruning,
+    weight_pruning: Pruning | None,
+    held: str,
+    input: Tensor,
+    weight: Tensor,
+    work: int,
+) -> Call | None:
     """Under torch.compile everything is decided while the forward is traced; a recomputation is part of its graph."""
-    if held or pruning.is_identity or torch.compiler._is_exporting_flag:
+    if held or torch.compiler._is_exporting_flag:
         return None
-    product = pruning.backend
-    if product in ("auto", "pruned"):
+
+    def product(pruning: Pruning | None) -> str:
+        if pruning is None or pruning.is_identity:
+            return "exact"
+        if pruning.backend not in ("auto", "pruned"):
+            return pruning.backend
         large = work >= LEAST_WORK
-        sparse = large and static_rule(pruning, input.device, input.dtype, weight.shape, input.numel())
-        if product == "auto" and not sparse:
-            return None
-        product = "sparse" if sparse else "dense"
-    return Call(op, pruning, product=product)
+        if large and static_rule(pruning, input.device, input.dtype, weight.shape, input.numel()):
+            return "sparse"
+        return "exact" if pruning.backend == "auto" else "dense"
+
+    of_data = product(data if input.requires_grad else None)
+    of_weight = product(weight_pruning)
+    if of_data == of_weight == "exact":
+        return None
+    return Call(
+        op,
+        Part(data, product=of_data),
+        None if weight_pruning is None else Part(weight_pruning, product=of_weight),
+    )
 
 
 def exponent(size: int) -> int:
@@ -231,22 +302,23 @@ def exponent(size: int) -> int:
     return max(size - 1, 0).bit_length()
 
 
-def data_gradient(op: str, products: Products, decision: Decision, *sources: OptionalTensor) -> Tensor:
-    """The data gradient by the product that was decided on. A pruned one refuses to be differentiated again.
+def pruned_gradient(
+    call: Call, gradient: str, products: Products, decision: Decision, *sources: OptionalTensor
+) -> Tensor:
+    """A gradient by the product that was decided on, which prunes. It refuses to be differentiated again.
 
     Args:
+        gradient: ``"data"`` or ``"weight"``.
         sources: what it is made from.
 
     Raises:
         RuntimeError: where a transform differentiates it again.
     """
-    if not decision.prunes:
-        return products.exact()
-    gradient = products.sparse() if decision.product == "sparse" else products.dense()
+    result = products.sparse() if decision.product == "sparse" else products.dense()
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
-        return gradient
-    result: Tensor = _Once.apply(gradient.detach(), op, *sources)
-    return result
+        return result
+    once: Tensor = _Once.apply(result.detach(), call.op, gradient, *sources)
+    return once
 
 
 def wanted(ctx: Any) -> list[bool]:
@@ -278,7 +350,7 @@ def forward_derivative(
 
 
 def detached(grad_output: Tensor) -> Tensor:
-    """A gradient to be pruned, which needs no gradient of its own, see ``data_gradient``."""
+    """A gradient to be pruned, which needs no gradient of its own, see ``pruned_gradient``."""
     return grad_output.detach() if grad_output.requires_grad or in_transform() else grad_output
 
 
@@ -294,7 +366,8 @@ def rows(x: Tensor) -> Tensor:
     """(..., features) -> (rows, features)"""
     if x.ndim == 2:
         return x
-    return x.flatten(0, -2) if x.ndim > 1 else x.unsqueeze(0)
+    # By reshape: flatten has no rule for vmap.
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 1 else x.unsqueeze(0)
 
 
 class _Once(Function):
@@ -303,18 +376,18 @@ class _Once(Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(gradient: Tensor, op: str, *sources: OptionalTensor) -> Tensor:
-        return gradient.clone()
+    def forward(result: Tensor, op: str, gradient: str, *sources: OptionalTensor) -> Tensor:
+        return result.clone()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.op = inputs[1]
+        _, ctx.op, ctx.gradient, *_ = inputs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
             f"{ctx.op}: expected one differentiation, got a second (create_graph=True, or nested transforms); the "
-            "pruned data gradient has no gradient of its own: use sdgp.paused(model) around this forward"
+            f"pruned {ctx.gradient} gradient has no gradient of its own: use sdgp.paused(model) around this forward"
         )
 
     jvp = backward

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""conv2d with a pruned data gradient."""
+"""conv2d with a pruned data gradient, and on request a pruned weight gradient."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from torch.autograd import Function
 
 from .. import _semi_structured
 from .._choose import obstacle
-from .._decision import Site
-from .._ops import conv2d_input_grad_nm, prune_nm
-from .._pattern import PatternLike, Pruning
+from .._decision import Products, Site
+from .._ops import conv2d_input_grad_nm, conv2d_weight_grad_nm, prune_nm
+from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
 from ._call import (
     Call,
     Layer,
-    data_gradient,
     decide,
     detached,
     exponent,
     forward_derivative,
     in_transform,
+    pruned_gradient,
     rescaled,
     rows,
     save,
@@ -58,18 +58,22 @@ def conv2d(
     pattern: PatternLike = "2:4",
     method: str = "mvue",
     backend: str = "auto",
+    weight_grad: WeightGradLike | None = None,
 ) -> Tensor:
     """``torch.nn.functional.conv2d`` whose data gradient is computed from a pruned output gradient.
 
-    Groups of m are consecutive output channels of one pixel and never cross a convolution group; forward, weight and
-    bias gradient are exact.
+    Groups of m are consecutive output channels of one pixel and never cross a convolution group; forward and bias
+    gradient are exact. With ``weight_grad`` the weight gradient is computed from a pruned output gradient, too. There
+    groups are m consecutive output pixels of one channel of one sample, row by row; the last may be shorter:
+
+        dW = the exact weight gradient of prune_nm(dy.flatten(2), n, m).view_as(dy)
 
     Args:
         input: (N, C, H, W) or (C, H, W); float32, float64, float16 or bfloat16.
         weight: (out, C / groups, kH, kW).
         bias: (out) or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding also ``"same"``, ``"valid"``.
-        pattern, method, backend: see ``sdgp.linear``.
+        pattern, method, backend, weight_grad: see ``sdgp.linear``; with fewer than m output pixels dW is exact.
 
     Returns:
         (N, out, H', W') or (out, H', W'), exactly what ``torch.nn.functional.conv2d`` returns.
@@ -83,7 +87,12 @@ def conv2d(
         >>> sdgp.conv2d(x, torch.randn(16, 3, 3, 3), padding=1, pattern="2:4", backend="pruned").sum().backward()
     """
     if torch.overrides.has_torch_function((input, weight)):
-        settings: dict[str, Any] = {"pattern": pattern, "method": method, "backend": backend}
+        settings: dict[str, Any] = {
+            "pattern": pattern,
+            "method": method,
+            "backend": backend,
+            "weight_grad": weight_grad,
+        }
         result: Tensor = torch.overrides.handle_torch_function(
             conv2d, (input, weight), input, weight, bias, stride, padding, dilation, groups, **settings
         )
@@ -93,7 +102,7 @@ def conv2d(
             f"conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / {groups}, kH, kW), "
             f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
         )
-    pruning = Pruning.parse("conv2d", pattern, method, backend)
+    pruning = Pruning.parse("conv2d", pattern, method, backend, weight_grad)
     return pruned_conv2d(input, weight, bias, stride, padding, dilation, groups, pruning)
 
 
@@ -117,7 +126,7 @@ def pruned_conv2d(
             device=input.device,
             dtype=dtype,
             threads=torch.get_num_threads(),
-            pruning=pruning,
+            pruning=pruning.data,
             weight_shape=weight.shape,
             weight_contiguous=weight.is_contiguous(),
             values=exponent(input.numel()),
@@ -127,7 +136,11 @@ def pruned_conv2d(
             channels_last=input.ndim == 4 and _is_channels_last(input),
         )
 
-    call = start("conv2d", pruning, held, layer, input, weight, _work(input, weight, groups), make_site)
+    def count_pixels() -> int:
+        return _output_pixels(input, weight, stride, padding, dilation)
+
+    work = _work(input, weight, groups)
+    call = start("conv2d", pruning, held, layer, input, weight, work, make_site, count_pixels)
     if call is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, groups)
@@ -213,16 +226,49 @@ def _gradients(
         memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
         input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)
     grad_input: OptionalTensor = None
+    grad_weight: OptionalTensor = None
+    call: Call = ctx.call
     if needs_input:
-        products = Conv2dProducts(grad_output, input, weight, ctx.geometry, ctx.call.pruning)
-        decision = decide(ctx.call, products)
-        if not decision.prunes:
-            return _convolution_backward(grad_output, input, weight, ctx.geometry, (True, needs_weight, needs_bias))
-        grad_input = data_gradient("conv2d", products, decision, grad_output, weight, input)
-    if not (needs_weight or needs_bias):
-        return grad_input, None, None
-    mask = (False, needs_weight, needs_bias)
-    return grad_input, *_convolution_backward(grad_output, input, weight, ctx.geometry, mask)[1:]
+        products: Products = Conv2dProducts(grad_output, input, weight, ctx.geometry, call.data.pruning)
+        decision = decide(call, call.data, products)
+        if decision.prunes:
+            grad_input = pruned_gradient(call, "data", products, decision, grad_output, weight, input)
+    if needs_weight and call.weight is not None:
+        products = Conv2dWeightProducts(grad_output, input, weight, ctx.geometry, call.weight.pruning)
+        decision = decide(call, call.weight, products)
+        if decision.prunes:
+            grad_weight = pruned_gradient(call, "weight", products, decision, grad_output, input)
+    # What is exact, in one call. Without the weight gradient the bias's comes from a sum: oneDNN would compute both.
+    # Where nothing is pruned, the call is that of the plain layer.
+    mask = (needs_input and grad_input is None, needs_weight and grad_weight is None, needs_bias)
+    prunes = grad_input is not None or grad_weight is not None
+    grad_bias: OptionalTensor = None
+    if prunes and needs_bias and not mask[1]:
+        mask = (mask[0], False, False)
+        grad_bias = grad_output.sum((0, 2, 3))
+    if any(mask):
+        exact = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
+        grad_input, grad_weight, grad_bias = (
+            found if taken else other
+            for taken, found, other in zip(mask, exact, (grad_input, grad_weight, grad_bias), strict=True)
+        )
+    return grad_input, grad_weight, grad_bias
+
+
+def _output_pixels(
+    input: Tensor, weight: Tensor, stride: int | _Pair, padding: int | _Pair | str, dilation: int | _Pair
+) -> int:
+    """Of one sample."""
+    if padding == "same":
+        return input.shape[-2] * input.shape[-1]
+    pads = (0, 0) if isinstance(padding, str) else _pair(padding)
+    height, width = (
+        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        for size, k, s, p, d in zip(
+            input.shape[-2:], weight.shape[2:], _pair(stride), pads, _pair(dilation), strict=True
+        )
+    )
+    return height * width
 
 
 @dataclass(slots=True)
@@ -269,6 +315,53 @@ class Conv2dProducts:
         grad_input = _convolution_backward(grad_output, self.input, self.weight, self.geometry, mask)[0]
         assert grad_input is not None
         return grad_input
+
+
+@dataclass(slots=True)
+class Conv2dWeightProducts:
+    """The weight gradient of a convolution, see ``Products``. Of ``weight`` only shape and memory format count."""
+
+    grad_output: Tensor
+    input: Tensor
+    weight: Tensor
+    geometry: Geometry
+    pruning: Pruning
+
+    @property
+    def work(self) -> int:
+        return _work(self.input, self.weight, self.geometry.groups)
+
+    def obstacle(self) -> str | None:
+        grad = self.grad_output
+        return obstacle(self.pruning, grad.device, grad.dtype, self.geometry.groups, gradient="weight")
+
+    def exact(self) -> Tensor:
+        return self._multiply(self.grad_output)
+
+    def dense(self, seed: OptionalTensor = None) -> Tensor:
+        n, m = self.pruning.pattern
+        grad = prune_nm(self._pixels(), n, m, -1, self.pruning.method, seed)
+        return self._multiply(grad.reshape(self.grad_output.shape))
+
+    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+        (n, m), weight = self.pruning.pattern, self.weight
+        channels_last = _is_channels_last(self.input) or _is_channels_last(weight)  # as ATen decides
+        grad, method = rescaled(self._pixels(), -1, self.pruning)
+        grad = grad.reshape(self.grad_output.shape)
+        return conv2d_weight_grad_nm(
+            grad, self.input, n, m, method, seed, weight.shape[2:], *self.geometry, channels_last
+        )
+
+    def _pixels(self) -> Tensor:
+        """(N, out, H' x W'), by reshape: flatten has no rule for vmap."""
+        samples, channels, height, width = self.grad_output.shape
+        return detached(self.grad_output).reshape(samples, channels, height * width)
+
+    def _multiply(self, grad_output: Tensor) -> Tensor:
+        mask = (False, True, False)
+        grad_weight = _convolution_backward(grad_output, self.input, self.weight, self.geometry, mask)[1]
+        assert grad_weight is not None
+        return grad_weight
 
 
 def prune_conv2d_grad(grad_output: Tensor, groups: int, pruning: Pruning, seed: OptionalTensor) -> Tensor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""linear with a pruned data gradient."""
+"""linear with a pruned data gradient, and on request a pruned weight gradient."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .. import _semi_structured
 from .._choose import obstacle
 from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
-from .._pattern import PatternLike, Pruning
+from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
 from ._call import (
     Call,
     Layer,
-    data_gradient,
     decide,
     detached,
     exponent,
     forward_derivative,
     in_transform,
+    pruned_gradient,
     rescaled,
     rows,
     save,
@@ -42,10 +42,14 @@ def linear(
     pattern: PatternLike = "2:4",
     method: str = "mvue",
     backend: str = "auto",
+    weight_grad: WeightGradLike | None = None,
 ) -> Tensor:
     """``torch.nn.functional.linear`` whose data gradient is computed from a pruned output gradient.
 
         y = x Wᵀ + b,  dx = prune_nm(dy, n, m) W,  dW = dyᵀ x,  db = Σ dy
+
+    With ``weight_grad`` the weight gradient is, too: dW = prune_nm(dyᵀ) x, in groups of m consecutive rows (all leading
+    dimensions, flattened), per output feature. Each product draws by itself. Bias gradients are exact.
 
     Args:
         input: (..., in), any number of leading dimensions; float32, float64, float16 or bfloat16.
@@ -53,12 +57,15 @@ def linear(
         bias: (out) or None.
         pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``: groups of m output features.
         method: see ``sdgp.prune_nm``.
-        backend: which product computes dx.
+        backend: which product computes dx, and which dW where that is pruned: one choice each.
 
             - ``"auto"``: the sparse product where it is faster than the exact one, else the exact one, which prunes
               nothing. Both are measured in the first backward of each shape.
             - ``"pruned"``: always prunes, and takes the faster of the sparse and the dense product.
             - ``"sparse"``, ``"dense"``: prunes and takes that product.
+        weight_grad: None: dW is exact. A pattern, or (pattern, method): how its gradient is pruned; the method is
+            ``"mvue"`` if none is given, which alone is unbiased. With fewer than m rows dW is exact. A pattern of
+            n == m, such as ``"1:1"``, leaves dx exact beside it.
 
     Returns:
         (..., out), exactly what ``torch.nn.functional.linear`` returns, under autocast too.
@@ -72,7 +79,12 @@ def linear(
         >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()
     """
     if torch.overrides.has_torch_function((input, weight)):
-        settings: dict[str, Any] = {"pattern": pattern, "method": method, "backend": backend}
+        settings: dict[str, Any] = {
+            "pattern": pattern,
+            "method": method,
+            "backend": backend,
+            "weight_grad": weight_grad,
+        }
         result: Tensor = torch.overrides.handle_torch_function(linear, (input, weight), input, weight, bias, **settings)
         return result
     if not input.is_nested and (weight.ndim != 2 or input.ndim < 1 or input.shape[-1] != weight.shape[1]):
@@ -80,7 +92,7 @@ def linear(
             "linear: expected input (..., in) and weight (out, in), "
             f"got input {tuple(input.shape)} and weight {tuple(weight.shape)}"
         )
-    return pruned_linear(input, weight, bias, Pruning.parse("linear", pattern, method, backend))
+    return pruned_linear(input, weight, bias, Pruning.parse("linear", pattern, method, backend, weight_grad))
 
 
 def pruned_linear(
@@ -95,8 +107,8 @@ def pruned_linear(
     """``linear`` for settings that are known to be good.
 
     Args:
-        held: why the gradient is exact whatever the settings say; empty: the settings count.
-        layer: learns the decision of the backward.
+        held: why the gradients are exact whatever the settings say; empty: the settings count.
+        layer: learns the decisions of the backward.
         transposed: ``weight`` is (in, out), as in transformers' Conv1D.
     """
 
@@ -106,14 +118,17 @@ def pruned_linear(
             device=input.device,
             dtype=dtype,
             threads=torch.get_num_threads(),
-            pruning=pruning,
+            pruning=pruning.data,
             weight_shape=weight.shape,
             weight_contiguous=weight.is_contiguous(),
             values=exponent(input.numel()),
         )
 
+    def count_rows() -> int:
+        return input.numel() // max(input.shape[-1], 1)
+
     work = input.numel() * weight.shape[1 if transposed else 0]
-    call = start("linear", pruning, held, layer, input, weight, work, make_site)
+    call = start("linear", pruning, held, layer, input, weight, work, make_site, count_rows)
     if call is None:
         return _linear(input, weight, bias, transposed)
     function: type[Function] = _LinearInTransform if not torch.compiler.is_compiling() and in_transform() else _Linear
@@ -177,23 +192,38 @@ def _gradients(
     ctx: Any, grad_output: Tensor, input: OptionalTensor, weight: Tensor, needs: Any
 ) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
     grad_input = grad_weight = grad_bias = None
+    call: Call = ctx.call
     if needs[0]:
-        call: Call = ctx.call
-        products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.pruning)
-        decision = decide(call, products)
-        grad_input = data_gradient("linear", products, decision, grad_output, weight)
+        products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.data.pruning)
+        decision = decide(call, call.data, products)
+        if decision.prunes:
+            grad_input = pruned_gradient(call, "data", products, decision, grad_output, weight)
+        else:
+            grad_input = products.exact()
     grad = rows(grad_output)
     if needs[1]:
         assert input is not None
-        samples = rows(input)
-        # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
-        if ctx.transposed:
-            grad_weight = samples.t() @ grad if weight.is_contiguous() else (grad.t() @ samples).t()
-        else:
-            grad_weight = grad.t() @ samples if weight.is_contiguous() else (samples.t() @ grad).t()
+        grad_weight = _weight_gradient(call, grad, rows(input), weight, ctx.transposed)
     if needs[2]:
         grad_bias = grad.sum(0)
     return grad_input, grad_weight, grad_bias
+
+
+def _weight_gradient(call: Call, grad: Tensor, samples: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    if call.weight is None:
+        return _multiply_rows(grad, samples, weight, transposed)
+    products = LinearWeightProducts(grad, samples, weight, transposed, call.weight.pruning)
+    decision = decide(call, call.weight, products)
+    if not decision.prunes:
+        return products.exact()
+    return pruned_gradient(call, "weight", products, decision, grad, samples)
+
+
+def _multiply_rows(grad: Tensor, samples: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
+    if transposed:
+        return samples.t() @ grad if weight.is_contiguous() else (grad.t() @ samples).t()
+    return grad.t() @ samples if weight.is_contiguous() else (samples.t() @ grad).t()
 
 
 @dataclass(slots=True)
@@ -225,3 +255,44 @@ class LinearProducts:
             operand = _semi_structured.pack(rows(grad), self.pruning.pattern, method, seed)
             return _semi_structured.multiply(operand, self.weight).reshape(*grad.shape[:-1], self.weight.shape[1])
         return prune_nm_matmul(grad, self.weight, n, m, method, seed)
+
+
+@dataclass(slots=True)
+class LinearWeightProducts:
+    """The weight gradient of a linear layer, see ``Products``, laid out as the weight.
+
+    Attributes:
+        grad_output: (rows, out).
+        input: (rows, in).
+        weight: only its layout counts.
+        transposed: it is (in, out).
+    """
+
+    grad_output: Tensor
+    input: Tensor
+    weight: Tensor
+    transposed: bool
+    pruning: Pruning
+
+    @property
+    def work(self) -> int:
+        return self.grad_output.numel() * self.input.shape[1]
+
+    def obstacle(self) -> str | None:
+        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype, gradient="weight")
+
+    def exact(self) -> Tensor:
+        return _multiply_rows(self.grad_output, self.input, self.weight, self.transposed)
+
+    def dense(self, seed: OptionalTensor = None) -> Tensor:
+        n, m = self.pruning.pattern
+        grad = prune_nm(detached(self.grad_output).t(), n, m, -1, self.pruning.method, seed).t()
+        return _multiply_rows(grad, self.input, self.weight, self.transposed)
+
+    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+        n, m = self.pruning.pattern
+        grad, method = rescaled(detached(self.grad_output).t(), -1, self.pruning)
+        result = prune_nm_matmul(grad, self.input, n, m, method, seed)  # (out, in)
+        if self.transposed:
+            result = result.t()
+        return result.contiguous() if self.weight.is_contiguous() else result.t().contiguous().t()
