@@ -13,12 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ._layer import PruningLayer, prune_in_place, unprune_in_place
 from ._models import check_module, layers_of
 from ._ops import PRUNED_DTYPES
-from ._pattern import PatternLike, Pruning
+from ._pattern import PatternLike, Pruning, WeightGradLike
 from ._twins import transformers_conv1d, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-#: Pattern and method by the name of a layer.
+#: Pattern, method and perhaps weight_grad by the name of a layer.
 PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
 
 # A layer that stays plain keeps the reason under this name, for report().
@@ -37,9 +37,11 @@ def convert(
     *,
     filter: Callable[[nn.Module, str], bool] | None = None,
     backend: str = "auto",
+    weight_grad: WeightGradLike | None = None,
 ) -> _Model:
     """Makes every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` prune its data gradient, and every ``Conv1D`` of
-    transformers (GPT-2's linear layers). In place; returns ``model``.
+    transformers (GPT-2's linear layers). In place; returns ``model``. Weight gradients stay exact, unless
+    ``weight_grad`` is given.
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
     that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. These layers stay plain, each
@@ -50,10 +52,13 @@ def convert(
     Args:
         model: any module, a single layer included.
         pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``; or a plan, ``{layer: (pattern, method)}``, as
-            ``sdgp.advise`` proposes it: layers that are not in it stay plain.
+            ``sdgp.advise`` proposes it: layers that are not in it stay plain. Where an entry is ``(pattern, method,
+            weight_grad)``, that counts for the layer, in place of the keyword.
         method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan has methods of its own.
         filter: ``filter(module, name) -> bool``: False leaves that layer plain.
         backend: see ``sdgp.linear``.
+        weight_grad: how the gradient that enters the weight gradients is pruned, along rows or output pixels: a
+            pattern, or (pattern, method); see ``sdgp.linear`` and ``sdgp.conv2d``. None: they are exact.
 
     Raises:
         ValueError: ``convert: requirement, got actual``; the model is unchanged.
@@ -61,15 +66,16 @@ def convert(
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
         >>> model = sdgp.convert(model, "2:4", backend="pruned", filter=lambda module, name: name != "2")
+        >>> model = sdgp.convert(model, "8:16", weight_grad="4:16")
     """
     check_module("convert", model)
     _check_classes("convert", model)
     settings: list[tuple[str, nn.Module, Pruning | None]]
     if isinstance(pattern, Mapping):
-        planned = _planned(model, pattern, backend)
+        planned = _planned(model, pattern, backend, weight_grad)
         settings = [(name, module, planned.get(name)) for name, module in layers_of(model)]
     else:
-        same = Pruning.parse("convert", pattern, method, backend)
+        same = Pruning.parse("convert", pattern, method, backend, weight_grad)
         settings = [(name, module, same) for name, module in layers_of(model)]
     plan = [(module, pruning, why_plain(module, name, pruning, filter)) for name, module, pruning in settings]
     for module, pruning, why in plan:
@@ -137,7 +143,7 @@ def _check_classes(op: str, model: nn.Module) -> None:
             )
 
 
-def _planned(model: nn.Module, plan: PlanLike, backend: str) -> dict[str, Pruning]:
+def _planned(model: nn.Module, plan: PlanLike, backend: str, weight_grad: WeightGradLike | None) -> dict[str, Pruning]:
     names = {name for name, _ in layers_of(model)}
     if unknown := sorted(set(plan) - names):
         raise ValueError(
@@ -145,9 +151,15 @@ def _planned(model: nn.Module, plan: PlanLike, backend: str) -> dict[str, Prunin
             "as DistributedDataParallel, changes their names: convert what it wraps"
         )
     for name, setting in plan.items():
-        if not isinstance(setting, (tuple, list)) or len(setting) != 2:
-            raise ValueError(f"convert: expected a plan of (pattern, method), got {setting!r} for {name or '(model)'}")
-    return {name: Pruning.parse("convert", pattern, method, backend) for name, (pattern, method) in plan.items()}
+        if not isinstance(setting, (tuple, list)) or len(setting) not in (2, 3):
+            raise ValueError(
+                "convert: expected a plan of (pattern, method) or (pattern, method, weight_grad), "
+                f"got {setting!r} for {name or '(model)'}"
+            )
+    return {
+        name: Pruning.parse("convert", pattern, method, backend, *(own or (weight_grad,)))
+        for name, (pattern, method, *own) in plan.items()
+    }
 
 
 def why_plain(
