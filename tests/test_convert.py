@@ -174,9 +174,9 @@ def test_report() -> None:
     head, line, *rows = str(sdgp.report(model)).splitlines()
     assert [cell.strip() for cell in head.split("|")] == list(sdgp.report(model)[0]._fields)
     assert set(line) == {"-", "|"}
-    assert [[cell.strip() for cell in row.split("|")][:7] for row in rows] == [
-        ["0", "Conv2d", "", "", "", "plain", ""],
-        ["3", "Linear", "2:4", "mvue", "pruned", "", ""],
+    assert [[cell.strip() for cell in row.split("|")][:8] for row in rows] == [
+        ["0", "Conv2d", "data", "", "", "", "plain", ""],
+        ["3", "Linear", "data", "2:4", "mvue", "pruned", "", ""],
     ]
     assert repr(sdgp.report(model)) == str(sdgp.report(model))
     assert "filter" in sdgp.report(model)[0].why

@@ -29,7 +29,7 @@ class LayerProfile(NamedTuple):
         sparse_ms: pruned, packed and multiplied by the sparse product; NaN where the device has none. All three are NaN
             where no kernels run, as on the meta device.
         share: the part of the exact step that the exact data gradient takes.
-        product: the one that the step takes, see ``sdgp.report``.
+        product: the one that the data gradient takes in the step, see ``sdgp.report``.
     """
 
     layer: str
@@ -84,7 +84,8 @@ def profile(
     *,
     rounds: int = 10,
 ) -> Profile:
-    """Measures the data gradient of every converted layer on ``batch``, and the model's whole step.
+    """Measures the data gradient of every converted layer on ``batch``, and the model's whole step, in which weight
+    gradients are pruned where ``weight_grad`` says so.
 
     Runs forward and backward some dozens of times. Gradients of the parameters, buffers that a forward updates
     (BatchNorm's) and generators are put back as they were.
@@ -125,7 +126,7 @@ def profile(
     times: dict[Callable[[], None], list[float]] = {exact_step: [], step: []}
     with state_kept(model):
         step()  # warms up; under auto, the choices are made here
-        products = {row.layer: row.product for row in report(model)}
+        products = {row.layer: row.product for row in report(model) if row.gradient == "data"}
         with on_gradient(layers, lambda layer, grad, input: gradients[layer].append((grad, input))):
             step()
         for _ in range(rounds):

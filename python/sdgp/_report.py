@@ -3,22 +3,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
 
 from ._choose import IDENTITY
 from ._convert import stated_reason
+from ._decision import Decision
 from ._layer import PruningLayer
 from ._models import check_module, format_table, layers_of
+from ._pattern import UNBIASED_METHODS, Pruning
 
 
 class Row(NamedTuple):
-    """One layer in a ``Report``.
+    """One layer in a ``Report``; a layer whose weight gradient may be pruned has a second row for that.
 
     Attributes:
+        gradient: ``"data"`` or ``"weight"``.
         pattern, method, backend: empty where the layer is plain.
-        product: what its data gradient takes: ``"plain"`` the original layer's, ``"exact"`` (not pruned), ``"dense"``
+        product: what that gradient takes: ``"plain"`` the original layer's, ``"exact"`` (not pruned), ``"dense"``
             or ``"sparse"`` (pruned); empty where no backward has decided yet.
         ms: the milliseconds of that product where it was measured, else None.
         why: the reason, a phrase.
@@ -26,6 +30,7 @@ class Row(NamedTuple):
 
     layer: str
     type: str
+    gradient: str
     pattern: str
     method: str
     backend: str
@@ -40,17 +45,29 @@ class Row(NamedTuple):
 
 
 class Report(list[Row]):
-    """The rows of ``sdgp.report``; prints as a table."""
+    """The rows of ``sdgp.report``; prints as a table.
+
+    Attributes:
+        hint: what would be better for all of the model, printed below the table; empty: nothing.
+    """
+
+    hint: str
+
+    def __init__(self, rows: Iterable[Row] = (), hint: str = "") -> None:
+        super().__init__(rows)
+        self.hint = hint
 
     def __str__(self) -> str:
         rows = ([_cell(value) for value in row] for row in self)
-        return "\n".join(format_table(Row._fields, rows))
+        return "\n".join([*format_table(Row._fields, rows), *([self.hint] if self.hint else [])])
 
     __repr__ = __str__
 
 
 def report(model: nn.Module) -> Report:
-    """What became of each layer of ``model``: its settings, the product that its data gradient takes, and why.
+    """What became of each layer of ``model``: its settings, the product that each of its gradients takes, and why.
+
+    A layer has a row for its data gradient and, where ``weight_grad`` is set, one for its weight gradient.
 
     The product is that of the last backward, unless somebody keeps the layer exact since (``sdgp.paused``,
     ``sdgp.Schedule``, ``sdgp.watch``). Tools that look for the exact class ``nn.Linear`` or ``nn.Conv2d``, as eager
@@ -60,35 +77,65 @@ def report(model: nn.Module) -> Report:
         ValueError: where ``model`` is no ``nn.Module``.
 
     Examples:
-        >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)), backend="dense")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 8))
+        >>> model = sdgp.convert(
+        ...     model, weight_grad="4:16", backend="dense", filter=lambda module, name: name == "0"
+        ... )
         >>> print(sdgp.report(model))
-        layer | type   | pattern | method | backend | product | ms | why
-        ------|--------|---------|--------|---------|---------|----|----------------------------------------------
-        0     | Linear | 2:4     | mvue   | dense   | dense   |    | backend="dense"
-        1     | Linear |         |        |         | plain   |    | 2 output channels per group, fewer than m = 4
+        layer | type   | gradient | pattern | method | backend | product | ms | why
+        ------|--------|----------|---------|--------|---------|---------|----|----------------------
+        0     | Linear | data     | 2:4     | mvue   | dense   | dense   |    | backend="dense"
+        0     | Linear | weight   | 4:16    | mvue   | dense   | dense   |    | backend="dense"
+        1     | Linear | data     |         |        |         | plain   |    | filter returned False
     """
     check_module("report", model)
-    return Report(_row(name or "(model)", module) for name, module in layers_of(model))
+    rows = [row for name, module in layers_of(model) for row in _rows(name or "(model)", module)]
+    return Report(rows, _hint(module for _, module in layers_of(model)))
 
 
-def _row(name: str, module: nn.Module) -> Row:
+def _rows(name: str, module: nn.Module) -> list[Row]:
     kind = type(module).__name__
     if not isinstance(module, PruningLayer):
-        return Row(name, kind, "", "", "", "plain", None, stated_reason(module))
-    pruning, decision = module.pruning, module.decision
+        return [Row(name, kind, "data", "", "", "", "plain", None, stated_reason(module))]
+    parts = [("data", module.pruning.data, module.decision)]
+    if module.pruning.weight is not None:
+        parts.append(("weight", module.pruning.weight, module.weight_decision))
+    return [_row(name, module, *part) for part in parts]
+
+
+def _row(name: str, module: PruningLayer, gradient: str, pruning: Pruning, decision: Decision | None) -> Row:
     if module.held:
         product, ms, why = "exact", None, module.held
     elif pruning.is_identity:
         product, ms, why = IDENTITY.product, None, IDENTITY.why
+    elif gradient == "weight" and not module.weight.requires_grad:
+        product, ms, why = "exact", None, "the weight is frozen"
     elif decision is not None:
         product, ms, why = decision.product, decision.ms, decision.why
     elif pruning.backend in ("dense", "sparse"):
         product, ms, why = pruning.backend, None, f'backend="{pruning.backend}"'
     else:
         product, ms, why = "", None, "no backward so far"
+    if gradient == "weight" and product not in ("plain", "exact") and pruning.method not in UNBIASED_METHODS:
+        why += f"; biased: the error of {pruning.method} does not average out"
     if hasattr(module, "qconfig"):  # eager quantization was asked for
         why += "; torch.ao.quantization skips what is not exactly nn.Linear or nn.Conv2d: sdgp.revert first"
-    return Row(name, kind, str(pruning.pattern), pruning.method, pruning.backend, product, ms, why)
+    kind = type(module).__name__
+    return Row(name, kind, gradient, str(pruning.pattern), pruning.method, pruning.backend, product, ms, why)
+
+
+def _hint(modules: Iterable[nn.Module]) -> str:
+    """On a CPU: which wider groups would serve in place of the patterns that layers have."""
+    pairs: dict[str, str] = {}
+    for module in modules:
+        if isinstance(module, PruningLayer) and module.weight.device.type == "cpu":
+            pattern, wider = module.pruning.pattern, module.pruning.pattern.wider
+            if wider is not None and module.too_narrow(module, wider) is None:
+                pairs[str(pattern)] = str(wider)
+    if not pairs:
+        return ""
+    instead = ", ".join(f"{wider} in place of {pattern}" for pattern, wider in pairs.items())
+    return f"on a CPU a wider group of the same density takes the same time and adds less noise: {instead}"
 
 
 def _cell(value: str | float | None) -> str:

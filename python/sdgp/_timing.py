@@ -87,7 +87,7 @@ def steps_beside_plain(
     plain = milliseconds["plain"]
     rows = []
     for (pattern, backend), twin in converted.items():
-        layers = [row for row in report(twin) if row.pattern]
+        layers = [row for row in report(twin) if row.pattern and row.gradient == "data"]
         rows.append(
             {
                 "pattern": pattern,

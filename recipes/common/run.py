@@ -308,7 +308,7 @@ def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
 
 def _layers(model: nn.Module) -> dict[str, int]:
     """How many layers prune, and in how many the last data gradient was a sparse product."""
-    products = [row.product for row in sdgp.report(model)]
+    products = [row.product for row in sdgp.report(model) if row.gradient == "data"]
     pruned = sum(product not in ("plain", "exact") for product in products)  # one without a backward so far has none
     return {"pruned": pruned, "sparse": products.count("sparse")}
 
