@@ -14,14 +14,18 @@ from ._models import pruning_layers
 from ._pattern import Pattern, PatternLike
 from ._renamed import renamed
 
+_EXACT = Pattern(1, 1)
+
 
 class Schedule:
     """Exact gradients first and last, and patterns in between, in the manner of a learning-rate scheduler.
 
     The unit is whatever one call of ``step`` ends: an epoch, or a step of the optimizer. Which layers are
-    converted, by which method and with which backend stays as ``sdgp.convert`` left it; while a pattern's m is
-    larger than a layer has output channels per group, that layer is exact. ``sdgp.paused`` is independent of it: a
-    layer prunes where neither holds it back. ``sdgp.report`` tells.
+    converted, by which method and with which backend stays as ``sdgp.convert`` left it, and so does ``weight_grad``:
+    weight gradients are exact where data gradients are scheduled to be, first and last, and ``patterns`` are not
+    theirs. While a pattern's m is larger than a layer has output channels per group, that layer's data gradient is
+    exact; a layer with a ``weight_grad`` has the pattern 1:1 meanwhile. ``sdgp.paused`` is independent of it: a layer
+    prunes where neither holds it back. ``sdgp.report`` tells.
 
     Args:
         model: a model that ``sdgp.convert`` went over.
@@ -29,7 +33,8 @@ class Schedule:
         exact_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
             (rounded down).
         exact_last: the same at the end.
-        patterns: ``{first unit, or share of total: pattern}``. Before the first one a layer keeps its own pattern.
+        patterns: of the data gradients, ``{first unit, or share of total: pattern}``. Before the first one a layer
+            keeps its own pattern.
         dense_first, dense_last: the old names of ``exact_first`` and ``exact_last``; they warn.
 
     Attributes:
@@ -97,9 +102,13 @@ class Schedule:
         for layer, own in self._layers.items():
             if not isinstance(layer, PruningLayer):
                 continue  # reverted since
+            now = pattern or own
+            narrow = pattern and layer.too_narrow(layer, pattern)
+            if narrow and layer.pruning.weight_grad is not None:  # a hold would make that exact too
+                now, narrow = _EXACT, None
             if self._patterns:
-                layer.use(replace(layer.pruning, pattern=pattern or own))
-            layer.hold("schedule", why or (pattern and layer.too_narrow(layer, pattern)) or "")
+                layer.use(replace(layer.pruning, pattern=now))
+            layer.hold("schedule", why or narrow or "")
 
     @property
     def exact(self) -> bool:

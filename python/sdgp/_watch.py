@@ -99,7 +99,7 @@ class Watch(Mapping[str, Record]):
             record = self._records.get(name, _NO_RECORD)
             records = len(record["step"])
             means = (f"{recent(record[metric], self._window):.3f}" if records else "" for metric in METRICS)
-            if layer.is_pruning:
+            if layer.prunes_data:
                 note = "" if records else "none so far"
             else:
                 note = f"exact: {layer.held}" if layer.held else "exact"
@@ -159,7 +159,7 @@ class Watch(Mapping[str, Record]):
         self._layer_hooks.remove()
 
     def _receive(self, layer: PruningLayer, grad_output: Tensor, shape: Tensor) -> None:
-        if layer.is_pruning:
+        if layer.prunes_data:
             seed = (self._pending_step << 20) + len(self._pending)
             self._pending.append((layer, layer.pruning, _fidelity.measure(layer, grad_output, shape, seed)))
 
@@ -252,6 +252,8 @@ def watch(
     - ``l1_kept``, ``l2_kept``: the norm of the values of x that stay, of all of x's.
     - ``zeros``: the share of zeros in x. ``density``: the share of nonzeros once x is pruned.
 
+    Weight gradients are not watched, pruned or not; a layer that ``exact_below`` sets aside has both gradients exact.
+
     A step is a forward in training mode with gradients enabled; of several before one optimizer step each counts. Under
     torch.compile nothing is recorded. With several processes each records what it sees.
 
@@ -261,7 +263,7 @@ def watch(
         window: of records, for the bias, for the table and for ``exact_below``.
         to: where to write as well: the path of a file that JSON lines are appended to, or an object with TensorBoard's
             ``add_scalar(tag, value, step)``.
-        exact_below: a layer whose mean cosine over a full window is below this keeps its gradient exact from then on;
+        exact_below: a layer whose mean cosine over a full window is below this keeps its gradients exact from then on;
             ``sdgp.report`` tells. Converting again takes it back.
         dense_below: the old name of ``exact_below``; it warns.
 
