@@ -18,7 +18,8 @@ from sdgp._autograd import LinearProducts
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
 
-SPARSE_MS = {"2:4": 0.8, "1:4": 0.6, "4:32": 0.3}  # where the exact product takes 1
+SPARSE_MS = {"8:16": 0.8, "2:4": 0.8, "4:16": 0.6, "1:4": 0.6, "4:32": 0.3}  # where the exact product takes 1
+DEFAULT = ("8:16", "4:16", "4:32")
 
 
 class Told(sdgp.Chooser):
@@ -57,14 +58,14 @@ def loss(output: Tensor) -> Tensor:
 
 def test_chooses_the_fastest_that_the_limits_allow() -> None:
     model, x = net(), batch()
-    plan = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=0.75, max_bias=0.2)
-    assert plan == {"2": ("2:4", "mvue"), "4": ("2:4", "mvue")}
+    plan = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=0.5, max_bias=0.2)
+    assert plan == {"2": ("8:16", "mvue"), "4": ("8:16", "mvue")}
     rows = {(row.layer, row.pattern, row.method): row for row in plan.candidates}
     assert len(rows) == len(plan.candidates) == 2 * 3 * 2
-    assert rows["4", "2:4", "mvue"].error < 0.75 < rows["4", "1:4", "mvue"].error < rows["4", "4:32", "mvue"].error
-    assert rows["4", "2:4", "magnitude"].bias == rows["4", "2:4", "magnitude"].error > 0.2
-    assert [rows["2", pattern, "mvue"].saved_ms for pattern in SPARSE_MS] == pytest.approx([0.2, 0.4, 0.7])
-    assert rows["2", "2:4", "mvue"].shape == "(4096, 64)"
+    assert rows["4", "8:16", "mvue"].error < 0.5 < rows["4", "4:16", "mvue"].error < rows["4", "4:32", "mvue"].error
+    assert rows["4", "8:16", "magnitude"].bias == rows["4", "8:16", "magnitude"].error > 0.2
+    assert [rows["2", pattern, "mvue"].saved_ms for pattern in DEFAULT] == pytest.approx([0.2, 0.4, 0.7])
+    assert rows["2", "8:16", "mvue"].shape == "(4096, 64)"
     assert plan.saved_ms == pytest.approx(0.4)
     assert plan.step_ms > 0
     fastest = sdgp.advise(model, x, loss=loss, methods=("mvue", "magnitude"), max_error=9.0, max_bias=9.0)
@@ -129,7 +130,7 @@ def test_convert_takes_a_plan_and_its_json() -> None:
     model = net()
     plan = {"2": ("1:4", "mvue"), "4": ["4:8", "random"]}
     sdgp.convert(model, json.loads(json.dumps(plan)), backend="pruned")
-    assert [row[2:5] for row in sdgp.report(model)] == [
+    assert [(row.pattern, row.method, row.backend) for row in sdgp.report(model)] == [
         ("", "", ""),
         ("1:4", "mvue", "pruned"),
         ("4:8", "random", "pruned"),
@@ -146,8 +147,10 @@ def test_convert_takes_a_plan_and_its_json() -> None:
     ("plan", "message"),
     [
         ({"5": ("2:4", "mvue")}, r"convert: expected .*layers of this model, got '5'; .*wrapper"),
-        ({"2": "2:4"}, r"convert: expected .*\(pattern, method\), got '2:4' for 2"),
-        ({"2": ["2:4"]}, r"convert: expected .*\(pattern, method\), got \['2:4'\] for 2"),
+        ({"2": "2:4"}, r"convert: expected .*\(pattern, method, weight_grad\), got '2:4' for 2"),
+        ({"2": ["2:4"]}, r"convert: expected .*\(pattern, method, weight_grad\), got \['2:4'\] for 2"),
+        ({"2": ("2:4", "mvue", "4:16", 1)}, r"convert: expected .*\(pattern, method, weight_grad\), got .* for 2"),
+        ({"2": ("2:4", "mvue", "16:4")}, r"convert: expected weight_grad to be a pattern, .*, got '16:4'"),
         ({"5": ("2:4", "mvue"), "6": ("2:4", "mvue")}, r"convert: expected .*layers of this model, got '5', '6'"),
         ({"2": ("5:4", "mvue")}, r'pattern: expected "n:m" .*, got \'5:4\''),
         ({"2": ("2:4", "best")}, r"convert: expected .*mvue, got 'best'"),
@@ -182,6 +185,12 @@ def test_why_a_layer_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     without = sdgp.advise(net(), batch())
     assert "plain: no sparse product" in str(without)
     assert {row.sparse_ms for row in without.candidates} == {None}
+
+
+def test_patterns_of_another_device_than_a_cpu() -> None:
+    """A GPU's 2:4 tensor cores take no wider groups."""
+    assert sdgp._advise._patterns_for(nn.Linear(8, 8)) == [(8, 16), (4, 16), (4, 32)]
+    assert sdgp._advise._patterns_for(nn.Linear(8, 8, device="meta")) == [(2, 4), (1, 4), (4, 32)]
 
 
 def test_too_small_layers_save_nothing() -> None:
