@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import sdgp
 
-SETTINGS: dict[str, Any] = {"backend": "pruned", "exact_first": 0.25, "exact_last": 2}
+SETTINGS: dict[str, Any] = {"backend": "pruned", "weight_grad": "4:16", "exact_first": 0.25, "exact_last": 2}
 
 schedules = pytest.mark.parametrize(
     ("settings", "phases"),

@@ -10,7 +10,7 @@ from torch import nn
 
 from .._choose import current_chooser
 from .._convert import convert
-from .._pattern import Pattern, PatternLike, Pruning
+from .._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 from .._renamed import renamed
 from .._schedule import Schedule
 
@@ -27,6 +27,7 @@ class ScheduleCallback:
         *,
         filter: Callable[[nn.Module, str], bool] | None = None,
         backend: str = "auto",
+        weight_grad: WeightGradLike | None = None,
         exact_first: float = 0,
         exact_last: float = 0,
         patterns: Mapping[float, PatternLike] | Iterable[tuple[float, PatternLike]] = (),
@@ -36,18 +37,27 @@ class ScheduleCallback:
         super().__init__()
         exact_first = renamed("SdgpCallback", "dense_first", dense_first, "exact_first", exact_first)
         exact_last = renamed("SdgpCallback", "dense_last", dense_last, "exact_last", exact_last)
-        Pruning.parse("SdgpCallback", pattern or "2:4", method, backend)
-        if pattern is None and (method, filter, backend) != ("mvue", None, "auto"):
-            raise ValueError("SdgpCallback: expected a pattern with method, filter and backend, got none")
+        pruning = Pruning.parse("SdgpCallback", pattern or "2:4", method, backend, weight_grad)
+        if pattern is None and (method, filter, backend, weight_grad) != ("mvue", None, "auto", None):
+            raise ValueError("SdgpCallback: expected a pattern with method, filter, backend and weight_grad, got none")
         self.pattern = None if pattern is None else str(Pattern.parse(pattern))
         self.method, self.filter, self.backend = method, filter, backend
+        weight = pruning.weight_grad
+        self.weight_grad = None if weight is None else (str(weight.pattern), weight.method)
         self.exact_first, self.exact_last = exact_first, exact_last
         self.patterns = {at: str(Pattern.parse(pattern)) for at, pattern in dict(patterns).items()}
 
     def start(self, model: nn.Module, total: int | None, step: int) -> None:
         """``step`` of ``total`` steps are over; None: nobody knows how many there will be."""
         if self.pattern is not None:
-            convert(model, self.pattern, self.method, filter=self.filter, backend=self.backend)
+            convert(
+                model,
+                self.pattern,
+                self.method,
+                filter=self.filter,
+                backend=self.backend,
+                weight_grad=self.weight_grad,
+            )
         self.schedule = Schedule(
             model, total=total, exact_first=self.exact_first, exact_last=self.exact_last, patterns=self.patterns
         )

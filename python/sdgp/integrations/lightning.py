@@ -29,7 +29,8 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
     with the trainer's checkpoints.
 
     Args:
-        pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the module.
+        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
+            module.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:

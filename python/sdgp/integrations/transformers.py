@@ -22,7 +22,8 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
     measured for ``backend="auto"`` or ``"pruned"`` goes with the Trainer's checkpoints.
 
     Args:
-        pattern, method, filter, backend: as ``sdgp.convert`` takes them; no pattern: you converted the model.
+        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
+            model.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
 
     Raises:
@@ -51,7 +52,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: in types that JSON holds."""
-        arguments = ("pattern", "method", "backend", "exact_first", "exact_last")
+        arguments = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
         return {
             "args": {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())},
             "attributes": {"measured": self.measured, "layers": self._converted},
