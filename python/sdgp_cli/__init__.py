@@ -132,6 +132,9 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--pattern", default="2:4", metavar="N:M", help="default: %(default)s")
     command.add_argument("--method", default="mvue", help="of pruning (default: %(default)s)")
+    command.add_argument(
+        "--weight-grad", metavar="N:M", help="prune the gradient of weight gradients, too, by mvue (default: exact)"
+    )
     command.add_argument("--backend", default="auto", help="auto, pruned, sparse or dense (default: %(default)s)")
     command.add_argument("--batch", type=_count, metavar="N", help="samples (default: 8)")
     shape = command.add_mutually_exclusive_group()

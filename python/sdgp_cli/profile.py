@@ -43,6 +43,7 @@ def run(args: argparse.Namespace) -> Report:
         "device": str(device),
         "pattern": args.pattern,
         "method": args.method,
+        "weight_grad": args.weight_grad,
         "backend": args.backend,
         "rounds": args.rounds,
         "exact_ms": result.exact_ms,
@@ -59,6 +60,7 @@ def show(report: Report) -> str:
     table.exact_ms, table.step_ms = report["exact_ms"], report["converted_ms"]
     machine = report["machine"]
     head = f"{report['model']}, {report['input']}, {report['device']}; {report['method']} {report['pattern']}"
+    head += f", weight gradients {report['weight_grad']}" if report["weight_grad"] else ""
     reasons = Counter(row["why"] for row in report["plain"])
     return "\n".join(
         [
@@ -73,7 +75,7 @@ def show(report: Report) -> str:
 
 def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
     try:
-        convert(model, args.pattern, args.method, backend=args.backend)
+        convert(model, args.pattern, args.method, backend=args.backend, weight_grad=args.weight_grad)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its table, which show() does
             return profile(model, batch, rounds=args.rounds)
     except Exception as error:
