@@ -24,6 +24,7 @@ class Settings:
 
     method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "plain"
     pattern: str = "2:4"
+    weight_grad: str = ""  # the pattern of the weight gradients, by mvue; "": exact
     backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
     exact_first: int = 0  # epochs with exact gradients at the start
     exact_last: int = 0  # and at the end
@@ -33,14 +34,23 @@ class Settings:
     @property
     def row(self) -> str:
         """``mvue 2:4``: its row in the tables."""
-        return "plain" if self.method == "plain" else f"{self.method} {self.pattern}"
+        if self.method == "plain":
+            return "plain"
+        return f"{self.method} {self.pattern}" + (f", weight gradient {self.weight_grad}" if self.weight_grad else "")
 
     def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool]) -> nn.Module:
         """Makes ``model`` prune as the config says; a plain one stays what it is."""
         if self.method == "plain":
             return model
         try:
-            return sdgp.convert(model, self.pattern, self.method, filter=filter, backend=self.backend)
+            return sdgp.convert(
+                model,
+                self.pattern,
+                self.method,
+                filter=filter,
+                backend=self.backend,
+                weight_grad=self.weight_grad or None,
+            )
         except ValueError as error:
             raise UserError(f"config: {error}") from None
 
