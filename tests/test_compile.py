@@ -27,7 +27,7 @@ def test_compiled_training_step(method: str, backend: str) -> None:
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 12), nn.ReLU(), nn.Linear(12, 4)
     )
-    sdgp.convert(model, "2:4", method, backend=backend)
+    sdgp.convert(model, "2:4", method, backend=backend, weight_grad=("1:2", method))
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
 
     def step(x: Tensor) -> Tensor:

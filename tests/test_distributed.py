@@ -20,7 +20,8 @@ import sdgp
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")]
 
-convert = partial(sdgp.convert, pattern="2:4", method="rescale", backend="pruned")
+# The weight gradient's groups are two rows: no group, and no sum, runs across two processes.
+convert = partial(sdgp.convert, pattern="2:4", method="rescale", backend="pruned", weight_grad=("1:2", "magnitude"))
 Gradients = list[Tensor]
 
 
@@ -167,6 +168,7 @@ def test_two_processes_equal_one(name: str, found: dict[str, Gradients]) -> None
     for actual, wanted in zip(found[name], expected, strict=True):
         assert distance(actual, wanted) < tolerance
     assert distance(exact[0], expected[0]) > 0.1
+    assert distance(exact[-2], expected[-2]) > 0.1  # of the last weight, which no pruned data gradient reaches
 
 
 def distance(actual: Tensor, wanted: Tensor) -> float:
@@ -186,7 +188,7 @@ def test_recomputed_activations(method: str, reentrant: bool) -> None:
     """The draws of backward come after those of the recomputed forward, which has none."""
     gradients = []
     for recomputes in (False, True):
-        model = sdgp.convert(make_model(), "2:4", method, backend="pruned")
+        model = sdgp.convert(make_model(), "2:4", method, backend="pruned", weight_grad=("1:4", method))
         forward = Recomputing(model, reentrant) if recomputes else model
         torch.manual_seed(2)
         gradients.append(backward(model, batch(), forward))

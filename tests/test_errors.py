@@ -491,6 +491,17 @@ PYTHON: list[tuple[Callable[[], Any], str, str, str]] = [
     (lambda: sdgp.Linear(8, 8, method="max"), "Linear", KNOWN, "'max'"),
     (lambda: sdgp.convert(nn.Linear(8, 8), method="max"), "convert", KNOWN, "'max'"),
     (lambda: sdgp.convert(nn.Linear(8, 8), backend="fast"), "convert", "auto, pruned, sparse, dense", "'fast'"),
+    (lambda: sdgp.linear(X, torch.randn(8, 8), weight_grad="16:4"), "linear", "weight_grad", "'16:4'"),
+    (lambda: sdgp.conv2d(IMAGE, LAYER.weight, weight_grad=(2.0, 4)), "conv2d", "weight_grad", "(2.0, 4)"),
+    (lambda: sdgp.Linear(8, 8, weight_grad="mvue"), "Linear", "weight_grad", "'mvue'"),
+    (lambda: sdgp.Conv2d(8, 8, 3, weight_grad=4), "Conv2d", "weight_grad", "4"),  # type: ignore[arg-type]
+    (
+        lambda: sdgp.convert(nn.Linear(8, 8), weight_grad=("2:4", "max")),
+        "convert",
+        f"method to be one of {KNOWN}",
+        "'max'",
+    ),
+    (lambda: sdgp.convert(nn.Linear(8, 8), weight_grad=()), "convert", "weight_grad", "()"),  # type: ignore[arg-type]
     (lambda: sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3)), "from_dense", "nn.Linear", "Conv2d"),
     (lambda: sdgp.convert("resnet18"), "convert", "nn.Module", "str"),  # type: ignore[type-var]
     (lambda: sdgp.revert(None), "revert", "nn.Module", "NoneType"),  # type: ignore[type-var]

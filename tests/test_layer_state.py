@@ -25,7 +25,7 @@ TWINS: list[tuple[Any, Any]] = [(sdgp.Linear, nn.Linear), (sdgp.Conv2d, nn.Conv2
 
 @pytest.mark.parametrize(("twin", "plain"), TWINS)
 def test_defaults(twin: Any, plain: Any) -> None:
-    own = {"pattern": "2:4", "method": "mvue", "backend": "auto"}
+    own = {"pattern": "2:4", "method": "mvue", "backend": "auto", "weight_grad": None}
     defaults = {name: parameter.default for name, parameter in inspect.signature(twin).parameters.items()}
     expected = {name: parameter.default for name, parameter in inspect.signature(plain).parameters.items()}
     assert defaults == expected | own
@@ -37,9 +37,10 @@ def test_defaults(twin: Any, plain: Any) -> None:
 def test_a_new_layer(layer: PruningLayer) -> None:
     assert layer.pruning == Pruning(sdgp.Pattern(2, 4), "mvue", "auto")
     assert (layer.holds, layer.held, layer.decision, layer.is_pruning) == ({}, "", None, False)
+    assert layer.weight_decision is None
     assert repr(layer).endswith(", pattern=2:4, method=mvue, backend=auto)")
     plain = set(vars(nn.Linear(4, 8) if isinstance(layer, nn.Linear) else nn.Conv2d(4, 8, 3)))
-    assert set(vars(layer)) == plain | {"pruning", "holds", "decision", "plain_for"}
+    assert set(vars(layer)) == plain | {"pruning", "holds", "decision", "weight_decision", "plain_for"}
 
 
 @pytest.mark.parametrize(

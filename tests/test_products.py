@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The sparse product of a layer's data gradient equals the dense one of the same draws, to rounding."""
+"""The sparse product of a layer's data or weight gradient equals the dense one of the same draws, to rounding."""
 
 from __future__ import annotations
 
@@ -52,10 +52,11 @@ def test_linear(
     grad_output = torch.randn(*leading, features[1])
 
     def call(backend: str) -> list[Tensor]:
-        return gradients(sdgp.linear(x, weight, b, pattern=pattern, method=method, backend=backend), grad_output, x)
+        settings: Any = {"pattern": pattern, "method": method, "backend": backend, "weight_grad": (pattern, method)}
+        return gradients(sdgp.linear(x, weight, b, **settings), grad_output, x, weight)
 
-    (dense,), (sparse,) = of_each(call)
-    near(sparse, dense)
+    for dense, sparse in zip(*of_each(call), strict=True):
+        near(sparse, dense)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding=.same. with even kernel")
@@ -103,11 +104,11 @@ def test_conv2d(
     grad_output = torch.randn_like(sdgp.conv2d(x, weight, b, *geometry))
 
     def call(backend: str) -> list[Tensor]:
-        output = sdgp.conv2d(x, weight, b, *geometry, pattern=pattern, method=method, backend=backend)
-        return gradients(output, grad_output, x)
+        settings: Any = {"pattern": pattern, "method": method, "backend": backend, "weight_grad": (pattern, method)}
+        return gradients(sdgp.conv2d(x, weight, b, *geometry, **settings), grad_output, x, weight)
 
-    (dense,), (sparse,) = of_each(call)
-    near(sparse, dense)
+    for dense, sparse in zip(*of_each(call), strict=True):
+        near(sparse, dense)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -130,24 +131,26 @@ def test_conv2d_keeps_the_memory_format(
     grad_output = torch.randn(2, 12, 9, 9).contiguous(memory_format=grad_format)
 
     def call(backend: str) -> list[Tensor]:
-        output = sdgp.conv2d(x, weight, None, 1, kernel // 2, 1, groups, backend=backend)
-        return gradients(output, grad_output, x)
+        output = sdgp.conv2d(x, weight, None, 1, kernel // 2, 1, groups, backend=backend, weight_grad="4:16")
+        return gradients(output, grad_output, x, *([] if frozen else [weight]))
 
-    (dense,), (sparse,) = of_each(call)
-    near(sparse, dense)
-    assert sparse.stride() == dense.stride()
+    for dense, sparse in zip(*of_each(call), strict=True):
+        near(sparse, dense)
+        for size, stride, expected in zip(dense.shape, sparse.stride(), dense.stride(), strict=True):
+            assert stride == expected or size == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_expanded_and_strided_gradients(method: str) -> None:
-    x, weight = torch.randn(6, 12, requires_grad=True), torch.randn(16, 12)
+    x, weight = torch.randn(6, 12, requires_grad=True), torch.randn(16, 12, requires_grad=True)
     for grad_output in (torch.randn(1, 16).expand(6, 16), torch.randn(16, 6).t(), torch.ones(()).expand(6, 16)):
 
         def call(backend: str, grad_output: Tensor = grad_output) -> list[Tensor]:
-            return gradients(sdgp.linear(x, weight, method=method, backend=backend), grad_output, x)
+            output = sdgp.linear(x, weight, method=method, backend=backend, weight_grad=("2:4", method))
+            return gradients(output, grad_output, x, weight)
 
-        (dense,), (sparse,) = of_each(call)
-        near(sparse, dense)
+        for dense, sparse in zip(*of_each(call), strict=True):
+            near(sparse, dense)
 
 
 @pytest.mark.parametrize("layer", [nn.Linear(16, 12), nn.Conv2d(16, 12, 3, padding=1)], ids=["linear", "conv2d"])

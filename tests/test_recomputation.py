@@ -81,12 +81,14 @@ BACKENDS = ("auto", "pruned", "dense", "sparse")
 
 @pytest.mark.parametrize("sparse_wins", [True, False])
 @pytest.mark.parametrize("method", ["magnitude", "mvue"])
+@pytest.mark.parametrize("weight_grad", [None, "4:16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_changes_no_gradient(kind: str, backend: str, method: str, sparse_wins: bool) -> None:
-    runs = [
-        gradients(make(kind, method=method, backend=backend), kind, mode, sparse_wins=sparse_wins) for mode in MODES
-    ]
+def test_checkpointing_changes_no_gradient(
+    kind: str, backend: str, weight_grad: str | None, method: str, sparse_wins: bool
+) -> None:
+    settings = {"method": method, "backend": backend, "weight_grad": weight_grad}
+    runs = [gradients(make(kind, **settings), kind, mode, sparse_wins=sparse_wins) for mode in MODES]
     for other in runs[1:]:
         assert all(map(torch.equal, runs[0], other))
 
@@ -95,7 +97,8 @@ def test_checkpointing_changes_no_gradient(kind: str, backend: str, method: str,
 def test_auto_that_finds_exact_gives_the_plain_layers_gradients(kind: str) -> None:
     plain = gradients(sdgp.revert(make(kind)), kind, "none")
     for mode in MODES:
-        assert all(map(torch.equal, plain, gradients(make(kind), kind, mode, sparse_wins=False)))
+        for settings in ({}, {"weight_grad": "4:16"}):
+            assert all(map(torch.equal, plain, gradients(make(kind, **settings), kind, mode, sparse_wins=False)))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -103,7 +106,7 @@ def test_auto_that_finds_exact_gives_the_plain_layers_gradients(kind: str) -> No
 @pytest.mark.parametrize("kind", KINDS)
 def test_paused_forward_is_exact_however_it_is_repeated(kind: str, backend: str, mode: str) -> None:
     plain = gradients(sdgp.revert(make(kind)), kind, "none")
-    blocks = make(kind, backend=backend)
+    blocks = make(kind, backend=backend, weight_grad="4:16")
     assert all(map(torch.equal, plain, gradients(blocks, kind, mode, around=lambda: sdgp.paused(blocks))))
 
 
@@ -111,13 +114,15 @@ def test_paused_forward_is_exact_however_it_is_repeated(kind: str, backend: str,
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_that_prunes_is_pruned_however_it_is_repeated(backend: str, mode: str) -> None:
     """Paused after the forward, until its backward is over."""
-    expected = gradients(make("linear", method="magnitude", backend=backend), "linear", "none", steps=1)
-    blocks = make("linear", method="magnitude", backend=backend)
+    settings: Any = {"method": "magnitude", "backend": backend, "weight_grad": ("4:16", "magnitude")}
+    expected = gradients(make("linear", **settings), "linear", "none", steps=1)
+    blocks = make("linear", **settings)
     with contextlib.ExitStack() as later:
         found = gradients(blocks, "linear", mode, between=lambda: later.enter_context(sdgp.paused(blocks)), steps=1)
     assert all(map(torch.equal, expected, found))
     plain = gradients(sdgp.revert(make("linear")), "linear", "none", steps=1)
     assert not torch.equal(plain[-1], found[-1])
+    assert not torch.equal(plain[-3], found[-3])  # of the last weight
 
 
 @pytest.mark.parametrize("patterns", [{}, {0: "1:4", 1: "4:4", 2: "4:32"}])
@@ -125,7 +130,7 @@ def test_forward_that_prunes_is_pruned_however_it_is_repeated(backend: str, mode
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_schedule_steps_between_forward_and_backward(backend: str, mode: str, patterns: dict[float, str]) -> None:
     def run(mode: str) -> list[Tensor]:
-        blocks = make("linear", method="mvue", backend=backend)
+        blocks = make("linear", method="mvue", backend=backend, weight_grad="4:16")
         schedule = sdgp.Schedule(blocks, exact_first=1, patterns=patterns)
         return gradients(blocks, "linear", mode, between=schedule.step, steps=4)
 
@@ -135,7 +140,7 @@ def test_schedule_steps_between_forward_and_backward(backend: str, mode: str, pa
 @pytest.mark.parametrize("mode", MODES)
 def test_layer_set_aside_between_forward_and_backward(mode: str) -> None:
     def run(mode: str) -> list[Tensor]:
-        blocks = make("linear", method="magnitude", backend="sparse")
+        blocks = make("linear", method="magnitude", backend="sparse", weight_grad="4:16")
         return gradients(blocks, "linear", mode, between=lambda: blocks[1].layer.hold("watch", "set aside"), steps=3)
 
     assert all(map(torch.equal, run("none"), run(mode)))
@@ -144,7 +149,7 @@ def test_layer_set_aside_between_forward_and_backward(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_converted_again_between_forward_and_backward(mode: str) -> None:
     def run(mode: str) -> list[Tensor]:
-        blocks = make("linear", method="magnitude", backend="auto")
+        blocks = make("linear", method="magnitude", backend="auto", weight_grad="4:16")
         return gradients(
             blocks, "linear", mode, between=lambda: sdgp.convert(blocks, "1:4", "magnitude", backend="dense"), steps=3
         )
@@ -220,7 +225,7 @@ def test_layer_of_another_class_at_the_repetition_is_an_error(change: Callable[[
 
 def test_recomputation_under_autocast_saves_and_computes_the_same() -> None:
     def run(mode: str) -> list[Tensor]:
-        blocks = make("3-D", method="magnitude", backend="dense")
+        blocks = make("3-D", method="magnitude", backend="dense", weight_grad=("4:16", "magnitude"))
         return gradients(blocks, "3-D", mode, around=lambda: torch.autocast("cpu", torch.bfloat16))
 
     expected = run("none")
