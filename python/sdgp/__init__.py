@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch; forward and weight gradient stay exact."""
+"""Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch; the forward stays exact, and by default the
+weight gradient does."""
 
 # First of all: it tells what is wrong with an installation before anything else fails.
 from ._load import cmake_prefix_path as cmake_prefix_path
