@@ -126,6 +126,19 @@ def test_profile_in_text(file: Path, command: Command) -> None:
     assert left == "1 left plain: 3 output channels per group, fewer than m = 4"
 
 
+def test_pruned_weight_gradients(command: Command, file: Path) -> None:
+    """The step has them; the rows are data gradients."""
+    words = ("profile", str(file) + ":instance", "--input", "16x8", "--rounds", "1", "--weight-grad", "4:16")
+    found = report(command, *words)
+    assert found["weight_grad"] == "4:16"
+    assert [row["layer"] for row in found["layers"]] == ["1"]
+    status, out, _ = command(*words)
+    assert status == 0
+    assert "; mvue 2:4, weight gradients 4:16, backend auto;" in out
+    status, _, err = command(*words[:-1], "16:4")
+    assert (status, "expected weight_grad to be a pattern" in err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

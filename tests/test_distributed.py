@@ -88,7 +88,8 @@ def fsdp_in_bfloat16(half: Tensor) -> Gradients:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    return backward(fully_shard(convert(make_model()), mp_policy=policy), half)
+    model = convert(make_model(), weight_grad=None)  # rounded to bfloat16, other values may be the larger ones
+    return backward(fully_shard(model, mp_policy=policy), half)
 
 
 def tensor_parallel(half: Tensor) -> Gradients:
@@ -163,12 +164,14 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Gradients]:
 
 @pytest.mark.parametrize("name", [check.__name__ for check in CHECKS if check is not tensor_parallel])
 def test_two_processes_equal_one(name: str, found: dict[str, Gradients]) -> None:
-    expected, exact = backward(convert(make_model()), batch()), backward(make_model(), batch())
+    settings = {"weight_grad": None} if "bfloat16" in name else {}
+    expected, exact = backward(convert(make_model(), **settings), batch()), backward(make_model(), batch())
     tolerance = 0.03 if "bfloat16" in name else 1e-5
     for actual, wanted in zip(found[name], expected, strict=True):
         assert distance(actual, wanted) < tolerance
     assert distance(exact[0], expected[0]) > 0.1
-    assert distance(exact[-2], expected[-2]) > 0.1  # of the last weight, which no pruned data gradient reaches
+    # The last weight's, which no pruned data gradient reaches.
+    assert (distance(exact[-2], expected[-2]) > 0.1) == ("bfloat16" not in name)
 
 
 def distance(actual: Tensor, wanted: Tensor) -> float:

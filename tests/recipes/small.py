@@ -22,7 +22,7 @@ SMALL = {  # recipe: (module, settings), each a run of two epochs of three steps
         "net=resnet18 classes=3 epochs=2 batch_size=8 peak_epoch=1 lr=0.1 amp=off workers=0 "
         "resolution=32 last_resolution=64 grow_from=0 grow_to=1 eval_resolution=32",
     ),
-    "gpt": ("lm.gpt", "epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
+    "gpt": ("lm.gpt", "weight_grad=4:16 epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
     "lora": ("lm.lora", "epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
 }
 IMAGES = ("cifar10", "imagenet")

@@ -49,6 +49,15 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_pruned_weight_gradients_have_a_row_of_their_own(tmp_path: Path) -> None:
+    """Beside lines of before, whose configs do not know the setting."""
+    runs = [line("plain", 0, 80.0), line("mvue 4:16", 0, 79.0, weight_grad="")]
+    runs.append(line("mvue 4:16", 0, 78.0, weight_grad="4:16") | {"row": "mvue 4:16, weight gradient 4:16"})
+    (group,) = report.groups(runs, {})
+    assert list(group.runs) == ["plain", "mvue 4:16", "mvue 4:16, weight gradient 4:16"]
+    report.plot(group, tmp_path / "plot.png")
+
+
 def test_report_of_a_model_that_is_a_path() -> None:
     changes = {"model": "/models/of ours", "size": "tiny"}
     (group,) = report.groups([line("plain", 0, 80.0, **changes) | {"recipe": "lora"}], {})

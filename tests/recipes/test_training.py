@@ -36,7 +36,7 @@ def test_trains_and_evaluates(
     run(monkeypatch, command(recipe, tmp_path, images, "--seeds", "2"))
     first, second = lines(tmp_path)
     assert (first["seed"], second["seed"]) == (0, 1)
-    assert first["row"] == "mvue 2:4"
+    assert first["row"] == ("mvue 2:4, weight gradient 4:16" if recipe == "gpt" else "mvue 2:4")
     assert first["layers"]["pruned"] > 0
     assert [point["epoch"] for point in first["curve"]] == [1, 2]
     assert first["curve"][0]["train_loss"] != second["curve"][0]["train_loss"]
