@@ -39,7 +39,7 @@ def model(backend: str = "pruned") -> nn.Module:
         nn.ReLU(),
         nn.Linear(12, 8),
     )
-    return sdgp.convert(layers, "2:4", backend=backend)
+    return sdgp.convert(layers, "2:4", backend=backend, weight_grad="4:16")
 
 
 def run_elsewhere(path: Path, converted: nn.Module, x: Tensor) -> None:

@@ -45,9 +45,9 @@ def convert(
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
     that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. These layers stay plain, each
-    with its reason in ``report``: depthwise convolutions, layers with fewer than m output channels per group,
-    subclasses that sdgp does not know, layers whose forward was replaced on the instance, weights that are complex,
-    integer or of a tensor subclass. Converting again replaces the settings.
+    with its reason in ``report``: depthwise convolutions, layers with fewer output channels per group than the m of
+    ``pattern``, whatever ``weight_grad``, subclasses that sdgp does not know, layers whose forward was replaced on the
+    instance, weights that are complex, integer or of a tensor subclass. Converting again replaces the settings.
 
     Args:
         model: any module, a single layer included.

@@ -133,7 +133,7 @@ def start(
     Raises:
         ValueError: ``op: requirement, got actual``, for tensors that sdgp cannot prune where pruning is forced.
     """
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or _leaves_python():
         return None
     weight_pruning = pruning.weight if weight.requires_grad else None
     if weight_pruning is not None and not input.is_nested and along() < weight_pruning.pattern.m:
@@ -150,8 +150,6 @@ def start(
         note(layer, SMALL, asked)
         remember(layer, input)
         return None
-    if torch._C._is_tracing() or torch.compiler._is_exporting_flag:
-        return None  # what leaves Python keeps the forward alone, which is the plain one
     if (unusual := _unusual(input, weight)) is not None:
         if auto:
             note(layer, Decision("plain", f"only plain tensors are pruned, this call had {unusual}"), asked)
@@ -174,9 +172,10 @@ def start(
     if weight_pruning is not None:
         sites["weight"] = site._replace(pruning=weight_pruning, gradient="weight")
     if auto and not may_repeat:
-        decisions = {gradient: chooser.foresee(sites[gradient], work) for gradient in asked}
-        if not any(decision is None or decision.prunes for decision in decisions.values()):
-            for gradient, decision in decisions.items():
+        decisions = [chooser.foresee(sites[gradient], work) for gradient in asked]
+        exact = [decision for decision in decisions if decision is not None and not decision.prunes]
+        if len(exact) == len(decisions):
+            for gradient, decision in zip(asked, exact, strict=True):
                 note(layer, decision, (gradient,))
             # Another call like this may need the gradient that this one does not.
             needs_all = pruning.weight_grad is None or (input.requires_grad and weight.requires_grad)
@@ -184,6 +183,12 @@ def start(
             return None
     of_weight = None if weight_pruning is None else Part(weight_pruning, sites["weight"])
     return Call(op, Part(pruning.data, site), of_weight, held, layer, chooser)
+
+
+def _leaves_python() -> bool:
+    """Whether torch.export or torch.jit.trace records this call. They keep the forward alone, which is the plain one,
+    and are asked nothing of its sizes."""
+    return torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
 # No plain operator saves such a tensor. Where a checkpoint repeats the forward of a layer that was converted or
@@ -221,7 +226,7 @@ def _too_few(op: str, count: int, pruning: Pruning) -> Decision:
 _DECISIONS = {"data": "decision", "weight": "weight_decision"}
 
 
-def note(layer: Layer | None, decision: Decision | None, gradients: Sequence[str]) -> None:
+def note(layer: Layer | None, decision: Decision, gradients: Sequence[str]) -> None:
     """Tells a layer what was decided for its data or weight gradient."""
     if layer is not None:
         for gradient in gradients:
@@ -273,7 +278,7 @@ def _compiled(
     work: int,
 ) -> Call | None:
     """Under torch.compile everything is decided while the forward is traced; a recomputation is part of its graph."""
-    if held or torch.compiler._is_exporting_flag:
+    if held:
         return None
 
     def product(pruning: Pruning | None) -> str:

@@ -258,12 +258,12 @@ def _gradients(
 def _output_pixels(
     input: Tensor, weight: Tensor, stride: int | _Pair, padding: int | _Pair | str, dilation: int | _Pair
 ) -> int:
-    """Of one sample."""
+    """Of one sample, where the convolution has any; what has none is left to ATen to refuse."""
     if padding == "same":
         return input.shape[-2] * input.shape[-1]
     pads = (0, 0) if isinstance(padding, str) else _pair(padding)
     height, width = (
-        (size + 2 * p - d * (k - 1) - 1) // s + 1
+        (size + 2 * p - d * (k - 1) - 1) // max(s, 1) + 1
         for size, k, s, p, d in zip(
             input.shape[-2:], weight.shape[2:], _pair(stride), pads, _pair(dilation), strict=True
         )
