@@ -20,6 +20,9 @@ STABLE_TORCH_LIBRARY(sdgp, library) {
       "_conv2d_input_grad_nm(Tensor grad_output, Tensor weight, int n, int m, str method, Tensor? seed, "
       "SymInt[] input_size, int[] stride, int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");
   library.def(
+      "_conv2d_weight_grad_nm(Tensor grad_output, Tensor input, int n, int m, str method, Tensor? seed, "
+      "SymInt[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool channels_last) -> Tensor");
+  library.def(
       "_pack_24(Tensor input, int n, int m, str method=\"magnitude\", Tensor? seed=None, "
       "str layout=\"cusparselt_sm80\") -> Tensor");
 }

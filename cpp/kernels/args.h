@@ -113,4 +113,28 @@ struct SpmmArgs {
   int64_t threads;  // that share the units
 };
 
+// The weight gradient of a convolution: (groups x rows, cols, kernel height, kernel width). A plain product is the one
+// with 1 x 1 taps; its reduction is the pixels of one sample.
+struct WeightGradArgs {
+  DType dtype;
+  Pruning pruning;    // along the pixels of a sample, by a method that works group by group
+  Gradient gradient;  // of the output: (samples, groups x rows, pixels)
+  const void* input;  // (samples, groups x cols, height, width)
+  int64_t sample_stride;
+  int64_t col_stride;
+  int64_t line_stride;
+  int64_t pixel_stride;
+  void* out;
+  int64_t out_row_stride;
+  int64_t out_col_stride;
+  int64_t out_tap_stride;  // from tap to tap, row-major
+  int64_t rows;            // output channels, per convolution group
+  int64_t cols;            // input channels, per convolution group
+  int64_t groups;
+  int64_t samples;
+  Axis2d height;
+  Axis2d width;
+  int64_t threads;  // that share the units
+};
+
 }  // namespace sdgp

@@ -194,6 +194,37 @@ struct Packer {
   }
 };
 
+// The elements of a row that are not +0, and of each what `places` has for it, to the front; returns how many. Reads
+// and writes up to kKeep - 1 elements beyond them.
+constexpr int kKeep = 16;
+
+template <class T>
+SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, const uint32_t* places, T* values,
+                             uint32_t* kept_places) {
+  int64_t kept = 0;
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    for (int64_t i = 0; i < size; i += kKeep) {
+      const auto element = load_bits<__m512i>(x + i);
+      const uint32_t inside = size - i < kKeep ? (1u << (size - i)) - 1 : 0xffff;
+      const auto bits = static_cast<__mmask16>(_mm512_test_epi32_mask(element, element) & inside);
+      store_bits(values + kept, _mm512_maskz_compress_epi32(bits, element));
+      store_bits(kept_places + kept, _mm512_maskz_compress_epi32(bits, load_bits<__m512i>(places + i)));
+      kept += __builtin_popcount(bits);
+    }
+    return kept;
+  }
+#endif
+  for (int64_t i = 0; i < size; i += kPack) {
+    const uint32_t inside = size - i < kPack ? (1u << (size - i)) - 1 : 0xff;
+    const uint32_t bits = kept_bits(x + i) & inside;
+    store_in_order(x + i, table.order[bits], values + kept);
+    store_in_order(places + i, table.order[bits], kept_places + kept);
+    kept += __builtin_popcount(bits);
+  }
+  return kept;
+}
+
 // How a call is cut: positions of the outer dimensions x pieces of the innermost.
 struct CompressPlan {
   int64_t inner;  // rows along the innermost dimension
@@ -215,14 +246,23 @@ inline CompressPlan make_compress_plan(const PruneArgs& args) {
   return plan;
 }
 
+// (size, rows) -> (rows, size), the latter's rows `pitch` apart.
 template <class T>
-void transpose_block(const T* from, int64_t size, int64_t rows, T* to) {
-  constexpr int64_t kTile = 16;
-  for (int64_t r0 = 0; r0 < rows; r0 += kTile) {
-    const int64_t stop = r0 + kTile < rows ? r0 + kTile : rows;
-    for (int64_t c = 0; c < size; ++c) {
-      for (int64_t r = r0; r < stop; ++r) to[r * size + c] = from[c * rows + r];
+void transpose_block(const T* from, int64_t size, int64_t rows, T* to, int64_t pitch) {
+  constexpr int kL = kLanes<T>;
+  const int64_t full_size = size / kL * kL, full_rows = rows / kL * kL;
+  for (int64_t c = 0; c < full_size; c += kL) {
+    for (int64_t r = 0; r < full_rows; r += kL) {
+      Vec<T> tile[kL];
+#pragma GCC unroll 64
+      for (int i = 0; i < kL; ++i) tile[i] = load_bits<Vec<T>>(from + (c + i) * rows + r);
+      transpose<T, kL>(tile);
+#pragma GCC unroll 64
+      for (int i = 0; i < kL; ++i) store_bits(to + (r + i) * pitch + c, tile[i]);
     }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = r < full_rows ? full_size : 0; c < size; ++c) to[r * pitch + c] = from[c * rows + r];
   }
 }
 
@@ -234,27 +274,31 @@ class PrunedRows {
  public:
   // Readable kPack - 1 elements beyond its end; valid until the next call.
   const T* read(const PruneArgs& rows_of, bool copy) {
+    T* to = rows_.reserve(rows_of.dims[0].size * rows_of.size + kPack);
+    read_into(rows_of, copy, to, rows_of.size);
+    return to;
+  }
+
+  // Into rows that are `pitch` elements apart.
+  void read_into(const PruneArgs& rows_of, bool copy, T* to, int64_t pitch) {
     PruneArgs part = rows_of;
     Dim& rows = part.dims[0];
-    const int64_t count = rows.size * part.size;
     const bool side_by_side = rows.in_stride == 1 && part.in_stride != 1 && rows.size > 1;
-    T* buffer = pruned_.reserve(count + kPack);
+    T* buffer = side_by_side ? columns_.reserve(rows.size * part.size) : to;
     part.out = buffer;
     part.out_stride = side_by_side ? rows.size : 1;
     part.ndim = 1;
-    rows.out_stride = side_by_side ? 1 : part.size;
+    rows.out_stride = side_by_side ? 1 : pitch;
     if (copy) {  // all of every group
       part.pruning = {.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
     }
     prune_nm(part, 0, prune_nm_units(part));
-    if (!side_by_side) return buffer;
-    transpose_block(buffer, part.size, rows.size, transposed_.reserve(count + kPack));
-    return transposed_.data;
+    if (side_by_side) transpose_block(buffer, part.size, rows.size, to, pitch);
   }
 
  private:
-  Scratch<T> pruned_;
-  Scratch<T> transposed_;
+  Scratch<T> rows_;
+  Scratch<T> columns_;
 };
 
 template <class T>

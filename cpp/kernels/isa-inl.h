@@ -6,6 +6,7 @@
 #include "compress_nm-inl.h"
 #include "spmm_nm-inl.h"
 #include "table.h"
+#include "weight_grad_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
 const Kernels table{
@@ -20,6 +21,8 @@ const Kernels table{
     .pack = &pack,
     .spmm_nm_units = &spmm_nm_units,
     .spmm_nm = &spmm_nm,
+    .weight_grad_nm_units = &weight_grad_nm_units,
+    .weight_grad_nm = &weight_grad_nm,
 };
 
 }  // namespace sdgp::SDGP_ISA

@@ -12,6 +12,7 @@
 #pragma once
 
 #include "pack_dense-inl.h"
+#include "visit.h"
 
 namespace sdgp::SDGP_ISA {
 
@@ -36,10 +37,10 @@ SDGP_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c
 }
 
 // N:M rows of one block of the reduction, as the row kernel reads them: consecutive, with offsets for indices.
-template <class E>
+template <class E, class Offset = uint16_t>
 struct KeptBlock {
-  const E* values;          // (sources, count)
-  const uint16_t* offsets;  // bytes from the beginning of the tap's rows in the dense block
+  const E* values;        // (sources, count)
+  const Offset* offsets;  // bytes from the beginning of the tap's rows in the dense block
   int64_t count;
 };
 
@@ -91,6 +92,89 @@ __attribute__((noinline)) void multiply_block(const BlockCall<E>& block) {
     for (int64_t line = 0; line < call.next_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
     multiply_row<E, kP, kFirst>(call, entry, kVectors);
   }
+}
+
+// Memory that will be read next: some strips, each of `pieces` equally spaced pieces of `bytes`.
+struct Ahead {
+  const char* const* strips;
+  int64_t count;
+  int64_t pieces;
+  int64_t step;
+  int64_t bytes;
+  int64_t fetched = 0;
+  int64_t strip = 0;
+  const char* next = count > 0 ? strips[0] : nullptr;
+
+  int64_t total() const { return count * pieces; }
+
+  // Fetches the next piece into the second-level cache.
+  SDGP_INLINE void fetch() {
+    if (strip >= count) return;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
+    next += step;
+    if (++fetched < pieces) return;
+    fetched = 0;
+    if (++strip < count) next = strips[strip];
+  }
+};
+
+// Note [Tap kernel]
+// In a weight gradient all taps read the same kept values, each at its own distance from where an offset leads: one
+// broadcast serves kT taps x kP vectors, whose sums stay in registers.
+template <class E>
+struct TapsCall {
+  KeptBlock<E, uint32_t> kept;
+  int64_t rows;
+  const char* dense;  // of the first tap
+  int64_t tap_bytes;
+  E* sums;  // (rows, taps, panel)
+  Ahead* ahead;
+  int64_t fetches;  // meanwhile
+};
+
+template <class E, int kP, int kT, bool kFirst, int... kI>
+SDGP_INLINE void multiply_taps_row(const TapsCall<E>& call, const E* value, const uint32_t* offset, E* sums,
+                                   std::integer_sequence<int, kI...>) {
+  Vec<E> sum[kP * kT] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(sums + kI * kLanes<E>))...};
+  for (const E* const end = value + call.kept.count; value != end; ++value, ++offset) {
+    const char* row = call.dense + *offset;
+    const Vec<E> x = splat(*value);
+    ((sum[kI] = multiply_add(
+          x, load_bits<Vec<E>>(row + kI / kP * call.tap_bytes + kI % kP * static_cast<int>(sizeof(Vec<E>))), sum[kI])),
+     ...);
+  }
+  ((store_bits(sums + kI * kLanes<E>, sum[kI])), ...);
+}
+
+template <class E, int kP, int kT, bool kFirst>
+__attribute__((noinline)) void multiply_taps(const TapsCall<E>& block) {
+  constexpr auto kSums = std::make_integer_sequence<int, kP * kT>{};
+  const TapsCall<E> call = block;
+  const E* value = call.kept.values;
+  const uint32_t* offset = call.kept.offsets;
+  E* sums = call.sums;
+  int64_t row = 0;
+  for (int64_t fetch = 1; fetch <= call.fetches; ++fetch) {
+    call.ahead->fetch();
+    for (const int64_t stop = call.rows * fetch / call.fetches; row < stop; ++row) {
+      multiply_taps_row<E, kP, kT, kFirst>(call, value, offset, sums, kSums);
+      value += call.kept.count;
+      offset += call.kept.count;
+      sums += kP * kT * kLanes<E>;
+    }
+  }
+}
+
+constexpr int kMaxTaps = 3;                             // in one call
+constexpr int kMaxSums = kVectorBytes == 64 ? 24 : 12;  // of 32 registers, or 16
+
+template <class E, bool kFirst>
+void multiply_taps_of(int64_t panel, int64_t taps, const TapsCall<E>& call) {
+  visit_at_least(Values<1, 2, 3>{}, taps, [&]<int kT>(Constant<kT>) {
+    visit_at_least(Values<1, 2, 3, 4, 5, 6, 7, 8>{}, panel, [&]<int kP>(Constant<kP>) {
+      if constexpr (kP * kT <= kMaxSums) multiply_taps<E, kP, kT, kFirst>(call);
+    });
+  });
 }
 
 template <class E>

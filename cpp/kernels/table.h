@@ -21,6 +21,8 @@ struct Kernels {
   void (*pack)(const SpmmArgs&, int64_t begin, int64_t end);
   int64_t (*spmm_nm_units)(const SpmmArgs&);
   bool (*spmm_nm)(const SpmmArgs&, int64_t begin, int64_t end);  // false: an index out of range
+  int64_t (*weight_grad_nm_units)(const WeightGradArgs&);
+  void (*weight_grad_nm)(const WeightGradArgs&, int64_t begin, int64_t end);
 };
 
 // The best table that this CPU runs, or the one that the environment variable SDGP_FORCE_ISA names.

@@ -8,6 +8,7 @@
 
 #include "multiply.h"
 #include "prune_cpu.h"
+#include "weight_grad.h"
 
 namespace sdgp {
 namespace {
@@ -36,12 +37,32 @@ std::optional<int64_t> find_row_stride(const Tensor& input) {
   return step.value_or(input.size(input.dim() - 1));
 }
 
+// A matrix whose rows lie side by side, as those of a linear layer's output gradient do in its weight gradient.
+bool is_transposed(const Tensor& input) {
+  return input.dim() == 2 && input.size(0) > 1 && input.stride(0) == 1 && input.stride(1) != 1;
+}
+
 Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const SettingsAlong<-1>& settings) {
   const PruneCall call = validate(input, dense, settings);
   Tensor output = empty_rows(input, dense.size(1));
   if (!begin_output(output, dense.size(0) > 0)) return output;
-  // Rows side by side, of a transposed input, are copied: read as they lie, with strides that are powers of two, they
-  // evict each other from the first-level cache and cost more than the copy.
+  if (is_transposed(input)) {
+    multiply(
+        WeightProduct{
+            .dtype = call.dtype,
+            .pruning = read_seed(input, call),
+            .rows = input.size(0),
+            .cols = dense.size(1),
+            .width =
+                {.in = dense.size(0), .out = dense.size(0), .kernel = 1, .stride = 1, .padding = 0, .dilation = 1}},
+        Gradient{.data = input.const_data_ptr(),
+                 .sample_stride = 0,
+                 .pixel_stride = input.stride(1),
+                 .channel_stride = 1,
+                 .by_group = false},
+        dense, output);
+    return output;
+  }
   const std::optional<int64_t> row_stride = find_row_stride(input);
   const Tensor source = row_stride ? input : torch::stable::contiguous(input);
   const int64_t step = row_stride.value_or(dense.size(0));

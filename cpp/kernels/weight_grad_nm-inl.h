@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The weight gradient of a convolution, its output gradient pruned along the pixels on the way: for every output
+// channel a sum, over its kept pixels, of gradient times the input that each tap meets there. A plain product, of a
+// linear layer, has one tap, and its tokens are the pixels of one sample. Nothing is unfolded. Compiled once per
+// instruction set.
+//
+// The loops, from the outside: chunks of output channels; slabs of the reduction, whose kept values fit the
+// second-level cache; panels of input channels; blocks of pixels, whose input is packed into the first-level cache;
+// taps; output channels. What is packed is used by a chunk's channels and all taps, so packing costs little and is done
+// in place of a copy of the whole input.
+#pragma once
+
+#include "compress_nm-inl.h"
+#include "patches-inl.h"
+#include "row_kernel-inl.h"
+#include "spmm_nm-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+constexpr int64_t kPrunedElements = 8192;  // pruned at a time, into the first-level cache
+constexpr int64_t kNeighbours = 64;        // output channels at a time, where those lie side by side
+constexpr int64_t kWeightRows = 768;       // output channels of a chunk
+
+// Work is cut into chunks of output channels x convolution groups x parts of the panels. No result depends on the cut:
+// each is summed in the order of the blocks.
+struct WeightGradPlan {
+  int64_t panel;  // vectors
+  int64_t panels;
+  int64_t width;  // columns of a panel
+  int64_t taps;   // of a kernel's line in one call
+  Cut cut;
+  int64_t pixels;      // of a sample
+  int64_t groups;      // of m, of a sample
+  int64_t per_sample;  // blocks, where each is of one sample
+  int64_t blocks;
+  int64_t chunk_rows;
+  int64_t chunks;
+  int64_t parts;
+  int64_t units;
+
+  int64_t kept(int64_t size, const Pruning& pruning) const { return ceil_div(size, pruning.m) * pruning.n; }
+};
+
+// Estimated cycles of a tap kernel per pixel of a block, for all panels: two loads a cycle, chains of additions of four
+// cycles that overlap from row to row in part, sums to and from the second-level cache.
+inline double cycles_per_pixel(int64_t vectors, int64_t panels, double kept, double pixels) {
+  const double loads = kept * static_cast<double>(vectors + 2) / 2, chain = kept * 3.2;
+  return ((loads > chain ? loads : chain) + 2 * static_cast<double>(vectors) + 8) * static_cast<double>(panels) /
+         pixels;
+}
+
+template <class E>
+WeightGradPlan make_weight_grad_plan(const WeightGradArgs& args) {
+  WeightGradPlan plan{};
+  plan.pixels = args.height.out * args.width.out;
+  plan.groups = ceil_div(plan.pixels, args.pruning.m);
+  plan.taps = at_most(args.width.kernel, kMaxTaps);
+  const int64_t vectors = ceil_div(args.cols, kLanes<E>);
+  Patches patches(args);
+  double best = 0;
+  for (int64_t panel = 1; panel <= at_most(vectors, kMaxPanel) && panel * plan.taps <= kMaxSums; ++panel) {
+    const int64_t panels = ceil_div(vectors, panel);
+    const int64_t bytes = panel * kVectorBytes;
+    const Cut cut = cut_pixels(args, patches, block_bytes() / bytes);
+    const int64_t size = cut.samples * cut.pixels;
+    const double kept = static_cast<double>(plan.kept(cut.pixels, args.pruning) * cut.samples);
+    const double cycles = cycles_per_pixel(panel * plan.taps, panels, kept, static_cast<double>(size));
+    if (plan.panel != 0 && cycles >= best) continue;
+    best = cycles;
+    plan.panel = panel;
+    plan.panels = panels;
+    plan.cut = cut;
+  }
+  plan.width = plan.panel * kLanes<E>;
+  plan.per_sample = ceil_div(plan.pixels, plan.cut.pixels);
+  plan.blocks = plan.cut.samples > 1 ? ceil_div(args.samples, plan.cut.samples) : args.samples * plan.per_sample;
+  plan.chunks = ceil_div(args.rows, kWeightRows);
+  const int64_t taps = args.height.kernel * args.width.kernel;
+  const int64_t panel_bytes = kWeightRows * taps * plan.width * static_cast<int64_t>(sizeof(E));
+  plan.parts = at_most(ceil_div(plan.panels * panel_bytes, 4 * kResultBytes), plan.panels);
+  const int64_t wanted = args.threads > 1 ? kUnitsPerThread * args.threads : 1;
+  // Each part prunes again; each chunk packs again, which costs less.
+  while (plan.chunks * args.groups * plan.parts < wanted && plan.chunks * 32 < args.rows) plan.chunks *= 2;
+  while (plan.chunks * args.groups * plan.parts < wanted && plan.parts * 2 <= plan.panels) plan.parts *= 2;
+  plan.chunk_rows = ceil_div(args.rows, plan.chunks);
+  plan.chunks = ceil_div(args.rows, plan.chunk_rows);
+  plan.units = plan.chunks * args.groups * plan.parts;
+  return plan;
+}
+
+template <class C>
+class WeightGrad {
+  using T = typename C::T;
+  using E = typename C::E;
+  using Word = SDGP_ISA::Word<sizeof(T)>;
+
+ public:
+  static void run(const WeightGradArgs& args, int64_t begin, int64_t end) {
+    WeightGrad grad(args);
+    for (int64_t unit = begin; unit < end; ++unit) grad.run_unit(unit);
+  }
+
+ private:
+  // Pixels [begin, end) of the samples [sample, sample + samples); kept values of a row, and where the first row's
+  // begin.
+  struct Block {
+    int64_t sample;
+    int64_t samples;
+    int64_t begin;
+    int64_t end;
+    int64_t kept;
+    int64_t at;
+
+    int64_t size() const { return samples * (end - begin); }
+  };
+
+  explicit WeightGrad(const WeightGradArgs& args)
+      : args_(args),
+        plan_(make_weight_grad_plan<E>(args)),
+        patches_(args),
+        taps_(args.height.kernel * args.width.kernel) {
+    make_pack_table(table_, 0, kPack);
+  }
+
+  void run_unit(int64_t unit) {
+    const int64_t part = unit % plan_.parts;
+    panel_begin_ = plan_.panels * part / plan_.parts;
+    panel_end_ = plan_.panels * (part + 1) / plan_.parts;
+    group_ = unit / plan_.parts % args_.groups;
+    first_row_ = unit / plan_.parts / args_.groups * plan_.chunk_rows;
+    rows_ = at_most(args_.rows - first_row_, plan_.chunk_rows);
+    const int64_t row_bytes = rows_ * static_cast<int64_t>(sizeof(uint32_t) + sizeof(E));
+    const int64_t block_kept = plan_.kept(plan_.cut.pixels, args_.pruning) * plan_.cut.samples;
+    const int64_t slabs = ceil_div(plan_.blocks, at_least(kSlabBytes / (row_bytes * block_kept), 1));
+    const int64_t panel_sums = rows_ * taps_ * plan_.width;
+    sums_.reserve(panel_sums * (slabs > 1 ? panel_end_ - panel_begin_ : 1));
+    for (int64_t slab = 0; slab < slabs; ++slab) {
+      read_kept(plan_.blocks * slab / slabs, plan_.blocks * (slab + 1) / slabs);
+      for (int64_t panel = panel_begin_; panel < panel_end_; ++panel) {
+        E* sums = sums_.data + (slabs > 1 ? (panel - panel_begin_) * panel_sums : 0);
+        for (int64_t i = 0; i < count_; ++i) multiply_block(panel, i, slab == 0 && i == 0, sums);
+        if (slab + 1 == slabs) store_panel(panel, sums);
+      }
+    }
+  }
+
+  Block block_at(int64_t index) const {
+    if (plan_.cut.samples > 1) {
+      const int64_t sample = index * plan_.cut.samples;
+      return {sample, at_most(args_.samples - sample, plan_.cut.samples), 0, plan_.pixels, 0, 0};
+    }
+    const int64_t begin = index % plan_.per_sample * plan_.cut.pixels;
+    return {index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels), 0, 0};
+  }
+
+  // Prunes a slab of the chunk's rows and packs what they keep: [block][row][kept].
+  void read_kept(int64_t begin, int64_t end) {
+    count_ = end - begin;
+    Block* blocks = blocks_.reserve(count_);
+    int64_t at = 0;
+    for (int64_t i = 0; i < count_; ++i) {
+      blocks[i] = block_at(begin + i);
+      blocks[i].kept = plan_.kept(blocks[i].end - blocks[i].begin, args_.pruning) * blocks[i].samples;
+      blocks[i].at = at;
+      at += blocks[i].kept * rows_ + kKeep;
+    }
+    values_.reserve(at + kKeep);
+    offsets_.reserve(at + kKeep);
+    // Where a channel's pixels lie side by side, a sample's blocks are pruned together: long runs.
+    const bool together = args_.gradient.pixel_stride == 1 && plan_.cut.samples == 1;
+    for (int64_t i = 0, next = 0; i < count_; i = next) {
+      next = i + 1;
+      while (together && next < count_ && blocks[next].sample == blocks[i].sample) ++next;
+      read_span(blocks + i, blocks + next);
+    }
+  }
+
+  // Blocks that are pruned together: of one sample, or one block.
+  void read_span(const Block* first, const Block* last) {
+    int64_t size = 0;
+    for (const Block* block = first; block < last; ++block) size += block->size();
+    uint32_t* places = places_.reserve(size + kKeep);
+    for (const Block* block = first; block < last; ++block) {
+      patches_.find(block->begin, block->end);
+      for (int64_t s = 0; s < block->samples; ++s, places += block->end - block->begin) {
+        patches_.find_places(block->begin, block->end, s * patches_.size, plan_.width * static_cast<int64_t>(sizeof(E)),
+                             places);
+      }
+    }
+    const Gradient& gradient = args_.gradient;
+    const int64_t least = gradient.pixel_stride == 1 ? 1 : kNeighbours;
+    const int64_t piece = at_least(kPrunedElements / size, least);
+    Word* pruned = pruned_.reserve(piece * size + kKeep);
+    const int64_t span = (last - 1)->end - first->begin;
+    for (int64_t row = 0; row < rows_; row += piece) {
+      const int64_t rows = at_most(rows_ - row, piece);
+      for (int64_t s = 0; s < first->samples; ++s) {
+        const int64_t channel = group_ * args_.rows + first_row_ + row;
+        PruneArgs part{};
+        part.dtype = args_.dtype;
+        part.pruning = args_.pruning;
+        part.in = static_cast<const T*>(gradient.data) + (first->sample + s) * gradient.sample_stride +
+                  channel * gradient.channel_stride + first->begin * gradient.pixel_stride;
+        part.size = span;
+        part.in_stride = gradient.pixel_stride;
+        part.row_groups = plan_.groups;
+        const int64_t logical = (first->sample + s) * args_.groups * args_.rows + channel;
+        part.first_group = static_cast<uint64_t>(logical * plan_.groups + first->begin / args_.pruning.m);
+        part.dims[0] = {rows, gradient.channel_stride, 0, 1, false};
+        rows_of_.read_into(part, args_.pruning.keeps_all(), pruned + s * span, size);
+      }
+      for (int64_t r = 0; r < rows; ++r) place_row(first, last, row + r, pruned + r * size);
+    }
+  }
+
+  // What a row keeps, to its place in each block; where it keeps fewer than a block has room for, zeros.
+  SDGP_INLINE void place_row(const Block* first, const Block* last, int64_t row, const Word* pruned) {
+    const uint32_t* places = places_.data;
+    for (const Block* block = first; block < last; pruned += block->size(), places += block->size(), ++block) {
+      const int64_t at = block->at + row * block->kept;
+      E* values = values_.data + at;
+      uint32_t* offsets = offsets_.data + at;
+      int64_t kept = 0;
+      if constexpr (sizeof(T) == sizeof(E)) {
+        kept = keep_row(table_, pruned, block->size(), places, reinterpret_cast<Word*>(values), offsets);
+      } else {
+        Word* words = words_.reserve(block->kept + kKeep);
+        kept = keep_row(table_, pruned, block->size(), places, words, offsets);
+        load_elements<C>(reinterpret_cast<const T*>(words), values, kept);
+      }
+      for (; kept < block->kept; ++kept) {
+        values[kept] = 0;
+        offsets[kept] = 0;
+      }
+    }
+  }
+
+  void multiply_block(int64_t panel, int64_t index, bool first, E* sums) {
+    const Block& block = blocks_.data[index];
+    patches_.find(block.begin, block.end);
+    const char* input = reinterpret_cast<const char*>(pack_block(panel, block));
+    const int64_t pitch = patches_.pitch;
+    Ahead ahead = find_ahead(panel, index);
+    const int64_t calls = args_.height.kernel * ceil_div(args_.width.kernel, plan_.taps);
+    const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(E));
+    TapsCall<E> call{};
+    call.kept = {values_.data + block.at, offsets_.data + block.at, block.kept};
+    call.rows = rows_;
+    call.tap_bytes = args_.width.dilation * position_bytes;
+    call.ahead = &ahead;
+    call.fetches = at_least(ceil_div(ahead.total(), calls), 1);
+    for (int64_t ky = 0; ky < args_.height.kernel; ++ky) {
+      for (int64_t kx = 0; kx < args_.width.kernel; kx += plan_.taps) {
+        const int64_t taps = at_most(args_.width.kernel - kx, plan_.taps);
+        call.dense = input + (ky * args_.height.dilation * pitch + kx * args_.width.dilation) * position_bytes;
+        call.sums = sums;
+        sums += rows_ * taps * plan_.width;
+        first ? multiply_taps_of<E, true>(plan_.panel, taps, call)
+              : multiply_taps_of<E, false>(plan_.panel, taps, call);
+      }
+    }
+  }
+
+  // What a packed line of a patch takes from a line of the input; around it are zeros.
+  struct Strip {
+    int64_t before;  // zeros
+    int64_t count;   // positions of the input
+    int64_t length;  // of the packed line
+    int64_t first;   // position of the input
+  };
+
+  Strip strip_of(const Patch& patch) const {
+    const int64_t length = patches_.width.packed(patch.columns), jump = patches_.width.jump;
+    const int64_t first = patch.column * args_.width.stride - args_.width.padding;
+    const int64_t before = first < 0 ? at_most(ceil_div(-first, jump), length) : 0;
+    const int64_t inside = args_.width.in - first;  // positions from `first` on
+    const int64_t stop = inside > 0 ? at_most(ceil_div(inside, jump), length) : 0;
+    return {before, at_least(stop - before, 0), length, first + before * jump};
+  }
+
+  // The input's line that a patch's packed line `y` holds, where the strip begins; null: outside.
+  const T* line_of(const Patch& patch, const Strip& strip, int64_t y, int64_t panel, int64_t sample) const {
+    const int64_t at = patch.line * args_.height.stride - args_.height.padding + y * patches_.height.jump;
+    if (at < 0 || at >= args_.height.in) return nullptr;
+    return static_cast<const T*>(args_.input) + sample * args_.sample_stride +
+           (group_ * args_.cols + panel * plan_.width) * args_.col_stride + at * args_.line_stride +
+           strip.first * args_.pixel_stride;
+  }
+
+  // A panel's columns of the block's input: [sample][patch][line][position][column].
+  const E* pack_block(int64_t panel, const Block& block) {
+    const int64_t cols = at_most(args_.cols - panel * plan_.width, plan_.width);
+    E* to = packed_.reserve(block.samples * patches_.size * plan_.width);
+    for (int64_t s = 0; s < block.samples; ++s, to += patches_.size * plan_.width) {
+      for (int64_t i = 0; i < patches_.count; ++i) {
+        const Patch& patch = patches_.list.data[i];
+        const Strip strip = strip_of(patch);
+        E* line = to + patch.at * plan_.width;
+        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y, line += patches_.pitch * plan_.width) {
+          pack_line(strip, line_of(patch, strip, y, panel, block.sample + s), cols, line);
+        }
+      }
+    }
+    return packed_.data;
+  }
+
+  // What is packed after a block: the next block's input, or the next panel's of the first block.
+  Ahead find_ahead(int64_t panel, int64_t index) {
+    if (++index == count_) {
+      index = 0;
+      if (++panel == panel_end_) return {};
+    }
+    const Block& block = blocks_.data[index];
+    patches_.find(block.begin, block.end);
+    int64_t most = 0;
+    for (int64_t i = 0; i < patches_.count; ++i) most += patches_.height.packed(patches_.list.data[i].lines);
+    const char** strips = strips_.reserve(most * block.samples);
+    int64_t count = 0, longest = 0;
+    for (int64_t s = 0; s < block.samples; ++s) {
+      for (int64_t i = 0; i < patches_.count; ++i) {
+        const Patch& patch = patches_.list.data[i];
+        const Strip strip = strip_of(patch);
+        longest = at_least(longest, strip.count);
+        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y) {
+          const T* line = line_of(patch, strip, y, panel, block.sample + s);
+          if (line) strips[count++] = reinterpret_cast<const char*>(line);
+        }
+      }
+    }
+    const int64_t cols = at_most(args_.cols - panel * plan_.width, plan_.width);
+    const int64_t bytes = sizeof(T), step = patches_.width.jump * args_.pixel_stride * bytes;
+    if (args_.col_stride == 1) return {strips, count, longest, step, cols * bytes};
+    return {strips, count, cols, args_.col_stride * bytes, longest * step};
+  }
+
+  // One packed line; `from`: where its strip of the input begins, null: outside of it.
+  void pack_line(const Strip& strip, const T* from, int64_t cols, E* to) {
+    const int64_t width = plan_.width;
+    if (from == nullptr || strip.count == 0) return clear(to, strip.length * width);
+    clear(to, strip.before * width);
+    to += strip.before * width;
+    clear(to + strip.count * width, (strip.length - strip.before - strip.count) * width);
+    const int64_t step = patches_.width.jump * args_.pixel_stride;
+    if (args_.col_stride == 1) {
+      for (int64_t i = 0; i < strip.count; ++i) {
+        load_elements<C>(from + i * step, to + i * width, cols);
+        if (cols < width) clear(to + i * width + cols, width - cols);
+      }
+      return;
+    }
+    constexpr int kL = kLanes<E>;
+    int64_t i = 0;
+    if (step == 1) {
+      for (; i + kL <= strip.count; i += kL) {
+        for (int64_t c = 0; c < width; c += kL) {
+          Vec<E> tile[kL];
+#pragma GCC unroll 64
+          for (int j = 0; j < kL; ++j)
+            tile[j] = c + j < cols ? C::load(from + i + (c + j) * args_.col_stride) : Vec<E>{};
+          transpose<E, kL>(tile);
+#pragma GCC unroll 64
+          for (int j = 0; j < kL; ++j) store_bits(to + (i + j) * width + c, tile[j]);
+        }
+      }
+    }
+    for (; i < strip.count; ++i) {
+      for (int64_t c = 0; c < width; ++c) {
+        to[i * width + c] = c < cols ? load_element<C>(from + i * step + c * args_.col_stride) : E{};
+      }
+    }
+  }
+
+  static SDGP_INLINE void clear(E* to, int64_t count) {
+    if (count > 0) std::memset(to, 0, static_cast<size_t>(count) * sizeof(E));
+  }
+
+  void store_panel(int64_t panel, const E* sums) {
+    const int64_t first_col = panel * plan_.width;
+    const int64_t cols = at_most(args_.cols - first_col, plan_.width);
+    // Where the sums of each tap begin, and from row to row.
+    const E** begin = begin_.reserve(taps_);
+    int64_t* pitch = pitch_.reserve(taps_);
+    int64_t tap = 0;
+    for (int64_t ky = 0; ky < args_.height.kernel; ++ky) {
+      for (int64_t kx = 0; kx < args_.width.kernel; kx += plan_.taps) {
+        const int64_t taps = at_most(args_.width.kernel - kx, plan_.taps);
+        for (int64_t t = 0; t < taps; ++t, ++tap) {
+          begin[tap] = sums + t * plan_.width;
+          pitch[tap] = taps * plan_.width;
+        }
+        sums += rows_ * taps * plan_.width;
+      }
+    }
+    T* out = static_cast<T*>(args_.out) + (group_ * args_.rows + first_row_) * args_.out_row_stride +
+             first_col * args_.out_col_stride;
+    for (int64_t r = 0; r < rows_; ++r, out += args_.out_row_stride) {
+      if (args_.out_col_stride == 1) {
+        for (tap = 0; tap < taps_; ++tap) {
+          store_elements<C>(begin[tap] + r * pitch[tap], out + tap * args_.out_tap_stride, cols);
+        }
+        continue;
+      }
+      for (int64_t c = 0; c < cols; ++c) {
+        for (tap = 0; tap < taps_; ++tap) {
+          store_element<C>(out + c * args_.out_col_stride + tap * args_.out_tap_stride, begin[tap][r * pitch[tap] + c]);
+        }
+      }
+    }
+  }
+
+  const WeightGradArgs& args_;
+  const WeightGradPlan plan_;
+  Patches patches_;
+  const int64_t taps_;
+  PackTable table_;
+  PrunedRows<Word> rows_of_;
+  int64_t group_ = 0;
+  int64_t first_row_ = 0;
+  int64_t rows_ = 0;
+  int64_t panel_begin_ = 0;
+  int64_t panel_end_ = 0;
+  int64_t count_ = 0;  // of the slab's blocks
+  Scratch<Block> blocks_;
+  Scratch<uint32_t> places_;
+  Scratch<Word> pruned_;
+  Scratch<Word> words_;
+  Scratch<E> values_;
+  Scratch<uint32_t> offsets_;
+  Scratch<E> packed_;
+  Scratch<const char*> strips_;
+  Scratch<E> sums_;
+  Scratch<const E*> begin_;
+  Scratch<int64_t> pitch_;
+};
+
+inline int64_t weight_grad_nm_units(const WeightGradArgs& args) {
+  return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    return make_weight_grad_plan<typename LanesOf<kDType>::E>(args).units;
+  });
+}
+
+inline void weight_grad_nm(const WeightGradArgs& args, int64_t begin, int64_t end) {
+  visit(DTypes{}, args.dtype,
+        [&]<DType kDType>(Constant<kDType>) { WeightGrad<LanesOf<kDType>>::run(args, begin, end); });
+}
+
+}  // namespace sdgp::SDGP_ISA
