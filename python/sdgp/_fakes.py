@@ -76,6 +76,29 @@ def _conv2d_input_grad_nm(
     return grad_output.new_empty(samples, channels, *input_size)
 
 
+@_fake("_conv2d_weight_grad_nm")
+def _conv2d_weight_grad_nm(
+    grad_output: Tensor,
+    input: Tensor,
+    n: int,
+    m: int,
+    method: str,
+    seed: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    channels_last: bool,
+) -> Tensor:
+    _check_dtype("_conv2d_weight_grad_nm", "input", input, grad_output)
+    _check_shape("_conv2d_weight_grad_nm", "input", input, (grad_output.shape[0], *input.shape[1:]))
+    out, channels = grad_output.shape[1], input.shape[1] // groups
+    if channels_last:
+        return grad_output.new_empty(out, *kernel_size, channels).movedim(-1, 1)
+    return grad_output.new_empty(out, channels, *kernel_size)
+
+
 @_fake("_pack_24")
 def _pack_24(
     input: Tensor,

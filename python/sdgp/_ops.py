@@ -13,7 +13,6 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import _fakes as _fakes
 from . import _load as _load  # registers the ops
-from . import reference
 from ._pattern import METHODS_THAT_DRAW
 
 #: What the kernels compute with.
@@ -237,22 +236,11 @@ def conv2d_weight_grad_nm(
     Returns:
         (out, in / groups, kH, kW).
     """
-    samples, out, height, width = grad_output.shape
-    pruned = prune_nm(grad_output.reshape(samples, out, height * width), n, m, -1, method, seed)
-    return reference.conv2d_weight_grad_nm(
-        pruned.reshape(grad_output.shape),
-        input,
-        m,
-        m,
-        method,
-        None,
-        kernel_size,
-        stride,
-        padding,
-        dilation,
-        groups,
-        channels_last,
+    drawn = _seed(grad_output, method, seed)
+    result: Tensor = torch.ops.sdgp._conv2d_weight_grad_nm(
+        grad_output, input, n, m, method, drawn, kernel_size, stride, padding, dilation, groups, channels_last
     )
+    return result
 
 
 def pack_24(
@@ -346,6 +334,22 @@ def _conv2d_flop(grad_output: Sequence[int], weight: Sequence[int], n: int, m: i
     return 2 * samples * height * width * int(kept) * math.prod(weight[1:])
 
 
+def _conv2d_weight_flop(
+    grad_output: Sequence[int],
+    input: Sequence[int],
+    n: int,
+    m: int,
+    method: str,
+    seed: Any,
+    kernel_size: Sequence[int],
+    *args: Any,
+    **_: Any,
+) -> int:
+    groups = args[3]
+    samples, out, height, width = grad_output
+    return 2 * samples * out * _kept(height * width, n, m) * input[1] // groups * math.prod(kernel_size)
+
+
 # FlopCounterMode counts multiplications and additions of products. Pruning and packing have none.
 for _name, _formula in {
     "prune_nm": _no_flop,
@@ -356,6 +360,7 @@ for _name, _formula in {
     "spmm_nm": _spmm_flop,
     "_prune_nm_matmul": _matmul_flop,
     "_conv2d_input_grad_nm": _conv2d_flop,
+    "_conv2d_weight_grad_nm": _conv2d_weight_flop,
 }.items():
     register: Any = register_flop_formula(getattr(torch.ops.sdgp, _name))
     register(_formula)
