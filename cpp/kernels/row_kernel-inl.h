@@ -119,23 +119,27 @@ struct Ahead {
 };
 
 // Note [Tap kernel]
-// In a weight gradient all taps read the same kept values, each at its own distance from where an offset leads: one
-// broadcast serves kT taps x kP vectors, whose sums stay in registers.
-template <class E>
+// Where all result rows are sums over kept values of their own, which all taps read, each at its own distance from
+// where an offset leads: a plain product, which has one tap, and a weight gradient. One broadcast serves kT taps x kP
+// vectors, whose sums stay in registers.
+template <class E, class Offset>
 struct TapsCall {
-  KeptBlock<E, uint32_t> kept;
+  KeptBlock<E, Offset> kept;
   int64_t rows;
   const char* dense;  // of the first tap
   int64_t tap_bytes;
-  E* sums;  // (rows, taps, panel)
+  const E* in;  // partial sums: (rows, taps, panel)
+  int64_t in_stride;
+  E* out;
+  int64_t out_stride;
   Ahead* ahead;
   int64_t fetches;  // meanwhile
 };
 
-template <class E, int kP, int kT, bool kFirst, int... kI>
-SDGP_INLINE void multiply_taps_row(const TapsCall<E>& call, const E* value, const uint32_t* offset, E* sums,
-                                   std::integer_sequence<int, kI...>) {
-  Vec<E> sum[kP * kT] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(sums + kI * kLanes<E>))...};
+template <class E, class Offset, int kP, int kT, bool kFirst, int... kI>
+SDGP_INLINE void multiply_taps_row(const TapsCall<E, Offset>& call, const E* value, const Offset* offset, const E* in,
+                                   E* out, std::integer_sequence<int, kI...>) {
+  Vec<E> sum[kP * kT] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(in + kI * kLanes<E>))...};
   for (const E* const end = value + call.kept.count; value != end; ++value, ++offset) {
     const char* row = call.dense + *offset;
     const Vec<E> x = splat(*value);
@@ -143,24 +147,26 @@ SDGP_INLINE void multiply_taps_row(const TapsCall<E>& call, const E* value, cons
           x, load_bits<Vec<E>>(row + kI / kP * call.tap_bytes + kI % kP * static_cast<int>(sizeof(Vec<E>))), sum[kI])),
      ...);
   }
-  ((store_bits(sums + kI * kLanes<E>, sum[kI])), ...);
+  ((store_bits(out + kI * kLanes<E>, sum[kI])), ...);
 }
 
-template <class E, int kP, int kT, bool kFirst>
-__attribute__((noinline)) void multiply_taps(const TapsCall<E>& block) {
+template <class E, class Offset, int kP, int kT, bool kFirst>
+__attribute__((noinline)) void multiply_taps(const TapsCall<E, Offset>& block) {
   constexpr auto kSums = std::make_integer_sequence<int, kP * kT>{};
-  const TapsCall<E> call = block;
+  const TapsCall<E, Offset> call = block;  // a copy: nothing that is stored can change it
   const E* value = call.kept.values;
-  const uint32_t* offset = call.kept.offsets;
-  E* sums = call.sums;
+  const Offset* offset = call.kept.offsets;
+  const E* in = call.in;
+  E* out = call.out;
   int64_t row = 0;
   for (int64_t fetch = 1; fetch <= call.fetches; ++fetch) {
     call.ahead->fetch();
     for (const int64_t stop = call.rows * fetch / call.fetches; row < stop; ++row) {
-      multiply_taps_row<E, kP, kT, kFirst>(call, value, offset, sums, kSums);
+      multiply_taps_row<E, Offset, kP, kT, kFirst>(call, value, offset, in, out, kSums);
       value += call.kept.count;
       offset += call.kept.count;
-      sums += kP * kT * kLanes<E>;
+      in += call.in_stride;
+      out += call.out_stride;
     }
   }
 }
@@ -168,11 +174,13 @@ __attribute__((noinline)) void multiply_taps(const TapsCall<E>& block) {
 constexpr int kMaxTaps = 3;                             // in one call
 constexpr int kMaxSums = kVectorBytes == 64 ? 24 : 12;  // of 32 registers, or 16
 
-template <class E, bool kFirst>
-void multiply_taps_of(int64_t panel, int64_t taps, const TapsCall<E>& call) {
+template <class E, class Offset>
+void multiply_taps_of(int64_t panel, int64_t taps, bool first, const TapsCall<E, Offset>& call) {
   visit_at_least(Values<1, 2, 3>{}, taps, [&]<int kT>(Constant<kT>) {
     visit_at_least(Values<1, 2, 3, 4, 5, 6, 7, 8>{}, panel, [&]<int kP>(Constant<kP>) {
-      if constexpr (kP * kT <= kMaxSums) multiply_taps<E, kP, kT, kFirst>(call);
+      if constexpr (kP * kT <= kMaxSums) {
+        first ? multiply_taps<E, Offset, kP, kT, true>(call) : multiply_taps<E, Offset, kP, kT, false>(call);
+      }
     });
   });
 }

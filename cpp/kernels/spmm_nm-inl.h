@@ -270,6 +270,7 @@ class Spmm {
     BlockCall<E> call{};
     call.in = sums;
     call.in_stride = dense_.width;
+    const bool plain = is_plain(args_.height) && is_plain(args_.width);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t kept =
           (kept_before(block) - kept_before(block_begin)) * gather_.sources + (block - block_begin) * kStep;
@@ -289,10 +290,37 @@ class Spmm {
         const bool to_result = last && direct;
         call.out = to_result ? static_cast<E*>(args_.out) + result_offset(first_row_, first_col) : sums;
         call.out_stride = to_result ? args_.groups * args_.cols : dense_.width;
-        (first ? block_function<E, true> : block_function<E, false>)(dense_.panel)(call);
+        if (plain) {
+          multiply_plain(call, first);
+        } else {
+          (first ? block_function<E, true> : block_function<E, false>)(dense_.panel)(call);
+        }
       }
     }
     if (block_end == dense_.blocks && !direct) store_panel(sums, first_col, cols);
+  }
+
+  // Whether a result position is summed from the same position of the gradient alone.
+  static bool is_plain(const Axis2d& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
+  }
+
+  void multiply_plain(const BlockCall<E>& call, bool first) {
+    constexpr int64_t kRowsPerFetch = 4;
+    const int64_t fetches = ceil_div(rows_, kRowsPerFetch);
+    const int64_t piece = ceil_div(call.next_lines > 0 ? call.tap_bytes / 64 : 0, fetches) * 64;
+    Ahead ahead{.strips = &call.next, .count = piece > 0, .pieces = fetches, .step = piece, .bytes = piece};
+    multiply_taps_of<E, uint16_t>(dense_.panel, 1, first,
+                                  {.kept = call.kept,
+                                   .rows = rows_,
+                                   .dense = call.dense,
+                                   .tap_bytes = 0,
+                                   .in = call.in,
+                                   .in_stride = call.in_stride,
+                                   .out = call.out,
+                                   .out_stride = call.out_stride,
+                                   .ahead = &ahead,
+                                   .fetches = fetches});
   }
 
   int64_t result_offset(int64_t row, int64_t col) const {

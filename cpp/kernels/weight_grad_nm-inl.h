@@ -244,7 +244,7 @@ class WeightGrad {
     Ahead ahead = find_ahead(panel, index);
     const int64_t calls = args_.height.kernel * ceil_div(args_.width.kernel, plan_.taps);
     const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(E));
-    TapsCall<E> call{};
+    TapsCall<E, uint32_t> call{};
     call.kept = {values_.data + block.at, offsets_.data + block.at, block.kept};
     call.rows = rows_;
     call.tap_bytes = args_.width.dilation * position_bytes;
@@ -254,10 +254,10 @@ class WeightGrad {
       for (int64_t kx = 0; kx < args_.width.kernel; kx += plan_.taps) {
         const int64_t taps = at_most(args_.width.kernel - kx, plan_.taps);
         call.dense = input + (ky * args_.height.dilation * pitch + kx * args_.width.dilation) * position_bytes;
-        call.sums = sums;
+        call.in = call.out = sums;
+        call.in_stride = call.out_stride = taps * plan_.width;
         sums += rows_ * taps * plan_.width;
-        first ? multiply_taps_of<E, true>(plan_.panel, taps, call)
-              : multiply_taps_of<E, false>(plan_.panel, taps, call);
+        multiply_taps_of(plan_.panel, taps, first, call);
       }
     }
   }

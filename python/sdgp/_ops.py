@@ -347,7 +347,8 @@ def _conv2d_weight_flop(
 ) -> int:
     groups = args[3]
     samples, out, height, width = grad_output
-    return 2 * samples * out * _kept(height * width, n, m) * input[1] // groups * math.prod(kernel_size)
+    kept = out * _kept(height * width, n, m)
+    return 2 * samples * int(kept) * input[1] // int(groups) * math.prod(kernel_size)
 
 
 # FlopCounterMode counts multiplications and additions of products. Pruning and packing have none.
