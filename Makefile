@@ -16,7 +16,7 @@ DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 # Under the other versions of torch, what is slow, and what no version of torch changes, runs where a release is made.
 SECOND_ARGS ?= -m "not slow" --ignore tests/test_cuda_on_host.py --ignore tests/test_fuzz_ops.py
-BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d auto train_step
+BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d weight_grad auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from sdgp._machine import changes, machine
 from sdgp._timing import interleaved as interleaved
+from sdgp._timing import interval as interval
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,12 +27,6 @@ def arguments(description: str | None, rounds: str | None = None) -> argparse.Ar
     result.add_argument("--threads", type=int, default=1)
     result.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     return result
-
-
-def interval(count: int) -> tuple[int, int]:
-    """The places, among ``count`` sorted values, of the ends of their median's 95 % interval."""
-    half = 0.98 * math.sqrt(count)
-    return max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any] | None:

@@ -14,10 +14,11 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from data_gradient import Case, main
+from gradients import Case, main
 from torch import Tensor
 
 from sdgp._autograd import Conv2dProducts
+from sdgp._autograd._conv2d import Geometry
 from sdgp._pattern import Pruning
 
 
@@ -38,33 +39,48 @@ SHAPES = (
     Shape(1, 32, 256, 64, 56),
     Shape(1, 32, 64, 256, 56),
     Shape(1, 32, 1024, 256, 14),
+    Shape(1, 24, 512, 128, 28),
 )
 
 
-def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> Conv2dProducts:
+def name(shape: Shape) -> str:
+    kernel, batch, channels_in, channels_out, size, stride = shape
+    text = f"{kernel}x{kernel} {batch}, {channels_in} -> {channels_out}, {size}x{size}"
+    return text if stride == 1 else f"{text} / {stride}"
+
+
+def geometry(shape: Shape) -> Geometry:
     padding = shape.kernel // 2
-    geometry = ((shape.stride, shape.stride), (padding, padding), (1, 1), 1)
-    return Conv2dProducts(grad_output, input, weight, geometry, pruning)
+    return Geometry((shape.stride, shape.stride), (padding, padding), (1, 1), 1)
+
+
+def tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, output gradient and weight."""
+    kernel, batch, channels_in, channels_out, size, stride = shape
+    input, grad_output, weight = (
+        torch.randn(sizes).to(memory_format=torch.channels_last)
+        for sizes in (
+            (batch, channels_in, size, size),
+            (batch, channels_out, size // stride, size // stride),
+            (channels_out, channels_in, kernel, kernel),
+        )
+    )
+    return input, grad_output, weight
+
+
+def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> Conv2dProducts:
+    return Conv2dProducts(grad_output, input, weight, geometry(shape), pruning)
 
 
 def cases() -> Iterator[Case]:
     for shape in SHAPES:
-        kernel, batch, channels_in, channels_out, size, stride = shape
-        name = f"{kernel}x{kernel} {batch}, {channels_in} -> {channels_out}, {size}x{size}"
-        input, grad_output, weight = (
-            torch.randn(sizes).to(memory_format=torch.channels_last)
-            for sizes in (
-                (batch, channels_in, size, size),
-                (batch, channels_out, size // stride, size // stride),
-                (channels_out, channels_in, kernel, kernel),
-            )
-        )
+        input, grad_output, weight = tensors(shape)
         yield Case(
-            name=name if stride == 1 else f"{name} / {stride}",
+            name=name(shape),
             grad_output=grad_output,
-            weight=weight,
+            operand=weight,
             result_bytes=input.nbytes,
-            flop=2 * grad_output.numel() * channels_in * kernel**2,
+            flop=2 * grad_output.numel() * shape.channels_in * shape.kernel**2,
             products=partial(products, shape, grad_output, input, weight),
         )
 

@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -71,7 +72,7 @@ def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
     axes.set(title="prune_nm of 16 MiB of float32, half kept", ylabel="time, in clones", ylim=(0, None))
 
 
-def plot_cpu_product(axes: Axes, rows: Rows) -> None:
+def plot_cpu_product(axes: Axes, rows: Rows, of: str = "data") -> None:
     """A dot for each pattern; a line through the medians of the patterns of one density."""
     densities = sorted({_density(row) for row in rows}, reverse=True)
     for color, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
@@ -89,7 +90,7 @@ def plot_cpu_product(axes: Axes, rows: Rows) -> None:
     axes.plot(range(len(densities)), [1 / d for d in densities], ":", color="grey", label="multiply-adds saved")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(densities)), [f"1/{1 / d:g}" for d in densities])
-    axes.set(title="data gradient, mvue", xlabel="density n/m", ylabel="times as fast as exact", ylim=(0, None))
+    axes.set(title=f"{of} gradient, mvue", xlabel="density n/m", ylabel="times as fast as exact", ylim=(0, None))
 
 
 def plot_cpu_train_step(axes: Axes, rows: Rows) -> None:
@@ -126,6 +127,7 @@ CPU_PLOTS = {
     "prune_nm": plot_cpu_prune_nm,
     "spmm_nm": plot_cpu_product,
     "conv2d": plot_cpu_product,
+    "weight_grad": partial(plot_cpu_product, of="weight"),
     "train_step": plot_cpu_train_step,
 }
 

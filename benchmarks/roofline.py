@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From what spmm_nm.py and conv2d.py stored: how near each sparse data gradient comes to what the machine allows.
+"""From what spmm_nm.py, conv2d.py and weight_grad.py stored: how near each sparse gradient comes to what the machine
+allows.
 
 Prints Markdown. The bound is the longer of two times: the arithmetic that the pattern leaves, at the rate of the
-fastest dense product; and the bytes that must move, at the rate of the fastest clone: gradient, weight and result.
+fastest dense product; and the bytes that must move, at the rate of the fastest clone: the output gradient, the other
+operand and the result.
 Choosing, packing and fresh pages are left out.
 
     python benchmarks/roofline.py benchmarks/results/NAME.json
@@ -23,7 +25,7 @@ HEAD = ("shape", "N:M", "arithmetic", "memory", "measured", "of the bound", "x e
 def bounds(row: dict[str, Any], machine: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds: (arithmetic, memory)."""
     n, m = sdgp.Pattern.parse(row["pattern"])
-    moved = row["gradient_bytes"] + row["weight_bytes"] + row["result_bytes"]
+    moved = row["gradient_bytes"] + row["operand_bytes"] + row["result_bytes"]
     arithmetic = row["gflop"] * n / m / machine["best_dense_product_gflop_per_s"] * 1e3
     return arithmetic, moved / machine["best_clone_gb_per_s"] / 1e6
 

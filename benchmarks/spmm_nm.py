@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
-from data_gradient import Case, main
+from gradients import Case, main
 
 from sdgp._autograd import LinearProducts
 
@@ -27,7 +27,7 @@ def cases() -> Iterator[Case]:
         yield Case(
             name=f"linear {tokens}, {features_in} -> {features_out}",
             grad_output=grad_output,
-            weight=weight,
+            operand=weight,
             result_bytes=4 * tokens * features_in,
             flop=2 * tokens * features_in * features_out,
             products=partial(LinearProducts, grad_output, weight),

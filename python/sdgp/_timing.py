@@ -5,6 +5,7 @@ API."""
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,14 @@ from ._report import report
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], rounds: int = 15, device: torch.device | None = None
 ) -> dict[str, float]:
-    """Median seconds of each candidate; each gets its turn in every round, so that a slow moment hits all alike.
+    """Median seconds of each candidate, see ``rounds_of``."""
+    return {name: statistics.median(values) for name, values in rounds_of(candidates, rounds, device).items()}
+
+
+def rounds_of(
+    candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None
+) -> dict[str, list[float]]:
+    """The seconds of each candidate in every round; each gets its turn in each, so that a slow moment hits all alike.
 
     An untimed call comes right before the timed one: each finds caches and allocator as it leaves them itself, whatever
     ran before.
@@ -32,7 +40,13 @@ def interleaved(
         for name, call in candidates.items():
             call()
             times[name].append(seconds(call, device))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
+
+
+def interval(count: int) -> tuple[int, int]:
+    """The places, among ``count`` sorted values, of the ends of their median's 95 % interval."""
+    half = 0.98 * math.sqrt(count)
+    return max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
 
 
 def seconds(call: Callable[[], Any], device: torch.device | None = None) -> float:
@@ -71,10 +85,12 @@ def steps_beside_plain(
 ) -> list[dict[str, Any]]:
     """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
 
-    ``noise`` is what a second copy of the plain model seems to save.
+    A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient. What is saved is the median
+    over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what a second copy of the
+    plain model seems to save.
     """
     converted = {
-        (pattern, backend): convert(copy.deepcopy(model), pattern, method, backend=backend)
+        (pattern, backend): _converted(copy.deepcopy(model), pattern, method, backend)
         for pattern in patterns
         for backend in backends
     }
@@ -82,23 +98,42 @@ def steps_beside_plain(
     for (pattern, backend), twin in converted.items():
         candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
     candidates["plain again"] = training_step(copy.deepcopy(model), input, target)
-    times = interleaved(candidates, rounds, input.device)
-    milliseconds = {candidate: 1e3 * elapsed for candidate, elapsed in times.items()}
-    plain = milliseconds["plain"]
+    times = rounds_of(candidates, rounds, input.device)
+    plain = times["plain"]
+    low, high = interval(rounds)
+    noise = statistics.median(_saved(times["plain again"], plain))
     rows = []
     for (pattern, backend), twin in converted.items():
-        layers = [row for row in report(twin) if row.pattern and row.gradient == "data"]
+        own = times[f"{pattern} {backend}"]
+        saved = sorted(_saved(own, plain))
+        layers = [row for row in report(twin) if row.pattern]
+        weights = [row for row in layers if row.gradient == "weight"]
+        data = [row for row in layers if row.gradient == "data"]
         rows.append(
             {
                 "pattern": pattern,
                 "method": method,
                 "backend": backend,
-                "plain_ms": round(plain, 2),
-                "converted_ms": round(milliseconds[f"{pattern} {backend}"], 2),
-                "saved": round(1 - milliseconds[f"{pattern} {backend}"] / plain, 4),
-                "noise": round(1 - milliseconds["plain again"] / plain, 4),
-                "layers": len(layers),
-                "layers_sparse": sum(row.product == "sparse" for row in layers),
+                "plain_ms": round(1e3 * statistics.median(plain), 2),
+                "converted_ms": round(1e3 * statistics.median(own), 2),
+                "saved": round(statistics.median(saved), 4),
+                "saved_low": round(saved[low], 4),
+                "saved_high": round(saved[high], 4),
+                "noise": round(noise, 4),
+                "layers": len(data),
+                "layers_sparse": sum(row.product == "sparse" for row in data),
+                "weights": len(weights),
+                "weights_sparse": sum(row.product == "sparse" for row in weights),
             }
         )
     return rows
+
+
+def _converted(model: nn.Module, pattern: str, method: str, backend: str) -> nn.Module:
+    data, _, weight = pattern.partition(" + ")
+    return convert(model, data, method, backend=backend, weight_grad=(weight, method) if weight else None)
+
+
+def _saved(own: Sequence[float], plain: Sequence[float]) -> list[float]:
+    """The share of the plain model's time that a copy saved, in each round."""
+    return [1 - mine / other for mine, other in zip(own, plain, strict=True)]

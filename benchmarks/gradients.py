@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What spmm_nm.py and conv2d.py share: a layer's sparse data gradient beside the exact one, and the machine's speeds.
+"""What spmm_nm.py, conv2d.py and weight_grad.py share: a sparse gradient of a layer beside the exact one, and the
+machine's speeds.
 
-The sparse side is what a layer does in its backward: pack the weight, prune, multiply. Tensors above some
-32 MiB are new to the process in every call, exact or sparse, and the system's page faults may take longer than the
+The sparse side is what a layer does in its backward: it packs the other operand, prunes and multiplies. Tensors above
+some 32 MiB are new to the process in every call, exact or sparse, and the system's page faults may take longer than the
 product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
 """
 
@@ -22,16 +23,16 @@ from sdgp._decision import Products
 from sdgp._pattern import Pruning
 
 # By density: a half, a quarter, an eighth. The arithmetic limits are 2, 4 and 8 times exact.
-PATTERNS = ("2:4", "4:8", "16:32", "1:4", "2:8", "1:8", "4:32")
+PATTERNS = ("2:4", "8:16", "16:32", "1:4", "4:16", "1:8", "4:32")
 METHODS = ("magnitude", "mvue", "rescale")
 
 
 class Case(NamedTuple):
-    """One data gradient."""
+    """One data or weight gradient. ``operand``: what the output gradient is multiplied with."""
 
     name: str
     grad_output: Tensor
-    weight: Tensor
+    operand: Tensor
     result_bytes: int
     flop: int  # of the exact product
     products: Callable[[Pruning], Products]
@@ -51,7 +52,7 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         "pattern": pattern,
         "gflop": case.flop / 1e9,
         "gradient_bytes": case.grad_output.nbytes,
-        "weight_bytes": case.weight.nbytes,
+        "operand_bytes": case.operand.nbytes,
         "result_bytes": case.result_bytes,
         "clone_ms": round(milliseconds["clone"], 3),
         "exact_ms": round(exact, 3),
@@ -92,7 +93,7 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def main(subject: str, description: str | None, cases: Callable[[], Iterable[Case]]) -> None:
-    """The command line of both programs. Cases are made one at a time: together they would fill the memory."""
+    """The command line of all programs. Cases are made one at a time: together they would fill the memory."""
     parser = arguments(description)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The weight gradient of linear layers and of convolutions, channels_last: the sparse product beside PyTorch's.
+
+One line per shape and pattern, as in spmm_nm.py and conv2d.py; the output gradient is pruned along tokens or pixels.
+
+    python benchmarks/weight_grad.py                            # everything, ten minutes or so
+    python benchmarks/weight_grad.py --shape 3x3 --pattern 8:16 4:16
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import conv2d
+import spmm_nm
+import torch
+from gradients import Case, main
+from torch import Tensor
+
+from sdgp._autograd import Conv2dWeightProducts, LinearWeightProducts
+from sdgp._pattern import Pruning
+
+
+def linear_products(grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> LinearWeightProducts:
+    return LinearWeightProducts(grad_output, input, weight, False, pruning)
+
+
+def conv2d_products(
+    shape: conv2d.Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning
+) -> Conv2dWeightProducts:
+    return Conv2dWeightProducts(grad_output, input, weight, conv2d.geometry(shape), pruning)
+
+
+def cases() -> Iterator[Case]:
+    for tokens, features_in, features_out in spmm_nm.SHAPES:
+        grad_output, input = torch.randn(tokens, features_out), torch.randn(tokens, features_in)
+        weight = torch.empty(features_out, features_in)
+        yield Case(
+            name=f"linear {tokens}, {features_in} -> {features_out}",
+            grad_output=grad_output,
+            operand=input,
+            result_bytes=weight.nbytes,
+            flop=2 * tokens * features_in * features_out,
+            products=partial(linear_products, grad_output, input, weight),
+        )
+    for shape in conv2d.SHAPES:
+        input, grad_output, weight = conv2d.tensors(shape)
+        yield Case(
+            name=conv2d.name(shape),
+            grad_output=grad_output,
+            operand=input,
+            result_bytes=weight.nbytes,
+            flop=2 * grad_output.numel() * shape.channels_in * shape.kernel**2,
+            products=partial(conv2d_products, shape, grad_output, input, weight),
+        )
+
+
+if __name__ == "__main__":
+    main("weight_grad", __doc__, cases)
