@@ -5,6 +5,9 @@ machine's speeds.
 The sparse side is what a layer does in its backward: it packs the other operand, prunes and multiplies. Tensors above
 some 32 MiB are new to the process in every call, exact or sparse, and the system's page faults may take longer than the
 product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
+
+With SDGP_FORCE_ISA=avx2 the exact product goes on using AVX-512 where the CPU has it. These limit MKL and oneDNN too:
+MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 from __future__ import annotations
@@ -100,6 +103,8 @@ def main(subject: str, description: str | None, cases: Callable[[], Iterable[Cas
     args = parser.parse_args()
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         subject += ", huge pages"
+    if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) is not None:
+        subject += f", exact limited to {limit}"
     machine = (begin(args) or {}) | speeds()
     product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)

@@ -28,17 +28,21 @@ def interleaved(
 
 
 def rounds_of(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None
+    candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None, *, warm: bool = True
 ) -> dict[str, list[float]]:
     """The seconds of each candidate in every round; each gets its turn in each, so that a slow moment hits all alike.
 
-    An untimed call comes right before the timed one: each finds caches and allocator as it leaves them itself, whatever
-    ran before.
+    Where ``warm``, an untimed call comes right before the timed one: each finds caches and allocator as it leaves them
+    itself, whatever ran before. Else all candidates have one untimed call before the first round.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
+    if not warm:
+        for call in candidates.values():
+            call()
     for _ in range(rounds):
         for name, call in candidates.items():
-            call()
+            if warm:
+                call()
             times[name].append(seconds(call, device))
     return times
 
@@ -98,7 +102,7 @@ def steps_beside_plain(
     for (pattern, backend), twin in converted.items():
         candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
     candidates["plain again"] = training_step(copy.deepcopy(model), input, target)
-    times = rounds_of(candidates, rounds, input.device)
+    times = rounds_of(candidates, rounds, input.device, warm=False)  # a step leaves its own caches cold
     plain = times["plain"]
     low, high = interval(rounds)
     noise = statistics.median(_saved(times["plain again"], plain))
