@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// linear and conv2d for C++ programs that train, their data gradient pruned to N:M; modules.h makes layers of them. The
-// formulas are those of the Python package:
+// linear and conv2d for C++ programs that train, their data gradient pruned to N:M and, on request, their weight
+// gradient; modules.h makes layers of them. The formulas are those of the Python package:
 //
 //   y = x W^T + b                  forward, exact
 //   dx = prune_nm(dy, n, m) W      data gradient: at most n of every m output features stay
-//   dW = dy^T x, db = sum dy       weight and bias gradient, exact
+//   dW = dy^T x                    weight gradient, exact by default; else
+//   dW = prune_nm(dy^T, n, m) x    at most n of every m rows stay, for each output feature
+//   db = sum dy                    bias gradient, exact
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -27,50 +29,50 @@ namespace detail {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The identity on a gradient, hung on a tensor that requires one; its own gradient is refused.
+// The identity on a pruned gradient, tied to what it is made from; its own gradient is refused.
 struct Once : torch::autograd::Function<Once> {
-  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& grad, const at::Tensor&, const std::string& op) {
+  static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pruned, const at::Tensor&, const at::Tensor&,
+                            const std::string& op) {
     ctx->saved_data["op"] = op;
-    return grad.view_as(grad);
+    return pruned.view_as(pruned);
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     TORCH_CHECK(false, ctx->saved_data["op"].toStringRef(),
-                ": expected one differentiation, got a second (create_graph=true); the pruned data gradient has no "
-                "gradient of its own: use backend=\"exact\" for this forward");
+                ": expected one differentiation, got a second (create_graph=true); a pruned gradient has no gradient "
+                "of its own: use backend=\"exact\" for this forward");
   }
 };
 
-// What `gradients` returns. Where it was `pruned` it is computed without recording, and differentiating it, through any
-// of `sources`, is an error; else its own gradient is the exact one.
-template <class Gradients>
-variable_list once_if(bool pruned, const char* op, const variable_list& sources, const Gradients& gradients) {
-  if (!pruned) return gradients();
-  variable_list found;
+// The pruned gradient that `product` makes from `grad` and `factor`: it is computed without recording, and
+// differentiating it is an error.
+template <class Product>
+at::Tensor once(const char* op, const at::Tensor& grad, const at::Tensor& factor, const Product& product) {
+  at::Tensor pruned;
   {
-    const at::NoGradGuard exact;
-    found = gradients();
+    const at::NoGradGuard unrecorded;
+    pruned = product();
   }
-  if (!at::GradMode::is_enabled()) return found;
-  for (const auto& anchor : sources) {
-    if (!anchor.defined() || !anchor.requires_grad()) continue;
-    for (auto& grad : found) grad = grad.defined() ? Once::apply(grad, anchor, std::string(op)) : grad;
-    break;
-  }
-  return found;
+  return at::GradMode::is_enabled() ? Once::apply(pruned, grad, factor, std::string(op)) : pruned;
 }
 
-inline void save(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const Settings& settings) {
+inline c10::IValue to_ivalue(const Settings& settings) {
+  return std::tuple(settings.n, settings.m, settings.method, settings.backend);
+}
+
+inline Settings to_settings(const c10::IValue& saved) {
+  const auto& parts = saved.toTupleRef().elements();
+  return {parts[0].toInt(), parts[1].toInt(), parts[2].toStringRef(), parts[3].toStringRef()};
+}
+
+inline void save(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const Pruning& pruning) {
   // Frozen weights keep no input.
   ctx->save_for_backward({weight.requires_grad() ? input : at::Tensor(), weight});
-  ctx->saved_data["n"] = settings.n;
-  ctx->saved_data["m"] = settings.m;
-  ctx->saved_data["method"] = settings.method;
-  ctx->saved_data["backend"] = settings.backend;
+  ctx->saved_data["data"] = to_ivalue(pruning.data);
+  ctx->saved_data["weight"] = to_ivalue(pruning.weight);
 }
 
-inline Settings saved_settings(AutogradContext* ctx) {
-  return {ctx->saved_data["n"].toInt(), ctx->saved_data["m"].toInt(), ctx->saved_data["method"].toStringRef(),
-          ctx->saved_data["backend"].toStringRef()};
+inline Pruning saved_pruning(AutogradContext* ctx) {
+  return {to_settings(ctx->saved_data["data"]), to_settings(ctx->saved_data["weight"])};
 }
 
 // What a sparse product prunes, and by what: rescale's sums want all of the gradient, so it comes first, and of what it
@@ -80,21 +82,21 @@ inline std::pair<at::Tensor, std::string> rescaled(const at::Tensor& grad, int64
   return {prune_nm(grad, settings.n, settings.m, dim, settings.method), "magnitude"};
 }
 
-inline at::Tensor linear_input_grad(const at::Tensor& grad, const at::Tensor& weight, const Settings& settings) {
+// prune_nm(grad) factor, pruned along the dimension that the product sums over.
+inline at::Tensor prune_and_multiply(const at::Tensor& grad, const at::Tensor& factor, const Settings& settings) {
   static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
                                          const std::optional<at::Tensor>&)>("sdgp::_prune_nm_matmul");
-  if (!settings.prunes()) return grad.matmul(weight);
   if (!takes_sparse_product("linear", settings, grad)) {
-    return prune_nm(grad, settings.n, settings.m, -1, settings.method).matmul(weight);
+    return prune_nm(grad, settings.n, settings.m, -1, settings.method).matmul(factor);
   }
   const auto [rest, method] = rescaled(grad, -1, settings);
-  return op.call(rest, weight, settings.n, settings.m, method, std::nullopt);
+  return op.call(rest, factor, settings.n, settings.m, method, std::nullopt);
 }
 
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const Settings& settings) {
-    save(ctx, input, weight, settings);
+                            const std::optional<at::Tensor>& bias, const Pruning& pruning) {
+    save(ctx, input, weight, pruning);
     ctx->saved_data["has_bias"] = bias.has_value();
     return at::linear(input, weight, bias);
   }
@@ -102,18 +104,27 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &grad = grads[0], &input = saved[0], &weight = saved[1];
-    const Settings settings = saved_settings(ctx);
-    const bool needs_input = ctx->needs_input_grad(0);
-    return once_if(needs_input && settings.prunes(), "linear", {grad, weight, input}, [&] {
-      const auto rows = [](const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); };
-      variable_list found(4);
-      if (needs_input) found[0] = linear_input_grad(grad, weight, settings);
-      if (ctx->needs_input_grad(1)) {  // laid out as the weight, and by the product that ATen takes
-        found[1] = weight.is_contiguous() ? rows(grad).t().matmul(rows(input)) : rows(input).t().matmul(rows(grad)).t();
+    const Pruning pruning = saved_pruning(ctx);
+    const auto rows = [](const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); };
+    variable_list found(4);
+    if (ctx->needs_input_grad(0)) {
+      found[0] = !pruning.data.prunes()
+                     ? grad.matmul(weight)
+                     : once("linear", grad, weight, [&] { return prune_and_multiply(grad, weight, pruning.data); });
+    }
+    if (ctx->needs_input_grad(1)) {  // laid out as the weight
+      const bool contiguous = weight.is_contiguous();
+      if (pruning.weight.prunes() && rows(grad).size(0) >= pruning.weight.m) {
+        found[1] = once("linear", grad, input, [&] {
+          const at::Tensor product = prune_and_multiply(rows(grad).t(), rows(input), pruning.weight);
+          return contiguous ? product.contiguous() : product.t().contiguous().t();
+        });
+      } else {  // by the product that ATen takes
+        found[1] = contiguous ? rows(grad).t().matmul(rows(input)) : rows(input).t().matmul(rows(grad)).t();
       }
-      if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) found[2] = rows(grad).sum(0);
-      return found;
-    });
+    }
+    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) found[2] = rows(grad).sum(0);
+    return found;
   }
 };
 
@@ -131,38 +142,43 @@ inline std::array<at::Tensor, 3> convolution_backward(const at::Tensor& grad, co
   return {grad_input, grad_weight, grad_bias};
 }
 
-// The pruned one. Of `input`, shape and memory format count.
-inline at::Tensor conv2d_input_grad(const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
-                                    const Window& window, const Settings& settings) {
-  static const auto op =
-      find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
-                      const std::optional<at::Tensor>&, c10::SymIntArrayRef, at::IntArrayRef, at::IntArrayRef,
-                      at::IntArrayRef, int64_t, bool)>("sdgp::_conv2d_input_grad_nm");
-  const auto multiply = [&](const at::Tensor& pruned) {
-    return convolution_backward(pruned, input, weight, window, {true, false, false})[0];
-  };
-  // No pruning group crosses a group of the convolution.
-  const int64_t channels = grad.size(1) / window.groups;
-  const bool whole = window.groups == 1 || channels % settings.m == 0;
-  const at::Tensor by_group =
-      whole ? grad : grad.reshape({grad.size(0) * window.groups, channels, grad.size(2), grad.size(3)});
-  if (!takes_sparse_product("conv2d", settings, grad)) {
-    return multiply(prune_nm(by_group, settings.n, settings.m, 1, settings.method).reshape(grad.sizes()));
+enum Gradient : size_t { kData, kWeight };
+
+// The pruned data or weight gradient. Of the input and the weight, one is multiplied; of the other, shape and memory
+// format count.
+inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
+                              const Window& window, const Settings& settings) {
+  using Op = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
+                        const std::optional<at::Tensor>&, c10::SymIntArrayRef, at::IntArrayRef, at::IntArrayRef,
+                        at::IntArrayRef, int64_t, bool);
+  static const std::array ops = {find<Op>("sdgp::_conv2d_input_grad_nm"), find<Op>("sdgp::_conv2d_weight_grad_nm")};
+  const int64_t dim = which == kData ? 1 : 2;
+  at::Tensor by_group = grad;
+  if (which == kWeight) {
+    by_group = grad.flatten(2);  // along the pixels
+  } else if (const int64_t channels = grad.size(1) / window.groups; window.groups > 1 && channels % settings.m != 0) {
+    // No pruning group crosses a group of the convolution.
+    by_group = grad.reshape({grad.size(0) * window.groups, channels, grad.size(2), grad.size(3)});
   }
-  const auto [rest, method] = rescaled(by_group, 1, settings);
+  if (!takes_sparse_product("conv2d", settings, grad)) {
+    const at::Tensor pruned = prune_nm(by_group, settings.n, settings.m, dim, settings.method).reshape(grad.sizes());
+    return convolution_backward(pruned, input, weight, window, {which == kData, which == kWeight, false})[which];
+  }
+  const auto [rest, method] = rescaled(by_group, dim, settings);
   const auto is_channels_last = [](const at::Tensor& x) {
     return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
   };
   const bool channels_last = is_channels_last(input) || is_channels_last(weight);  // as ATen decides
-  return op.call(rest.reshape(grad.sizes()), weight, settings.n, settings.m, method, std::nullopt,
-                 c10::fromIntArrayRefSlow(input.sizes().slice(2)), window.stride, window.padding, window.dilation,
-                 window.groups, channels_last);
+  const auto& [factor, shaped] = which == kData ? std::tie(weight, input) : std::tie(input, weight);
+  return ops[which].call(rest.reshape(grad.sizes()), factor, settings.n, settings.m, method, std::nullopt,
+                         c10::fromIntArrayRefSlow(shaped.sizes().slice(2)), window.stride, window.padding,
+                         window.dilation, window.groups, channels_last);
 }
 
 struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
-                            const std::optional<at::Tensor>& bias, const Window& window, const Settings& settings) {
-    save(ctx, input, weight, settings);
+                            const std::optional<at::Tensor>& bias, const Window& window, const Pruning& pruning) {
+    save(ctx, input, weight, pruning);
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["stride"] = window.stride;
     ctx->saved_data["padding"] = window.padding;
@@ -179,26 +195,40 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
     auto& data = ctx->saved_data;
     const Window window{data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
                         data["groups"].toInt()};
-    const Settings settings = saved_settings(ctx);
-    const bool needs_input = ctx->needs_input_grad(0), prunes = needs_input && settings.prunes();
-    return once_if(prunes, "conv2d", {grad, weight, saved[0]}, [&] {
-      at::Tensor input = saved[0];
-      if (!input.defined()) {  // ATen reads its shape and memory format, not its values
-        const bool last = data["channels_last"].toBool();
-        input = at::empty(data["input_size"].toIntVector(), grad.options(),
-                          last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+    at::Tensor input = saved[0];
+    if (!input.defined()) {  // ATen reads its shape and memory format, not its values
+      const bool last = data["channels_last"].toBool();
+      input = at::empty(data["input_size"].toIntVector(), grad.options(),
+                        last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+    }
+    const Pruning pruning = saved_pruning(ctx);
+    const int64_t pixels = grad.size(2) * grad.size(3);
+    const bool needs_input = ctx->needs_input_grad(0), needs_weight = ctx->needs_input_grad(1);
+    const bool needs_bias = data["has_bias"].toBool() && ctx->needs_input_grad(2);
+    const bool prunes_data = needs_input && pruning.data.prunes();
+    const bool prunes_weight = needs_weight && pruning.weight.prunes() && pixels >= pruning.weight.m;
+    variable_list found(5);
+    if (prunes_data) {
+      found[0] =
+          once("conv2d", grad, weight, [&] { return conv2d_grad(kData, grad, input, weight, window, pruning.data); });
+    }
+    if (prunes_weight) {
+      found[1] = once("conv2d", grad, input,
+                      [&] { return conv2d_grad(kWeight, grad, input, weight, window, pruning.weight); });
+    }
+    // What is exact, in one call. Without the weight gradient the bias's comes from a sum: oneDNN would compute both.
+    std::array exact = {needs_input && !prunes_data, needs_weight && !prunes_weight, needs_bias};
+    if (needs_bias && !exact[1] && (prunes_data || prunes_weight)) {
+      found[2] = grad.sum(at::IntArrayRef{0, 2, 3});
+      exact[2] = false;
+    }
+    if (exact[0] || exact[1] || exact[2]) {
+      const auto gradients = convolution_backward(grad, input, weight, window, exact);
+      for (size_t i = 0; i < exact.size(); ++i) {
+        if (exact[i]) found[i] = gradients[i];
       }
-      const bool needs_weight = ctx->needs_input_grad(1);
-      const bool needs_bias = data["has_bias"].toBool() && ctx->needs_input_grad(2);
-      variable_list found(5);
-      const std::array exact = {needs_input && !prunes, needs_weight, needs_bias};
-      if (exact[0] || exact[1] || exact[2]) {
-        auto gradients = convolution_backward(grad, input, weight, window, exact);
-        std::move(gradients.begin(), gradients.end(), found.begin());
-      }
-      if (prunes) found[0] = conv2d_input_grad(grad, input, weight, window, settings);
-      return found;
-    });
+    }
+    return found;
   }
 };
 
@@ -214,14 +244,14 @@ inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
 }
 
 inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
-                         const Settings& settings) {
+                         const Pruning& pruning) {
   const auto device = input.device().type();
   return LinearFunction::apply(autocast(input, device), autocast(weight, device), if_defined(autocast(bias, device)),
-                               settings);
+                               pruning);
 }
 
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
-                         const torch::nn::functional::Conv2dFuncOptions& options, const Settings& settings) {
+                         const torch::nn::functional::Conv2dFuncOptions& options, const Pruning& pruning) {
   namespace F = torch::nn::functional;
   at::Tensor batched = input.dim() == 4 ? input : input.unsqueeze(0);
   const auto numbers = [](const torch::ExpandingArray<2>& x) { return std::vector<int64_t>(x->begin(), x->end()); };
@@ -237,13 +267,14 @@ inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
   }
   const auto device = input.device().type();
   const at::Tensor output = Conv2dFunction::apply(autocast(batched, device), autocast(weight, device),
-                                                  if_defined(autocast(options.bias(), device)), window, settings);
+                                                  if_defined(autocast(options.bias(), device)), window, pruning);
   return input.dim() == 4 ? output : output.squeeze(0);
 }
 
 }  // namespace detail
 
-// torch::nn::functional::linear whose data gradient is taken from a pruned output gradient.
+// torch::nn::functional::linear whose data gradient, and on request weight gradient, is taken from a pruned output
+// gradient.
 //
 //   input (..., in), weight (out, in), bias (out) or undefined; returns (..., out), exactly what LibTorch returns
 //
@@ -256,8 +287,10 @@ inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, cons
   return detail::linear(input, weight, bias, detail::parse("linear", pruning));
 }
 
-// torch::nn::functional::conv2d whose data gradient is taken from a pruned output gradient. Groups of m are consecutive
-// output channels of one pixel and never cross a group of the convolution.
+// torch::nn::functional::conv2d whose data gradient, and on request weight gradient, is taken from a pruned output
+// gradient. For the data gradient groups of m are consecutive output channels of one pixel and never cross a group of
+// the convolution; for the weight gradient they are consecutive output pixels, row by row, of one channel of one
+// sample.
 //
 //   input (N, C, H, W) or (C, H, W), weight (out, C / groups, kH, kW)
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// torch::nn::Linear and torch::nn::Conv2d with a pruned data gradient.
+// torch::nn::Linear and torch::nn::Conv2d with a pruned data gradient and, on request, a pruned weight gradient.
 //
 //   sdgp::Linear layer(torch::nn::LinearOptions(512, 2048), sdgp::PruningOptions("2:4").method("mvue"));
 //   layer->forward(x).sum().backward();
@@ -22,6 +22,8 @@ namespace detail {
 
 inline void print(std::ostream& stream, const PruningOptions& options) {
   stream << ", pattern=" << options.pattern() << ", method=" << options.method() << ", backend=" << options.backend();
+  if (options.weight_grad() == PruningOptions().weight_grad()) return;
+  stream << ", weight_grad=" << options.weight_grad() << ' ' << options.weight_grad_method();
 }
 
 }  // namespace detail
@@ -33,7 +35,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
   LinearImpl(int64_t in_features, int64_t out_features, const PruningOptions& pruning = {})
       : LinearImpl(torch::nn::LinearOptions(in_features, out_features), pruning) {}
   explicit LinearImpl(const torch::nn::LinearOptions& options, const PruningOptions& pruning = {})
-      : options(options), pruning_(pruning), settings_(detail::parse("Linear", pruning)) {
+      : options(options), pruning_(pruning), parsed_(detail::parse("Linear", pruning)) {
     LinearImpl::reset();
   }
 
@@ -50,7 +52,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
     stream << ')';
   }
 
-  at::Tensor forward(const at::Tensor& input) { return detail::linear(input, weight, bias, settings_); }
+  at::Tensor forward(const at::Tensor& input) { return detail::linear(input, weight, bias, parsed_); }
 
   const PruningOptions& pruning() const { return pruning_; }
 
@@ -60,7 +62,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
 
  private:
   PruningOptions pruning_;
-  detail::Settings settings_;
+  detail::Pruning parsed_;
 };
 TORCH_MODULE(Linear);
 
@@ -80,7 +82,7 @@ class Conv2dImpl : public torch::nn::ConvNdImpl<2, Conv2dImpl> {
                 .bias(options.bias())
                 .padding_mode(options.padding_mode())),
         pruning_(pruning),
-        settings_(detail::parse("Conv2d", pruning)) {}
+        parsed_(detail::parse("Conv2d", pruning)) {}
 
   void pretty_print(std::ostream& stream) const override {
     std::ostringstream dense;
@@ -96,20 +98,20 @@ class Conv2dImpl : public torch::nn::ConvNdImpl<2, Conv2dImpl> {
     F::Conv2dFuncOptions call;
     call.bias(bias).stride(options.stride()).dilation(options.dilation()).groups(options.groups());
     if (std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode())) {
-      return detail::conv2d(input, weight, call.padding(options.padding()), settings_);
+      return detail::conv2d(input, weight, call.padding(options.padding()), parsed_);
     }
     // What is not padded with zeros is padded beforehand.
     F::PadFuncOptions pad(_reversed_padding_repeated_twice);
     std::visit(c10::overloaded([](torch::enumtype::kZeros) {}, [&](auto mode) { pad.mode(mode); }),
                options.padding_mode());
-    return detail::conv2d(F::pad(input, pad), weight, call, settings_);
+    return detail::conv2d(F::pad(input, pad), weight, call, parsed_);
   }
 
   const PruningOptions& pruning() const { return pruning_; }
 
  private:
   PruningOptions pruning_;
-  detail::Settings settings_;
+  detail::Pruning parsed_;
 };
 TORCH_MODULE(Conv2d);
 

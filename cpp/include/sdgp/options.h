@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How a C++ layer prunes its data gradient, and which product it takes. Of it, PruningOptions is for callers.
+// How a C++ layer prunes its data and its weight gradient, and which products it takes. Of it, PruningOptions is for
+// callers.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -16,12 +17,15 @@
 
 namespace sdgp {
 
-// The settings of a layer, in the manner of LibTorch's options: sdgp::PruningOptions("4:8").method("rescale").
+// The settings of a layer, in the manner of LibTorch's options: sdgp::PruningOptions("8:16").weight_grad("4:16").
 //
-//   pattern  "n:m": groups of m output features or channels
-//   method   see prune_nm; "mvue" is unbiased
-//   backend  "pruned": always prunes, then takes the sparse product where there is one, on the CPU, and the dense one
-//            elsewhere; "sparse", "dense": prunes and takes that product; "exact": does not prune
+//   pattern             "n:m": groups of m output features or channels; n == m: the data gradient is exact
+//   method              see prune_nm; "mvue" is unbiased
+//   backend             "pruned": always prunes, then takes the sparse product where there is one, on the CPU, and the
+//                       dense one elsewhere; "sparse", "dense": prunes and takes that product; "exact": does not prune
+//   weight_grad         "n:m" of the gradient that enters the weight gradient: groups of m rows or output pixels; by
+//                       default the weight gradient is exact, and so it is with fewer rows or pixels than m
+//   weight_grad_method  as method
 //
 // Nothing is measured: device and dtype alone decide.
 struct PruningOptions {
@@ -31,11 +35,13 @@ struct PruningOptions {
   TORCH_ARG(std::string, pattern) = "2:4";
   TORCH_ARG(std::string, method) = "mvue";
   TORCH_ARG(std::string, backend) = "pruned";
+  TORCH_ARG(std::string, weight_grad) = "1:1";
+  TORCH_ARG(std::string, weight_grad_method) = "mvue";
 };
 
 namespace detail {
 
-// The options, read and checked.
+// How one product is pruned, read and checked.
 struct Settings {
   int64_t n;
   int64_t m;
@@ -45,21 +51,32 @@ struct Settings {
   bool prunes() const { return n < m && backend != "exact"; }
 };
 
-// `op` begins the message of what is wrong.
-inline Settings parse(const char* op, const PruningOptions& options) {
-  const std::string& text = options.pattern();
+// Those of a layer's two products.
+struct Pruning {
+  Settings data;
+  Settings weight;
+};
+
+// `op` begins the message of what is wrong, and `name` tells which option.
+inline Settings parse(const char* op, const char* name, const std::string& text, const std::string& method,
+                      const std::string& backend) {
   const char *begin = text.data(), *end = begin + text.size();
   int64_t n = 0, m = 0;
   const auto [colon, n_error] = std::from_chars(begin, end, n);
   const bool has_colon = n_error == std::errc() && colon != end && *colon == ':';
   const auto [rest, m_error] = has_colon ? std::from_chars(colon + 1, end, m) : std::from_chars_result{begin, {}};
-  TORCH_CHECK_VALUE(has_colon && m_error == std::errc() && rest == end, op, ": expected pattern \"n:m\", got \"", text,
-                    "\"");
+  TORCH_CHECK_VALUE(has_colon && m_error == std::errc() && rest == end, op, ": expected ", name, " \"n:m\", got \"",
+                    text, "\"");
   constexpr std::array backends = {"pruned", "sparse", "dense", "exact"};
-  TORCH_CHECK_VALUE(std::find(backends.begin(), backends.end(), options.backend()) != backends.end(), op,
-                    ": expected backend to be one of pruned, sparse, dense, exact, got \"", options.backend(), "\"");
-  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, options.method());  // checks the rest
-  return {n, m, options.method(), options.backend()};
+  TORCH_CHECK_VALUE(std::find(backends.begin(), backends.end(), backend) != backends.end(), op,
+                    ": expected backend to be one of pruned, sparse, dense, exact, got \"", backend, "\"");
+  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, method);  // checks the rest
+  return {n, m, method, backend};
+}
+
+inline Pruning parse(const char* op, const PruningOptions& options) {
+  return {parse(op, "pattern", options.pattern(), options.method(), options.backend()),
+          parse(op, "weight_grad", options.weight_grad(), options.weight_grad_method(), options.backend())};
 }
 
 inline bool has_sparse_product(at::Device device, at::ScalarType dtype) {
