@@ -84,9 +84,9 @@ def test_aot_inductor(programs: Path, tmp_path: Path) -> None:
     output(programs / "examples/run_aot_inductor", package, tmp_path / "example.pt")
 
 
-def network(method: str) -> nn.Module:
+def network(method: str, weight_grad: str) -> nn.Module:
     """The net of examples/cpp/train.cpp."""
-    settings: dict[str, Any] = {"method": method, "backend": "pruned"}
+    settings: dict[str, Any] = {"method": method, "backend": "pruned", "weight_grad": (weight_grad, method)}
     net = nn.Sequential()
     net.conv1 = sdgp.Conv2d(3, 8, 3, padding=1, **settings)
     net.add_module("relu1", nn.ReLU())
@@ -99,14 +99,15 @@ def network(method: str) -> nn.Module:
     return net
 
 
+@pytest.mark.parametrize("weight_grad", ["1:1", "4:16"])
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group", "random", "mvue"])
-def test_trains_as_python_does(method: str, programs: Path, tmp_path: Path) -> None:
+def test_trains_as_python_does(method: str, weight_grad: str, programs: Path, tmp_path: Path) -> None:
     """Step by step: the losses; and at the end the weights. From the same seed, the random methods draw alike."""
     torch.manual_seed(1)
-    net, images, labels = network(method), torch.randn(6, 16, 3, 8, 8), torch.randint(0, 10, (6, 16))
+    net, images, labels = network(method, weight_grad), torch.randn(6, 16, 3, 8, 8), torch.randint(0, 10, (6, 16))
     data = {"images": images, "labels": labels, **{name: weight.data for name, weight in net.named_parameters()}}
     torch.save(data, tmp_path / "data.pt")
-    said = output(programs / "examples/train", tmp_path / "data.pt", method)
+    said = output(programs / "examples/train", tmp_path / "data.pt", method, weight_grad)
 
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
     losses = []
@@ -133,11 +134,14 @@ def conv2d(**changes: Any) -> dict[str, Any]:
     return {**case, **window, "pattern": "2:4", "method": "magnitude", "backend": "pruned", **changes}
 
 
+PRUNED_WEIGHT_GRADIENT = {"weight_grad": "3:8", "weight_grad_method": "magnitude"}
 CASES = {
-    **{f"linear {backend} {method}": linear(backend=backend, method=method)
+    **{f"linear {backend} {method}": linear(backend=backend, method=method, weight_grad="2:4",
+                                            weight_grad_method=method)
        for backend in ("pruned", "sparse", "dense")
        for method in ("magnitude", "rescale", "rescale_group", "random", "mvue")},
-    **{f"conv2d {backend} {method}": conv2d(backend=backend, method=method)
+    **{f"conv2d {backend} {method}": conv2d(backend=backend, method=method, weight_grad="4:16",
+                                            weight_grad_method=method)
        for backend in ("pruned", "sparse", "dense")
        for method in ("magnitude", "rescale", "rescale_group", "random", "mvue")},
     "linear large": linear(input=torch.randn(4096, 128), weight=torch.randn(64, 128), bias=torch.randn(64)),
@@ -147,6 +151,26 @@ CASES = {
     "linear float64 3:5": linear(pattern="3:5", **{name: torch.randn(*size, dtype=torch.float64) for name, size in
                                                    {"input": (4, 12), "weight": (16, 12), "bias": (16,)}.items()}),
     "linear autocast": linear(autocast=True),
+    **{f"linear's weight gradient {name}": linear(pattern="4:4", **PRUNED_WEIGHT_GRADIENT, **changes)
+       for name, changes in {
+           "of fewer rows than m": {"input": torch.randn(3, 12)},
+           "of one row": {"input": torch.randn(12)},
+           "transposed": {"weight": torch.randn(12, 16).t()},
+           "transposed, dense": {"weight": torch.randn(12, 16).t(), "backend": "dense"},
+           "frozen": {"frozen": True},
+           "autocast": {"autocast": True},
+           "in exact": {"backend": "exact"},
+       }.items()},
+    **{f"conv2d's weight gradient {name}": conv2d(pattern="4:4", **PRUNED_WEIGHT_GRADIENT, **changes)
+       for name, changes in {
+           "of fewer pixels than m": {"input": torch.randn(2, 4, 3, 3), "padding": [0, 0]},
+           "beside a bias": {"bias": torch.randn(8)},
+           "in groups, strided": {"weight": torch.randn(12, 2, 3, 3), "groups": 2, "stride": [2, 1]},
+           "channels_last": {"input": torch.randn(2, 4, 7, 6).to(memory_format=torch.channels_last)},
+           "unbatched": {"input": torch.randn(4, 7, 6), "backend": "dense"},
+           "frozen": {"frozen": True, "bias": torch.randn(8)},
+           "autocast": {"autocast": True},
+       }.items()},
     "conv2d bias": conv2d(bias=torch.randn(8)),
     "conv2d stride": conv2d(stride=[2, 1], padding=[0, 2]),
     "conv2d groups that cut a pattern": conv2d(weight=torch.randn(12, 2, 3, 3), groups=2, pattern="2:4"),
@@ -160,13 +184,16 @@ CASES = {
     ),
     "conv2d autocast": conv2d(autocast=True),
 }  # fmt: skip
-PYTHON_ONLY = ("op", "frozen", "autocast", "twice", "grad_output")
+NOT_SETTINGS = ("op", "frozen", "autocast", "twice", "grad_output", "weight_grad_method")
 
 
 def in_python(case: dict[str, Any]) -> dict[str, Tensor]:
     leaves = {name: case[name].clone().requires_grad_() for name in ("input", "weight", "bias") if name in case}
     leaves["weight"].requires_grad_(not case["frozen"])
-    options = {name: value for name, value in case.items() if name not in {*PYTHON_ONLY, *leaves}}
+    options = {name: value for name, value in case.items() if name not in {*NOT_SETTINGS, *leaves}}
+    options["weight_grad"] = case["weight_grad"], case["weight_grad_method"]
+    if case["backend"] == "exact":
+        options.update(pattern="1:1", backend="pruned", weight_grad=None)
     torch.manual_seed(0)
     with torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"]):
         output = {"linear": sdgp.linear, "conv2d": sdgp.conv2d}[case["op"]](**leaves, **options)
@@ -185,7 +212,7 @@ def in_cpp(programs: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> di
 
 
 def complete(case: dict[str, Any]) -> dict[str, Any]:
-    case = {"frozen": False, "autocast": False, "twice": False, **case}
+    case = {"frozen": False, "autocast": False, "twice": "", "weight_grad": "1:1", "weight_grad_method": "mvue", **case}
     leaves = {name: case[name] for name in ("input", "weight")}
     options = {name: case[name] for name in ("stride", "padding", "dilation", "groups") if name in case}
     shape = {"linear": nn.functional.linear, "conv2d": nn.functional.conv2d}[case["op"]](*leaves.values(), **options)
@@ -217,7 +244,7 @@ def test_modules(programs: Path) -> None:
     assert output(programs / "layers").splitlines() == [
         "sdgp::Linear(in_features=8, out_features=16, bias=false, pattern=1:4, method=rescale, backend=pruned) ok",
         "sdgp::Conv2d(4, 8, kernel_size=[3, 3], stride=[1, 1], padding=[1, 1], padding_mode=kReflect, pattern=1:4, "
-        "method=rescale, backend=pruned) ok",
+        "method=rescale, backend=pruned, weight_grad=4:16 rescale) ok",
         "reflected alike",
     ]
 
@@ -234,7 +261,7 @@ EXACT = {
     "linear bfloat16": linear(**{name: x.bfloat16() if isinstance(x, Tensor) else x for name, x in SQUARE.items()}),
     "linear frozen": linear(**SQUARE, frozen=True),
     "linear autocast": linear(**SQUARE, autocast=True),
-    "linear twice": linear(**SQUARE, twice=True),
+    "linear twice": linear(**SQUARE, twice="input"),
     "linear pruned to all": linear(**{**SQUARE, "backend": "pruned", "pattern": "4:4"}),
     "conv2d": conv2d(**SQUARE_CONV, bias=torch.randn(4)),
     "conv2d channels_last": conv2d(
@@ -242,7 +269,7 @@ EXACT = {
     ),
     "conv2d frozen": conv2d(**SQUARE_CONV, frozen=True),
     "conv2d groups": conv2d(**{**SQUARE_CONV, "weight": torch.randn(4, 2, 4, 4)}, groups=2),
-    "conv2d twice": conv2d(**SQUARE_CONV, twice=True),
+    "conv2d twice": conv2d(**SQUARE_CONV, twice="input"),
 }
 
 
@@ -253,7 +280,7 @@ def in_torch(case: dict[str, Any]) -> dict[str, Tensor]:
     with torch.autocast("cpu", torch.bfloat16, enabled=case["autocast"]):
         output = {"linear": nn.functional.linear, "conv2d": nn.functional.conv2d}[case["op"]](**leaves, **options)
     found = torch.autograd.grad(
-        output, [x for x in leaves.values() if x.requires_grad], case["grad_output"], create_graph=case["twice"]
+        output, [x for x in leaves.values() if x.requires_grad], case["grad_output"], create_graph=bool(case["twice"])
     )
     gradients = dict(zip([name for name, x in leaves.items() if x.requires_grad], found, strict=True))
     if case["twice"]:
@@ -273,9 +300,20 @@ def test_exact_is_what_torch_computes(programs: Path, tmp_path: Path) -> None:
             assert torch.equal(found[key], value), (name, key)
 
 
+def test_what_is_exact_beside_pruned_is_differentiated_twice(programs: Path, tmp_path: Path) -> None:
+    cases = {make.__name__: complete(make(pattern="4:4", **PRUNED_WEIGHT_GRADIENT, twice="input"))
+             for make in (linear, conv2d)}  # fmt: skip
+    for name, found in in_cpp(programs, tmp_path, cases).items():
+        assert not isinstance(found, str), (name, found)
+        again = in_torch(cases[name])["weight"] - in_torch({**cases[name], "twice": ""})["weight"]
+        close(found["weight"], in_python(cases[name])["weight"] + again)
+
+
 def test_pruned_takes_the_sparse_product_on_the_cpu(programs: Path, tmp_path: Path) -> None:
     cases = {
-        f"{make.__name__} {method} {backend}": complete(make(method=method, backend=backend))
+        f"{make.__name__} {method} {backend}": complete(
+            make(method=method, backend=backend, weight_grad="2:8", weight_grad_method=method)
+        )
         for make in (linear, conv2d)
         for method in ("mvue", "rescale")
         for backend in ("pruned", "sparse")
@@ -284,7 +322,8 @@ def test_pruned_takes_the_sparse_product_on_the_cpu(programs: Path, tmp_path: Pa
         case.update({key: cases[name.replace("sparse", "pruned")][key] for key in ("input", "weight", "grad_output")})
     found = in_cpp(programs, tmp_path, cases)
     for name in cases:
-        assert torch.equal(found[name]["input"], found[name.replace("sparse", "pruned")]["input"]), name
+        for key in ("input", "weight"):
+            assert torch.equal(found[name][key], found[name.replace("sparse", "pruned")][key]), (name, key)
 
 
 ERRORS = {
@@ -296,8 +335,17 @@ ERRORS = {
         linear(backend="auto"),
         'linear: expected backend to be one of pruned, sparse, dense, exact, got "auto"',
     ),
-    "second differentiation": (linear(twice=True), "linear: expected one differentiation, got a second"),
-    "conv2d's second differentiation": (conv2d(twice=True), "conv2d: expected one differentiation, got a second"),
+    "weight_grad": (linear(weight_grad="none"), 'linear: expected weight_grad "n:m", got "none"'),
+    "weight_grad's m": (conv2d(weight_grad="4:65"), "prune_nm: expected 1 <= n <= m <= 64, got n=4, m=65"),
+    "weight_grad_method": (linear(weight_grad_method="topk"), 'prune_nm: expected method to be one of .*, got "topk"'),
+    **{
+        f"{make.__name__}'s {gradient} gradient twice": (
+            make(**settings, twice=gradient),
+            f"{make.__name__}: expected one differentiation, got a second",
+        )
+        for make in (linear, conv2d)
+        for gradient, settings in {"input": {}, "weight": {"pattern": "4:4", **PRUNED_WEIGHT_GRADIENT}}.items()
+    },
 }
 
 

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Trains a small network whose data gradients are pruned: train DATA.pt METHOD. DATA.pt is a dictionary that Python's
-// torch.save wrote: "images" (steps, batch, 3, 8, 8), "labels" (steps, batch) and the initial weights by name. Prints
-// the loss of each step, and writes the weights after the last, a tuple, to DATA.pt.trained, for torch.load.
+// Trains a small network whose data and weight gradients are pruned: train DATA.pt METHOD WEIGHT_GRAD, the last the
+// pattern of the weight gradients; 1:1 leaves them exact. DATA.pt is a dictionary that Python's torch.save wrote:
+// "images" (steps, batch, 3, 8, 8), "labels" (steps, batch) and the initial weights by name. Prints the loss of each
+// step, and writes the weights after the last, a tuple, to DATA.pt.trained, for torch.load.
 #include <sdgp/modules.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/optim/sgd.h>
@@ -37,7 +38,7 @@ int main(int, char** argv) {
   const auto data = torch::pickle_load({std::istreambuf_iterator<char>(file), {}}).toGenericDict();
   const at::Tensor images = data.at("images").toTensor(), labels = data.at("labels").toTensor();
 
-  Net net(sdgp::PruningOptions("2:4").method(argv[2]).backend("pruned"));
+  Net net(sdgp::PruningOptions("2:4").method(argv[2]).weight_grad(argv[3]).weight_grad_method(argv[2]));
   for (auto& weight : net.named_parameters()) weight.value().set_data(data.at(weight.key()).toTensor().clone());
 
   torch::optim::SGD optimizer(net.parameters(), torch::optim::SGDOptions(0.1).momentum(0.9));

@@ -31,7 +31,9 @@ at::Tensor tensor(const Dict& of, const char* key) { return of.contains(key) ? o
 sdgp::PruningOptions pruning(const Dict& of) {
   return sdgp::PruningOptions(of.at("pattern").toStringRef())
       .method(of.at("method").toStringRef())
-      .backend(of.at("backend").toStringRef());
+      .backend(of.at("backend").toStringRef())
+      .weight_grad(of.at("weight_grad").toStringRef())
+      .weight_grad_method(of.at("weight_grad_method").toStringRef());
 }
 
 template <class Options>
@@ -65,8 +67,9 @@ Result run(const Dict& of) {
   torch::manual_seed(0);
   const at::Tensor output = call(of, weight, bias);
   at::autocast::set_autocast_enabled(at::kCPU, false);
-  output.backward(tensor(of, "grad_output"), /*retain_graph=*/{}, of.at("twice").toBool());
-  if (of.at("twice").toBool()) input.grad().sum().backward();
+  const std::string twice = of.at("twice").toStringRef();  // which gradient is differentiated again, if one is
+  output.backward(tensor(of, "grad_output"), /*retain_graph=*/{}, !twice.empty());
+  if (!twice.empty()) (twice == "input" ? input : weight).grad().sum().backward();
   Result result = {"output", output.detach()};
   for (const auto& [name, leaf] : {std::pair("input", input), std::pair("weight", weight), std::pair("bias", bias)}) {
     if (leaf.defined() && leaf.grad().defined()) result.insert(result.end(), {name, leaf.grad().detach()});
@@ -95,7 +98,8 @@ void show_modules() {
   const auto linear = torch::nn::LinearOptions(8, 16).bias(false);
   const auto conv2d = torch::nn::Conv2dOptions(4, 8, 3).padding(1).padding_mode(torch::kReflect);
   show(sdgp::Linear(linear, settings), torch::nn::Linear(linear));
-  show(sdgp::Conv2d(conv2d, settings), torch::nn::Conv2d(conv2d));
+  show(sdgp::Conv2d(conv2d, sdgp::PruningOptions(settings).weight_grad("4:16").weight_grad_method("rescale")),
+       torch::nn::Conv2d(conv2d));
   const at::Tensor x = torch::randn({2, 4, 6, 6});
   torch::manual_seed(0);
   sdgp::Conv2d pruned(conv2d, settings);
