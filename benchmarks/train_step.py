@@ -77,7 +77,7 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(rounds=30)
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--pattern", nargs="*", default=["8:16", "8:16 + 8:16", "4:16 + 4:16"])
+    parser.add_argument("--pattern", nargs="*", default=["8:16", "4:16", "8:16 + 8:16", "4:16 + 4:16"])
     parser.add_argument("--backend", nargs="*", choices=("auto", "pruned", "sparse"), default=["auto"])
     args = parser.parse_args()
     machine = begin(args)
