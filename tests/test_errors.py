@@ -294,7 +294,7 @@ def test_one_bad_index_among_many(rows: int, n: int, m: int) -> None:
             sdgp.decompress_nm(values, corrupt, m, 389)
 
 
-# The data gradients of layers.
+# The gradients of layers.
 
 GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "matmul": (_ops.prune_nm_matmul, {"input": torch.randn(3, 8), "dense": torch.randn(8, 5), "n": 2, "m": 4}),
@@ -315,36 +315,66 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "channels_last": False,
         },
     ),
+    "conv2d weight": (
+        _ops.conv2d_weight_grad_nm,
+        {
+            "grad_output": torch.randn(2, 8, 5, 5),
+            "input": torch.randn(2, 3, 7, 7),
+            "n": 2,
+            "m": 4,
+            "method": "mvue",
+            "seed": None,
+            "kernel_size": (3, 3),
+            "stride": (1, 1),
+            "padding": (0, 0),
+            "dilation": (1, 1),
+            "groups": 1,
+            "channels_last": False,
+        },
+    ),
 }
-BOTH = tuple(GRADIENTS)
-MATMUL, CONV = ((op,) for op in BOTH)
-NAMES = {"matmul": "_prune_nm_matmul", "conv2d": "_conv2d_input_grad_nm"}
+ALL = tuple(GRADIENTS)
+MATMUL, CONV, WEIGHT = ((op,) for op in ALL)
+CONVS = CONV + WEIGHT
+NAMES = {
+    "matmul": "_prune_nm_matmul",
+    "conv2d": "_conv2d_input_grad_nm",
+    "conv2d weight": "_conv2d_weight_grad_nm",
+}
 
 BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
-    (BOTH, {"n": 5}, "1 <= n <= m <= 64", "n=5, m=4"),
-    (BOTH, {"m": 65}, "1 <= n <= m <= 64", "n=2, m=65"),
-    (BOTH, {"method": "max"}, ", ".join(METHODS), '"max"'),
-    (BOTH, {"method": "rescale"}, "one group at a time", "rescale; prune by it, then call this by magnitude"),
-    (BOTH, {"seed": torch.zeros(2, dtype=torch.int64)}, "seed to have one element", "2"),
+    (ALL, {"n": 5}, "1 <= n <= m <= 64", "n=5, m=4"),
+    (ALL, {"m": 65}, "1 <= n <= m <= 64", "n=2, m=65"),
+    (ALL, {"method": "max"}, ", ".join(METHODS), '"max"'),
+    (ALL, {"method": "rescale"}, "one group at a time", "rescale; prune by it, then call this by magnitude"),
+    (ALL, {"seed": torch.zeros(2, dtype=torch.int64)}, "seed to have one element", "2"),
     (MATMUL, {"input": torch.tensor(1.0)}, "1 dimension", "a scalar"),
     (MATMUL, {"input": torch.randn(3, 9)}, "input (..., 8)", "(3, 9)"),
     (MATMUL, {"input": torch.ones(3, 8).int()}, "float32, float64, float16 or bfloat16", "int32"),
     (MATMUL, {"dense": torch.randn(8)}, "dense (size, cols)", "(8,)"),
     (MATMUL, {"dense": torch.randn(8, 5).half()}, "dense to be float32", "float16"),
-    (CONV, {"grad_output": torch.randn(8, 5, 5)}, "(N, C, H, W)", "(8, 5, 5)"),
+    (CONVS, {"grad_output": torch.randn(8, 5, 5)}, "(N, C, H, W)", "(8, 5, 5)"),
     (CONV, {"grad_output": torch.randn(2, 9, 5, 5)}, "(N, 8, H, W)", "(2, 9, 5, 5)"),
     (CONV, {"weight": torch.randn(8, 3)}, "(out, in / groups, kH, kW)", "(8, 3)"),
     (CONV, {"weight": torch.randn(8, 3, 3, 3).half()}, "weight to be float32", "float16"),
-    (CONV, {"groups": 0}, "groups that divide 8", "0"),
-    (CONV, {"groups": 3}, "groups that divide 8", "3"),
-    (CONV, {"stride": (1,)}, "stride to be a pair", "1 numbers"),
-    (CONV, {"stride": (0, 1)}, "stride >= 1", "0"),
-    (CONV, {"stride": (1, -2)}, "stride >= 1", "-2"),
-    (CONV, {"dilation": (0, 1)}, "dilation >= 1", "0"),
-    (CONV, {"padding": (0, -1)}, "padding >= 0", "-1"),
-    (CONV, {"padding": (0, 0, 0)}, "padding to be a pair", "3 numbers"),
+    (CONVS, {"groups": 0}, "groups that divide 8", "0"),
+    (CONVS, {"groups": 3}, "groups that divide 8", "3"),
+    (CONVS, {"stride": (1,)}, "stride to be a pair", "1 numbers"),
+    (CONVS, {"stride": (0, 1)}, "stride >= 1", "0"),
+    (CONVS, {"stride": (1, -2)}, "stride >= 1", "-2"),
+    (CONVS, {"dilation": (0, 1)}, "dilation >= 1", "0"),
+    (CONVS, {"padding": (0, -1)}, "padding >= 0", "-1"),
+    (CONVS, {"padding": (0, 0, 0)}, "padding to be a pair", "3 numbers"),
     (CONV, {"input_size": (7, -7)}, "input_size >= 0", "-7"),
     (CONV, {"input_size": (7,)}, "input_size to be a pair", "1 numbers"),
+    (WEIGHT, {"input": torch.randn(3, 7, 7)}, "input (N, C, H, W)", "(3, 7, 7)"),
+    (WEIGHT, {"input": torch.randn(3, 3, 7, 7)}, "input (2, C, H, W)", "(3, 3, 7, 7)"),
+    (WEIGHT, {"input": torch.randn(2, 3, 7, 7).half()}, "input to be float32", "float16"),
+    (WEIGHT, {"groups": 2}, "groups that divide 3 input channels", "2"),
+    (WEIGHT, {"kernel_size": (3,)}, "kernel_size to be a pair", "1 numbers"),
+    (WEIGHT, {"kernel_size": (3, 0)}, "kernel_size >= 1", "0"),
+    (WEIGHT, {"grad_output": torch.randn(2, 8, 5, 4)}, "grad_output of size 5 in dimension 3", "(2, 8, 5, 4)"),
+    (WEIGHT, {"kernel_size": (9, 3)}, "grad_output of size 0 in dimension 2", "(2, 8, 5, 5)"),
 ]
 
 
@@ -360,16 +390,16 @@ def test_gradients(op: str, changed: dict[str, Any], requirement: str, got: str,
         call(**{**arguments, **changed})
 
 
-@pytest.mark.parametrize("op", BOTH)
+@pytest.mark.parametrize("op", ALL)
 def test_gradients_on_two_devices(op: str) -> None:
     call, arguments = GRADIENTS[op]
-    other = "dense" if op == "matmul" else "weight"
+    other = {"matmul": "dense", "conv2d": "weight", "conv2d weight": "input"}[op]
     arguments = {**arguments, other: elsewhere(arguments[other]), "method": "magnitude"}
     with pytest.raises(RuntimeError, match=message(NAMES[op], "on the same device (cpu)", "xpu")):
         call(**arguments)
 
 
-@pytest.mark.parametrize("op", BOTH)
+@pytest.mark.parametrize("op", ALL)
 def test_gradients_on_a_device_without_a_kernel(op: str) -> None:
     call, arguments = GRADIENTS[op]
     moved = {name: elsewhere(value) for name, value in arguments.items() if isinstance(value, torch.Tensor)}
@@ -394,6 +424,9 @@ BAD_SHAPES = {
     "conv2d_input_grad_nm, another size": lambda: on_meta("conv2d", grad_output=meta(2, 9, 5, 5)),
     "conv2d_input_grad_nm, no image": lambda: on_meta("conv2d", grad_output=meta(8, 5, 5)),
     "conv2d_input_grad_nm, another dtype": lambda: on_meta("conv2d", weight=meta(8, 3, 3, 3).half()),
+    "conv2d_weight_grad_nm, another batch": lambda: on_meta("conv2d weight", input=meta(3, 3, 7, 7)),
+    "conv2d_weight_grad_nm, no image": lambda: on_meta("conv2d weight", input=meta(3, 7, 7)),
+    "conv2d_weight_grad_nm, another dtype": lambda: on_meta("conv2d weight", input=meta(2, 3, 7, 7).half()),
     "pack_24 of no matrix": lambda: _ops.pack_24(meta(8).half(), 2, 4),
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The compressing kernels without torch: compress_nm, decompress_nm, pack and spmm_nm of one instruction set against
-// scalar code. Every buffer is exactly as large as its contents, so that AddressSanitizer sees a read outside.
+// The compressing kernels without torch: compress_nm, decompress_nm, pack, spmm_nm and weight_grad_nm of one
+// instruction set against scalar code. Every buffer is exactly as large as its contents, so that AddressSanitizer sees
+// a read outside.
 #include "products.h"
 
 #include <cmath>
@@ -265,7 +266,111 @@ void test_all_products() {
   }
 }
 
+// --- weight gradients ---------------------------------------------------------------------------------------------
+
+// The gradient of a product's weight: pruned along the pixels by prune_nm, then summed in scalar code.
+template <class F>
+void test_weight_grad(const Product& p, int n, int m, bool channels_first, const std::string& what) {
+  if (skip()) return;
+  using T = typename F::Type;
+  const sdgp::Kernels& table = sdgp::kernels();
+  const sdgp::Axis2d &h = p.height, &w = p.width;
+  const int64_t pixels = h.out * w.out, positions = h.in * w.in, taps = h.kernel * w.kernel;
+  const int64_t rows = p.groups * p.size, channels = p.groups * p.cols;
+  const auto gradient = draw<F>(p.samples * rows * pixels, 0.1);
+  const auto input = draw<F>(p.samples * channels * positions);
+
+  sdgp::PruneArgs prune{};
+  std::vector<T> pruned(gradient.size());  // (samples, rows, pixels)
+  prune.in = gradient.data();
+  prune.out = pruned.data();
+  prune.dtype = F::kDType;
+  prune.pruning = {.method = sdgp::Method::kMvue, .n = n, .m = m, .seed = 7, .scale = false};
+  if (prune.pruning.keeps_all()) prune.pruning = {.method = sdgp::Method::kMagnitude, .n = 64, .m = 64};
+  prune.size = pixels;
+  prune.in_stride = channels_first ? 1 : rows;
+  prune.out_stride = 1;
+  prune.ndim = 2;
+  prune.dims[0] = {p.samples, rows * pixels, rows * pixels, rows, false};
+  prune.dims[1] = {rows, channels_first ? pixels : 1, pixels, 1, false};
+  table.prune_nm(prune, 0, table.prune_nm_units(prune));
+
+  sdgp::WeightGradArgs args{};
+  args.dtype = F::kDType;
+  args.pruning = {.method = sdgp::Method::kMvue, .n = n, .m = m, .seed = 7, .scale = false};
+  args.gradient = {.data = gradient.data(),
+                   .sample_stride = rows * pixels,
+                   .pixel_stride = channels_first ? 1 : rows,
+                   .channel_stride = channels_first ? pixels : 1,
+                   .by_group = false};
+  args.input = input.data();
+  args.sample_stride = channels * positions;
+  args.col_stride = channels_first ? positions : 1;
+  args.line_stride = channels_first ? w.in : w.in * channels;
+  args.pixel_stride = channels_first ? 1 : channels;
+  args.out_row_stride = p.cols * taps;
+  args.out_col_stride = p.channels_first ? taps : 1;
+  args.out_tap_stride = p.channels_first ? 1 : p.cols;
+  args.rows = p.size;
+  args.cols = p.cols;
+  args.groups = p.groups;
+  args.samples = p.samples;
+  args.height = h;
+  args.width = w;
+  std::vector<T> out(static_cast<size_t>(rows * p.cols * taps));
+  std::vector<T> again(out.size());
+  for (auto* result : {&out, &again}) {
+    args.out = result->data();
+    args.threads = result == &out ? 1 : 3;
+    in_pieces(table.weight_grad_nm_units(args), args.threads, [&](int64_t begin, int64_t end) {
+      table.weight_grad_nm(args, begin, end);
+      return true;
+    });
+  }
+  expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) == 0, what + ", in pieces");
+
+  const double terms = static_cast<double>(p.samples * pixels + 2);
+  const double epsilon = sizeof(T) == 8 ? std::ldexp(1, -52) : std::ldexp(1, -23);
+  for (int64_t i = 0; i < rows * p.cols * taps; ++i) {
+    const int64_t kx = i % w.kernel, ky = i / w.kernel % h.kernel, c = i / taps % p.cols, row = i / taps / p.cols;
+    double exact = 0, magnitude = 0;
+    for (int64_t j = 0; j < p.samples * pixels; ++j) {
+      const int64_t sample = j / pixels, pixel = j % pixels;
+      const int64_t y = pixel / w.out * h.stride - h.padding + ky * h.dilation;
+      const int64_t x = pixel % w.out * w.stride - w.padding + kx * w.dilation;
+      if (y < 0 || y >= h.in || x < 0 || x >= w.in) continue;
+      const int64_t at = sample * args.sample_stride + (row / p.size * p.cols + c) * args.col_stride +
+                         y * args.line_stride + x * args.pixel_stride;
+      const double term = F::value(pruned[static_cast<size_t>((sample * rows + row) * pixels + pixel)]) *
+                          F::value(input[static_cast<size_t>(at)]);
+      exact += term;
+      magnitude += std::fabs(term);
+    }
+    const int64_t to = row * args.out_row_stride + c * args.out_col_stride + (ky * w.kernel + kx) * args.out_tap_stride;
+    const double error = std::fabs(F::value(out[static_cast<size_t>(to)]) - exact);
+    const double bound = terms * epsilon * magnitude + 0.51 * F::kRounding * std::fabs(exact) +
+                         (F::kRounding > 0 ? std::ldexp(1, -14) : 0);
+    expect(error <= bound, what + ", element " + std::to_string(i));
+  }
+}
+
+void test_all_weight_grads() {
+  const int patterns[][2] = {{2, 4}, {3, 7}, {4, 4}, {8, 16}, {31, 64}};
+  for (const Product& product : kProducts) {
+    for (const auto& [n, m] : patterns) {
+      for (const bool channels_first : {false, true}) {
+        const std::string what = std::string(product.name) + " weight gradient " + std::to_string(n) + ":" +
+                                 std::to_string(m) + (channels_first ? " first" : " last");
+        test_weight_grad<Real<float>>(product, n, m, channels_first, what + " float32");
+        test_weight_grad<Real<double>>(product, n, m, channels_first, what + " float64");
+        test_weight_grad<BFloat16>(product, n, m, channels_first, what + " bfloat16");
+      }
+    }
+  }
+}
+
 void test_all() {
+  test_all_weight_grads();
   test_all_compress();
   test_all_products();
   test_all_gradients();
