@@ -315,11 +315,11 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
             "channels_last": False,
         },
     ),
-    "conv2d weight": (
+    "weight": (
         _ops.conv2d_weight_grad_nm,
         {
             "grad_output": torch.randn(2, 8, 5, 5),
-            "input": torch.randn(2, 3, 7, 7),
+            "input": torch.randn(2, 6, 7, 7),
             "n": 2,
             "m": 4,
             "method": "mvue",
@@ -336,11 +336,8 @@ GRADIENTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
 ALL = tuple(GRADIENTS)
 MATMUL, CONV, WEIGHT = ((op,) for op in ALL)
 CONVS = CONV + WEIGHT
-NAMES = {
-    "matmul": "_prune_nm_matmul",
-    "conv2d": "_conv2d_input_grad_nm",
-    "conv2d weight": "_conv2d_weight_grad_nm",
-}
+NAMES = {"matmul": "_prune_nm_matmul", "conv2d": "_conv2d_input_grad_nm", "weight": "_conv2d_weight_grad_nm"}
+OTHER = {"matmul": "dense", "conv2d": "weight", "weight": "input"}
 
 BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
     (ALL, {"n": 5}, "1 <= n <= m <= 64", "n=5, m=4"),
@@ -353,7 +350,7 @@ BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
     (MATMUL, {"input": torch.ones(3, 8).int()}, "float32, float64, float16 or bfloat16", "int32"),
     (MATMUL, {"dense": torch.randn(8)}, "dense (size, cols)", "(8,)"),
     (MATMUL, {"dense": torch.randn(8, 5).half()}, "dense to be float32", "float16"),
-    (CONVS, {"grad_output": torch.randn(8, 5, 5)}, "(N, C, H, W)", "(8, 5, 5)"),
+    (CONVS, {"grad_output": torch.randn(8, 5, 5)}, "grad_output (N, C, H, W)", "(8, 5, 5)"),
     (CONV, {"grad_output": torch.randn(2, 9, 5, 5)}, "(N, 8, H, W)", "(2, 9, 5, 5)"),
     (CONV, {"weight": torch.randn(8, 3)}, "(out, in / groups, kH, kW)", "(8, 3)"),
     (CONV, {"weight": torch.randn(8, 3, 3, 3).half()}, "weight to be float32", "float16"),
@@ -367,14 +364,17 @@ BAD_GRADIENTS: list[tuple[tuple[str, ...], dict[str, Any], str, str]] = [
     (CONVS, {"padding": (0, 0, 0)}, "padding to be a pair", "3 numbers"),
     (CONV, {"input_size": (7, -7)}, "input_size >= 0", "-7"),
     (CONV, {"input_size": (7,)}, "input_size to be a pair", "1 numbers"),
-    (WEIGHT, {"input": torch.randn(3, 7, 7)}, "input (N, C, H, W)", "(3, 7, 7)"),
-    (WEIGHT, {"input": torch.randn(3, 3, 7, 7)}, "input (2, C, H, W)", "(3, 3, 7, 7)"),
-    (WEIGHT, {"input": torch.randn(2, 3, 7, 7).half()}, "input to be float32", "float16"),
-    (WEIGHT, {"groups": 2}, "groups that divide 3 input channels", "2"),
+    (WEIGHT, {"grad_output": torch.ones(2, 8, 5, 5).int()}, "float32, float64, float16 or bfloat16", "int32"),
+    (WEIGHT, {"input": torch.randn(2, 6, 7, 7).half()}, "input to be float32", "float16"),
+    (WEIGHT, {"input": torch.randn(6, 7, 7)}, "input (N, C, H, W)", "(6, 7, 7)"),
+    (WEIGHT, {"input": torch.randn(3, 6, 7, 7)}, "input (2, C, H, W)", "(3, 6, 7, 7)"),
+    (WEIGHT, {"groups": 4}, "groups that divide 6 input channels", "4"),
     (WEIGHT, {"kernel_size": (3,)}, "kernel_size to be a pair", "1 numbers"),
     (WEIGHT, {"kernel_size": (3, 0)}, "kernel_size >= 1", "0"),
-    (WEIGHT, {"grad_output": torch.randn(2, 8, 5, 4)}, "grad_output of size 5 in dimension 3", "(2, 8, 5, 4)"),
-    (WEIGHT, {"kernel_size": (9, 3)}, "grad_output of size 0 in dimension 2", "(2, 8, 5, 5)"),
+    (WEIGHT, {"stride": (2, 1)}, "grad_output of size 3 in dimension 2", "(2, 8, 5, 5)"),
+    (WEIGHT, {"padding": (0, 1)}, "grad_output of size 7 in dimension 3", "(2, 8, 5, 5)"),
+    (WEIGHT, {"dilation": (4, 1)}, "grad_output of size 0 in dimension 2", "(2, 8, 5, 5)"),
+    (WEIGHT, {"kernel_size": (3, 4)}, "grad_output of size 4 in dimension 3", "(2, 8, 5, 5)"),
 ]
 
 
@@ -393,7 +393,7 @@ def test_gradients(op: str, changed: dict[str, Any], requirement: str, got: str,
 @pytest.mark.parametrize("op", ALL)
 def test_gradients_on_two_devices(op: str) -> None:
     call, arguments = GRADIENTS[op]
-    other = {"matmul": "dense", "conv2d": "weight", "conv2d weight": "input"}[op]
+    other = OTHER[op]
     arguments = {**arguments, other: elsewhere(arguments[other]), "method": "magnitude"}
     with pytest.raises(RuntimeError, match=message(NAMES[op], "on the same device (cpu)", "xpu")):
         call(**arguments)
@@ -424,9 +424,9 @@ BAD_SHAPES = {
     "conv2d_input_grad_nm, another size": lambda: on_meta("conv2d", grad_output=meta(2, 9, 5, 5)),
     "conv2d_input_grad_nm, no image": lambda: on_meta("conv2d", grad_output=meta(8, 5, 5)),
     "conv2d_input_grad_nm, another dtype": lambda: on_meta("conv2d", weight=meta(8, 3, 3, 3).half()),
-    "conv2d_weight_grad_nm, another batch": lambda: on_meta("conv2d weight", input=meta(3, 3, 7, 7)),
-    "conv2d_weight_grad_nm, no image": lambda: on_meta("conv2d weight", input=meta(3, 7, 7)),
-    "conv2d_weight_grad_nm, another dtype": lambda: on_meta("conv2d weight", input=meta(2, 3, 7, 7).half()),
+    "conv2d_weight_grad_nm, other samples": lambda: on_meta("weight", input=meta(3, 6, 7, 7)),
+    "conv2d_weight_grad_nm, no image": lambda: on_meta("weight", grad_output=meta(8, 5, 5)),
+    "conv2d_weight_grad_nm, another dtype": lambda: on_meta("weight", input=meta(2, 6, 7, 7).half()),
     "pack_24 of no matrix": lambda: _ops.pack_24(meta(8).half(), 2, 4),
 }
 

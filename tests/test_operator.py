@@ -44,6 +44,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "prune_nm_matmul": _ops.prune_nm_matmul,
     "conv2d_input_grad_nm": _ops.conv2d_input_grad_nm,
     "conv2d_weight_grad_nm": _ops.conv2d_weight_grad_nm,
+    "prune_nm_matmul, rows side by side": _ops.prune_nm_matmul,
 }
 
 
@@ -59,7 +60,8 @@ def products(channels_last: bool = False, apart: bool = False) -> dict[str, tupl
         "spmm_nm": (values, indices, 4, torch.randn(22, 7)),
         "prune_nm_matmul": (torch.randn(2, 3, 22), torch.randn(22, 7), 2, 4, "mvue", draw_seed()),
         "conv2d_input_grad_nm": (image, weight, 2, 4, "mvue", draw_seed(), *geometry),
-        "conv2d_weight_grad_nm": (image, torch.randn(3, 6, 9, 10), 2, 4, "mvue", draw_seed(), [3, 3], *geometry[1:]),
+        "conv2d_weight_grad_nm": (image, torch.randn(3, 6, 9, 10), 2, 4, "mvue", draw_seed(), (3, 3), *geometry[1:]),
+        "prune_nm_matmul, rows side by side": (torch.randn(22, 3).t(), torch.randn(22, 7), 2, 4, "mvue", draw_seed()),
     }
 
 

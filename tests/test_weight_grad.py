@@ -553,6 +553,12 @@ def test_flops_of_the_sparse_product() -> None:
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
     assert counter.get_total_flops() == 2 * 30 * 16 * 64 + 2 * 16 * 16 * 64  # of 30 rows 16 stay
+    conv = sdgp.Conv2d(8, 12, 3, groups=2, bias=False, backend="sparse", weight_grad=("2:4", "magnitude"))
+    images = torch.randn(5, 8, 7, 5)
+    with FlopCounterMode(display=False) as counter:
+        conv(images).sum().backward()
+    forward = 2 * 5 * 12 * 15 * 4 * 9
+    assert counter.get_total_flops() == forward + forward * 8 // 15  # of 15 pixels 8 stay
 
 
 # Settings.

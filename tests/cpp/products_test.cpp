@@ -5,6 +5,7 @@
 // a read outside.
 #include "products.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <memory>
@@ -14,9 +15,11 @@
 #include <type_traits>
 #include <vector>
 
+#include "guarded.h"
 #include "harness.h"
 #include "kernels/table.h"
 #include "rows.h"
+#include "weight_grad.h"
 
 namespace {
 
@@ -266,114 +269,88 @@ void test_all_products() {
   }
 }
 
-// --- weight gradients ---------------------------------------------------------------------------------------------
+// --- weight_grad_nm -----------------------------------------------------------------------------------------------
 
-// The gradient of a product's weight: pruned along the pixels by prune_nm, then summed in scalar code.
+constexpr Layout kFirst = Layout::kContiguous, kLast = Layout::kChannelsLast, kOther = Layout::kTransposed;
+
+const WeightProduct kWeightProducts[] = {
+    {"one value", 1, 1, 1, 1, kPoint, kPoint, kFirst, kFirst, false},
+    {"rows side by side", 1, 1, 70, 33, kPoint, {150, 150, 1, 1, 0, 1}, kLast, kLast, false},
+    {"two chunks", 2, 1, 800, 5, kPoint, {40, 40, 1, 1, 0, 1}, kFirst, kFirst, false},
+    {"several slabs", 2, 1, 400, 24, {20, 20, 1, 1, 0, 1}, {25, 25, 1, 1, 0, 1}, kFirst, kLast, true},
+    {"panels", 2, 1, 9, 300, {5, 5, 1, 1, 0, 1}, {7, 7, 3, 1, 1, 1}, kLast, kFirst, false},
+    {"3 x 3", 2, 1, 40, 17, {9, 9, 3, 1, 1, 1}, {11, 11, 3, 1, 1, 1}, kFirst, kFirst, false},
+    {"stride", 3, 1, 12, 20, {9, 5, 3, 2, 1, 1}, {12, 4, 1, 3, 0, 1}, kLast, kLast, true},
+    {"small images", 40, 1, 20, 9, {3, 3, 3, 1, 1, 1}, {2, 2, 3, 1, 1, 1}, kFirst, kFirst, false},
+    {"dilation, padding beyond the kernel", 2, 2, 5, 3, {6, 14, 3, 1, 6, 2}, {7, 6, 2, 2, 4, 3}, kFirst, kLast, true},
+    {"7 x 7", 1, 1, 6, 3, {33, 17, 7, 2, 3, 1}, {40, 20, 7, 2, 3, 1}, kFirst, kFirst, false},
+    {"any strides", 3, 3, 4, 5, {8, 8, 3, 1, 1, 1}, {5, 4, 2, 1, 0, 1}, kOther, kOther, false},
+};
+
+// Neither the gradient nor the input is read, nor the result written, beyond its ends.
 template <class F>
-void test_weight_grad(const Product& p, int n, int m, bool channels_first, const std::string& what) {
+void test_weight_grad(const WeightProduct& p, int n, int m, sdgp::Method method, bool at_end, const std::string& what) {
   if (skip()) return;
   using T = typename F::Type;
   const sdgp::Kernels& table = sdgp::kernels();
-  const sdgp::Axis2d &h = p.height, &w = p.width;
-  const int64_t pixels = h.out * w.out, positions = h.in * w.in, taps = h.kernel * w.kernel;
-  const int64_t rows = p.groups * p.size, channels = p.groups * p.cols;
-  const auto gradient = draw<F>(p.samples * rows * pixels, 0.1);
-  const auto input = draw<F>(p.samples * channels * positions);
+  const Guarded<T> gradient(p.gradient_size(), at_end), input(p.input_size(), at_end);
+  const auto drawn = draw<F>(p.gradient_size(), 0.2), image = draw<F>(p.input_size());
+  std::copy(drawn.begin(), drawn.end(), gradient.data);
+  std::copy(image.begin(), image.end(), input.data);
+  sdgp::WeightGradArgs args =
+      describe(p, F::kDType, {.method = method, .n = n, .m = m, .seed = 0x0123456789abcdefu, .scale = false});
+  args.gradient.data = gradient.data;
+  args.input = input.data;
 
-  sdgp::PruneArgs prune{};
-  std::vector<T> pruned(gradient.size());  // (samples, rows, pixels)
-  prune.in = gradient.data();
-  prune.out = pruned.data();
-  prune.dtype = F::kDType;
-  prune.pruning = {.method = sdgp::Method::kMvue, .n = n, .m = m, .seed = 7, .scale = false};
-  if (prune.pruning.keeps_all()) prune.pruning = {.method = sdgp::Method::kMagnitude, .n = 64, .m = 64};
-  prune.size = pixels;
-  prune.in_stride = channels_first ? 1 : rows;
-  prune.out_stride = 1;
-  prune.ndim = 2;
-  prune.dims[0] = {p.samples, rows * pixels, rows * pixels, rows, false};
-  prune.dims[1] = {rows, channels_first ? pixels : 1, pixels, 1, false};
-  table.prune_nm(prune, 0, table.prune_nm_units(prune));
-
-  sdgp::WeightGradArgs args{};
-  args.dtype = F::kDType;
-  args.pruning = {.method = sdgp::Method::kMvue, .n = n, .m = m, .seed = 7, .scale = false};
-  args.gradient = {.data = gradient.data(),
-                   .sample_stride = rows * pixels,
-                   .pixel_stride = channels_first ? 1 : rows,
-                   .channel_stride = channels_first ? pixels : 1,
-                   .by_group = false};
-  args.input = input.data();
-  args.sample_stride = channels * positions;
-  args.col_stride = channels_first ? positions : 1;
-  args.line_stride = channels_first ? w.in : w.in * channels;
-  args.pixel_stride = channels_first ? 1 : channels;
-  args.out_row_stride = p.cols * taps;
-  args.out_col_stride = p.channels_first ? taps : 1;
-  args.out_tap_stride = p.channels_first ? 1 : p.cols;
-  args.rows = p.size;
-  args.cols = p.cols;
-  args.groups = p.groups;
-  args.samples = p.samples;
-  args.height = h;
-  args.width = w;
-  std::vector<T> out(static_cast<size_t>(rows * p.cols * taps));
-  std::vector<T> again(out.size());
-  for (auto* result : {&out, &again}) {
-    args.out = result->data();
-    args.threads = result == &out ? 1 : 3;
-    in_pieces(table.weight_grad_nm_units(args), args.threads, [&](int64_t begin, int64_t end) {
-      table.weight_grad_nm(args, begin, end);
-      return true;
-    });
+  std::vector<T> pruned = drawn;
+  if (n != m) {
+    sdgp::PruneArgs rows = describe_rows(p, args);
+    rows.in = drawn.data();
+    rows.out = pruned.data();
+    table.prune_nm(rows, 0, table.prune_nm_units(rows));
   }
-  expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) == 0, what + ", in pieces");
-
-  const double terms = static_cast<double>(p.samples * pixels + 2);
-  const double epsilon = sizeof(T) == 8 ? std::ldexp(1, -52) : std::ldexp(1, -23);
-  for (int64_t i = 0; i < rows * p.cols * taps; ++i) {
-    const int64_t kx = i % w.kernel, ky = i / w.kernel % h.kernel, c = i / taps % p.cols, row = i / taps / p.cols;
-    double exact = 0, magnitude = 0;
-    for (int64_t j = 0; j < p.samples * pixels; ++j) {
-      const int64_t sample = j / pixels, pixel = j % pixels;
-      const int64_t y = pixel / w.out * h.stride - h.padding + ky * h.dilation;
-      const int64_t x = pixel % w.out * w.stride - w.padding + kx * w.dilation;
-      if (y < 0 || y >= h.in || x < 0 || x >= w.in) continue;
-      const int64_t at = sample * args.sample_stride + (row / p.size * p.cols + c) * args.col_stride +
-                         y * args.line_stride + x * args.pixel_stride;
-      const double term = F::value(pruned[static_cast<size_t>((sample * rows + row) * pixels + pixel)]) *
-                          F::value(input[static_cast<size_t>(at)]);
-      exact += term;
-      magnitude += std::fabs(term);
-    }
-    const int64_t to = row * args.out_row_stride + c * args.out_col_stride + (ky * w.kernel + kx) * args.out_tap_stride;
-    const double error = std::fabs(F::value(out[static_cast<size_t>(to)]) - exact);
-    const double bound = terms * epsilon * magnitude + 0.51 * F::kRounding * std::fabs(exact) +
-                         (F::kRounding > 0 ? std::ldexp(1, -14) : 0);
-    expect(error <= bound, what + ", element " + std::to_string(i));
+  const Sums sums = weight_sums<F>(p, args, pruned.data());
+  const size_t bytes = static_cast<size_t>(p.result_size()) * sizeof(T);
+  const Guarded<T> first(p.result_size(), at_end);
+  for (const int64_t threads : {1, 3, 16}) {
+    const Guarded<T> out(p.result_size(), at_end);
+    std::memset(out.data, 77, bytes);
+    args.out = out.data;
+    args.threads = threads;
+    multiply(table, args, 2 * threads - 1);
+    if (threads == 1) std::memcpy(first.data, out.data, bytes);
+    expect(std::memcmp(first.data, out.data, bytes) == 0, what + ", threads");
+  }
+  for (int64_t i = 0; i < p.result_size(); ++i) {
+    const auto at = static_cast<size_t>(i);
+    const double error = std::fabs(F::value(first.data[i]) - sums.exact[at]);
+    expect(error <= error_bound<F>(p, sums, at), what + ", element " + std::to_string(i));
   }
 }
 
 void test_all_weight_grads() {
-  const int patterns[][2] = {{2, 4}, {3, 7}, {4, 4}, {8, 16}, {31, 64}};
-  for (const Product& product : kProducts) {
+  const int patterns[][2] = {{2, 4}, {1, 2}, {3, 7}, {4, 4}, {8, 32}, {31, 64}, {1, 1}};
+  bool at_end = false;
+  for (const WeightProduct& product : kWeightProducts) {
     for (const auto& [n, m] : patterns) {
-      for (const bool channels_first : {false, true}) {
-        const std::string what = std::string(product.name) + " weight gradient " + std::to_string(n) + ":" +
-                                 std::to_string(m) + (channels_first ? " first" : " last");
-        test_weight_grad<Real<float>>(product, n, m, channels_first, what + " float32");
-        test_weight_grad<Real<double>>(product, n, m, channels_first, what + " float64");
-        test_weight_grad<BFloat16>(product, n, m, channels_first, what + " bfloat16");
+      for (const auto method : {sdgp::Method::kMagnitude, sdgp::Method::kMvue}) {
+        at_end = !at_end;
+        const std::string what = std::string(product.name) + " weight " + std::to_string(n) + ":" + std::to_string(m) +
+                                 (method == sdgp::Method::kMvue ? " mvue" : "");
+        test_weight_grad<Real<float>>(product, n, m, method, at_end, what + " float32");
+        test_weight_grad<Real<double>>(product, n, m, method, at_end, what + " float64");
+        test_weight_grad<Half>(product, n, m, method, at_end, what + " float16");
+        test_weight_grad<BFloat16>(product, n, m, method, at_end, what + " bfloat16");
       }
     }
   }
 }
 
 void test_all() {
-  test_all_weight_grads();
   test_all_compress();
   test_all_products();
   test_all_gradients();
+  test_all_weight_grads();
 }
 
 }  // namespace

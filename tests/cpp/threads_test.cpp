@@ -10,6 +10,7 @@
 #include "kernels/table.h"
 #include "products.h"
 #include "rows.h"
+#include "weight_grad.h"
 
 namespace {
 
@@ -23,6 +24,9 @@ struct Shared {
   Product product{"", 3, 1, 64, 20, {9, 9, 3, 1, 1, 1}, {9, 9, 3, 1, 1, 1}, Weight::kContiguous, true};
   Floats gradient = draw<Real<float>>(3 * 64 * 81);
   Floats weight = draw<Real<float>>(64 * 20 * 9);
+  WeightProduct weight_product{
+      "", 3, 1, 64, 20, {9, 9, 3, 1, 1, 1}, {9, 9, 3, 1, 1, 1}, Layout::kContiguous, Layout::kContiguous, false};
+  Floats input = draw<Real<float>>(3 * 20 * 81);
 
   int64_t result_size() const { return 3 * 20 * 81; }
 };
@@ -57,6 +61,12 @@ struct Calls {
     gradient = describe_gradient(shared.product, rows);
     if (method == Method::kRescale) spmm.pruning.method = Method::kMagnitude;
     spmm.gradient = &gradient;
+    weight_out.resize(static_cast<size_t>(shared.weight_product.result_size()));
+    weight = describe(shared.weight_product, sdgp::DType::kFloat32, spmm.pruning);
+    weight.gradient.data = shared.gradient.data();
+    weight.input = shared.input.data();
+    weight.out = weight_out.data();
+    weight.threads = kThreads;
   }
   Calls(const Calls&) = delete;
 
@@ -72,21 +82,28 @@ struct Calls {
     share(next_multiply, table.spmm_nm_units(spmm), [&](int64_t begin, int64_t end) {
       if (!table.spmm_nm(spmm, begin, end)) valid = false;
     });
+    share(next_weight, table.weight_grad_nm_units(weight),
+          [&](int64_t begin, int64_t end) { table.weight_grad_nm(weight, begin, end); });
   }
 
   Floats pruned;
   Floats out;
   Floats packed;
+  Floats weight_out;
   sdgp::PruneArgs rows;
   sdgp::SpmmArgs spmm;
+  sdgp::WeightGradArgs weight;
   sdgp::Gradient gradient;
   std::atomic<int64_t> next_prune{0};
   std::atomic<int64_t> next_pack{0};
   std::atomic<int64_t> next_multiply{0};
+  std::atomic<int64_t> next_weight{0};
   std::atomic<bool> valid{true};
 };
 
-bool same(const Calls& a, const Calls& b) { return a.valid && a.pruned == b.pruned && a.out == b.out; }
+bool same(const Calls& a, const Calls& b) {
+  return a.valid && a.pruned == b.pruned && a.out == b.out && a.weight_out == b.weight_out;
+}
 
 template <class Work>
 void in_threads(Work work) {

@@ -3,7 +3,7 @@
 // One input of a fuzzer is one case: arguments of the torch-free kernels, then values. Every instruction set that this
 // CPU runs must give what scalar code gives, or what follows from the specification, bit for bit the same whatever the
 // pieces that the work is cut into, and touch nothing outside its arrays.
-#include "spmm_nm.h"
+#include "weight_grad_nm.h"
 
 namespace {
 
@@ -11,7 +11,9 @@ using namespace sdgp::test;
 
 template <class F>
 void fuzz(Bytes& bytes) {
-  switch (bytes.below(3)) {
+  const uint8_t kernel = bytes.byte();
+  if (kernel >= 192) return fuzz_weight_grad<F>(bytes);
+  switch (kernel % 3) {
     case 0: return fuzz_prune<F>(bytes);
     case 1: return fuzz_compress<F>(bytes);
     default: return fuzz_product<F>(bytes);
