@@ -160,6 +160,8 @@ def check_linear(case: Case, method: str, weight: Tensor) -> None:
     pruned = sdgp.prune_nm(x, n, m, -1, method, seed).double()
     if method != "rescale":
         results.append(call(_ops.prune_nm_matmul, x, weight, n, m, method, seed))
+        if x.ndim == 2:  # rows side by side go another way
+            results.append(call(_ops.prune_nm_matmul, x.t().contiguous().t(), weight, n, m, method, seed))
     for actual in results:
         assert actual.shape == (*x.shape[:-1], weight.shape[1])
         if kind in (*TAME, "subnormal"):
@@ -209,6 +211,19 @@ def check_conv2d(case: Case, method: str, weight: Tensor, window: list[Any]) -> 
         near(actual, exact, magnitude, weight[:, 0].numel() + 1)
 
 
+def check_conv2d_weight(case: Case, method: str, weight: Tensor, window: list[Any]) -> None:
+    grad, kind, n, m, _, seed = case
+    x = torch.randn(grad.shape[0], window[4] * weight.shape[1], *window[0]).to(grad.dtype)
+    window = [list(weight.shape[2:]), *window[1:]]
+    actual = call(_ops.conv2d_weight_grad_nm, grad, x, n, m, method, seed, *window)
+    pruned = sdgp.prune_nm(grad.flatten(2), n, m, -1, method, seed).reshape(grad.shape).double()
+    if kind in (*TAME, "subnormal") and x.numel() > 0:
+        all_kept = (1, 1, "magnitude", None, *window)
+        exact = reference.conv2d_weight_grad_nm(pruned, x.double(), *all_kept)
+        magnitude = reference.conv2d_weight_grad_nm(pruned.abs(), x.double().abs(), *all_kept)
+        near(actual, exact, magnitude, grad[:, 0].numel() + 1)
+
+
 @settings(**SETTINGS)
 @given(case=cases())
 def test_prune_and_compress(case: Case) -> None:
@@ -232,6 +247,7 @@ def test_convolutions(drawn: tuple[Case, Tensor, list[Any]]) -> None:
     for method in METHODS:
         if method != "rescale":
             check_conv2d(case, method, weight, window)
+            check_conv2d_weight(case, method, weight, window)
 
 
 def test_the_number_of_calls() -> None:
