@@ -43,7 +43,7 @@ def test_bench(options: tuple[str, ...], command: Command) -> None:
     convolutions = [4 if pattern == "4:32" else 5 for pattern in patterns]  # its last layer has 10 outputs
     assert [row["layers"] for row in found["train_step"]] == convolutions + [5] * len(patterns)
     for row in found["train_step"]:
-        assert row["saved"] == pytest.approx(1 - row["converted_ms"] / row["plain_ms"], abs=0.05)
+        assert row["saved_low"] <= row["saved"] <= row["saved_high"] < 1
     text = Path("results/sdgp-bench.txt").read_text()
     assert "linear 64 -> 128, 64 tokens" in text
     assert json.loads(Path("results/sdgp-bench.json").read_text())["prune_nm"] == found["prune_nm"]
