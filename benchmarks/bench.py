@@ -14,6 +14,7 @@ import torch
 from sdgp._machine import changes, machine
 from sdgp._timing import interleaved as interleaved
 from sdgp._timing import interval as interval
+from sdgp._timing import rounds_of as rounds_of
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

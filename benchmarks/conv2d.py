@@ -17,8 +17,7 @@ import torch
 from gradients import Case, main
 from torch import Tensor
 
-from sdgp._autograd import Conv2dProducts
-from sdgp._autograd._conv2d import Geometry
+from sdgp._autograd import Conv2dProducts, Geometry
 from sdgp._pattern import Pruning
 
 

@@ -13,13 +13,14 @@ MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 from __future__ import annotations
 
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import arguments, begin, interleaved, store
+from bench import arguments, begin, interval, rounds_of, store
 from torch import Tensor
 
 from sdgp._decision import Products
@@ -46,10 +47,15 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
     for method in METHODS:
         products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
         candidates["exact"] = products.exact
-        candidates[f"sparse {method}"] = products.sparse
-    milliseconds = {name: 1e3 * seconds for name, seconds in interleaved(candidates, rounds).items()}
-    exact = milliseconds["exact"]
-    sparse = {method: milliseconds[f"sparse {method}"] for method in METHODS}
+        candidates[method] = products.sparse
+    times = rounds_of(candidates, rounds)
+    milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+    # Of paired rounds: a slow moment hits both.
+    ratios = {
+        method: sorted(exact / sparse for exact, sparse in zip(times["exact"], times[method], strict=True))
+        for method in METHODS
+    }
+    low, high = interval(rounds)
     return {
         "shape": case.name,
         "pattern": pattern,
@@ -58,16 +64,18 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         "operand_bytes": case.operand.nbytes,
         "result_bytes": case.result_bytes,
         "clone_ms": round(milliseconds["clone"], 3),
-        "exact_ms": round(exact, 3),
-        "sparse_ms": {method: round(value, 3) for method, value in sparse.items()},
-        "times_exact": {method: round(exact / value, 3) for method, value in sparse.items()},
+        "exact_ms": round(milliseconds["exact"], 3),
+        "sparse_ms": {method: round(milliseconds[method], 3) for method in METHODS},
+        "times_exact": {method: round(statistics.median(found), 3) for method, found in ratios.items()},
+        "interval": {method: [round(found[low], 3), round(found[high], 3)] for method, found in ratios.items()},
     }
 
 
 def show(row: dict[str, Any]) -> None:
     exact = f"exact {row['exact_ms']:7.2f} ms {row['gflop'] / row['exact_ms'] * 1e3:5.1f} GFLOP/s"
     sparse = " | ".join(
-        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_exact'][method]:5.2f}x" for method in METHODS
+        f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_exact'][method]:5.2f}x [{low:.2f}, {high:.2f}]"
+        for method, (low, high) in row["interval"].items()
     )
     head = f"{row['shape']:29s} | {row['pattern']:>5s}"
     print(f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)

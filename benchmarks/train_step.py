@@ -2,9 +2,9 @@
 """Whole training steps (forward, backward, SGD): the plain model beside converted copies of it, in turn.
 
 One line per model, pattern and backend: milliseconds, what is saved with its 95 % interval, and how many data and
-weight gradients took the sparse product. "Noise" is what a second copy of the plain model seems to save. A pattern
-"4:16 + 8:16" prunes the data gradient to 4:16 and the weight gradient to 8:16; a model whose weights are frozen ignores
-the latter.
+weight gradients took the sparse product. "Noise" is what a second copy of the plain model seems to save. "bfloat16" is
+what the plain model saves under autocast: where that is more, pruning in float32 gains nothing. A pattern "4:16 + 8:16"
+prunes the data gradient to 4:16 and the weight gradient to 8:16; a model whose weights are frozen ignores the latter.
 
     python benchmarks/train_step.py                             # all four, an hour or so
     python benchmarks/train_step.py --model transformer lora --pattern 2:4 "4:16 + 4:16" --backend auto
@@ -69,8 +69,9 @@ def show(row: dict[str, Any]) -> None:
     head = f"{row['model']:11s} | {row['method']} {row['pattern']:>11s} | {row['backend']:6s}"
     saved = f"{row['saved']:+6.1%} [{row['saved_low']:+.1%}, {row['saved_high']:+.1%}] saved"
     times = f"plain {row['plain_ms']:8.1f} ms | converted {row['converted_ms']:8.1f} ms | {saved}"
+    others = f"noise {row['noise']:+.1%}, bfloat16 {row['bfloat16_saved']:+.1%}"
     data, weights = (f"{row[f'{kind}_sparse']} of {row[kind]}" for kind in ("layers", "weights"))
-    print(f"{head} | {times} (noise {row['noise']:+.1%}) | sparse: {data} data, {weights} weight gradients", flush=True)
+    print(f"{head} | {times} ({others}) | sparse: {data} data, {weights} weight gradients", flush=True)
 
 
 def main() -> None:

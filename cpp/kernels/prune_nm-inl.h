@@ -46,7 +46,6 @@ template <class C, Method kMethod, int kM>
 struct PruneKernel {
   using T = typename C::T;
   static constexpr int kL = kLanes<typename C::E>;
-  static constexpr int kTiles = kTilesOf<kMethod>;
 
   static void run(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     switch (plan.layout) {
@@ -62,7 +61,7 @@ struct PruneKernel {
  private:
   // The paths that are not worth their own copy of the tile's code.
   __attribute__((noinline)) static void prune_slow(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
-    prune_tiles<C, kMethod, kM>(x, mixed, &group);
+    prune_tile<C, kMethod, kM>(x, mixed, group);
   }
 
   static void run_rows(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
@@ -79,40 +78,26 @@ struct PruneKernel {
       const T* in = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
       T* out = static_cast<T*>(args.out) + row.out + first * args.out_stride;
       const int64_t stop = plan.inner * (chunk + 1) / plan.chunks;
-      const auto index_of = [&](int64_t p) {
-        return args.first_group +
-               (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.row_groups) +
-               static_cast<uint64_t>(group);
-      };
-      // The last tiles of a chunk step back to stay inside it; what they prune twice comes out the same.
-      int64_t at = plan.inner * chunk / plan.chunks;
-      if (length == kM) {
-        for (; at < stop; at += kTiles * kL) {
-          Elem<C> x[kTiles * kM];
-          int64_t p[kTiles];
-          LaneGroups<C> lanes[kTiles];
-#pragma GCC unroll 2
-          for (int t = 0; t < kTiles; ++t) {
-            p[t] = at + (t + 1) * kL <= stop ? at + t * kL : stop - kL;
-            lanes[t] = offsets.from(index_of(p[t]), kM, false);
+      // The last tile of a chunk steps back to stay inside it; what it prunes twice comes out the same.
+      for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kL) {
+        const int64_t p = at + kL <= stop ? at : stop - kL;
+        const uint64_t index =
+            args.first_group +
+            (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.row_groups) +
+            static_cast<uint64_t>(group);
+        Elem<C> x[kM];
+        if (length == kM) {
 #pragma GCC unroll 64
-            for (int j = 0; j < kM; ++j) x[t * kM + j] = C::load(in + p[t] + j * args.in_stride);
+          for (int j = 0; j < kM; ++j) x[j] = C::load(in + p + j * args.in_stride);
+          // The next group of these rows: where they are few, their pieces are too short for the hardware's prefetcher.
 #pragma GCC unroll 64
-            for (int j = 0; j < kM; ++j) __builtin_prefetch(in + p[t] + (kM + j) * args.in_stride);
-          }
-          prune_tiles<C, kMethod, kM, kTiles>(x, plan.mixed, lanes);
-#pragma GCC unroll 2
-          for (int t = 0; t < kTiles; ++t) {
+          for (int j = 0; j < kM; ++j) __builtin_prefetch(in + p + (kM + j) * args.in_stride);
+          prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
 #pragma GCC unroll 64
-            for (int j = 0; j < kM; ++j) C::store(out + p[t] + j * args.out_stride, x[t * kM + j]);
-          }
-        }
-      } else {
-        for (; at < stop; at += kL) {
-          const int64_t p = at + kL <= stop ? at : stop - kL;
-          Elem<C> x[kM];
+          for (int j = 0; j < kM; ++j) C::store(out + p + j * args.out_stride, x[j]);
+        } else {
           for (int j = 0; j < kM; ++j) x[j] = j < length ? C::load(in + p + j * args.in_stride) : Elem<C>{};
-          prune_slow(x, plan.mixed, offsets.from(index_of(p), length, true));
+          prune_slow(x, plan.mixed, offsets.from(index, length, true));
           for (int j = 0; j < length; ++j) C::store(out + p + j * args.out_stride, x[j]);
         }
       }
@@ -163,20 +148,14 @@ struct PruneKernel {
       const T* in = static_cast<const T*>(args.in) + row.in;
       T* out = static_cast<T*>(args.out) + row.out;
       const int64_t stop = plan.full * (chunk + 1) / plan.chunks;
-      const uint64_t first = args.first_group + row.index * static_cast<uint64_t>(plan.row_groups);
-      for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kTiles * kL) {
-        Elem<C> x[kTiles * kM];
-        int64_t g[kTiles];
-        LaneGroups<C> lanes[kTiles];
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) {
-          g[t] = at + (t + 1) * kL <= stop ? at + t * kL : stop - kL;  // steps back as in run_rows
-          load_groups(in + g[t] * kM, x + t * kM);
-          lanes[t] = offsets.from(first + static_cast<uint64_t>(g[t]), kM, false);
-        }
-        prune_tiles<C, kMethod, kM, kTiles>(x, plan.mixed, lanes);
-#pragma GCC unroll 2
-        for (int t = 0; t < kTiles; ++t) store_groups(out + g[t] * kM, x + t * kM);
+      for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kL) {
+        const int64_t g = at + kL <= stop ? at : stop - kL;  // steps back as in run_rows
+        Elem<C> x[kM];
+        load_groups(in + g * kM, x);
+        const uint64_t index =
+            args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g);
+        prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
+        store_groups(out + g * kM, x);
       }
       // A row's tail belongs to its last unit. Several rows' make a tile; they are still in the cache.
       const int64_t done = (unit + 1) / plan.chunks;

@@ -215,113 +215,82 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, const Pruning& mixed) {
 // the elements above it aside with one place each, until none is above: at most n rounds.
 // The sample: with the elements below step laid end to end, each |x_i| long, those are kept that hold one of the points
 // (u + k) * step. `left` enforces "at most n" where rounding would place a point too many.
-template <class C, int kM, int kTiles>
-SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>* group) {
+template <class C, int kM>
+SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
   const int n = mixed.n;
   using E = typename C::E;
   using K = typename C::K;
   constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
-  Elem<C> magnitude[kTiles][kM];
-  Elem<C> total[kTiles] = {};
+  Elem<C> magnitude[kM];
+  Elem<C> total{};
   for (int j = 0; j < kM; ++j) {
-    for (int t = 0; t < kTiles; ++t) {
-      magnitude[t][j] = (Elem<C>)magnitude_key<C>(x[t * kM + j]);
-      total[t] += magnitude[t][j];
-    }
+    magnitude[j] = (Elem<C>)magnitude_key<C>(x[j]);
+    total += magnitude[j];
   }
+  const Key<C> not_finite = total - total != 0;
 
-  Elem<C> step[kTiles];
-  Elem<C> rest[kTiles];
-  Key<C> places[kTiles];
-  for (int t = 0; t < kTiles; ++t) {
-    step[t] = splat(static_cast<E>(__builtin_inf()));
-    rest[t] = total[t];
-    places[t] = splat(static_cast<K>(n));
-  }
+  Elem<C> step = splat(static_cast<E>(__builtin_inf()));
+  Elem<C> rest = total;
+  Key<C> places = splat(static_cast<K>(n));
   for (int round = 1;; ++round) {
-    Key<C> changed{};
-    for (int t = 0; t < kTiles; ++t) {
-      // kSmallest where it underflowed; `rest > 0` decides about the others.
-      const Elem<C> mean = vmax(rest[t] / __builtin_convertvector(places[t], Elem<C>), splat(kSmallest));
-      const Key<C> lower = (places[t] > 0) & (rest[t] > 0) & (mean < step[t]);
-      step[t] = lower ? mean : step[t];
-      changed |= lower;
-    }
-    if (round == n || !any(changed)) break;
-    for (int t = 0; t < kTiles; ++t) {
-      rest[t] = Elem<C>{};
-      places[t] = splat(static_cast<K>(n));
-    }
+    // kSmallest where it underflowed; `rest > 0` decides about the others.
+    const Elem<C> mean = vmax(rest / __builtin_convertvector(places, Elem<C>), splat(kSmallest));
+    const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
+    step = lower ? mean : step;
+    if (round == n || !any(lower)) break;
+    rest = Elem<C>{};
+    places = splat(static_cast<K>(n));
 #pragma GCC unroll 8
     for (int j = 0; j < kM; ++j) {
-      for (int t = 0; t < kTiles; ++t) {
-        const Key<C> above = magnitude[t][j] >= step[t];
-        rest[t] = add_unless(above, rest[t], magnitude[t][j]);
-        places[t] = decrement_if(above, places[t]);
-      }
+      const Key<C> above = magnitude[j] >= step;
+      rest = add_unless(above, rest, magnitude[j]);
+      places = decrement_if(above, places);
     }
   }
 
-  Elem<C> value[kTiles];
-  Elem<C> point[kTiles];
-  Elem<C> reached[kTiles] = {};
-  Key<C> left[kTiles];
-  for (int t = 0; t < kTiles; ++t) {
-    value[t] = C::round(step[t]);
-    point[t] = RandomState<C>(mixed.seed, group[t]).uniform() * step[t];
-    left[t] = splat(static_cast<K>(n));
-  }
-  Elem<C> out[kTiles][kM];
+  const RandomState<C> state(mixed.seed, group);
+  const Elem<C> value = C::round(step);
+  Elem<C> point = state.uniform() * step;
+  Elem<C> reached{};
+  Key<C> left = splat(static_cast<K>(n));
+  Elem<C> out[kM];
 #pragma GCC unroll 8
   for (int j = 0; j < kM; ++j) {
-    for (int t = 0; t < kTiles; ++t) {
-      const Key<C> above = magnitude[t][j] >= step[t];
-      reached[t] = add_unless(above, reached[t], magnitude[t][j]);
-      const Key<C> hit = reached[t] > point[t];
-      point[t] = add_if(hit, point[t], step[t]);
-      const Key<C> keep = (above | hit) & (left[t] > 0);
-      left[t] = decrement_if(keep, left[t]);
-      const Key<C> sign = (Key<C>)x[t * kM + j] ^ (Key<C>)magnitude[t][j];
-      out[t][j] = keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude[t][j], value[t]) | sign));
+    const Key<C> above = magnitude[j] >= step;
+    reached = add_unless(above, reached, magnitude[j]);
+    const Key<C> hit = reached > point;
+    point = add_if(hit, point, step);
+    const Key<C> keep = (above | hit) & (left > 0);
+    left = decrement_if(keep, left);
+    const Key<C> sign = (Key<C>)x[j] ^ (Key<C>)magnitude[j];
+    out[j] = keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude[j], value) | sign));
+  }
+  if (mixed.scale) [[unlikely]] {
+    for (int j = 0; j < kM; ++j) {
+      const Key<C> keep = out[j] != 0;
+      out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j]));
     }
   }
-  for (int t = 0; t < kTiles; ++t) {
-    if (mixed.scale) [[unlikely]] {
-      for (int j = 0; j < kM; ++j) {
-        const Key<C> keep = out[t][j] != 0;
-        out[t][j] = keep_if(keep, magnitude[t][j] >= step[t] ? splat<E>(1) : C::round(step[t] / magnitude[t][j]));
-      }
-    }
-    const Key<C> not_finite = total[t] - total[t] != 0;
-    if (any(not_finite)) [[unlikely]] {
-      Elem<C> fallback[kM];
-      for (int j = 0; j < kM; ++j) fallback[j] = x[t * kM + j];
-      prune_magnitude<C, kM>(fallback, mixed);
-      for (int j = 0; j < kM; ++j) out[t][j] = not_finite ? fallback[j] : out[t][j];
-    }
-    for (int j = 0; j < kM; ++j) x[t * kM + j] = out[t][j];
+  if (any(not_finite)) [[unlikely]] {
+    Elem<C> fallback[kM];
+    for (int j = 0; j < kM; ++j) fallback[j] = x[j];
+    prune_magnitude<C, kM>(fallback, mixed);
+    for (int j = 0; j < kM; ++j) out[j] = not_finite ? fallback[j] : out[j];
   }
+  for (int j = 0; j < kM; ++j) x[j] = out[j];
 }
 
-// Tiles that a method prunes at once. mvue of two would hide the latency of its sums, but in AVX-512 it then selected
-// other elements than the baseline does in some groups that the fuzzer draws.
-template <Method kMethod>
-constexpr int kTilesOf = 1;
-
-// Tile t is x[t * kM] to x[t * kM + kM - 1].
-template <class C, Method kMethod, int kM, int kTiles = 1>
-SDGP_INLINE void prune_tiles(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>* group) {
-  if constexpr (kMethod == Method::kMvue) {
-    prune_mvue<C, kM, kTiles>(x, mixed, group);
-  } else if constexpr (kTiles > 1) {
-    for (int t = 0; t < kTiles; ++t) prune_tiles<C, kMethod, kM>(x + t * kM, mixed, group + t);
-  } else if constexpr (kMethod == Method::kMagnitude) {
+template <class C, Method kMethod, int kM>
+SDGP_INLINE void prune_tile(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
+  if constexpr (kMethod == Method::kMagnitude) {
     prune_magnitude<C, kM>(x, mixed);
   } else if constexpr (kMethod == Method::kRandom) {
-    prune_random<C, kM>(x, mixed, *group);
-  } else {
-    static_assert(kMethod == Method::kRescaleGroup);
+    prune_random<C, kM>(x, mixed, group);
+  } else if constexpr (kMethod == Method::kRescaleGroup) {
     prune_rescale_group<C, kM>(x, mixed);
+  } else {
+    static_assert(kMethod == Method::kMvue);
+    prune_mvue<C, kM>(x, mixed, group);
   }
 }
 

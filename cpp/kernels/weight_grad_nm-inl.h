@@ -12,8 +12,7 @@
 #pragma once
 
 #include "compress_nm-inl.h"
-#include "patches-inl.h"
-#include "row_kernel-inl.h"
+#include "pack_input-inl.h"
 #include "spmm_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
@@ -102,23 +101,16 @@ class WeightGrad {
   }
 
  private:
-  // Pixels [begin, end) of the samples [sample, sample + samples); kept values of a row, and where the first row's
-  // begin.
-  struct Block {
-    int64_t sample;
-    int64_t samples;
-    int64_t begin;
-    int64_t end;
-    int64_t kept;
-    int64_t at;
-
-    int64_t size() const { return samples * (end - begin); }
+  struct Block : PixelBlock {
+    int64_t kept;  // values of a row
+    int64_t at;    // where the first row's begin
   };
 
   explicit WeightGrad(const WeightGradArgs& args)
       : args_(args),
         plan_(make_weight_grad_plan<E>(args)),
         patches_(args),
+        input_(args, plan_.width),
         taps_(args.height.kernel * args.width.kernel) {
     make_pack_table(table_, 0, kPack);
   }
@@ -148,10 +140,10 @@ class WeightGrad {
   Block block_at(int64_t index) const {
     if (plan_.cut.samples > 1) {
       const int64_t sample = index * plan_.cut.samples;
-      return {sample, at_most(args_.samples - sample, plan_.cut.samples), 0, plan_.pixels, 0, 0};
+      return {{sample, at_most(args_.samples - sample, plan_.cut.samples), 0, plan_.pixels}, 0, 0};
     }
     const int64_t begin = index % plan_.per_sample * plan_.cut.pixels;
-    return {index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels), 0, 0};
+    return {{index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels)}, 0, 0};
   }
 
   // Prunes a slab of the chunk's rows and packs what they keep: [block][row][kept].
@@ -238,9 +230,7 @@ class WeightGrad {
 
   void multiply_block(int64_t panel, int64_t index, bool first, E* sums) {
     const Block& block = blocks_.data[index];
-    patches_.find(block.begin, block.end);
-    const char* input = reinterpret_cast<const char*>(pack_block(panel, block));
-    const int64_t pitch = patches_.pitch;
+    const char* input = reinterpret_cast<const char*>(input_.pack(block, columns_of(panel)));
     Ahead ahead = find_ahead(panel, index);
     const int64_t calls = args_.height.kernel * ceil_div(args_.width.kernel, plan_.taps);
     const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(E));
@@ -253,7 +243,7 @@ class WeightGrad {
     for (int64_t ky = 0; ky < args_.height.kernel; ++ky) {
       for (int64_t kx = 0; kx < args_.width.kernel; kx += plan_.taps) {
         const int64_t taps = at_most(args_.width.kernel - kx, plan_.taps);
-        call.dense = input + (ky * args_.height.dilation * pitch + kx * args_.width.dilation) * position_bytes;
+        call.dense = input + (ky * args_.height.dilation * input_.pitch + kx * args_.width.dilation) * position_bytes;
         call.in = call.out = sums;
         call.in_stride = call.out_stride = taps * plan_.width;
         sums += rows_ * taps * plan_.width;
@@ -262,117 +252,15 @@ class WeightGrad {
     }
   }
 
-  // What a packed line of a patch takes from a line of the input; around it are zeros.
-  struct Strip {
-    int64_t before;  // zeros
-    int64_t count;   // positions of the input
-    int64_t length;  // of the packed line
-    int64_t first;   // position of the input
-  };
-
-  Strip strip_of(const Patch& patch) const {
-    const int64_t length = patches_.width.packed(patch.columns), jump = patches_.width.jump;
-    const int64_t first = patch.column * args_.width.stride - args_.width.padding;
-    const int64_t before = first < 0 ? at_most(ceil_div(-first, jump), length) : 0;
-    const int64_t inside = args_.width.in - first;  // positions from `first` on
-    const int64_t stop = inside > 0 ? at_most(ceil_div(inside, jump), length) : 0;
-    return {before, at_least(stop - before, 0), length, first + before * jump};
-  }
-
-  // The input's line that a patch's packed line `y` holds, where the strip begins; null: outside.
-  const T* line_of(const Patch& patch, const Strip& strip, int64_t y, int64_t panel, int64_t sample) const {
-    const int64_t at = patch.line * args_.height.stride - args_.height.padding + y * patches_.height.jump;
-    if (at < 0 || at >= args_.height.in) return nullptr;
-    return static_cast<const T*>(args_.input) + sample * args_.sample_stride +
-           (group_ * args_.cols + panel * plan_.width) * args_.col_stride + at * args_.line_stride +
-           strip.first * args_.pixel_stride;
-  }
-
-  // A panel's columns of the block's input: [sample][patch][line][position][column].
-  const E* pack_block(int64_t panel, const Block& block) {
-    const int64_t cols = at_most(args_.cols - panel * plan_.width, plan_.width);
-    E* to = packed_.reserve(block.samples * patches_.size * plan_.width);
-    for (int64_t s = 0; s < block.samples; ++s, to += patches_.size * plan_.width) {
-      for (int64_t i = 0; i < patches_.count; ++i) {
-        const Patch& patch = patches_.list.data[i];
-        const Strip strip = strip_of(patch);
-        E* line = to + patch.at * plan_.width;
-        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y, line += patches_.pitch * plan_.width) {
-          pack_line(strip, line_of(patch, strip, y, panel, block.sample + s), cols, line);
-        }
-      }
-    }
-    return packed_.data;
-  }
-
   // What is packed after a block: the next block's input, or the next panel's of the first block.
   Ahead find_ahead(int64_t panel, int64_t index) {
-    if (++index == count_) {
-      index = 0;
-      if (++panel == panel_end_) return {};
-    }
-    const Block& block = blocks_.data[index];
-    patches_.find(block.begin, block.end);
-    int64_t most = 0;
-    for (int64_t i = 0; i < patches_.count; ++i) most += patches_.height.packed(patches_.list.data[i].lines);
-    const char** strips = strips_.reserve(most * block.samples);
-    int64_t count = 0, longest = 0;
-    for (int64_t s = 0; s < block.samples; ++s) {
-      for (int64_t i = 0; i < patches_.count; ++i) {
-        const Patch& patch = patches_.list.data[i];
-        const Strip strip = strip_of(patch);
-        longest = at_least(longest, strip.count);
-        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y) {
-          const T* line = line_of(patch, strip, y, panel, block.sample + s);
-          if (line) strips[count++] = reinterpret_cast<const char*>(line);
-        }
-      }
-    }
-    const int64_t cols = at_most(args_.cols - panel * plan_.width, plan_.width);
-    const int64_t bytes = sizeof(T), step = patches_.width.jump * args_.pixel_stride * bytes;
-    if (args_.col_stride == 1) return {strips, count, longest, step, cols * bytes};
-    return {strips, count, cols, args_.col_stride * bytes, longest * step};
+    if (index + 1 < count_) return input_.ahead(blocks_.data[index + 1], columns_of(panel));
+    return panel + 1 < panel_end_ ? input_.ahead(blocks_.data[0], columns_of(panel + 1)) : Ahead{};
   }
 
-  // One packed line; `from`: where its strip of the input begins, null: outside of it.
-  void pack_line(const Strip& strip, const T* from, int64_t cols, E* to) {
-    const int64_t width = plan_.width;
-    if (from == nullptr || strip.count == 0) return clear(to, strip.length * width);
-    clear(to, strip.before * width);
-    to += strip.before * width;
-    clear(to + strip.count * width, (strip.length - strip.before - strip.count) * width);
-    const int64_t step = patches_.width.jump * args_.pixel_stride;
-    if (args_.col_stride == 1) {
-      for (int64_t i = 0; i < strip.count; ++i) {
-        load_elements<C>(from + i * step, to + i * width, cols);
-        if (cols < width) clear(to + i * width + cols, width - cols);
-      }
-      return;
-    }
-    constexpr int kL = kLanes<E>;
-    int64_t i = 0;
-    if (step == 1) {
-      for (; i + kL <= strip.count; i += kL) {
-        for (int64_t c = 0; c < width; c += kL) {
-          Vec<E> tile[kL];
-#pragma GCC unroll 64
-          for (int j = 0; j < kL; ++j)
-            tile[j] = c + j < cols ? C::load(from + i + (c + j) * args_.col_stride) : Vec<E>{};
-          transpose<E, kL>(tile);
-#pragma GCC unroll 64
-          for (int j = 0; j < kL; ++j) store_bits(to + (i + j) * width + c, tile[j]);
-        }
-      }
-    }
-    for (; i < strip.count; ++i) {
-      for (int64_t c = 0; c < width; ++c) {
-        to[i * width + c] = c < cols ? load_element<C>(from + i * step + c * args_.col_stride) : E{};
-      }
-    }
-  }
-
-  static SDGP_INLINE void clear(E* to, int64_t count) {
-    if (count > 0) std::memset(to, 0, static_cast<size_t>(count) * sizeof(E));
+  Columns columns_of(int64_t panel) const {
+    const int64_t first = panel * plan_.width;
+    return {group_ * args_.cols + first, at_most(args_.cols - first, plan_.width)};
   }
 
   void store_panel(int64_t panel, const E* sums) {
@@ -412,6 +300,7 @@ class WeightGrad {
   const WeightGradArgs& args_;
   const WeightGradPlan plan_;
   Patches patches_;
+  PackedInput<C> input_;
   const int64_t taps_;
   PackTable table_;
   PrunedRows<Word> rows_of_;
@@ -427,8 +316,6 @@ class WeightGrad {
   Scratch<Word> words_;
   Scratch<E> values_;
   Scratch<uint32_t> offsets_;
-  Scratch<E> packed_;
-  Scratch<const char*> strips_;
   Scratch<E> sums_;
   Scratch<const E*> begin_;
   Scratch<int64_t> pitch_;

@@ -64,14 +64,21 @@ def seconds(call: Callable[[], Any], device: torch.device | None = None) -> floa
     return time.perf_counter() - start
 
 
-def training_step(model: nn.Module, input: Tensor, target: Tensor) -> Callable[[], None]:
-    """Forward, backward and SGD with momentum; the model's output is (..., classes), ``target`` (...)."""
+def training_step(
+    model: nn.Module, input: Tensor, target: Tensor, autocast: torch.dtype | None = None
+) -> Callable[[], None]:
+    """Forward, backward and SGD with momentum; the model's output is (..., classes), ``target`` (...).
+
+    Args:
+        autocast: the dtype of the forward under ``torch.autocast``; None: as the model is.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
 
     def step() -> None:
         optimizer.zero_grad()
-        output = model(input)
+        with torch.autocast(input.device.type, autocast, enabled=autocast is not None):
+            output = model(input)
         torch.autograd.backward(F.cross_entropy(output.flatten(0, -2), target.flatten()))
         optimizer.step()
 
@@ -91,7 +98,8 @@ def steps_beside_plain(
 
     A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient. What is saved is the median
     over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what a second copy of the
-    plain model seems to save.
+    plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster of the two is what
+    pruning has to beat.
     """
     converted = {
         (pattern, backend): _converted(copy.deepcopy(model), pattern, method, backend)
@@ -102,10 +110,11 @@ def steps_beside_plain(
     for (pattern, backend), twin in converted.items():
         candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
     candidates["plain again"] = training_step(copy.deepcopy(model), input, target)
+    candidates["plain bfloat16"] = training_step(copy.deepcopy(model), input, target, torch.bfloat16)
     times = rounds_of(candidates, rounds, input.device, warm=False)  # a step leaves its own caches cold
     plain = times["plain"]
     low, high = interval(rounds)
-    noise = statistics.median(_saved(times["plain again"], plain))
+    noise, bfloat16 = (statistics.median(_saved(times[f"plain {kind}"], plain)) for kind in ("again", "bfloat16"))
     rows = []
     for (pattern, backend), twin in converted.items():
         own = times[f"{pattern} {backend}"]
@@ -124,6 +133,7 @@ def steps_beside_plain(
                 "saved_low": round(saved[low], 4),
                 "saved_high": round(saved[high], 4),
                 "noise": round(noise, 4),
+                "bfloat16_saved": round(bfloat16, 4),
                 "layers": len(data),
                 "layers_sparse": sum(row.product == "sparse" for row in data),
                 "weights": len(weights),

@@ -58,7 +58,16 @@ def show(report: Report) -> str:
         "",
         f'training step (forward, backward, SGD), {METHOD}, backend="auto", beside the plain model',
         *format_table(
-            ("model", "pattern", "plain ms", "auto ms", "saved", "plain again: noise", "sparse layers"),
+            (
+                "model",
+                "pattern",
+                "plain ms",
+                "auto ms",
+                "saved",
+                "plain again: noise",
+                "plain in bfloat16",
+                "sparse layers",
+            ),
             map(_step_cells, report["train_step"]),
         ),
     ]
@@ -82,8 +91,9 @@ def _product_cells(row: Row) -> tuple[str, ...]:
 
 
 def _step_cells(row: Row) -> tuple[str, ...]:
-    times = f"{row['plain_ms']:.1f}", f"{row['converted_ms']:.1f}", f"{row['saved']:+.1%}", f"{row['noise']:+.1%}"
-    return row["model"], row["pattern"], *times, f"{row['layers_sparse']} of {row['layers']}"
+    times = (f"{row[key]:.1f}" for key in ("plain_ms", "converted_ms"))
+    shares = (f"{row[key]:+.1%}" for key in ("saved", "noise", "bfloat16_saved"))
+    return row["model"], row["pattern"], *times, *shares, f"{row['layers_sparse']} of {row['layers']}"
 
 
 def _heading(report: Report) -> list[str]:

@@ -167,7 +167,7 @@ def _steps(name: str, model: nn.Module, input: Tensor, target: Tensor, effort: E
     model, input, target = model.to(**to), input.to(**to), target.to(to["device"])
     step = training_step(copy.deepcopy(model), input, target)
     step()
-    a_round = (2 + len(effort.patterns)) * seconds(step, input.device)
+    a_round = (3 + len(effort.patterns)) * seconds(step, input.device)
     rounds = effort.rounds("train_step", a_round)
     rows = steps_beside_plain(model, input, target, effort.patterns, METHOD, ("auto",), rounds)
     return [{"model": name, **row} for row in rows]

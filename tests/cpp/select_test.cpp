@@ -88,7 +88,7 @@ void test_tile(int n, int kind, bool scale, int length) {
   }
   group.padded = length < kM;
   const Pruning pruning{.method = kMethod, .n = n, .m = kM, .seed = kSeed, .scale = scale};
-  prune_tiles<C, kMethod, kM>(x, with_mixed_seed(pruning), &group);
+  prune_tile<C, kMethod, kM>(x, with_mixed_seed(pruning), group);
   const std::string what = "method " + std::to_string(static_cast<int>(kMethod)) + ", " + std::to_string(n) + ":" +
                            std::to_string(kM) + ", kind " + std::to_string(kind) + ", scale " + std::to_string(scale) +
                            ", length " + std::to_string(length) + ", " + std::to_string(sizeof(E)) + " bytes";

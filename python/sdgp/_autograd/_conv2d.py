@@ -4,55 +4,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import _semi_structured
-from .._choose import obstacle
 from .._decision import Products, Site
-from .._ops import conv2d_input_grad_nm, conv2d_weight_grad_nm, prune_nm
 from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
-from ._call import (
-    Call,
-    Layer,
-    decide,
-    detached,
-    exponent,
-    forward_derivative,
-    in_transform,
-    pruned_gradient,
-    rescaled,
-    rows,
-    save,
-    start,
-    wanted,
+from ._backward import decide, forward_derivative, pruned_gradient, wanted
+from ._call import Call, Layer, exponent, in_transform, save, start
+from ._conv2d_products import (
+    Conv2dProducts,
+    Conv2dWeightProducts,
+    Geometry,
+    Pair,
+    convolution_backward,
+    is_channels_last,
+    multiply_adds,
 )
-
-_Pair: TypeAlias = tuple[int, int]
-
-
-class Geometry(NamedTuple):
-    """What a convolution is called with beside its tensors, in numbers."""
-
-    stride: _Pair
-    padding: _Pair
-    dilation: _Pair
-    groups: int
 
 
 def conv2d(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    stride: int | _Pair = 1,
-    padding: int | _Pair | str = 0,
-    dilation: int | _Pair = 1,
+    stride: int | Pair = 1,
+    padding: int | Pair | str = 0,
+    dilation: int | Pair = 1,
     groups: int = 1,
     *,
     pattern: PatternLike = "2:4",
@@ -110,9 +91,9 @@ def pruned_conv2d(
     input: Tensor,
     weight: Tensor,
     bias: OptionalTensor,
-    stride: int | _Pair,
-    padding: int | _Pair | str,
-    dilation: int | _Pair,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
     groups: int,
     pruning: Pruning,
     held: str = "",
@@ -133,13 +114,13 @@ def pruned_conv2d(
             pixels=exponent(input.shape[-2] * input.shape[-1]),
             groups=groups,
             geometry=(*_pair(stride), *((padding,) if isinstance(padding, str) else _pair(padding)), *_pair(dilation)),
-            channels_last=input.ndim == 4 and _is_channels_last(input),
+            channels_last=input.ndim == 4 and is_channels_last(input),
         )
 
     def count_pixels() -> int:
         return _output_pixels(input, weight, stride, padding, dilation)
 
-    work = _work(input, weight, groups)
+    work = multiply_adds(input, weight, groups)
     call = start("conv2d", pruning, held, layer, input, weight, work, make_site, count_pixels)
     if call is None:
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
@@ -153,9 +134,9 @@ def pruned_conv2d(
 def conv2d_geometry(
     input: Tensor,
     weight: Tensor,
-    stride: int | _Pair,
-    padding: int | _Pair | str,
-    dilation: int | _Pair,
+    stride: int | Pair,
+    padding: int | Pair | str,
+    dilation: int | Pair,
     groups: int,
 ) -> tuple[Tensor, Geometry]:
     """The input and the geometry in numbers; where padding is uneven, the input is padded."""
@@ -207,14 +188,9 @@ class _Conv2dInTransform(Function):
         return forward_derivative(ctx, (input_t, weight_t, bias_t), lambda x, w: F.conv2d(x, w, None, *ctx.geometry))
 
 
-def _work(input: Tensor, weight: Tensor, groups: int) -> int:
-    out, _, height, width = weight.shape
-    return input.numel() * out // groups * height * width
-
-
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, geometry: Geometry) -> None:
     ctx.call, ctx.geometry, ctx.input_shape = call, geometry, input.shape
-    ctx.channels_last = _is_channels_last(input)
+    ctx.channels_last = is_channels_last(input)
     save(ctx, weight, input)
 
 
@@ -247,7 +223,7 @@ def _gradients(
         mask = (mask[0], False, False)
         grad_bias = grad_output.sum((0, 2, 3))
     if any(mask):
-        exact = _convolution_backward(grad_output, input, weight, ctx.geometry, mask)
+        exact = convolution_backward(grad_output, input, weight, ctx.geometry, mask)
         grad_input, grad_weight, grad_bias = (
             found if taken else other
             for taken, found, other in zip(mask, exact, (grad_input, grad_weight, grad_bias), strict=True)
@@ -256,7 +232,7 @@ def _gradients(
 
 
 def _output_pixels(
-    input: Tensor, weight: Tensor, stride: int | _Pair, padding: int | _Pair | str, dilation: int | _Pair
+    input: Tensor, weight: Tensor, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
 ) -> int:
     """Of one sample, where the convolution has any; what has none is left to ATen to refuse."""
     if padding == "same":
@@ -271,141 +247,7 @@ def _output_pixels(
     return height * width
 
 
-@dataclass(slots=True)
-class Conv2dProducts:
-    """The data gradient of a convolution, see ``Products``. Of ``input`` only shape and memory format count."""
-
-    grad_output: Tensor
-    input: Tensor
-    weight: Tensor
-    geometry: Geometry
-    pruning: Pruning
-
-    @property
-    def work(self) -> int:
-        return _work(self.input, self.weight, self.geometry.groups)
-
-    def obstacle(self) -> str | None:
-        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype, self.geometry.groups)
-
-    def exact(self) -> Tensor:
-        return self._multiply(self.grad_output)
-
-    def dense(self, seed: OptionalTensor = None) -> Tensor:
-        return self._multiply(prune_conv2d_grad(self.grad_output, self.geometry.groups, self.pruning, seed))
-
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
-        (n, m), weight = self.pruning.pattern, self.weight
-        stride, padding, dilation, groups = self.geometry
-        channels_last = _is_channels_last(self.input) or _is_channels_last(weight)  # as ATen decides
-        size = self.input.shape[2:]
-        grad, method = rescaled(_by_group(detached(self.grad_output), groups, m), 1, self.pruning)
-        grad = grad.reshape(self.grad_output.shape)
-        if grad.is_cuda:
-            memory_format = torch.channels_last if channels_last else torch.contiguous_format
-            operand = _semi_structured.pack(rows(grad.movedim(1, -1)), self.pruning.pattern, method, seed)
-            columns = _semi_structured.multiply(operand, weight.flatten(1))  # (pixels, in x kH x kW)
-            return _fold(columns, grad, weight, size, self.geometry).contiguous(memory_format=memory_format)
-        return conv2d_input_grad_nm(
-            grad, weight, n, m, method, seed, size, stride, padding, dilation, groups, channels_last
-        )
-
-    def _multiply(self, grad_output: Tensor) -> Tensor:
-        mask = (True, False, False)
-        grad_input = _convolution_backward(grad_output, self.input, self.weight, self.geometry, mask)[0]
-        assert grad_input is not None
-        return grad_input
-
-
-@dataclass(slots=True)
-class Conv2dWeightProducts:
-    """The weight gradient of a convolution, see ``Products``. Of ``weight`` only shape and memory format count."""
-
-    grad_output: Tensor
-    input: Tensor
-    weight: Tensor
-    geometry: Geometry
-    pruning: Pruning
-
-    @property
-    def work(self) -> int:
-        return _work(self.input, self.weight, self.geometry.groups)
-
-    def obstacle(self) -> str | None:
-        grad = self.grad_output
-        return obstacle(self.pruning, grad.device, grad.dtype, self.geometry.groups, gradient="weight")
-
-    def exact(self) -> Tensor:
-        return self._multiply(self.grad_output)
-
-    def dense(self, seed: OptionalTensor = None) -> Tensor:
-        n, m = self.pruning.pattern
-        grad = prune_nm(self._pixels(), n, m, -1, self.pruning.method, seed)
-        return self._multiply(grad.reshape(self.grad_output.shape))
-
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
-        (n, m), weight = self.pruning.pattern, self.weight
-        channels_last = _is_channels_last(self.input) or _is_channels_last(weight)  # as ATen decides
-        grad, method = rescaled(self._pixels(), -1, self.pruning)
-        grad = grad.reshape(self.grad_output.shape)
-        return conv2d_weight_grad_nm(
-            grad, self.input, n, m, method, seed, weight.shape[2:], *self.geometry, channels_last
-        )
-
-    def _pixels(self) -> Tensor:
-        """(N, out, H' x W'), by reshape: flatten has no rule for vmap."""
-        samples, channels, height, width = self.grad_output.shape
-        return detached(self.grad_output).reshape(samples, channels, height * width)
-
-    def _multiply(self, grad_output: Tensor) -> Tensor:
-        mask = (False, True, False)
-        grad_weight = _convolution_backward(grad_output, self.input, self.weight, self.geometry, mask)[1]
-        assert grad_weight is not None
-        return grad_weight
-
-
-def prune_conv2d_grad(grad_output: Tensor, groups: int, pruning: Pruning, seed: OptionalTensor) -> Tensor:
-    """The output gradient (N, C, H, W) of a convolution, pruned along the output channels of each of its groups."""
-    n, m = pruning.pattern
-    pruned = prune_nm(_by_group(detached(grad_output), groups, m), n, m, 1, pruning.method, seed)
-    return pruned.reshape(grad_output.shape)
-
-
-def _by_group(grad_output: Tensor, groups: int, m: int) -> Tensor:
-    """(N, C, H, W), or (N * groups, C / groups, H, W) where a pruning group would cross convolution groups."""
-    samples, channels = grad_output.shape[:2]
-    if groups == 1 or channels // groups % m == 0:
-        return grad_output
-    return grad_output.reshape(samples * groups, channels // groups, *grad_output.shape[2:])
-
-
-def _fold(columns: Tensor, grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
-    """Adds up (pixels of the gradient, in x kH x kW) where the taps meet: (N, in, H, W)."""
-    stride, padding, dilation, _ = geometry
-    samples, kernel = grad_output.shape[0], weight.shape[2:]
-    if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):
-        return columns.reshape(samples, *size, weight.shape[1]).movedim(-1, 1)
-    taps = columns.reshape(samples, -1, columns.shape[1]).transpose(1, 2)
-    return F.fold(taps, (size[0], size[1]), kernel, dilation, padding, stride)
-
-
-def _convolution_backward(
-    grad_output: Tensor, input: Tensor, weight: Tensor, geometry: Geometry, mask: tuple[bool, bool, bool]
-) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
-    stride, padding, dilation, groups = geometry
-    gradients: tuple[OptionalTensor, OptionalTensor, OptionalTensor] = torch.ops.aten.convolution_backward(
-        grad_output, input, weight, [weight.shape[0]], stride, padding, dilation, False, (0, 0), groups, mask
-    )
-    return gradients
-
-
-def _is_channels_last(x: Tensor) -> bool:
-    if torch._C._are_functorch_transforms_active():  # vmap cannot tell
-        return False
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _pair(value: int | _Pair) -> _Pair:
+def _pair(value: int | Pair) -> Pair:
     if isinstance(value, int):
         return value, value
     if len(value) not in (1, 2):
@@ -413,7 +255,7 @@ def _pair(value: int | _Pair) -> _Pair:
     return value[0], value[-1]
 
 
-def _pad(input: Tensor, weight: Tensor, stride: _Pair, padding: str, dilation: _Pair) -> tuple[Tensor, _Pair]:
+def _pad(input: Tensor, weight: Tensor, stride: Pair, padding: str, dilation: Pair) -> tuple[Tensor, Pair]:
     """Turns "same" and "valid" into numbers; what "same" pads on one side only goes into the input."""
     if padding == "valid":
         return input, (0, 0)

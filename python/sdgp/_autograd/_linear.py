@@ -17,21 +17,8 @@ from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
-from ._call import (
-    Call,
-    Layer,
-    decide,
-    detached,
-    exponent,
-    forward_derivative,
-    in_transform,
-    pruned_gradient,
-    rescaled,
-    rows,
-    save,
-    start,
-    wanted,
-)
+from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, wanted
+from ._call import Call, Layer, exponent, in_transform, save, start
 
 
 def linear(

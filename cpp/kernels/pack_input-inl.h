@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: BSD-3-Clause
+//
+// The input that a block of output pixels meets, packed so that a position's columns are consecutive and every tap is
+// at the same distance from every pixel (Note [Patches]). Compiled once per instruction set.
+#pragma once
+
+#include "patches-inl.h"
+#include "row_kernel-inl.h"
+
+namespace sdgp::SDGP_ISA {
+
+// Pixels [begin, end) of each of some samples.
+struct PixelBlock {
+  int64_t sample;
+  int64_t samples;
+  int64_t begin;
+  int64_t end;
+
+  int64_t size() const { return samples * (end - begin); }
+};
+
+// Some columns of the input: the first, counted over all convolution groups, and how many.
+struct Columns {
+  int64_t first;
+  int64_t count;
+};
+
+template <class C>
+class PackedInput {
+  using T = typename C::T;
+  using E = typename C::E;
+
+ public:
+  int64_t pitch = 0;  // positions from line to line of what was packed last
+
+  // `width`: columns of a packed position; what is missing is zero.
+  PackedInput(const WeightGradArgs& args, int64_t width) : args_(args), width_(width), patches_(args) {}
+
+  // [sample][patch][line][position][column], valid until the next call.
+  const E* pack(const PixelBlock& block, const Columns& columns) {
+    patches_.find(block.begin, block.end);
+    pitch = patches_.pitch;
+    E* to = packed_.reserve(block.samples * patches_.size * width_);
+    for (int64_t s = 0; s < block.samples; ++s, to += patches_.size * width_) {
+      for (int64_t i = 0; i < patches_.count; ++i) {
+        const Patch& patch = patches_.list.data[i];
+        const Strip strip = strip_of(patch);
+        E* line = to + patch.at * width_;
+        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y, line += pitch * width_) {
+          pack_line(strip, line_of(patch, strip, y, columns.first, block.sample + s), columns.count, line);
+        }
+      }
+    }
+    return packed_.data;
+  }
+
+  // What packing such a block will read; valid until the next call.
+  Ahead ahead(const PixelBlock& block, const Columns& columns) {
+    patches_.find(block.begin, block.end);
+    int64_t most = 0;
+    for (int64_t i = 0; i < patches_.count; ++i) most += patches_.height.packed(patches_.list.data[i].lines);
+    const char** strips = strips_.reserve(most * block.samples);
+    int64_t count = 0, longest = 0;
+    for (int64_t s = 0; s < block.samples; ++s) {
+      for (int64_t i = 0; i < patches_.count; ++i) {
+        const Patch& patch = patches_.list.data[i];
+        const Strip strip = strip_of(patch);
+        longest = at_least(longest, strip.count);
+        for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y) {
+          const T* line = line_of(patch, strip, y, columns.first, block.sample + s);
+          if (line) strips[count++] = reinterpret_cast<const char*>(line);
+        }
+      }
+    }
+    const int64_t bytes = sizeof(T), step = patches_.width.jump * args_.pixel_stride * bytes;
+    if (args_.col_stride == 1) return {strips, count, longest, step, columns.count * bytes};
+    return {strips, count, columns.count, args_.col_stride * bytes, longest * step};
+  }
+
+ private:
+  // What a packed line of a patch takes from a line of the input; around it are zeros.
+  struct Strip {
+    int64_t before;  // zeros
+    int64_t count;   // positions of the input
+    int64_t length;  // of the packed line
+    int64_t first;   // position of the input
+  };
+
+  Strip strip_of(const Patch& patch) const {
+    const int64_t length = patches_.width.packed(patch.columns), jump = patches_.width.jump;
+    const int64_t first = patch.column * args_.width.stride - args_.width.padding;
+    const int64_t before = first < 0 ? at_most(ceil_div(-first, jump), length) : 0;
+    const int64_t inside = args_.width.in - first;  // positions from `first` on
+    const int64_t stop = inside > 0 ? at_most(ceil_div(inside, jump), length) : 0;
+    return {before, at_least(stop - before, 0), length, first + before * jump};
+  }
+
+  // The input's line that a patch's packed line `y` holds, where the strip begins; null: outside.
+  const T* line_of(const Patch& patch, const Strip& strip, int64_t y, int64_t first_col, int64_t sample) const {
+    const int64_t at = patch.line * args_.height.stride - args_.height.padding + y * patches_.height.jump;
+    if (at < 0 || at >= args_.height.in) return nullptr;
+    return static_cast<const T*>(args_.input) + sample * args_.sample_stride + first_col * args_.col_stride +
+           at * args_.line_stride + strip.first * args_.pixel_stride;
+  }
+
+  // One packed line; `from`: where its strip of the input begins, null: outside of it.
+  void pack_line(const Strip& strip, const T* from, int64_t cols, E* to) {
+    if (from == nullptr || strip.count == 0) return clear(to, strip.length * width_);
+    clear(to, strip.before * width_);
+    to += strip.before * width_;
+    clear(to + strip.count * width_, (strip.length - strip.before - strip.count) * width_);
+    const int64_t step = patches_.width.jump * args_.pixel_stride;
+    if (args_.col_stride == 1) {
+      for (int64_t i = 0; i < strip.count; ++i) {
+        load_elements<C>(from + i * step, to + i * width_, cols);
+        if (cols < width_) clear(to + i * width_ + cols, width_ - cols);
+      }
+      return;
+    }
+    constexpr int kL = kLanes<E>;
+    int64_t i = 0;
+    if (step == 1) {
+      for (; i + kL <= strip.count; i += kL) {
+        for (int64_t c = 0; c < width_; c += kL) {
+          Vec<E> tile[kL];
+#pragma GCC unroll 64
+          for (int j = 0; j < kL; ++j)
+            tile[j] = c + j < cols ? C::load(from + i + (c + j) * args_.col_stride) : Vec<E>{};
+          transpose<E, kL>(tile);
+#pragma GCC unroll 64
+          for (int j = 0; j < kL; ++j) store_bits(to + (i + j) * width_ + c, tile[j]);
+        }
+      }
+    }
+    for (; i < strip.count; ++i) {
+      for (int64_t c = 0; c < width_; ++c) {
+        to[i * width_ + c] = c < cols ? load_element<C>(from + i * step + c * args_.col_stride) : E{};
+      }
+    }
+  }
+
+  static SDGP_INLINE void clear(E* to, int64_t count) {
+    if (count > 0) std::memset(to, 0, static_cast<size_t>(count) * sizeof(E));
+  }
+
+  const WeightGradArgs& args_;
+  const int64_t width_;
+  Patches patches_;
+  Scratch<E> packed_;
+  Scratch<const char*> strips_;
+};
+
+}  // namespace sdgp::SDGP_ISA
