@@ -53,11 +53,11 @@ def geometry(shape: Shape) -> Geometry:
     return Geometry((shape.stride, shape.stride), (padding, padding), (1, 1), 1)
 
 
-def tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+def tensors(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Input, output gradient and weight."""
     kernel, batch, channels_in, channels_out, size, stride = shape
     input, grad_output, weight = (
-        torch.randn(sizes).to(memory_format=torch.channels_last)
+        torch.randn(sizes, dtype=dtype).to(memory_format=torch.channels_last)
         for sizes in (
             (batch, channels_in, size, size),
             (batch, channels_out, size // stride, size // stride),
@@ -71,9 +71,9 @@ def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, p
     return Conv2dProducts(grad_output, input, weight, geometry(shape), pruning)
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype) -> Iterator[Case]:
     for shape in SHAPES:
-        input, grad_output, weight = tensors(shape)
+        input, grad_output, weight = tensors(shape, dtype)
         yield Case(
             name=name(shape),
             grad_output=grad_output,

@@ -81,11 +81,11 @@ def show(row: dict[str, Any]) -> None:
     print(f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)
 
 
-def speeds() -> dict[str, float]:
+def speeds(dtype: torch.dtype) -> dict[str, float]:
     """The fastest dense product and the fastest clone that PyTorch reaches here: what a roofline is made of."""
     flops = []
     for size in (512, 1024, 2048):
-        a, b = torch.randn(2, size, size)
+        a, b = torch.randn(2, size, size, dtype=dtype)
         flops.append(2 * size**3 / _best(partial(torch.mm, a, b)))
     x = torch.randn(2**22)  # 16 MiB: above some 32 each call waits for fresh pages of the system
     return {
@@ -103,21 +103,25 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
     return best
 
 
-def main(subject: str, description: str | None, cases: Callable[[], Iterable[Case]]) -> None:
+def main(subject: str, description: str | None, cases: Callable[[torch.dtype], Iterable[Case]]) -> None:
     """The command line of all programs. Cases are made one at a time: together they would fill the memory."""
     parser = arguments(description)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    if args.dtype != "float32":
+        subject += f", {args.dtype}"
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         subject += ", huge pages"
     if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) is not None:
         subject += f", exact limited to {limit}"
-    machine = (begin(args) or {}) | speeds()
+    machine = (begin(args) or {}) | speeds(dtype)
     product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
     rows = []
-    for case in cases():
+    for case in cases(dtype):
         for pattern in args.pattern:
             if args.shape in case.name:
                 rows.append(measure(case, pattern, args.rounds))

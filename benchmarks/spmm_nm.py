@@ -21,14 +21,15 @@ from sdgp._autograd import LinearProducts
 SHAPES = ((4096, 768, 3072), (4096, 3072, 768), (2048, 1024, 4096))  # tokens, in, out
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype) -> Iterator[Case]:
     for tokens, features_in, features_out in SHAPES:
-        grad_output, weight = torch.randn(tokens, features_out), torch.randn(features_out, features_in)
+        grad_output = torch.randn(tokens, features_out, dtype=dtype)
+        weight = torch.randn(features_out, features_in, dtype=dtype)
         yield Case(
             name=f"linear {tokens}, {features_in} -> {features_out}",
             grad_output=grad_output,
             operand=weight,
-            result_bytes=4 * tokens * features_in,
+            result_bytes=dtype.itemsize * tokens * features_in,
             flop=2 * tokens * features_in * features_out,
             products=partial(LinearProducts, grad_output, weight),
         )

@@ -32,10 +32,11 @@ def conv2d_products(
     return Conv2dWeightProducts(grad_output, input, weight, conv2d.geometry(shape), pruning)
 
 
-def cases() -> Iterator[Case]:
+def cases(dtype: torch.dtype) -> Iterator[Case]:
     for tokens, features_in, features_out in spmm_nm.SHAPES:
-        grad_output, input = torch.randn(tokens, features_out), torch.randn(tokens, features_in)
-        weight = torch.empty(features_out, features_in)
+        grad_output = torch.randn(tokens, features_out, dtype=dtype)
+        input = torch.randn(tokens, features_in, dtype=dtype)
+        weight = torch.empty(features_out, features_in, dtype=dtype)
         yield Case(
             name=f"linear {tokens}, {features_in} -> {features_out}",
             grad_output=grad_output,
@@ -45,7 +46,7 @@ def cases() -> Iterator[Case]:
             products=partial(linear_products, grad_output, input, weight),
         )
     for shape in conv2d.SHAPES:
-        input, grad_output, weight = conv2d.tensors(shape)
+        input, grad_output, weight = conv2d.tensors(shape, dtype)
         yield Case(
             name=conv2d.name(shape),
             grad_output=grad_output,

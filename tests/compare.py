@@ -98,6 +98,7 @@ class Timer:
 
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+PRODUCT_INSTRUCTION_SETS = (*INSTRUCTION_SETS, "avx512_bf16")  # what differs from avx512 are products alone
 
 
 def rerun(isa: str, *tests: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from compare import INSTRUCTION_SETS, identical, near, rerun, strided_tensors
+from compare import PRODUCT_INSTRUCTION_SETS, identical, near, rerun, strided_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES, PATTERNS, draw_seed
@@ -243,7 +243,7 @@ def test_matmul_of_transposed_operands(method: str, dtype: torch.dtype) -> None:
                 identical(prune_nm_matmul(x, dense, n, m, method, seed), expected)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", PRODUCT_INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
     names = (
         "equals_reference",

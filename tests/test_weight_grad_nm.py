@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from compare import INSTRUCTION_SETS, identical, near, rerun
+from compare import PRODUCT_INSTRUCTION_SETS, identical, near, rerun
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import DTYPES, draw_seed
@@ -207,7 +207,7 @@ def test_one_row_repeated() -> None:
     near(prune_nm_matmul(x, dense, 2, 8, "magnitude"), pruned @ dense.double(), pruned.abs() @ dense.double().abs(), 50)
 
 
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+@pytest.mark.parametrize("isa", PRODUCT_INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
     names = ("any_convolution", "rows_side_by_side", "zeros_of_the_gradient")
     rerun(isa, *(f"{__file__}::test_{name}" for name in names))

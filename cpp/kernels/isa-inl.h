@@ -4,25 +4,50 @@
 // Everything here lives in namespace SDGP_ISA and calls no inline function of the standard library: the linker would
 // keep one copy of it for all, perhaps the one with instructions that this CPU lacks.
 #include "compress_nm-inl.h"
+#include "permute_nm-inl.h"
 #include "spmm_nm-inl.h"
 #include "table.h"
 #include "weight_grad_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
-const Kernels table{
-    .isa = SDGP_ISA_NAME,
-    .prune_nm_units = &prune_nm_units,
-    .prune_nm = &prune_nm,
-    .compress_nm_units = &compress_nm_units,
-    .compress_nm = &compress_nm,
-    .decompress_nm = &decompress_nm,
-    .packed_bytes = &packed_bytes,
-    .pack_units = &pack_units,
-    .pack = &pack,
-    .spmm_nm_units = &spmm_nm_units,
-    .spmm_nm = &spmm_nm,
-    .weight_grad_nm_units = &weight_grad_nm_units,
-    .weight_grad_nm = &weight_grad_nm,
-};
+// kPermutes: plain products of bfloat16 go to the permute kernel where it takes them.
+template <bool kPermutes>
+constexpr Kernels make_table(const char* isa) {
+  Kernels made{
+      .isa = isa,
+      .prune_nm_units = &prune_nm_units,
+      .prune_nm = &prune_nm,
+      .compress_nm_units = &compress_nm_units,
+      .compress_nm = &compress_nm,
+      .decompress_nm = &decompress_nm,
+      .permutes = [](const SpmmArgs&) { return false; },
+      .packed_bytes = &packed_bytes,
+      .pack_units = &pack_units,
+      .pack = &pack,
+      .spmm_nm_units = &spmm_nm_units,
+      .spmm_nm = &spmm_nm,
+      .weight_grad_nm_units = &weight_grad_nm_units,
+      .weight_grad_nm = &weight_grad_nm,
+  };
+#if defined(__AVX512F__)
+  if constexpr (kPermutes) {
+    made.permutes = &permutes;
+    made.packed_bytes = [](const SpmmArgs& args) { return permutes(args) ? table_bytes(args) : packed_bytes(args); };
+    made.pack_units = [](const SpmmArgs& args) { return permutes(args) ? table_units(args) : pack_units(args); };
+    made.pack = [](const SpmmArgs& args, int64_t begin, int64_t end) {
+      permutes(args) ? make_tables(args, begin, end) : pack(args, begin, end);
+    };
+    made.spmm_nm_units = [](const SpmmArgs& args) {
+      return permutes(args) ? permute_nm_units(args) : spmm_nm_units(args);
+    };
+    made.spmm_nm = [](const SpmmArgs& args, int64_t begin, int64_t end) {
+      return permutes(args) ? permute_nm(args, begin, end) : spmm_nm(args, begin, end);
+    };
+  }
+#endif
+  return made;
+}
+
+const Kernels table = make_table<false>(SDGP_ISA_NAME);
 
 }  // namespace sdgp::SDGP_ISA

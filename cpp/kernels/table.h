@@ -16,6 +16,7 @@ struct Kernels {
   int64_t (*compress_nm_units)(const CompressArgs&);
   void (*compress_nm)(const CompressArgs&, int64_t begin, int64_t end);
   bool (*decompress_nm)(const DecompressArgs&, int64_t begin, int64_t end);  // of rows; false: an index out of range
+  bool (*permutes)(const SpmmArgs&);  // takes rows that lie side by side as well as rows one after the other
   int64_t (*packed_bytes)(const SpmmArgs&);
   int64_t (*pack_units)(const SpmmArgs&);
   void (*pack)(const SpmmArgs&, int64_t begin, int64_t end);
@@ -40,6 +41,7 @@ extern const Kernels table;
 }
 namespace avx512 {
 extern const Kernels table;
-}
+extern const Kernels bfloat16_table;
+}  // namespace avx512
 
 }  // namespace sdgp

@@ -93,6 +93,12 @@ void multiply(const Product& product, const Gradient& rows, const Tensor& dense,
   run(product.op, output, args);
 }
 
+bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output) {
+  SpmmArgs args = describe(product, dense, output);
+  args.gradient = &rows;
+  return kernels().permutes(args);
+}
+
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output) {
   SpmmArgs args = describe(product, dense, output);
   args.compressed = rows;

@@ -42,6 +42,8 @@ bool begin_output(Tensor& output, bool has_terms);
 
 // `dense`: (groups x size, cols) or, of a convolution, (groups x size, cols, height, width), any strides.
 void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
+// Whether that takes rows which lie side by side as well as rows one after the other.
+bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

@@ -46,27 +46,38 @@ Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const Setti
   const PruneCall call = validate(input, dense, settings);
   Tensor output = empty_rows(input, dense.size(1));
   if (!begin_output(output, dense.size(0) > 0)) return output;
+  const Product product{
+      .op = kOp, .dtype = call.dtype, .pruning = read_seed(input, call), .samples = count_rows(input)};
   if (is_transposed(input)) {
-    multiply(
-        WeightProduct{
-            .dtype = call.dtype,
-            .pruning = read_seed(input, call),
-            .rows = input.size(0),
-            .cols = dense.size(1),
-            .width =
-                {.in = dense.size(0), .out = dense.size(0), .kernel = 1, .stride = 1, .padding = 0, .dilation = 1}},
-        Gradient{.data = input.const_data_ptr(),
-                 .sample_stride = 0,
-                 .pixel_stride = input.stride(1),
-                 .channel_stride = 1,
-                 .by_group = false},
-        dense, output);
+    const Gradient columns{.data = input.const_data_ptr(),
+                           .sample_stride = 1,
+                           .pixel_stride = 1,
+                           .channel_stride = input.stride(1),
+                           .by_group = false};
+    if (permutes(product, columns, dense, output)) {
+      multiply(product, columns, dense, output);
+    } else {
+      multiply(
+          WeightProduct{
+              .dtype = call.dtype,
+              .pruning = product.pruning,
+              .rows = input.size(0),
+              .cols = dense.size(1),
+              .width =
+                  {.in = dense.size(0), .out = dense.size(0), .kernel = 1, .stride = 1, .padding = 0, .dilation = 1}},
+          Gradient{.data = input.const_data_ptr(),
+                   .sample_stride = 0,
+                   .pixel_stride = input.stride(1),
+                   .channel_stride = 1,
+                   .by_group = false},
+          dense, output);
+    }
     return output;
   }
   const std::optional<int64_t> row_stride = find_row_stride(input);
   const Tensor source = row_stride ? input : torch::stable::contiguous(input);
   const int64_t step = row_stride.value_or(dense.size(0));
-  multiply({.op = kOp, .dtype = call.dtype, .pruning = read_seed(input, call), .samples = count_rows(input)},
+  multiply(product,
            Gradient{.data = source.const_data_ptr(),
                     .sample_stride = step,
                     .pixel_stride = step,

@@ -146,6 +146,8 @@ const Product kProducts[] = {
     {"transposed", 5, 1, 130, 129, kPoint, kPoint, Weight::kTransposed, false},
     {"two chunks", 300, 1, 96, 40, kPoint, kPoint, Weight::kContiguous, false},
     {"many slabs", 260, 1, 1500, 24, kPoint, kPoint, Weight::kContiguous, false},
+    {"pixels", 1, 1, 70, 37, {9, 9, 1, 1, 0, 1}, {31, 31, 1, 1, 0, 1}, Weight::kContiguous, false},
+    {"samples of pixels", 3, 1, 40, 16, {4, 4, 1, 1, 0, 1}, {8, 8, 1, 1, 0, 1}, Weight::kTransposed, false},
     {"wide", 3, 1, 40, 1000, kPoint, kPoint, Weight::kContiguous, false},
     {"3 x 3", 2, 1, 24, 20, {7, 7, 3, 1, 1, 1}, {5, 5, 3, 1, 1, 1}, Weight::kContiguous, true},
     {"3 x 3, last", 2, 1, 24, 20, {7, 7, 3, 1, 1, 1}, {5, 5, 3, 1, 1, 1}, Weight::kChannelsLast, false},
@@ -167,6 +169,21 @@ std::vector<uint8_t> draw_indices(const sdgp::SpmmArgs& args, int64_t count) {
   return indices;
 }
 
+// Each element is the exact sum, but for the roundings of its terms' additions and of the result.
+template <class F>
+void expect_sums(const Product& p, const sdgp::SpmmArgs& args, const std::vector<typename F::Type>& out,
+                 const std::string& what) {
+  const Sums sums = product_sums<F>(args);
+  const double terms = static_cast<double>(args.compressed.row_stride * p.height.kernel * p.width.kernel + 2);
+  const double epsilon = sizeof(out[0]) == 8 ? std::ldexp(1, -52) : std::ldexp(1, -23);
+  for (size_t i = 0; i < out.size(); ++i) {
+    const double error = std::fabs(F::value(out[i]) - sums.exact[i]);
+    const double bound = terms * epsilon * sums.magnitude[i] + 0.51 * F::kRounding * std::fabs(sums.exact[i]) +
+                         (F::kRounding > 0 ? std::ldexp(1, -14) : 0);
+    expect(error <= bound, what + ", element " + std::to_string(i));
+  }
+}
+
 template <class F>
 void test_product(const Product& p, int n, int m, const std::string& what) {
   if (skip()) return;
@@ -178,20 +195,12 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   args.compressed.values = values.data();
   args.compressed.indices = indices.data();
   args.dense.data = dense.data();
-  const Sums sums = product_sums<F>(args);
-  std::vector<T> out(sums.exact.size());
-  std::vector<T> again(sums.exact.size());
+  std::vector<T> out(static_cast<size_t>(p.samples * p.height.in * p.width.in * p.groups * p.cols));
+  std::vector<T> again(out.size());
   expect(multiply(sdgp::kernels(), args, out, 1), what + ", valid");
   expect(multiply(sdgp::kernels(), args, again, 5), what + ", valid in pieces");
   expect(std::memcmp(out.data(), again.data(), out.size() * sizeof(T)) == 0, what + ", in pieces");
-  const double terms = static_cast<double>(args.compressed.row_stride * p.height.kernel * p.width.kernel + 2);
-  const double epsilon = sizeof(T) == 8 ? std::ldexp(1, -52) : std::ldexp(1, -23);
-  for (size_t i = 0; i < out.size(); ++i) {
-    const double error = std::fabs(F::value(out[i]) - sums.exact[i]);
-    const double bound = terms * epsilon * sums.magnitude[i] + 0.51 * F::kRounding * std::fabs(sums.exact[i]) +
-                         (F::kRounding > 0 ? std::ldexp(1, -14) : 0);
-    expect(error <= bound, what + ", element " + std::to_string(i));
-  }
+  expect_sums<F>(p, args, out, what);
   for (const int wrong : {m, 255}) {
     indices[static_cast<size_t>(below(static_cast<int64_t>(indices.size())))] = static_cast<uint8_t>(wrong);
     // Nothing outside is read; whether it is told depends on whether that value is used.
@@ -202,7 +211,8 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   }
 }
 
-// A gradient that is pruned on the way gives, bit for bit, what its compressed form gives.
+// A gradient that is pruned on the way gives what its compressed form gives: bit for bit where one kernel multiplies
+// both, else to rounding.
 template <class F>
 void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool channels_first, const std::string& what) {
   if (skip()) return;
@@ -232,9 +242,13 @@ void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool cha
   multiply(sdgp::kernels(), args, expected, 1);
   const sdgp::Gradient gradient = describe_gradient(p, prune);
   args.gradient = &gradient;
+  if (table.permutes(args)) {
+    multiply(table, args, expected, 1);
+    expect_sums<F>(p, args, expected, what + ", permuted");
+  }
   for (const int64_t threads : {1, 3}) {
     args.threads = threads;
-    expect(multiply(sdgp::kernels(), args, actual, 2 * threads - 1), what + ", valid");
+    expect(multiply(table, args, actual, 2 * threads - 1), what + ", valid");
     expect(std::memcmp(actual.data(), expected.data(), actual.size() * sizeof(T)) == 0, what);
   }
 }

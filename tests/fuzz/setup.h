@@ -19,6 +19,7 @@ inline std::vector<const Kernels*> tables() {
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
     found.push_back(&sdgp::avx512::table);
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&sdgp::avx512::bfloat16_table);
   }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&sdgp::avx2::table);
 #endif

@@ -98,6 +98,10 @@ void fuzz_product(Bytes& bytes) {
     args.gradient = &pruned_inside;
     args.threads = threads;
     require(times<F>(*table, args, cut, pieces), "spmm_nm: valid gradient");
+    if (table->permutes(args)) {  // adds in another order than the kernel of compressed rows
+      require(times<F>(*table, args, whole, 1), "spmm_nm: valid gradient, permuted");
+      if (values == kTame) check_sums<F>(args, whole);
+    }
     require(same<F>(whole, cut), "spmm_nm: of a gradient pruned inside");
   }
   args.gradient = nullptr;
