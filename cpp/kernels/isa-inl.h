@@ -5,12 +5,13 @@
 // keep one copy of it for all, perhaps the one with instructions that this CPU lacks.
 #include "compress_nm-inl.h"
 #include "permute_nm-inl.h"
+#include "permute_weight_grad-inl.h"
 #include "spmm_nm-inl.h"
 #include "table.h"
 #include "weight_grad_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
-// kPermutes: plain products of bfloat16 go to the permute kernel where it takes them.
+// kPermutes: products of bfloat16 go to the permute kernel where it takes them.
 template <bool kPermutes>
 constexpr Kernels make_table(const char* isa) {
   Kernels made{
@@ -42,6 +43,12 @@ constexpr Kernels make_table(const char* isa) {
     };
     made.spmm_nm = [](const SpmmArgs& args, int64_t begin, int64_t end) {
       return permutes(args) ? permute_nm(args, begin, end) : spmm_nm(args, begin, end);
+    };
+    made.weight_grad_nm_units = [](const WeightGradArgs& args) {
+      return permutes_weight(args) ? permute_weight_grad_units(args) : weight_grad_nm_units(args);
+    };
+    made.weight_grad_nm = [](const WeightGradArgs& args, int64_t begin, int64_t end) {
+      permutes_weight(args) ? permute_weight_grad(args, begin, end) : weight_grad_nm(args, begin, end);
     };
   }
 #endif

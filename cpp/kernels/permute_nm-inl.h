@@ -1,60 +1,40 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The product of bfloat16 N:M rows with a dense matrix, on CPUs that have AVX512-BF16: a linear layer's data gradient
-// and its weight gradient.
+// The product of bfloat16 N:M rows with a dense matrix by the permute kernel (Note [Permute kernel]): a linear layer's
+// data gradient, its weight gradient, and in gather form a convolution's data gradient.
 //
-// Note [Permute kernel]
-// Lanes are result rows. For one column of the dense operand, the values of a window of up to 32 reduction rows lie in
-// one register as a lookup table. Each lane has two kept values of its row, as a pair of 16-bit floats, and their two
-// positions in the window, as a pair of 16-bit indices: one vpermw looks up what 16 rows' pairs are multiplied with,
-// one vdpbf16ps multiplies and adds them. No sum leaves its register while a block of windows passes, and every pattern
-// whose group fits a window runs at the same rate per kept value.
-//
-// Limits, of vpermw and vdpbf16ps together: 4/3 cycles on Zen 4, whose row kernel takes 2 for as many products; 3 on
-// Intel's Golden Cove, whose vdpbf16ps alone takes 2, so that the row kernel, at 1, stays the better one there.
+// A convolution's result rows are input pixels, and its reduction goes through all taps: for each tap, the kept values
+// of the output pixels that 16 input pixels meet there are copied side by side. That is done once for all columns.
 #pragma once
 
-#include "compress_nm-inl.h"
 #include "pack_dense-inl.h"
+#include "paired_rows-inl.h"
 
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
-constexpr int kTable = 32;                // reduction rows of a window, at most: 16-bit elements of a register
-constexpr int kTableBytes = 64;           // of one column
-constexpr int kLaneRows = 16;             // result rows of a vector of sums
-constexpr int kPairRows = 2 * kLaneRows;  // result rows of a vector of 16-bit elements
-constexpr int kTableColumns = 16;         // whose sums stay in registers
-constexpr int kResident = 10;             // tables that stay in registers as well
-constexpr int64_t kBlockWindows = 16;     // whose tables stay in the first-level cache: 16 KiB
-constexpr int64_t kPermuteRows = 256;     // result rows that share a trip of the tables to that cache
-constexpr int64_t kKeptBytes = 1 << 20;   // of kept values and indices of a chunk of rows
-constexpr int64_t kTileElements = 8192;   // pruned at a time, in the first-level cache
-constexpr int kSlots = 8;                 // kept values that are collected at a time
+constexpr int64_t kPermuteRows = 256;    // result rows that share a trip of the tables to the first-level cache
+constexpr int64_t kKeptBytes = 1 << 20;  // of kept values and indices of a chunk of rows
 
 // Work is cut into chunks of result rows x parts of the column blocks. No result depends on the cut: each is summed in
 // the order of the windows.
 struct PermutePlan {
-  int64_t window;  // reduction rows: as many whole groups as a table holds
-  int64_t windows;
-  int64_t pairs;         // of kept values, of a row in a window
-  int64_t window_bytes;  // of a vector of rows: per two pairs one vector of indices, then the pairs
-  int64_t rows;          // of a chunk
-  int64_t chunks;
-  int64_t columns;  // blocks of kTableColumns
-  int64_t parts;
-  int64_t units;
+  Window window;
+  int64_t windows = 0;  // of a tap
+  int64_t steps = 0;    // windows of all taps
+  int64_t rows = 0;     // of a chunk
+  int64_t chunks = 0;
+  int64_t columns = 0;  // blocks of kTableColumns
+  int64_t parts = 0;
+  int64_t units = 0;
 };
 
 inline PermutePlan make_permute_plan(const SpmmArgs& args) {
-  PermutePlan plan{};
-  const Pruning& pruning = args.pruning;
-  plan.window = kTable / pruning.m * pruning.m;
-  plan.windows = ceil_div(args.size, plan.window);
-  plan.pairs = ceil_div(kTable / pruning.m * pruning.n, 2);
-  plan.window_bytes = (plan.pairs + ceil_div(plan.pairs, 2)) * kVectorBytes;
+  PermutePlan plan{.window = Window(args.pruning)};
+  plan.windows = ceil_div(args.size, plan.window.size);
+  plan.steps = plan.windows * args.height.kernel * args.width.kernel;
   const int64_t rows = args.samples * args.height.in * args.width.in;
-  const int64_t vectors = at_least(kKeptBytes / (plan.windows * plan.window_bytes), 4);
+  const int64_t vectors = at_least(kKeptBytes / (plan.steps * plan.window.bytes), 4);
   plan.rows = at_most(vectors * kLaneRows, kPermuteRows) / kPairRows * kPairRows;
   plan.chunks = ceil_div(rows, plan.rows);
   plan.columns = ceil_div(args.cols, kTableColumns);
@@ -64,26 +44,36 @@ inline PermutePlan make_permute_plan(const SpmmArgs& args) {
   return plan;
 }
 
-// What the permute kernel takes; other products are the row kernel's.
-inline bool permutes(const SpmmArgs& args) {
+// Whether result rows are rows of the gradient, in the same order.
+inline bool is_plain_product(const SpmmArgs& args) {
   const auto is_point = [](const Axis2d& axis) {
     return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
   };
-  const Gradient* gradient = args.gradient;
-  return args.dtype == DType::kBFloat16 && args.pruning.m <= kTable && gradient != nullptr && args.groups == 1 &&
-         is_point(args.height) && is_point(args.width) && !args.out_channels_first &&
-         (args.samples == 1 || gradient->sample_stride == args.height.out * args.width.out * gradient->pixel_stride);
+  return is_point(args.height) && is_point(args.width);
 }
 
-// The tables: [column block][window][column][reduction row], zeros where there is none.
+// What the permute kernel takes; other products are the row kernel's.
+inline bool permutes(const SpmmArgs& args) {
+  const Gradient* gradient = args.gradient;
+  if (args.dtype != DType::kBFloat16 || args.pruning.m > kTable || gradient == nullptr) return false;
+  if (args.groups != 1 || args.out_channels_first) return false;
+  const int64_t pixels = args.height.out * args.width.out;
+  if (args.samples > 1 && gradient->sample_stride != pixels * gradient->pixel_stride) return false;
+  if (is_plain_product(args)) return true;
+  // More output pixels than input pixels, many times over: most of what would be packed has no use.
+  return args.height.stride == 1 && args.width.stride == 1 && gradient->channel_stride == 1 &&
+         pixels <= 4 * args.height.in * args.width.in && pixels < int64_t{1} << 20;
+}
+
+// The tables: [column block][tap][window][column][reduction row], zeros where there is none.
 inline int64_t table_bytes(const SpmmArgs& args) {
   const PermutePlan plan = make_permute_plan(args);
-  return plan.columns * plan.windows * kTableColumns * kTableBytes;
+  return plan.columns * plan.steps * kWindowTableBytes;
 }
 
 inline int64_t table_units(const SpmmArgs& args) {
   const PermutePlan plan = make_permute_plan(args);
-  return ceil_div(plan.columns, 2) * plan.windows;
+  return ceil_div(plan.columns, 2) * plan.steps;
 }
 
 // A unit is the tables of two column blocks in one window.
@@ -93,23 +83,25 @@ inline void make_tables(const SpmmArgs& args, int64_t begin, int64_t end) {
   constexpr int kCols = 2 * kTableColumns;
   static_assert(kCols == kTable && kTable == kLanes<uint16_t>);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t window = unit % plan.windows;
-    const int64_t block = unit / plan.windows * 2;
-    const int64_t rows = at_most(args.size - window * plan.window, plan.window);
+    const int64_t step = unit % plan.steps;
+    const int64_t block = unit / plan.steps * 2;
+    const int64_t tap = step / plan.windows, window = step % plan.windows;
+    const int64_t rows = at_most(args.size - window * plan.window.size, plan.window.size);
     const int64_t cols = at_most(args.cols - block * kTableColumns, kCols);
-    const auto* from = static_cast<const uint16_t*>(dense.data) + window * plan.window * dense.row_stride +
-                       block * kTableColumns * dense.col_stride;
+    const auto* from = static_cast<const uint16_t*>(dense.data) + window * plan.window.size * dense.row_stride +
+                       block * kTableColumns * dense.col_stride + tap / args.width.kernel * dense.height_stride +
+                       tap % args.width.kernel * dense.width_stride;
     uint16_t elements[kTable * kCols] = {};  // row after row, or, where that is how they lie, column after column
     const bool by_column = dense.row_stride == 1;
     const int64_t lines = by_column ? cols : rows, length = by_column ? rows : cols;
     const int64_t line_stride = by_column ? dense.col_stride : dense.row_stride;
-    const int64_t step = by_column ? dense.row_stride : dense.col_stride;
+    const int64_t element_stride = by_column ? dense.row_stride : dense.col_stride;
     for (int64_t i = 0; i < lines; ++i, from += line_stride) {
       uint16_t* line = elements + i * kTable;
-      if (step == 1) {
+      if (element_stride == 1) {
         std::memcpy(line, from, static_cast<size_t>(length) * sizeof *line);
       } else {
-        for (int64_t j = 0; j < length; ++j) line[j] = from[j * step];
+        for (int64_t j = 0; j < length; ++j) line[j] = from[j * element_stride];
       }
     }
     Vec<uint16_t> tables[kTable];
@@ -117,98 +109,11 @@ inline void make_tables(const SpmmArgs& args, int64_t begin, int64_t end) {
     for (int i = 0; i < kTable; ++i) tables[i] = load_bits<Vec<uint16_t>>(elements + i * kTable);
     if (!by_column) transpose<uint16_t, kTable>(tables);
     for (int64_t half = 0; half < 2 && block + half < plan.columns; ++half) {
-      char* to =
-          static_cast<char*>(args.packed) + ((block + half) * plan.windows + window) * kTableColumns * kTableBytes;
+      char* to = static_cast<char*>(args.packed) + ((block + half) * plan.steps + step) * kWindowTableBytes;
 #pragma GCC unroll 64
-      for (int i = 0; i < kTableColumns; ++i) store_bits(to + i * kTableBytes, tables[half * kTableColumns + i]);
+      for (int i = 0; i < kTableColumns; ++i) store_bits(to + i * kVectorBytes, tables[half * kTableColumns + i]);
     }
   }
-}
-
-// A column block and a block of windows, for all vectors of rows.
-struct PermuteCall {
-  const char* tables;  // [window][column]
-  const char* kept;    // [vector][window][pairs and indices]
-  int64_t windows;
-  int64_t pairs;
-  int64_t vectors;
-  float* sums;         // [vector][column][row]
-  const char* next;    // the tables that follow, fetched into the second-level cache meanwhile
-  int64_t next_lines;  // per vector
-};
-
-template <int... kI>
-__attribute__((target("avx512bf16"))) SDGP_INLINE void multiply_pair(__m512* sum, __m512i values, __m512i indices,
-                                                                     const __m512i* resident, const char* tables,
-                                                                     std::integer_sequence<int, kI...>) {
-  asm("" : "+r"(tables));  // what is not resident is vpermw's memory operand, not a register's that is then spilled
-  ((sum[kI] = _mm512_dpbf16_ps(
-        sum[kI], (__m512bh)values,
-        (__m512bh)_mm512_permutexvar_epi16(
-            indices, kI < kResident ? resident[kI % kResident] : load_bits<__m512i>(tables + kI * kTableBytes)))),
-   ...);
-}
-
-template <bool kFirst, int... kI, int... kR>
-__attribute__((target("avx512bf16"))) SDGP_INLINE void multiply_vector(const PermuteCall& call, const char* kept,
-                                                                       float* sums,
-                                                                       std::integer_sequence<int, kI...> columns,
-                                                                       std::integer_sequence<int, kR...>) {
-  __m512 sum[kTableColumns] = {(kFirst ? __m512{} : load_bits<__m512>(sums + kI * kLaneRows))...};
-  const char* tables = call.tables;
-  for (int64_t window = 0; window < call.windows; ++window, tables += kTableColumns * kTableBytes) {
-    const __m512i resident[kResident] = {load_bits<__m512i>(tables + kR * kTableBytes)...};
-    int64_t left = call.pairs;
-    for (; left >= 2; left -= 2, kept += 3 * kVectorBytes) {
-      const auto indices = load_bits<__m512i>(kept);
-      multiply_pair(sum, load_bits<__m512i>(kept + kVectorBytes), indices, resident, tables, columns);
-      multiply_pair(sum, load_bits<__m512i>(kept + 2 * kVectorBytes), _mm512_srli_epi16(indices, 8), resident, tables,
-                    columns);
-    }
-    if (left == 0) continue;
-    multiply_pair(sum, load_bits<__m512i>(kept + kVectorBytes), load_bits<__m512i>(kept), resident, tables, columns);
-    kept += 2 * kVectorBytes;
-  }
-  ((store_bits(sums + kI * kLaneRows, sum[kI])), ...);
-}
-
-template <bool kFirst>
-__attribute__((noinline, target("avx512bf16"))) void multiply_windows(const PermuteCall& block) {
-  const PermuteCall call = block;  // a copy: nothing that is stored can change it
-  const char* kept = call.kept;
-  const char* next = call.next;
-  float* sums = call.sums;
-  const int64_t bytes = call.windows * (call.pairs + ceil_div(call.pairs, 2)) * kVectorBytes;
-  for (int64_t v = 0; v < call.vectors; ++v, kept += bytes, sums += kTableColumns * kLaneRows) {
-    for (int64_t line = 0; line < call.next_lines; ++line, next += 64) __builtin_prefetch(next, 0, 2);
-    multiply_vector<kFirst>(call, kept, sums, std::make_integer_sequence<int, kTableColumns>{},
-                            std::make_integer_sequence<int, kResident>{});
-  }
-}
-
-// Of one group in each of kPairRows rows side by side: the values that are not +0 move to the end of the kN slots, in
-// ascending order, and their indices, from `index` on, likewise. kRanked: only the kN values from the `first` on.
-template <int kN, bool kRanked, int... kI>
-SDGP_INLINE void collect(const uint16_t* group, int64_t pitch, int64_t length, uint16_t index, int first,
-                         Vec<uint16_t>* values, Vec<uint16_t>* indices, std::integer_sequence<int, kI...>) {
-  using V = Vec<uint16_t>;
-  V value[kN + 1] = {}, position[kN + 1] = {};
-  V rank = splat(static_cast<uint16_t>(-first));
-  for (int64_t j = 0; j < length; ++j, ++index, group += pitch) {
-    const auto x = load_bits<V>(group);
-    auto taken = x != 0;
-    if constexpr (kRanked) {
-      const V next = rank - (V)taken;
-      taken &= rank < static_cast<uint16_t>(kN);
-      rank = next;
-    }
-    value[kN] = x;
-    position[kN] = splat(index);
-    ((value[kI] = taken ? value[kI + 1] : value[kI]), ...);
-    ((position[kI] = taken ? position[kI + 1] : position[kI]), ...);
-  }
-  ((values[kI] = value[kI]), ...);
-  ((indices[kI] = position[kI]), ...);
 }
 
 template <class C>
@@ -221,10 +126,8 @@ class PermuteProduct {
   }
 
  private:
-  using V = Vec<uint16_t>;
-
   explicit PermuteProduct(const SpmmArgs& args)
-      : args_(args), gradient_(*args.gradient), plan_(make_permute_plan(args)) {}
+      : args_(args), gradient_(*args.gradient), plan_(make_permute_plan(args)), paired_(args.pruning) {}
 
   void run_unit(int64_t unit) {
     if (unit / plan_.parts != chunk_) {  // else the unit before left its kept values
@@ -240,21 +143,20 @@ class PermuteProduct {
   }
 
   void multiply_columns(int64_t block) {
-    constexpr int64_t kWindowBytes = kTableColumns * kTableBytes;
     float* sums = sums_.reserve(vectors_ * kTableColumns * kLaneRows);
     const int64_t live = ceil_div(rows_, kLaneRows);
-    const char* const end = static_cast<const char*>(args_.packed) + plan_.columns * plan_.windows * kWindowBytes;
-    for (int64_t window = 0; window < plan_.windows; window += kBlockWindows) {
+    const char* const end = static_cast<const char*>(args_.packed) + plan_.columns * plan_.steps * kWindowTableBytes;
+    for (int64_t step = 0; step < plan_.steps; step += kBlockWindows) {
       PermuteCall call{};
-      call.windows = at_most(plan_.windows - window, kBlockWindows);
-      call.tables = static_cast<const char*>(args_.packed) + (block * plan_.windows + window) * kWindowBytes;
-      call.kept = kept_.data + window * vectors_ * plan_.window_bytes;
-      call.pairs = plan_.pairs;
+      call.windows = at_most(plan_.steps - step, kBlockWindows);
+      call.tables = static_cast<const char*>(args_.packed) + (block * plan_.steps + step) * kWindowTableBytes;
+      call.kept = kept_.data + step * vectors_ * plan_.window.bytes;
+      call.pairs = plan_.window.pairs;
       call.vectors = live;
       call.sums = sums;
-      call.next = call.tables + call.windows * kWindowBytes;
-      call.next_lines = call.next < end ? ceil_div(call.windows * kWindowBytes / 64, live) : 0;
-      window == 0 ? multiply_windows<true>(call) : multiply_windows<false>(call);
+      call.next = call.tables + call.windows * kWindowTableBytes;
+      call.next_lines = call.next < end ? ceil_div(call.windows * kWindowTableBytes / 64, live) : 0;
+      step == 0 ? multiply_windows<true>(call) : multiply_windows<false>(call);
     }
     store_columns(block, sums);
   }
@@ -283,156 +185,131 @@ class PermuteProduct {
     }
   }
 
-  // Prunes a chunk of rows and packs what they keep: [block of windows][vector][window][pairs and indices].
+  // Prunes what a chunk of rows meets and packs what is kept: [block of steps][vector][step][pairs and indices].
   void read_kept() {
-    kept_.reserve(plan_.windows * vectors_ * plan_.window_bytes);
-    const bool side_by_side = gradient_.channel_stride != 1 && gradient_.pixel_stride == 1;
-    const int64_t tile_rows = side_by_side ? vectors_ * kLaneRows : kPairRows;
-    const int64_t tile_windows = at_least(kTileElements / (tile_rows * plan_.window), 1);
-    for (int64_t row = 0; row < rows_; row += tile_rows) {
-      for (int64_t window = 0; window < plan_.windows; window += tile_windows) {
-        const int64_t windows = at_most(plan_.windows - window, tile_windows);
-        read_tile({row, at_most(rows_ - row, tile_rows), tile_rows, window, windows}, side_by_side);
+    kept_.reserve(plan_.steps * vectors_ * plan_.window.bytes);
+    if (is_plain_product(args_)) return read_rows(first_row_, rows_);
+    find_sources();
+    read_rows(first_source_, sources_);
+    for (int64_t tap = 0; tap < plan_.steps / plan_.windows; ++tap) {
+      for (int64_t vector = 0; vector < vectors_; ++vector) copy_sources(tap, vector);
+    }
+  }
+
+  // Of each tap and each result row of the chunk: which row of the gradient it meets, counted from the first one that
+  // any of them meets; -1: none.
+  void find_sources() {
+    const Axis2d &height = args_.height, &width = args_.width;
+    const int64_t pitch = vectors_ * kLaneRows;
+    const int64_t per_sample = height.in * width.in;
+    const auto lines = static_cast<int32_t>(height.out), columns = static_cast<int32_t>(width.out);
+    int32_t* before = before_.reserve(3 * pitch);  // the sample's first row, from the chunk's first sample on
+    int32_t* y = before + pitch;
+    int32_t* x = y + pitch;
+    const int64_t first_sample = first_row_ / per_sample;
+    for (int64_t i = 0; i < pitch; ++i) {
+      const int64_t row = first_row_ + i;
+      before[i] = static_cast<int32_t>((row / per_sample - first_sample) * height.out * width.out);
+      // What is beyond the chunk meets nothing.
+      y[i] = i < rows_ ? static_cast<int32_t>(row % per_sample / width.in + height.padding) : INT32_MIN / 2;
+      x[i] = static_cast<int32_t>(row % width.in + width.padding);
+    }
+    int32_t* source = source_.reserve(plan_.steps / plan_.windows * pitch);
+    int32_t least = INT32_MAX, most = -1;
+    for (int64_t tap = 0; tap < height.kernel * width.kernel; ++tap, source += pitch) {
+      const auto dy = static_cast<int32_t>(tap / width.kernel * height.dilation);
+      const auto dx = static_cast<int32_t>(tap % width.kernel * width.dilation);
+      for (int64_t i = 0; i < pitch; ++i) {
+        const int32_t line = y[i] - dy, column = x[i] - dx;
+        const bool inside = (line >= 0) & (line < lines) & (column >= 0) & (column < columns);
+        const int32_t at = before[i] + line * columns + column;
+        source[i] = inside ? at : -1;
+        least = inside && at < least ? at : least;
+        most = inside && at > most ? at : most;
+      }
+    }
+    if (most < 0) least = 0;
+    source_base_ = least;
+    sources_ = most - least + 1;
+    source_pitch_ = ceil_div(sources_, kPairRows) * kPairRows;
+    first_source_ = first_sample * height.out * width.out + least;
+    sources_kept_.reserve(plan_.windows * plan_.window.bytes / kVectorBytes * source_pitch_);
+  }
+
+  // Copies what a vector of result rows meets at a tap. Where its rows meet consecutive rows of the gradient, or none,
+  // that is one load a word.
+  void copy_sources(int64_t tap, int64_t vector) {
+    const auto source = load_bits<Vec<int32_t>>(source_.data + (tap * vectors_ + vector) * kLaneRows);
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __mmask16 met = _mm512_movepi32_mask((__m512i)source) ^ 0xffff;
+    const __m512i at = _mm512_sub_epi32((__m512i)source, _mm512_set1_epi32(static_cast<int>(source_base_)));
+    const __m512i begin = _mm512_sub_epi32(at, lanes);
+    const int first = met == 0 ? 0 : _mm512_mask_reduce_max_epi32(met, begin);
+    const bool consecutive = (_mm512_cmpneq_epi32_mask(begin, _mm512_set1_epi32(first)) & met) == 0;
+    const int64_t words = plan_.window.bytes / kVectorBytes;
+    const uint32_t* from = sources_kept_.data;
+    for (int64_t window = 0; window < plan_.windows; ++window) {
+      char* to = place_of(tap * plan_.windows + window, vector);
+      for (int64_t word = 0; word < words; ++word, to += kVectorBytes, from += source_pitch_) {
+        const __m512i moved = consecutive ? _mm512_maskz_loadu_epi32(met, from + first)
+                                          : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), met, at, from, 4);
+        store_bits(to, moved);
       }
     }
   }
 
-  // Rows of the chunk times windows of the reduction.
-  struct Tile {
-    int64_t row;
-    int64_t rows;
-    int64_t pitch;  // the rows and some that do not exist
-    int64_t window;
-    int64_t windows;
-  };
-
-  // Brings a tile into the form (reduction row, result row), pruned, and keeps what is left.
-  void read_tile(const Tile& tile, bool side_by_side) {
-    const int64_t first = tile.window * plan_.window;
-    const int64_t size = at_most(args_.size - first, tile.windows * plan_.window);
-    const int64_t row = first_row_ + tile.row;
-    const auto* from =
-        static_cast<const uint16_t*>(gradient_.data) + row * gradient_.pixel_stride + first * gradient_.channel_stride;
-    uint16_t* elements = elements_.reserve(tile.windows * plan_.window * tile.pitch);
-    if (tile.rows < tile.pitch) clear(elements, size * tile.pitch);
-    PruneArgs part{};
-    part.dtype = args_.dtype;
-    part.pruning = args_.pruning;
-    part.size = size;
-    part.row_groups = ceil_div(args_.size, args_.pruning.m);
-    part.first_group = static_cast<uint64_t>(row * part.row_groups + first / args_.pruning.m);
-    part.out = elements;
-    part.out_stride = tile.pitch;
-    part.ndim = 1;
-    if (side_by_side) {
-      part.in = from;
-      part.in_stride = gradient_.channel_stride;
-      part.dims[0] = {tile.rows, gradient_.pixel_stride, 1, 1, false};
-    } else {
-      transpose_rows(from, tile.rows, size, elements);
-      part.in = elements;
-      part.in_stride = tile.pitch;
-      part.dims[0] = {tile.pitch, 1, 1, 1, false};
-    }
-    if (side_by_side || !args_.pruning.keeps_all()) {
-      if (args_.pruning.keeps_all())
-        part.pruning = {.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
-      prune_nm(part, 0, prune_nm_units(part));
-    }
-    for (int64_t i = 0; i < tile.windows; ++i) {
-      const int64_t left = at_most(size - i * plan_.window, plan_.window);
-      for (int64_t r = 0; r < tile.pitch; r += kPairRows) {
-        char* to = place_of(tile.window + i, (tile.row + r) / kLaneRows);
-        pack_window(elements + i * plan_.window * tile.pitch + r, tile.pitch, left, to,
-                    to + vector_bytes(tile.window + i));
-      }
-    }
+  void read_rows(int64_t first, int64_t count) {
+    const int64_t groups = ceil_div(args_.size, args_.pruning.m);
+    paired_.read({.data = static_cast<const uint16_t*>(gradient_.data) + first * gradient_.pixel_stride,
+                  .rows = count,
+                  .row_stride = gradient_.pixel_stride,
+                  .size = args_.size,
+                  .element_stride = gradient_.channel_stride,
+                  .first_group = static_cast<uint64_t>(first * groups),
+                  .row_groups = groups},
+                 [&](int64_t window, int64_t row) { return place_of_rows(window, row); });
   }
 
-  // kPairRows rows, some of which may not exist, to (reduction row, result row).
-  void transpose_rows(const uint16_t* from, int64_t rows, int64_t size, uint16_t* to) const {
-    const int64_t step = gradient_.pixel_stride;
-    int64_t k = 0;
-    if (rows == kPairRows && gradient_.channel_stride == 1) {
-      for (; k + kPairRows <= size; k += kPairRows) {
-        V tile[kPairRows];
-#pragma GCC unroll 64
-        for (int i = 0; i < kPairRows; ++i) tile[i] = load_bits<V>(from + i * step + k);
-        transpose<uint16_t, kPairRows>(tile);
-#pragma GCC unroll 64
-        for (int i = 0; i < kPairRows; ++i) store_bits(to + (k + i) * kPairRows, tile[i]);
-      }
+  // Where a step's kept values of a vector of rows begin.
+  char* place_of(int64_t step, int64_t vector) const {
+    const int64_t first = step / kBlockWindows * kBlockWindows;
+    return kept_.data + first * vectors_ * plan_.window.bytes + vector * vector_bytes(step) +
+           (step - first) * plan_.window.bytes;
+  }
+
+  int64_t vector_bytes(int64_t step) const {
+    const int64_t first = step / kBlockWindows * kBlockWindows;
+    return at_most(plan_.steps - first, kBlockWindows) * plan_.window.bytes;
+  }
+
+  // Of a plain product to their last place, else first to the rows of the gradient: [window][word][row].
+  WordPlace place_of_rows(int64_t window, int64_t row) const {
+    if (is_plain_product(args_)) {
+      char* lower = place_of(window, row / kLaneRows);
+      return {lower, lower + vector_bytes(window), kVectorBytes};
     }
-    for (; k < size; ++k) {
-      for (int64_t r = 0; r < rows; ++r) to[k * kPairRows + r] = from[r * step + k * gradient_.channel_stride];
-    }
+    const int64_t step = source_pitch_ * static_cast<int64_t>(sizeof(uint32_t));
+    char* lower = reinterpret_cast<char*>(sources_kept_.data + row) + window * plan_.window.bytes / kVectorBytes * step;
+    return {lower, lower + kVectorBytes, step};
   }
-
-  // Where a window's kept values of two vectors of rows begin; the second vector's are block_bytes(window) further.
-  char* place_of(int64_t window, int64_t vector) const {
-    const int64_t first = window / kBlockWindows * kBlockWindows;
-    return kept_.data + first * vectors_ * plan_.window_bytes + vector * vector_bytes(window) +
-           (window - first) * plan_.window_bytes;
-  }
-
-  int64_t vector_bytes(int64_t window) const {
-    const int64_t first = window / kBlockWindows * kBlockWindows;
-    return at_most(plan_.windows - first, kBlockWindows) * plan_.window_bytes;
-  }
-
-  void pack_window(const uint16_t* elements, int64_t pitch, int64_t size, char* to, char* upper) {
-    V values[kTable + 4], indices[kTable + 4];
-    const int n = args_.pruning.n, m = args_.pruning.m;
-    int at = 0;
-    for (int64_t k = 0; k < size; k += m, at += n) {
-      const int64_t length = at_most(size - k, m);
-      for (int first = 0; first < n; first += kSlots) {
-        visit_at_least(
-            Values<1, 2, 3, 4, 5, 6, 7, kSlots>{}, n - first < kSlots ? n - first : kSlots, [&]<int kN>(Constant<kN>) {
-              constexpr auto kSequence = std::make_integer_sequence<int, kN>{};
-              const uint16_t* group = elements + k * pitch;
-              const auto index = static_cast<uint16_t>(k);
-              V* value = values + at + first;
-              V* position = indices + at + first;
-              n <= kSlots ? collect<kN, false>(group, pitch, length, index, 0, value, position, kSequence)
-                          : collect<kN, true>(group, pitch, length, index, first, value, position, kSequence);
-            });
-      }
-    }
-    for (const int slots = static_cast<int>(2 * plan_.pairs) + 2; at < slots; ++at) values[at] = indices[at] = V{};
-    for (int64_t pair = 0; pair < plan_.pairs; pair += 2) {
-      store_pairs(indices[2 * pair] | indices[2 * pair + 2] << 8, indices[2 * pair + 1] | indices[2 * pair + 3] << 8,
-                  to, upper);
-      to += kVectorBytes;
-      upper += kVectorBytes;
-      for (int64_t p = pair; p < pair + 2 && p < plan_.pairs; ++p) {
-        store_pairs(values[2 * p], values[2 * p + 1], to, upper);
-        to += kVectorBytes;
-        upper += kVectorBytes;
-      }
-    }
-  }
-
-  // Elements of `a` and `b` by turns: those of the lower 16 rows to `lower`, those of the upper to `upper`.
-  static SDGP_INLINE void store_pairs(V a, V b, char* lower, char* upper) {
-    [&]<int... kI>(std::integer_sequence<int, kI...>) {
-      store_bits(lower, __builtin_shufflevector(a, b, (kI / 2 + kI % 2 * kPairRows)...));
-      store_bits(upper, __builtin_shufflevector(a, b, (kLaneRows + kI / 2 + kI % 2 * kPairRows)...));
-    }(std::make_integer_sequence<int, kPairRows>{});
-  }
-
-  static void clear(uint16_t* to, int64_t count) { std::memset(to, 0, static_cast<size_t>(count) * sizeof *to); }
 
   const SpmmArgs& args_;
   const Gradient& gradient_;
   const PermutePlan plan_;
+  PairedRows paired_;
   int64_t chunk_ = -1;
   int64_t first_row_ = 0;
   int64_t rows_ = 0;
   int64_t vectors_ = 0;
+  int64_t first_source_ = 0;
+  int64_t source_base_ = 0;
+  int64_t sources_ = 0;
+  int64_t source_pitch_ = 0;
   Scratch<char> kept_;
-  Scratch<uint16_t> elements_;
   Scratch<float> sums_;
+  Scratch<int32_t> before_;
+  Scratch<int32_t> source_;
+  Scratch<uint32_t> sources_kept_;
 };
 
 inline int64_t permute_nm_units(const SpmmArgs& args) { return make_permute_plan(args).units; }

@@ -292,6 +292,7 @@ const WeightProduct kWeightProducts[] = {
     {"rows side by side", 1, 1, 70, 33, kPoint, {150, 150, 1, 1, 0, 1}, kLast, kLast, false},
     {"two chunks", 2, 1, 800, 5, kPoint, {40, 40, 1, 1, 0, 1}, kFirst, kFirst, false},
     {"several slabs", 2, 1, 400, 24, {20, 20, 1, 1, 0, 1}, {25, 25, 1, 1, 0, 1}, kFirst, kLast, true},
+    {"slabs of windows", 4, 1, 600, 5, {10, 20, 1, 2, 0, 1}, {25, 25, 1, 1, 0, 1}, kLast, kLast, true},
     {"panels", 2, 1, 9, 300, {5, 5, 1, 1, 0, 1}, {7, 7, 3, 1, 1, 1}, kLast, kFirst, false},
     {"3 x 3", 2, 1, 40, 17, {9, 9, 3, 1, 1, 1}, {11, 11, 3, 1, 1, 1}, kFirst, kFirst, false},
     {"stride", 3, 1, 12, 20, {9, 5, 3, 2, 1, 1}, {12, 4, 1, 3, 0, 1}, kLast, kLast, true},
