@@ -14,7 +14,8 @@ namespace {
 
 struct Candidate {
   const Kernels* table;
-  bool runs;
+  bool runs;        // on this CPU
+  bool by_default;  // the best first
 };
 
 const Kernels& choose() {
@@ -26,20 +27,19 @@ const Kernels& choose() {
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   // Intel's CPUs multiply pairs of bfloat16 at half the rate: there the row kernel is faster (Note [Permute kernel]).
-  const bool fast_bfloat16 = has_bfloat16 && __builtin_cpu_is("amd");
-  const Candidate candidates[] = {{&avx512::bfloat16_table, fast_bfloat16},
-                                  {&avx512::table, has_avx512},
-                                  {&avx2::table, has_avx2},
-                                  {&baseline::table, true},
-                                  {&avx512::bfloat16_table, has_bfloat16 && !fast_bfloat16}};
+  const bool fast_bfloat16 = __builtin_cpu_is("amd");
+  const Candidate candidates[] = {{&avx512::bfloat16_table, has_bfloat16, fast_bfloat16},
+                                  {&avx512::table, has_avx512, true},
+                                  {&avx2::table, has_avx2, true},
+                                  {&baseline::table, true, true}};
 #else
-  const Candidate candidates[] = {{&baseline::table, true}};
+  const Candidate candidates[] = {{&baseline::table, true, true}};
 #endif
   const char* forced = std::getenv("SDGP_FORCE_ISA");
   std::string usable;
-  for (const auto& [table, runs] : candidates) {
+  for (const auto& [table, runs, by_default] : candidates) {
     if (!runs) continue;
-    if (!forced || !*forced || std::string(forced) == table->isa) return *table;
+    if (!forced || !*forced ? by_default : std::string(forced) == table->isa) return *table;
     usable += (usable.empty() ? "" : ", ") + std::string(table->isa);
   }
   throw std::runtime_error("SDGP_FORCE_ISA: expected an instruction set that this CPU runs (" + usable + "), got " +
