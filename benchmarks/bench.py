@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,12 @@ def _committed_machine(rounds: int) -> dict[str, Any]:
     if where["commit"] == "unknown":
         raise SystemExit("--store: expected a git checkout, got none")
     return where
+
+
+def subject_here(subject: str) -> str:
+    """``subject``, and to what instruction set the environment limits the exact product."""
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
+    return subject if limit is None else f"{subject}, exact limited to {limit}"
 
 
 def store(subject: str, machine: dict[str, Any], rows: list[dict[str, Any]], name: str) -> Path:

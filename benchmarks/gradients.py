@@ -12,7 +12,6 @@ MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -20,7 +19,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from bench import arguments, begin, interval, rounds_of, store
+from bench import arguments, begin, interval, rounds_of, store, subject_here
 from torch import Tensor
 
 from sdgp._decision import Products
@@ -115,8 +114,7 @@ def main(subject: str, description: str | None, cases: Callable[[torch.dtype], I
         subject += f", {args.dtype}"
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         subject += ", huge pages"
-    if (limit := os.environ.get("ONEDNN_MAX_CPU_ISA")) is not None:
-        subject += f", exact limited to {limit}"
+    subject = subject_here(subject)
     machine = (begin(args) or {}) | speeds(dtype)
     product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import models
 import torch
-from bench import arguments, begin, store
+from bench import arguments, begin, store, subject_here
 from torch import Tensor, nn
 
 from sdgp._timing import steps_beside_plain
@@ -88,7 +88,7 @@ def main() -> None:
         for row in rows[-len(args.pattern) * len(args.backend) :]:
             show(row)
     if machine is not None:
-        store("train_step", machine, rows, args.store)
+        store(subject_here("train_step"), machine, rows, args.store)
 
 
 if __name__ == "__main__":
