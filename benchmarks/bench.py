@@ -51,7 +51,10 @@ def _committed_machine(rounds: int) -> dict[str, Any]:
 
 
 def subject_here(subject: str) -> str:
-    """``subject``, and to what instruction set the environment limits the exact product."""
+    """``subject``, with what the environment changes about a measurement: huge pages, and the instruction set to which
+    the exact product is limited."""
+    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
+        subject += ", huge pages"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
     return subject if limit is None else f"{subject}, exact limited to {limit}"
 

@@ -112,8 +112,6 @@ def main(subject: str, description: str | None, cases: Callable[[torch.dtype], I
     dtype = getattr(torch, args.dtype)
     if args.dtype != "float32":
         subject += f", {args.dtype}"
-    if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
-        subject += ", huge pages"
     subject = subject_here(subject)
     machine = (begin(args) or {}) | speeds(dtype)
     product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]

@@ -135,9 +135,9 @@ CPU_PLOTS = {
 def plots_of(results: Results) -> dict[str, Callable[[Axes, Rows], None]]:
     """What draws each subject that a file of results holds."""
     return {
-        subject: plots[subject]
+        subject: plots[kind]
         for subject, result in results.items()
-        if subject in (plots := GPU_PLOTS if result["machine"].get("gpu") else CPU_PLOTS)
+        if (kind := subject.partition(",")[0]) in (plots := GPU_PLOTS if result["machine"].get("gpu") else CPU_PLOTS)
     }
 
 
@@ -147,6 +147,8 @@ def draw(results: Results, subjects: Sequence[str]) -> Figure:
     axes = figure.subplots(1, len(subjects), squeeze=False)
     for place, subject in zip(axes[0], subjects, strict=True):
         plots_of(results)[subject](place, results[subject]["rows"])
+        if note := subject.partition(", ")[2]:
+            place.set_title(f"{place.get_title()}; {note}", fontsize=9)
         place.legend(fontsize=8, handlelength=4)
     machine = results[subjects[0]]["machine"]
     figure.suptitle(f"sdgp on {machine.get('gpu') or machine['cpu'] + ', ' + machine['isa']}")
