@@ -147,6 +147,48 @@ def test_the_sparse_product_takes_a_weight(layer: str, method: str) -> None:
     assert beyond <= weight + 2 * (2 << 20)  # two threads
 
 
+# The weight gradient: each thread holds a slab of what it has pruned, and the float32 sums of what it works on. Nothing
+# is unfolded: a convolution's input, each pixel under nine taps, would be 116 MB.
+WEIGHT_PEAK = """
+import re, sys, torch, sdgp
+from sdgp._autograd import Conv2dWeightProducts, Geometry, LinearWeightProducts
+from sdgp._pattern import Pruning
+def status(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) << 10
+torch.set_num_threads(2)
+name = sys.argv[1]
+pruning = Pruning.parse("test", "4:16", "mvue", "sparse")
+def product(rows):
+    if name == "linear":
+        grad_output, input = torch.randn(2, 128 * rows, 1024)
+        products = LinearWeightProducts(grad_output, input, torch.empty(1024, 1024), False, pruning)
+    else:
+        memory_format = torch.channels_last if name == "channels_last" else torch.contiguous_format
+        grad_output, input, weight = (
+            torch.randn(shape).contiguous(memory_format=memory_format)
+            for shape in ((rows, 128, 56, 56), (rows, 64, 56, 56), (128, 64, 3, 3))
+        )
+        products = Conv2dWeightProducts(grad_output, input, weight, Geometry((1, 1), (1, 1), (1, 1), 1), pruning)
+    seed = torch.zeros(1, dtype=torch.int64)
+    before = status("VmRSS")
+    open("/proc/self/clear_refs", "w").write("5")  # the mark starts again from what is resident now
+    result = products.sparse(seed)
+    return status("VmHWM") - before - result.nbytes, result
+product(1)
+beyond, result = product(16)
+print(beyond, result.nbytes)
+"""
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv2d", "channels_last"])
+def test_the_weight_gradient_takes_its_sums(layer: str) -> None:
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is not resident
+    command = [sys.executable, "-c", WEIGHT_PEAK, layer]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    beyond, sums = map(int, result.stdout.split())
+    assert beyond <= sums + 2 * (2 << 20)  # two threads
+
+
 # Over many steps.
 
 STEPS = """
