@@ -7,11 +7,13 @@ what the plain model saves under autocast: where that is more, pruning in float3
 prunes the data gradient to 4:16 and the weight gradient to 8:16; a model whose weights are frozen ignores the latter.
 
     python benchmarks/train_step.py                             # all four, an hour or so
+    python benchmarks/train_step.py --bfloat16                  # all of them under bfloat16 autocast
     python benchmarks/train_step.py --model transformer lora --pattern 2:4 "4:16 + 4:16" --backend auto
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +62,9 @@ def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return stream[:, :-1], stream[:, 1:]
 
 
-def measure(name: str, patterns: list[str], backends: list[str], rounds: int) -> list[dict[str, Any]]:
-    rows = steps_beside_plain(*MODELS[name](), patterns, METHOD, backends, rounds)
+def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    autocast = torch.bfloat16 if args.bfloat16 else None
+    rows = steps_beside_plain(*MODELS[name](), args.pattern, METHOD, args.backend, args.rounds, autocast)
     return [{"model": name, **row} for row in rows]
 
 
@@ -80,15 +83,16 @@ def main() -> None:
     parser.add_argument("--model", nargs="*", choices=MODELS, default=list(MODELS))
     parser.add_argument("--pattern", nargs="*", default=["8:16", "4:16", "8:16 + 8:16", "4:16 + 4:16"])
     parser.add_argument("--backend", nargs="*", choices=("auto", "pruned", "sparse"), default=["auto"])
+    parser.add_argument("--bfloat16", action="store_true", help="all under bfloat16 autocast, the plain model too")
     args = parser.parse_args()
     machine = begin(args)
     rows = []
     for name in args.model:
-        rows += measure(name, args.pattern, args.backend, args.rounds)
+        rows += measure(name, args)
         for row in rows[-len(args.pattern) * len(args.backend) :]:
             show(row)
     if machine is not None:
-        store(subject_here("train_step"), machine, rows, args.store)
+        store(subject_here("train_step, bfloat16" if args.bfloat16 else "train_step"), machine, rows, args.store)
 
 
 if __name__ == "__main__":

@@ -93,13 +93,14 @@ def steps_beside_plain(
     method: str,
     backends: Sequence[str],
     rounds: int,
+    autocast: torch.dtype | None = None,
 ) -> list[dict[str, Any]]:
     """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
 
     A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient. What is saved is the median
     over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what a second copy of the
     plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster of the two is what
-    pruning has to beat.
+    pruning has to beat. With ``autocast`` all others run under it too.
     """
     converted = {
         (pattern, backend): _converted(copy.deepcopy(model), pattern, method, backend)
@@ -107,15 +108,15 @@ def steps_beside_plain(
         for backend in backends
     }
     candidates = {
-        "plain": training_step(model, input, target),
+        "plain": training_step(model, input, target, autocast),
         "plain bfloat16": training_step(copy.deepcopy(model), input, target, torch.bfloat16),
     }
     once = rounds_of(candidates, 1, input.device, warm=False)
     if once["plain bfloat16"][0] > 2 * once["plain"][0]:
         del candidates["plain bfloat16"]  # the CPU has no instruction for it, and a step takes many times as long
     for (pattern, backend), twin in converted.items():
-        candidates[f"{pattern} {backend}"] = training_step(twin, input, target)
-    candidates["plain again"] = training_step(copy.deepcopy(model), input, target)
+        candidates[f"{pattern} {backend}"] = training_step(twin, input, target, autocast)
+    candidates["plain again"] = training_step(copy.deepcopy(model), input, target, autocast)
     times = rounds_of(candidates, rounds, input.device, warm=False)  # a step leaves its own caches cold
     plain = times["plain"]
     low, high = interval(rounds)
