@@ -33,7 +33,9 @@ all: test
 WHEEL_INPUTS := $(shell find cpp cuda cmake python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
   .ci/repair-wheel
 
-demo: $(VENV)/installed
+# With the wheel that `make test` built where there is one; else built for this machine alone, without CUDA where it has
+# no GPU, for compiling that takes minutes.
+demo: $(if $(wildcard $(DIST)/built),$(VENV)/installed,$(VENV)/built-here)
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
 # Hours: all that can be tested on a machine without a GPU.
@@ -164,6 +166,11 @@ $(DIST)/built: $(VENV)/ready $(WHEEL_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation --outdir $(DIST)/as-built \
 	  -C cmake.define.SDGP_WERROR=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/repair-wheel $(DIST)/as-built/*.whl $(DIST)
+	touch $@
+
+$(VENV)/built-here: $(VENV)/ready $(WHEEL_INPUTS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall \
+	  -C cmake.define.$(if $(shell nvidia-smi -L 2> /dev/null),CMAKE_CUDA_ARCHITECTURES=native,SDGP_CUDA=OFF) .
 	touch $@
 
 $(VENV)/installed: $(DIST)/built
