@@ -15,7 +15,7 @@ DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/
 # Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 # Under the other versions of torch, what is slow, and what no version of torch changes, runs where a release is made.
-SECOND_ARGS ?= -m "not slow" --ignore tests/test_cuda_on_host.py --ignore tests/test_fuzz_ops.py
+SECOND_ARGS ?= -m "not slow" $(addprefix --ignore=tests/test_,cuda_on_host.py fuzz_ops.py docs.py compress_nm.py statistics.py plot.py)
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d weight_grad auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
