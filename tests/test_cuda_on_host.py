@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the CUDA kernels' threads compute, on the host: the same as the CPU's ops, and PyTorch's metadata.
+"""The CUDA kernels on the host, launches included: the same as the CPU's ops, and PyTorch's metadata.
 
 Needs a C++ compiler and no GPU. What a GPU alone can show stands in test_cuda.py.
 """
@@ -9,9 +9,10 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -35,20 +36,56 @@ METHODS_BY_KERNEL, LAYOUTS = C.methods, C.layouts_24  # as Method and Layout24 c
 TILE_ROWS, TILE_COLS = C.tile_24
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def build(source: str, output: Path, *flags: str) -> Path:
+    """Compiles a program of tests/cpp with the stand-in for CUDA's runtime."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
-    library = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
-    flags = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
-    source = ROOT / "tests" / "cpp" / "cuda_on_host.cpp"
-    subprocess.run([compiler, *flags, "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-    return ctypes.CDLL(str(library))
+    folder = ROOT / "tests" / "cpp"
+    common = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+    command = [compiler, *common, *flags, f"-I{folder / 'cuda_stand_in'}", "-o", output, folder / source, "-ldl"]
+    subprocess.run(command, check=True)
+    return output
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    path = tmp_path_factory.mktemp("cuda") / "cuda_on_host.so"
+    return ctypes.CDLL(str(build("cuda_on_host.cpp", path, "-shared", "-fPIC")))
+
+
+@pytest.fixture(scope="module")
+def stand_in(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("cuda_stand_in_test.cpp", tmp_path_factory.mktemp("cuda") / "stand_in")
+
+
+@pytest.mark.parametrize("case", ["barrier", "no_barrier", "shuffle", "limits"])
+def test_the_stand_in_runs_threads_as_a_gpu_does(stand_in: Path, case: str) -> None:
+    subprocess.run([stand_in, case], check=True)
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("half_at_the_barrier", "a barrier that not all threads of the block reach"),
+        ("a_lane_has_left", "a shuffle that not all lanes of the warp reach"),
+        ("half_a_warp", "a shuffle of a part of a warp"),
+    ],
+)
+def test_the_stand_in_ends_what_a_gpu_would_hang_on(stand_in: Path, case: str, message: str) -> None:
+    result = subprocess.run([stand_in, case], capture_output=True, text=True, check=False)
+    assert result.returncode == -signal.SIGABRT
+    assert message in result.stderr
 
 
 def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * max(1, len(values)))(*values)
+
+
+def memory_of(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]:
+    """Where it begins, and the memory that it lies in."""
+    storage = x.untyped_storage()
+    return ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes())
 
 
 def prune(
@@ -62,8 +99,9 @@ def prune(
     row_step = {d: int(torch.tensor([x.shape[e] for e in others if e > d]).prod()) for d in others}
     others = sorted((d for d in others if x.shape[d] != 1), key=lambda d: -output.stride(d))
     path: int = kernels.prune_on_host(
-        ctypes.c_void_p(x.data_ptr()),
+        *memory_of(x),
         ctypes.c_void_p(output.data_ptr()),
+        ctypes.c_int64(output.untyped_storage().nbytes()),
         DTYPES_BY_KERNEL.index(x.dtype),
         METHODS_BY_KERNEL.index(method),
         int(scale),
@@ -154,7 +192,7 @@ def pack(
     cols = -(-x.shape[1] // TILE_COLS) * TILE_COLS
     packed = torch.full((rows * cols // 16 * 9,), 7, dtype=x.dtype)
     kernels.pack_on_host(
-        ctypes.c_void_p(x.data_ptr()),
+        *memory_of(x),
         *map(ctypes.c_int64, (*x.shape, x.stride(0))),
         DTYPES_BY_KERNEL.index(x.dtype),
         METHODS_BY_KERNEL.index(method),
@@ -165,8 +203,30 @@ def pack(
         ctypes.c_int64(rows),
         ctypes.c_int64(cols),
         ctypes.c_void_p(packed.data_ptr()),
+        ctypes.c_int64(packed.nbytes),
     )
     return packed[: rows * cols // 2].view(rows, cols // 2), packed[rows * cols // 2 :].view(torch.int16)
+
+
+@pytest.fixture
+def shuffled(kernels: ctypes.CDLL) -> Iterator[None]:
+    """The threads of a block run in another order."""
+    kernels.set_order_on_host(ctypes.c_uint64(7))
+    yield
+    kernels.set_order_on_host(ctypes.c_uint64(0))
+
+
+@pytest.mark.usefixtures("shuffled")
+def test_threads_in_any_order(kernels: ctypes.CDLL) -> None:
+    for shape, dim in (((2, 1300, 40), -1), ((2, 8, 40, 41), 1), ((3, 5000), -1)):
+        x, seed = torch.randn(shape), draw_seed()
+        for method in METHODS:
+            actual, _ = prune(kernels, x, 2, 4, dim, method, seed)
+            same_as_reference(actual, torch.ops.sdgp.prune_nm(x, 2, 4, dim, method, seed), method)
+    x, seed = torch.randn(300, 200).half(), draw_seed()
+    values, metadata = pack(kernels, x, 2, 4, "mvue", seed, "cutlass_sm80")
+    dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(values.shape[0], -1))
+    same(dense, padded(torch.ops.sdgp.prune_nm(x, 2, 4, -1, "mvue", seed)))
 
 
 def padded(x: Tensor) -> Tensor:

@@ -10,6 +10,29 @@
 namespace sdgp::cuda {
 
 constexpr int kThreads = 256;
+constexpr uint64_t kMostBlocks = 0x7fffffff;
+
+// An array that the threads of a block share.
+#if defined(__CUDACC__)
+#define SDGP_SHARED(type, name, count) __shared__ type name[count]
+#else
+#define SDGP_SHARED(type, name, count) \
+  type* const name = cuda_stand_in::shared<type, static_cast<size_t>(count), decltype([] {})>()
+#endif
+
+// The one place where a kernel is launched: elsewhere than on a GPU, the tests stand in for it.
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), uint64_t blocks, unsigned threads, void* stream,
+            const Arguments&... arguments) {
+  if (blocks > kMostBlocks) throw std::runtime_error("CUDA launches at most 2^31 - 1 blocks");
+  const auto grid = static_cast<unsigned>(blocks);
+#if defined(__CUDACC__)
+  kernel<<<grid, threads, 0, static_cast<cudaStream_t>(stream)>>>(arguments...);
+#else
+  static_cast<void>(stream);
+  cuda_stand_in::launch(kernel, grid, threads, arguments...);
+#endif
+}
 
 inline void check_launch(const char* kernel) {
   const cudaError_t error = cudaGetLastError();
@@ -17,6 +40,6 @@ inline void check_launch(const char* kernel) {
   throw std::runtime_error(std::string(kernel) + ": CUDA could not launch the kernel: " + cudaGetErrorString(error));
 }
 
-inline unsigned blocks_of(uint64_t threads) { return static_cast<unsigned>((threads + kThreads - 1) / kThreads); }
+inline uint64_t blocks_of(uint64_t threads) { return (threads + kThreads - 1) / kThreads; }
 
 }  // namespace sdgp::cuda

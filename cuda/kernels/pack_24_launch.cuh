@@ -8,7 +8,7 @@ namespace sdgp::cuda {
 
 template <class C, Method kMethod, int kM>
 __global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
-  __shared__ uint8_t nibbles[kTileRows * kTileQuads];
+  SDGP_SHARED(uint8_t, nibbles, kTileRows * kTileQuads);
   const int64_t tiles_across = args.cols / kTileCols;
   const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
   const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
@@ -20,10 +20,9 @@ __global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_cons
 
 template <class C>
 void launch_pack_24(const PackArgs& args, void* stream) {
-  const auto blocks = static_cast<unsigned>(args.rows / kTileRows * (args.cols / kTileCols));
-  const auto on = static_cast<cudaStream_t>(stream);
+  const auto blocks = static_cast<uint64_t>(args.rows / kTileRows * (args.cols / kTileCols));
   visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
-    pack_24_kernel<C, kMethod, kM><<<blocks, kTileThreads, 0, on>>>(args);
+    launch(&pack_24_kernel<C, kMethod, kM>, blocks, kTileThreads, stream, args);
   });
   check_launch("pack_24");
 }

@@ -20,10 +20,9 @@ void launch_prune_nm(const PruneArgs& args, const int64_t* seed, const void* fac
   PrunePlan plan = plan_prune(args);
   plan.params.seed = seed;
   plan.params.factors = factors;
-  const unsigned blocks = blocks_of(plan.params.threads);
-  const auto on = static_cast<cudaStream_t>(stream);
+  const uint64_t blocks = blocks_of(plan.params.threads);
   visit_prune<C>(plan, [&]<Method kMethod, int kM, int kV>(Constant<kMethod>, Constant<kM>, Constant<kV>) {
-    prune_nm_kernel<C, kMethod, kM, kV><<<blocks, kThreads, 0, on>>>(plan.params);
+    launch(&prune_nm_kernel<C, kMethod, kM, kV>, blocks, kThreads, stream, plan.params);
   });
   check_launch("prune_nm");
 }
@@ -62,13 +61,12 @@ void launch_rescale_factors(const PruneArgs& args, void* partial, void* factors,
   SumParams params = plan_sums(args);
   params.partial = partial;
   params.factor = factors;
-  const auto on = static_cast<cudaStream_t>(stream);
   const auto warps = static_cast<uint64_t>(params.samples * params.stretches * params.tiles);
   visit_at_least(GroupSizes{}, args.pruning.m, [&]<int kM>(Constant<kM>) {
-    partial_sums_kernel<C, kM><<<blocks_of(warps * kWarp), kThreads, 0, on>>>(params);
+    launch(&partial_sums_kernel<C, kM>, blocks_of(warps * kWarp), kThreads, stream, params);
   });
   check_launch("rescale");
-  factors_kernel<typename C::E><<<blocks_of(static_cast<uint64_t>(params.factors)), kThreads, 0, on>>>(params);
+  launch(&factors_kernel<typename C::E>, blocks_of(static_cast<uint64_t>(params.factors)), kThreads, stream, params);
   check_launch("rescale");
 }
 

@@ -1,90 +1,78 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the CUDA kernels' threads compute, run on the host, thread after thread: the shared library that
-// tests/test_cuda_on_host.py compares with the CPU's ops. Only the launches and the shuffles of a warp are not in here.
-#include <algorithm>
-#include <vector>
+// The CUDA kernels on the host, launches, barriers and shuffles included, through the stand-in of CUDA's runtime: the
+// shared library that tests/test_cuda_on_host.py compares with the CPU's ops. Nothing beside the tensors can be read or
+// written: they are copied between pages that trap.
+#include <cstring>
 
 #include "../../cuda/driver.h"
-#include "../../cuda/kernels/pack_24.cuh"
-#include "../../cuda/kernels/rescale.cuh"
+#include "../../cuda/kernels/cuda_kernels.cpp"
+#include "../../cuda/kernels/pack_24_bfloat16.cu"
+#include "../../cuda/kernels/pack_24_float16.cu"
+#include "../../cuda/kernels/prune_nm_bfloat16.cu"
+#include "../../cuda/kernels/prune_nm_float16.cu"
+#include "../../cuda/kernels/prune_nm_float32.cu"
+#include "../../cuda/kernels/prune_nm_float64.cu"
+#include "guarded.h"
 
 namespace sdgp::cuda {
 namespace {
 
-template <class C, int kM>
-void sum_warps(const SumParams& params) {
-  const int64_t warps = params.samples * params.stretches * params.tiles;
-  for (int64_t warp = 0; warp < warps; ++warp) {
-    const WarpShare share(params, warp);
-    std::vector<LaneSums<C, kM>> lanes(kWarp);
-    for (int lane = 0; lane < kWarp; ++lane) lanes[lane].sum(params, share, lane);
-    if (params.lanes == Lanes::kGroupsOfPosition) {
-      for (int lane = 0; lane < kWarp; ++lane) lanes[lane].store(params, share, lane);
-      continue;
-    }
-    for (int other = kWarp / 2; other > 0; other /= 2) {  // as the shuffles add them up
-      for (int lane = 0; lane < other; ++lane) {
-        for (int j = 0; j < kM; ++j) {
-          lanes[lane].all[j] += lanes[lane + other].all[j];
-          lanes[lane].kept[j] += lanes[lane + other].kept[j];
-        }
-      }
-    }
-    lanes[0].store(params, share, 0);
+constexpr int64_t kAlignment = 16;  // of the widest access
+constexpr char kPoison = static_cast<char>(cuda_stand_in::kPoison);
+
+// A copy of a tensor's memory that ends where a page that traps begins, up to what keeps its alignment: that is poison,
+// and stays it.
+class Copy {
+ public:
+  Copy(void* memory, int64_t bytes)
+      : original_(static_cast<char*>(memory)), bytes_(bytes), room_(bytes + kAlignment, true) {
+    std::memset(room_.data, kPoison, static_cast<size_t>(bytes + kAlignment));
+    const auto behind =
+        (reinterpret_cast<uintptr_t>(room_.data) + kAlignment - reinterpret_cast<uintptr_t>(original_)) % kAlignment;
+    begin_ = room_.data + kAlignment - behind;
+    std::memcpy(begin_, original_, static_cast<size_t>(bytes));
   }
-}
 
-// The factors of rescale.
-template <class C>
-std::vector<typename C::E> find_factors(const PruneArgs& args) {
-  SumParams sums = plan_sums(args);
-  std::vector<typename C::E> factors(sums.factors);
-  std::vector<typename C::E> partial(2 * sums.stretches * sums.factors);
-  sums.partial = partial.data();
-  sums.factor = factors.data();
-  visit_at_least(GroupSizes{}, args.pruning.m, [&]<int kM>(Constant<kM>) { sum_warps<C, kM>(sums); });
-  for (int64_t f = 0; f < sums.factors; ++f) find_factor<typename C::E>(sums, f);
-  return factors;
-}
+  void* at(const void* original) { return begin_ + (static_cast<const char*>(original) - original_); }
 
-template <class C>
-void prune(const PruneArgs& args, PrunePlan& plan) {
-  std::vector<typename C::E> factors;
-  if (args.pruning.method == Method::kRescale) factors = find_factors<C>(args);
-  plan.params.factors = factors.data();
-  visit_prune<C>(plan, [&]<Method kMethod, int kM, int kV>(Constant<kMethod>, Constant<kM>, Constant<kV>) {
-    for (uint64_t thread = 0; thread < plan.params.threads; ++thread) {
-      prune_thread<C, kMethod, kM, kV>(plan.params, thread);
+  void copy_back() {
+    for (char* p = room_.data; p < room_.data + bytes_ + kAlignment; ++p) {
+      if ((p < begin_ || p >= begin_ + bytes_) && *p != kPoison) cuda_stand_in::fail("a write beside the tensor");
     }
-  });
-}
-
-template <class C, Method kMethod, int kM>
-void pack(const PackArgs& args) {
-  std::vector<uint8_t> nibbles(kTileRows * kTileQuads);
-  for (int64_t row = 0; row < args.rows; row += kTileRows) {
-    for (int64_t col = 0; col < args.cols; col += kTileCols) {
-      std::fill(nibbles.begin(), nibbles.end(), uint8_t{0xff});
-      for (int thread = 0; thread < kTileThreads; ++thread) {
-        pack_values<C, kMethod, kM>(args, row, col, thread, nibbles.data());
-      }
-      for (int thread = 0; thread < kTileThreads; ++thread) pack_metadata(args, row, col, thread, nibbles.data());
-    }
+    std::memcpy(original_, begin_, static_cast<size_t>(bytes_));
   }
-}
+
+ private:
+  char* original_;
+  int64_t bytes_;
+  test::Guarded<char> room_;
+  char* begin_;
+};
+
+// What a kernel is given to write to: poisoned.
+struct Room : test::Guarded<char> {
+  explicit Room(int64_t bytes) : Guarded((bytes + 7) / 8 * 8, true) {
+    std::memset(data, kPoison, static_cast<size_t>((bytes + 7) / 8 * 8));
+  }
+};
 
 }  // namespace
 
+// Threads of a block run in ascending order, or, where it is not 0, shuffled by it.
+extern "C" void set_order_on_host(uint64_t seed) { cuda_stand_in::order_seed = seed; }
+
 // `sizes`, `in_strides`, `out_strides`: of all dimensions but the pruned one, sorted and not merged; `flags`: has
 // factors of its own.
-extern "C" int prune_on_host(const void* in, void* out, int dtype, int method, int scale, int n, int m, int64_t seed,
-                             int64_t size, int64_t in_stride, int64_t out_stride, int dim_per_factor, int ndim,
-                             const int64_t* sizes, const int64_t* in_strides, const int64_t* out_strides,
-                             const int64_t* row_steps, const int64_t* per_factor) {
+extern "C" int prune_on_host(const void* in, void* in_memory, int64_t in_bytes, void* out, int64_t out_bytes, int dtype,
+                             int method, int scale, int n, int m, int64_t seed, int64_t size, int64_t in_stride,
+                             int64_t out_stride, int dim_per_factor, int ndim, const int64_t* sizes,
+                             const int64_t* in_strides, const int64_t* out_strides, const int64_t* row_steps,
+                             const int64_t* per_factor) {
   PruneArgs args{};
-  args.in = in;
-  args.out = out;
+  Copy input(in_memory, in_bytes), output(out, out_bytes);
+  args.in = input.at(in);
+  args.out = output.at(out);
   args.dtype = static_cast<DType>(dtype);
   args.pruning = {.method = static_cast<Method>(method), .n = n, .m = m, .seed = 0, .scale = scale != 0};
   args.size = size;
@@ -95,16 +83,24 @@ extern "C" int prune_on_host(const void* in, void* out, int dtype, int method, i
   for (int d = 0; d < ndim; ++d) {
     args.dims[d] = {sizes[d], in_strides[d], out_strides[d], row_steps[d], per_factor[d] != 0};
   }
-  PrunePlan plan = plan_prune(args);
-  plan.params.seed = &seed;
-  visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { prune<ElementOf<kDType>>(args, plan); });
+  if (traits(args.pruning.method).by_group) {
+    launch_prune_nm(args, &seed, nullptr, nullptr);
+  } else {
+    const RescaleBytes bytes = rescale_bytes(args);
+    const Room factors(bytes.factors), partial(bytes.partial);
+    launch_rescale_factors(args, partial.data, factors.data, nullptr);
+    launch_prune_nm(args, &seed, factors.data, nullptr);
+  }
+  output.copy_back();
+  const PrunePlan plan = plan_prune(args);
   return plan.rows_per_thread * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // which paths were taken
 }
 
-extern "C" void pack_on_host(const void* in, int64_t in_rows, int64_t in_cols, int64_t row_stride, int dtype,
-                             int method, int n, int m, int64_t seed, int layout, int64_t rows, int64_t cols,
-                             void* packed) {
-  const PackArgs args{.in = in,
+extern "C" void pack_on_host(const void* in, void* in_memory, int64_t in_bytes, int64_t in_rows, int64_t in_cols,
+                             int64_t row_stride, int dtype, int method, int n, int m, int64_t seed, int layout,
+                             int64_t rows, int64_t cols, void* packed, int64_t packed_bytes) {
+  Copy input(in_memory, in_bytes), output(packed, packed_bytes);
+  const PackArgs args{.in = input.at(in),
                       .in_rows = in_rows,
                       .in_cols = in_cols,
                       .row_stride = row_stride,
@@ -114,12 +110,9 @@ extern "C" void pack_on_host(const void* in, int64_t in_rows, int64_t in_cols, i
                       .layout = static_cast<Layout24>(layout),
                       .rows = rows,
                       .cols = cols,
-                      .packed = packed};
-  visit(PackedDTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
-    visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
-      pack<ElementOf<kDType>, kMethod, kM>(args);
-    });
-  });
+                      .packed = output.at(packed)};
+  launch_pack_24(args, nullptr);
+  output.copy_back();
 }
 
 extern "C" int driver_version_on_host() { return driver_version(); }
