@@ -57,6 +57,9 @@ def near(actual: Tensor, exact: Tensor, magnitude: Tensor, terms: int) -> None:
         bound = (
             bound + torch.finfo(actual.dtype).eps / 2 * exact.abs() * 1.01 + torch.finfo(actual.dtype).smallest_normal
         )
+    if actual.dtype == torch.bfloat16 and sdgp._load.C.isa() == "avx512_bf16":
+        # It takes subnormal operands as zero. What they are multiplied with is below 8 in these tests.
+        bound = bound + 8 * terms * torch.finfo(torch.bfloat16).smallest_normal
     assert (error <= bound).all(), (error - bound).max()
 
 

@@ -252,6 +252,9 @@ def test_every_instruction_set(isa: str) -> None:
         "convolution",
         "convolution_of_many_channels",
         "linear_prunes_as_prune_nm_does",
+        "linear_of_any_strides",
+        "matmul_of_transposed_operands",
+        "threads_do_not_change_the_result",
     )
     rerun(isa, *(f"{__file__}::test_{name}" for name in names))
 

@@ -4,6 +4,7 @@ reference in float64, within the error that their dtype allows."""
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -200,6 +201,17 @@ def test_rows_side_by_side(
     near(actual, pruned @ right.double(), pruned.abs() @ right.double().abs(), size)
 
 
+def test_pixels_far_apart() -> None:
+    """The last two lie beyond 2^31 elements: pages that nobody writes take no memory."""
+    memory = mmap.mmap(-1, 2 * (2**20 * 2049 + 16))
+    x = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((1, 16, 1, 2050), (0, 1, 1, 2**20))
+    grad = torch.zeros(1, 3, 1, 2050, dtype=torch.bfloat16)
+    x[..., 2048:] = 1
+    grad[..., 2048:] = 1
+    window = Window((1, 1), (1, 1), (0, 0), (1, 1), 1)
+    assert (conv2d_weight_grad_nm(grad, x, 4, 4, "magnitude", None, *window, False) == 2).all()
+
+
 def test_one_row_repeated() -> None:
     """Rows side by side whose columns are one: a step of zero."""
     x, dense = torch.randn(40).expand(50, 40).t(), torch.randn(50, 9)
@@ -209,7 +221,13 @@ def test_one_row_repeated() -> None:
 
 @pytest.mark.parametrize("isa", PRODUCT_INSTRUCTION_SETS)
 def test_every_instruction_set(isa: str) -> None:
-    names = ("any_convolution", "rows_side_by_side", "zeros_of_the_gradient")
+    names = (
+        "any_convolution",
+        "rows_side_by_side",
+        "zeros_of_the_gradient",
+        "pixels_far_apart",
+        "threads_do_not_change_the_result",
+    )
     rerun(isa, *(f"{__file__}::test_{name}" for name in names))
 
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernel table of one instruction set: what isa_<name>.cpp compiles, with that set's flags and SDGP_ISA = <name>.
+// The kernel tables of one instruction set: what isa_<name>.cpp compiles, with that set's flags and SDGP_ISA = <name>.
 // Everything here lives in namespace SDGP_ISA and calls no inline function of the standard library: the linker would
 // keep one copy of it for all, perhaps the one with instructions that this CPU lacks.
 #include "compress_nm-inl.h"

@@ -15,7 +15,7 @@ constexpr int64_t kTileElements = 8192;  // pruned at a time, in the first-level
 constexpr int kSlots = 8;                // kept values that are collected at a time
 
 // Of one group in each of kPairRows rows side by side: the values that are not +0 move to the end of the kN slots, in
-// ascending order, and their indices, from `index` on, likewise. kRanked: only the kN values from the `first` on.
+// ascending order, and their indices, from `index` on, likewise. kRanked: only kN values, from number `first` on.
 template <int kN, bool kRanked, int... kI>
 SDGP_INLINE void collect(const uint16_t* group, int64_t pitch, int64_t length, uint16_t index, int first,
                          Vec<uint16_t>* values, Vec<uint16_t>* indices, std::integer_sequence<int, kI...>) {
@@ -114,9 +114,7 @@ class PairedRows {
       part.in_stride = pitch;
       part.dims[0] = {pitch, 1, 1, 1, false};
     }
-    if (pruning_.keeps_all()) {  // a copy
-      part.pruning = {.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
-    }
+    if (pruning_.keeps_all()) part.pruning = kKeepAll;
     prune_nm(part, 0, prune_nm_units(part));
     return elements;
   }

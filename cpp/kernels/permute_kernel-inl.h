@@ -9,8 +9,9 @@
 // one vdpbf16ps multiplies and adds them. No sum leaves its register while a block of windows passes, and every pattern
 // whose group fits a window runs at the same rate per kept value.
 //
-// Limits, of vpermw and vdpbf16ps together: 4/3 cycles on Zen 4, whose row kernel takes 2 for as many products; 3 on
-// Intel's Golden Cove, whose vdpbf16ps alone takes 2, so that the row kernel, at 1, stays the better one there.
+// Limits, in cycles for 16 lanes x 2 products:
+//   Zen 4         4/3; the row kernel takes 2
+//   Golden Cove   3, of which vdpbf16ps alone takes 2; the row kernel takes 1 and stays the better one on Intel
 #pragma once
 
 #include "plan-inl.h"
@@ -19,12 +20,12 @@
 namespace sdgp::SDGP_ISA {
 
 constexpr int kTable = 32;         // reduction rows of a window, at most: 16-bit elements of a register
-constexpr int kTableColumns = 16;  // whose sums stay in registers
+constexpr int kTableColumns = 16;  // columns whose sums stay in registers
 constexpr int kWindowTableBytes = kTableColumns * kVectorBytes;  // the tables of a window: [column][reduction row]
 constexpr int kResident = 10;                                    // tables that stay in registers as well
 constexpr int kLaneRows = 16;                                    // result rows of a vector of sums
 constexpr int kPairRows = 2 * kLaneRows;                         // result rows of a vector of 16-bit elements
-constexpr int64_t kBlockWindows = 16;                            // whose tables stay in the first-level cache: 16 KiB
+constexpr int64_t kBlockWindows = 16;  // windows whose tables stay in the first-level cache: 16 KiB
 
 // What a result row keeps of a window.
 struct Window {
@@ -37,6 +38,31 @@ struct Window {
         pairs(ceil_div(kTable / pruning.m * pruning.n, 2)),
         bytes((pairs + ceil_div(pairs, 2)) * kVectorBytes) {}
 };
+
+// How a chunk's kept values lie: [block of kBlockWindows windows][vector of rows][window][pairs and indices].
+struct KeptLayout {
+  int64_t windows;
+  int64_t vectors;
+  int64_t window_bytes;  // of a vector of rows
+
+  int64_t bytes() const { return windows * vectors * window_bytes; }
+  // Of all windows of a block, of one vector of rows.
+  int64_t vector_bytes(int64_t window) const {
+    return at_most(windows - window / kBlockWindows * kBlockWindows, kBlockWindows) * window_bytes;
+  }
+  int64_t offset(int64_t window, int64_t vector) const {
+    const int64_t first = window / kBlockWindows * kBlockWindows;
+    return first * vectors * window_bytes + vector * vector_bytes(window) + (window - first) * window_bytes;
+  }
+};
+
+// Whether 32 bits hold every position that is computed along an axis, inside or outside of it.
+inline bool is_short(const Axis2d& axis) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  const bool each = axis.in < kMost && axis.out < kMost && axis.padding < kMost && axis.kernel < kMost &&
+                    axis.stride < kMost && axis.dilation < kMost;
+  return each && axis.kernel * axis.dilation < kMost && axis.out * axis.stride < kMost;
+}
 
 // A column block and a block of windows, for all vectors of rows.
 struct PermuteCall {

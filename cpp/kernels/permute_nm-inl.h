@@ -7,7 +7,6 @@
 // of the output pixels that 16 input pixels meet there are copied side by side. That is done once for all columns.
 #pragma once
 
-#include "pack_dense-inl.h"
 #include "paired_rows-inl.h"
 
 #if defined(__AVX512F__)
@@ -60,9 +59,10 @@ inline bool permutes(const SpmmArgs& args) {
   const int64_t pixels = args.height.out * args.width.out;
   if (args.samples > 1 && gradient->sample_stride != pixels * gradient->pixel_stride) return false;
   if (is_plain_product(args)) return true;
-  // More output pixels than input pixels, many times over: most of what would be packed has no use.
-  return args.height.stride == 1 && args.width.stride == 1 && gradient->channel_stride == 1 &&
-         pixels <= 4 * args.height.in * args.width.in && pixels < int64_t{1} << 20;
+  // Whole rows of the gradient are packed and then copied. Where it has many more pixels than the result, most would be
+  // packed for nothing. Rows are counted in 32 bits.
+  return is_short(args.height) && is_short(args.width) && args.height.stride == 1 && args.width.stride == 1 &&
+         gradient->channel_stride == 1 && pixels <= 4 * args.height.in * args.width.in && pixels < int64_t{1} << 20;
 }
 
 // The tables: [column block][tap][window][column][reduction row], zeros where there is none.
@@ -150,7 +150,7 @@ class PermuteProduct {
       PermuteCall call{};
       call.windows = at_most(plan_.steps - step, kBlockWindows);
       call.tables = static_cast<const char*>(args_.packed) + (block * plan_.steps + step) * kWindowTableBytes;
-      call.kept = kept_.data + step * vectors_ * plan_.window.bytes;
+      call.kept = kept_.data + layout_.offset(step, 0);
       call.pairs = plan_.window.pairs;
       call.vectors = live;
       call.sums = sums;
@@ -185,9 +185,10 @@ class PermuteProduct {
     }
   }
 
-  // Prunes what a chunk of rows meets and packs what is kept: [block of steps][vector][step][pairs and indices].
+  // Prunes what a chunk of rows meets and packs what is kept; a window of KeptLayout is a step.
   void read_kept() {
-    kept_.reserve(plan_.steps * vectors_ * plan_.window.bytes);
+    layout_ = {plan_.steps, vectors_, plan_.window.bytes};
+    kept_.reserve(layout_.bytes());
     if (is_plain_product(args_)) return read_rows(first_row_, rows_);
     find_sources();
     read_rows(first_source_, sources_);
@@ -210,8 +211,8 @@ class PermuteProduct {
     for (int64_t i = 0; i < pitch; ++i) {
       const int64_t row = first_row_ + i;
       before[i] = static_cast<int32_t>((row / per_sample - first_sample) * height.out * width.out);
-      // What is beyond the chunk meets nothing.
-      y[i] = i < rows_ ? static_cast<int32_t>(row % per_sample / width.in + height.padding) : INT32_MIN / 2;
+      // What is beyond the chunk meets nothing: taps lead to smaller lines.
+      y[i] = i < rows_ ? static_cast<int32_t>(row % per_sample / width.in + height.padding) : -1;
       x[i] = static_cast<int32_t>(row % width.in + width.padding);
     }
     int32_t* source = source_.reserve(plan_.steps / plan_.windows * pitch);
@@ -222,8 +223,8 @@ class PermuteProduct {
       for (int64_t i = 0; i < pitch; ++i) {
         const int32_t line = y[i] - dy, column = x[i] - dx;
         const bool inside = (line >= 0) & (line < lines) & (column >= 0) & (column < columns);
-        const int32_t at = before[i] + line * columns + column;
-        source[i] = inside ? at : -1;
+        const int32_t at = inside ? before[i] + line * columns + column : -1;
+        source[i] = at;
         least = inside && at < least ? at : least;
         most = inside && at > most ? at : most;
       }
@@ -249,7 +250,7 @@ class PermuteProduct {
     const int64_t words = plan_.window.bytes / kVectorBytes;
     const uint32_t* from = sources_kept_.data;
     for (int64_t window = 0; window < plan_.windows; ++window) {
-      char* to = place_of(tap * plan_.windows + window, vector);
+      char* to = kept_.data + layout_.offset(tap * plan_.windows + window, vector);
       for (int64_t word = 0; word < words; ++word, to += kVectorBytes, from += source_pitch_) {
         const __m512i moved = consecutive ? _mm512_maskz_loadu_epi32(met, from + first)
                                           : _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), met, at, from, 4);
@@ -270,23 +271,11 @@ class PermuteProduct {
                  [&](int64_t window, int64_t row) { return place_of_rows(window, row); });
   }
 
-  // Where a step's kept values of a vector of rows begin.
-  char* place_of(int64_t step, int64_t vector) const {
-    const int64_t first = step / kBlockWindows * kBlockWindows;
-    return kept_.data + first * vectors_ * plan_.window.bytes + vector * vector_bytes(step) +
-           (step - first) * plan_.window.bytes;
-  }
-
-  int64_t vector_bytes(int64_t step) const {
-    const int64_t first = step / kBlockWindows * kBlockWindows;
-    return at_most(plan_.steps - first, kBlockWindows) * plan_.window.bytes;
-  }
-
   // Of a plain product to their last place, else first to the rows of the gradient: [window][word][row].
   WordPlace place_of_rows(int64_t window, int64_t row) const {
     if (is_plain_product(args_)) {
-      char* lower = place_of(window, row / kLaneRows);
-      return {lower, lower + vector_bytes(window), kVectorBytes};
+      char* lower = kept_.data + layout_.offset(window, row / kLaneRows);
+      return {lower, lower + layout_.vector_bytes(window), kVectorBytes};
     }
     const int64_t step = source_pitch_ * static_cast<int64_t>(sizeof(uint32_t));
     char* lower = reinterpret_cast<char*>(sources_kept_.data + row) + window * plan_.window.bytes / kVectorBytes * step;
@@ -305,6 +294,7 @@ class PermuteProduct {
   int64_t source_base_ = 0;
   int64_t sources_ = 0;
   int64_t source_pitch_ = 0;
+  KeptLayout layout_{};
   Scratch<char> kept_;
   Scratch<float> sums_;
   Scratch<int32_t> before_;

@@ -7,14 +7,13 @@
 // used, in the first-level cache, and serve all output channels of a chunk.
 #pragma once
 
-#include "pack_dense-inl.h"
 #include "paired_rows-inl.h"
 
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kPermuteChannels = 512;   // output channels of a chunk, at most
-constexpr int64_t kChannelBytes = 1 << 20;  // of kept values and indices of a slab of windows
+constexpr int64_t kChannelBytes = 1 << 20;  // of kept values, indices and places of pixels of a slab of windows
 constexpr int64_t kFewestChannels = 64;     // of a chunk, where threads want more of them
 
 // Work is cut into chunks of output channels x parts of the column blocks. No result depends on the cut: each is summed
@@ -47,7 +46,8 @@ inline PermuteWeightPlan make_permute_weight_plan(const WeightGradArgs& args) {
   while (plan.chunks * plan.parts < wanted && 2 * plan.parts <= plan.columns) plan.parts *= 2;
   plan.rows = ceil_div(ceil_div(args.rows, plan.chunks), kPairRows) * kPairRows;
   plan.chunks = ceil_div(args.rows, plan.rows);
-  const int64_t window_bytes = plan.rows / kLaneRows * plan.window.bytes;
+  const int64_t pixel_bytes = plan.taps * kTable * static_cast<int64_t>(sizeof(int32_t));
+  const int64_t window_bytes = plan.rows / kLaneRows * plan.window.bytes + pixel_bytes;
   plan.slab = at_least(kChannelBytes / window_bytes / kBlockWindows, 1) * kBlockWindows;
   plan.units = plan.chunks * plan.parts;
   return plan;
@@ -56,7 +56,9 @@ inline PermuteWeightPlan make_permute_weight_plan(const WeightGradArgs& args) {
 // What the permute kernel takes; other weight gradients are the tap kernel's.
 inline bool permutes_weight(const WeightGradArgs& args) {
   return args.dtype == DType::kBFloat16 && args.pruning.m <= kTable && args.groups == 1 && args.col_stride == 1 &&
-         args.height.in * args.line_stride < INT32_MAX;
+         is_short(args.height) && is_short(args.width) &&
+         args.line_stride < INT32_MAX / at_least(args.height.in, 1) / 2 &&
+         args.pixel_stride < INT32_MAX / at_least(args.width.in, 1) / 2;
 }
 
 template <class C>
@@ -93,9 +95,10 @@ class PermuteWeightGrad {
     }
   }
 
-  // Prunes a slab of the chunk's rows and packs what they keep: [block of windows][vector][window][pairs and indices].
+  // Prunes a slab of the chunk's rows and packs what they keep.
   void read_kept() {
-    kept_.reserve(windows_ * vectors_ * plan_.window.bytes);
+    layout_ = {windows_, vectors_, plan_.window.bytes};
+    kept_.reserve(layout_.bytes());
     const Gradient& gradient = args_.gradient;
     const int64_t groups = ceil_div(plan_.pixels, args_.pruning.m);
     for (int64_t at = 0; at < windows_;) {
@@ -113,18 +116,12 @@ class PermuteWeightGrad {
                     .element_stride = gradient.pixel_stride,
                     .first_group = static_cast<uint64_t>(row * groups + pixel / args_.pruning.m),
                     .row_groups = groups},
-                   [&](int64_t of_read, int64_t first) { return place_of(at + of_read, first / kLaneRows); });
+                   [&](int64_t of_read, int64_t first) -> WordPlace {
+                     char* lower = kept_.data + layout_.offset(at + of_read, first / kLaneRows);
+                     return {lower, lower + layout_.vector_bytes(at + of_read), kVectorBytes};
+                   });
       at += count;
     }
-  }
-
-  // Where the words of a window go, for two vectors of rows.
-  WordPlace place_of(int64_t window, int64_t vector) const {
-    const int64_t first = window / kBlockWindows * kBlockWindows;
-    const int64_t vector_bytes = at_most(windows_ - first, kBlockWindows) * plan_.window.bytes;
-    char* lower = kept_.data + first * vectors_ * plan_.window.bytes + vector * vector_bytes +
-                  (window - first) * plan_.window.bytes;
-    return {lower, lower + vector_bytes, kVectorBytes};
   }
 
   // Of each tap and each pixel of the slab's windows, where in its sample of the input that tap meets it; -1: outside,
@@ -165,7 +162,7 @@ class PermuteWeightGrad {
       PermuteCall call{};
       call.windows = at_most(windows_ - window, kBlockWindows);
       call.tables = tables;
-      call.kept = kept_.data + window * vectors_ * plan_.window.bytes;
+      call.kept = kept_.data + layout_.offset(window, 0);
       call.pairs = plan_.window.pairs;
       call.vectors = ceil_div(rows_, kLaneRows);
       call.sums = sums;
@@ -226,6 +223,7 @@ class PermuteWeightGrad {
   int64_t vectors_ = 0;
   int64_t first_window_ = 0;  // of the slab
   int64_t windows_ = 0;
+  KeptLayout layout_{};
   Scratch<char> kept_;
   Scratch<char> tables_;
   Scratch<int32_t> lines_;

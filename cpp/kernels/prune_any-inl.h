@@ -7,6 +7,9 @@
 
 namespace sdgp::SDGP_ISA {
 
+// What prunes nothing: a copy.
+constexpr Pruning kKeepAll{.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
+
 inline PruneArgs flattened(const PruneArgs& args) {
   PruneArgs flat = args;
   flatten_rows(flat);

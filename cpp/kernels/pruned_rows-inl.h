@@ -54,9 +54,7 @@ class PrunedRows {
     part.out_stride = side_by_side ? rows.size : 1;
     part.ndim = 1;
     rows.out_stride = side_by_side ? 1 : pitch;
-    if (copy) {  // all of every group
-      part.pruning = {.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
-    }
+    if (copy) part.pruning = kKeepAll;
     prune_nm(part, 0, prune_nm_units(part));
     if (side_by_side) transpose_block(buffer, part.size, rows.size, to, pitch);
   }

@@ -14,8 +14,8 @@ namespace {
 
 struct Candidate {
   const Kernels* table;
-  bool runs;        // on this CPU
-  bool by_default;  // the best first
+  bool runs;  // on this CPU
+  bool by_default;
 };
 
 const Kernels& choose() {
@@ -28,6 +28,7 @@ const Kernels& choose() {
   const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   // Intel's CPUs multiply pairs of bfloat16 at half the rate: there the row kernel is faster (Note [Permute kernel]).
   const bool fast_bfloat16 = __builtin_cpu_is("amd");
+  // The best first.
   const Candidate candidates[] = {{&avx512::bfloat16_table, has_bfloat16, fast_bfloat16},
                                   {&avx512::table, has_avx512, true},
                                   {&avx2::table, has_avx2, true},

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The table through which ops reach the CPU kernels. One is compiled per instruction set; `kernels()` picks one at
+// The table through which ops reach the CPU kernels. Each instruction set has one; `kernels()` picks one at
 // first use.
 #pragma once
 
@@ -16,7 +16,8 @@ struct Kernels {
   int64_t (*compress_nm_units)(const CompressArgs&);
   void (*compress_nm)(const CompressArgs&, int64_t begin, int64_t end);
   bool (*decompress_nm)(const DecompressArgs&, int64_t begin, int64_t end);  // of rows; false: an index out of range
-  bool (*permutes)(const SpmmArgs&);  // takes rows that lie side by side as well as rows one after the other
+  // Whether spmm_nm multiplies these by the permute kernel, which is as fast for gradients whose rows lie side by side.
+  bool (*permutes)(const SpmmArgs&);
   int64_t (*packed_bytes)(const SpmmArgs&);
   int64_t (*pack_units)(const SpmmArgs&);
   void (*pack)(const SpmmArgs&, int64_t begin, int64_t end);

@@ -42,8 +42,9 @@ bool begin_output(Tensor& output, bool has_terms);
 
 // `dense`: (groups x size, cols) or, of a convolution, (groups x size, cols, height, width), any strides.
 void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
-// Whether that takes rows which lie side by side as well as rows one after the other.
-bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
+
+// Whether `multiply` takes the permute kernel, which is as fast for gradients whose rows lie side by side.
+bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

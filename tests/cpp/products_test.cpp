@@ -138,6 +138,8 @@ void test_all_compress() {
 
 // --- spmm_nm ------------------------------------------------------------------------------------------------------
 
+constexpr int64_t kFar = int64_t{1} << 32;
+
 // in, out, kernel, stride, padding, dilation.
 const Product kProducts[] = {
     {"one value", 1, 1, 1, 1, kPoint, kPoint, Weight::kContiguous, false},
@@ -148,6 +150,7 @@ const Product kProducts[] = {
     {"many slabs", 260, 1, 1500, 24, kPoint, kPoint, Weight::kContiguous, false},
     {"pixels", 1, 1, 70, 37, {9, 9, 1, 1, 0, 1}, {31, 31, 1, 1, 0, 1}, Weight::kContiguous, false},
     {"samples of pixels", 3, 1, 40, 16, {4, 4, 1, 1, 0, 1}, {8, 8, 1, 1, 0, 1}, Weight::kTransposed, false},
+    {"far taps", 1, 1, 40, 2, {1, 1, 3, 1, kFar, kFar}, kPoint, Weight::kContiguous, false},
     {"wide", 3, 1, 40, 1000, kPoint, kPoint, Weight::kContiguous, false},
     {"3 x 3", 2, 1, 24, 20, {7, 7, 3, 1, 1, 1}, {5, 5, 3, 1, 1, 1}, Weight::kContiguous, true},
     {"3 x 3, last", 2, 1, 24, 20, {7, 7, 3, 1, 1, 1}, {5, 5, 3, 1, 1, 1}, Weight::kChannelsLast, false},
