@@ -57,12 +57,15 @@ cpp-test: $(VENV)/ready
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
-# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer.
-sanitize: $(VENV)/ready
+# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA kernels on the host.
+sanitize: $(VENV)/ready $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/sanitize -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
 	$(BIN)/cmake --build build/sanitize
 	$(BIN)/ctest --test-dir build/sanitize --output-on-failure
+	LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	  SDGP_SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=all -g1" \
+	  $(BIN)/python -m pytest -q tests/test_cuda_on_host.py -k "not driver"
 
 # The long versions of what `make test` does in seconds.
 fuzz: fuzz-kernels fuzz-ops fuzz-threads memcheck

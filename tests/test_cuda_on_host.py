@@ -37,12 +37,13 @@ TILE_ROWS, TILE_COLS = C.tile_24
 
 
 def build(source: str, output: Path, *flags: str) -> Path:
-    """Compiles a program of tests/cpp with the stand-in for CUDA's runtime."""
+    """Compiles a program of tests/cpp with the stand-in for CUDA's runtime, and with the flags in SDGP_SANITIZE."""
     compiler = shutil.which("c++")
     if compiler is None:
         pytest.skip("needs a C++ compiler")
     folder = ROOT / "tests" / "cpp"
     common = ["-std=c++20", "-O1", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra", "-Werror"]
+    flags += (*os.environ.get("SDGP_SANITIZE", "").split(),)
     command = [compiler, *common, *flags, f"-I{folder / 'cuda_stand_in'}", "-o", output, folder / source, "-ldl"]
     subprocess.run(command, check=True)
     return output
