@@ -16,6 +16,14 @@ SDGP_INLINE int64_t source_of(const Axis2d& axis, int64_t at, int64_t k) {
   return padded / axis.stride < axis.out ? padded / axis.stride : -1;
 }
 
+// Whether result rows are rows of the gradient, in the same order.
+inline bool is_plain_product(const SpmmArgs& args) {
+  const auto is_point = [](const Axis2d& axis) {
+    return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
+  };
+  return is_point(args.height) && is_point(args.width);
+}
+
 // What one set of taps, those that share the first-level cache, adds to a chunk.
 struct EntryList {
   // Per result row that has something to add: its number in the chunk, then for each tap which N:M row, -1: none.

@@ -7,6 +7,7 @@
 // of the output pixels that 16 input pixels meet there are copied side by side. That is done once for all columns.
 #pragma once
 
+#include "gather-inl.h"
 #include "paired_rows-inl.h"
 
 #if defined(__AVX512F__)
@@ -41,14 +42,6 @@ inline PermutePlan make_permute_plan(const SpmmArgs& args) {
   plan.parts = at_most(wanted, at_least(plan.columns / 8, 1));  // each part prunes again
   plan.units = plan.chunks * plan.parts;
   return plan;
-}
-
-// Whether result rows are rows of the gradient, in the same order.
-inline bool is_plain_product(const SpmmArgs& args) {
-  const auto is_point = [](const Axis2d& axis) {
-    return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
-  };
-  return is_point(args.height) && is_point(args.width);
 }
 
 // What the permute kernel takes; other products are the row kernel's.

@@ -270,7 +270,7 @@ class Spmm {
     BlockCall<E> call{};
     call.in = sums;
     call.in_stride = dense_.width;
-    const bool plain = is_plain(args_.height) && is_plain(args_.width);
+    const bool plain = is_plain_product(args_);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t kept =
           (kept_before(block) - kept_before(block_begin)) * gather_.sources + (block - block_begin) * kStep;
@@ -298,11 +298,6 @@ class Spmm {
       }
     }
     if (block_end == dense_.blocks && !direct) store_panel(sums, first_col, cols);
-  }
-
-  // Whether a result position is summed from the same position of the gradient alone.
-  static bool is_plain(const Axis2d& axis) {
-    return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
   }
 
   void multiply_plain(const BlockCall<E>& call, bool first) {
