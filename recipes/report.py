@@ -172,8 +172,8 @@ def plot(group: Group, path: Path) -> None:
     left.minorticks_off()
     last = []
     for row, runs in group.runs.items():
-        curves = [[point[group.metric] for point in run["curve"]] for run in runs]
-        epochs = range(1, len(curves[0]) + 1)
+        curves = [[point[group.metric] for point in run["curve"] if group.metric in point] for run in runs]
+        epochs = [point["epoch"] for point in runs[0]["curve"] if group.metric in point]
         means = [statistics.mean(values) for values in zip(*curves, strict=True)]
         (line,) = right.plot(epochs, means, label=row, linewidth=1.6)
         lowest, highest = ([f(values) for values in zip(*curves, strict=True)] for f in (min, max))

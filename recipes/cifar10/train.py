@@ -91,7 +91,8 @@ def batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's part of each whole batch of an epoch, from batch ``first`` on."""
     generator = torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
-    order = torch.randperm(len(images.labels), generator=generator).to(world.device)
+    count = config.epoch_size(len(images.labels))
+    order = torch.randperm(len(images.labels), generator=generator)[:count].to(world.device)
     for index in range(first, len(order) // config.batch_size):
         batch = order[index * config.batch_size : (index + 1) * config.batch_size]
         mine = batch[world.rank :: world.size]
@@ -99,17 +100,18 @@ def batches(
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Images, config: Config, world: World) -> float:
-    """Top-1 in percent, of each image together with its mirror image."""
+def validate(model: nn.Module, images: Images, config: Config, world: World) -> dict[str, float]:
+    """Top-1 in percent and the cross-entropy, of each image's scores averaged with those of its mirror image."""
     model.eval()
-    correct = torch.zeros((), device=world.device)
+    sums = torch.zeros(2, device=world.device)
     mine = torch.arange(world.rank, len(images.labels), world.size, device=world.device)
     for batch in mine.split(512):
-        x = images.normalized(batch, config.memory_format)
+        x, labels = images.normalized(batch, config.memory_format), images.labels[batch]
         with config.autocast(world.device):
-            scores = model(x) + model(x.flip(3))
-        correct += (scores.argmax(1) == images.labels[batch]).sum()
-    return 100 * float(world.sum(correct)) / len(images.labels)
+            scores = (model(x) + model(x.flip(3))).float() / 2
+        sums += torch.stack([(scores.argmax(1) == labels).sum(), F.cross_entropy(scores, labels, reduction="sum")])
+    hits, loss = (world.sum(sums) / len(images.labels)).tolist()
+    return {"top1": 100 * hits, "test_loss": loss}
 
 
 def prepare(config: Config, world: World) -> nn.Module:
@@ -118,7 +120,7 @@ def prepare(config: Config, world: World) -> nn.Module:
 
 
 def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
-    steps = config.steps(len(data.train.labels), world)
+    steps = config.steps(config.epoch_size(len(data.train.labels)), world)
     torch.manual_seed(seed)
     model = prepare(config, world)
     optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
@@ -145,9 +147,10 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
                     if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
                         return
             first = (epoch + 1) * steps
-            if run.after_epoch(first, epoch, top1=accuracy(model, data.test, config, world)):
+            due = epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
+            if run.after_epoch(first, epoch, **(validate(model, data.test, config, world) if due else {})):
                 return
-    run.finish("cifar10", data=data.name, top1=run.last["top1"])
+    run.finish("cifar10", data=data.name, top1=run.last["top1"], test_loss=run.last["test_loss"])
 
 
 def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:
@@ -156,7 +159,8 @@ def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tenso
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"--eval: {error}") from None
-    return f"top-1 {accuracy(model, data.test, config, world):.2f} % of {len(data.test.labels)} images"
+    result = validate(model, data.test, config, world)
+    return f"top-1 {result['top1']:.2f} %, loss {result['test_loss']:.3f}, of {len(data.test.labels)} images"
 
 
 def main() -> None:

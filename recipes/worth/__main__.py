@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Runs the study, task by task: plain runs of several lengths and batches beside pruned ones, complete schedules each.
+
+    python -m recipes.worth resnet9 --data DIR             # hours; started again, it goes on where it was
+
+A run's line goes to results/TASK.jsonl when the run ends; runs that have a line there are not repeated. Every arm of the
+first seed comes before the next seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from ..common import process
+from ..common.errors import UserError
+from ..common.run import Job
+from .tasks import TASKS
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data", type=Path, help="where the recipe finds its data")
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--out", type=Path, default=Path("runs/worth"), help="folder for checkpoints")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for result lines")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    try:
+        run(args.task, args.data, args.seeds, args.out, args.results)
+    except UserError as error:
+        sys.exit(f"worth: {error}")
+
+
+def run(name: str, data_path: Path | None, seeds: int, out: Path, results: Path) -> None:
+    """Every run of a task that has no result line so far."""
+    task, path = TASKS[name], results / f"{name}.jsonl"
+    results.mkdir(parents=True, exist_ok=True)
+    world = process.start(None)
+    try:
+        data = task.load(task.config(**task.base), data_path, world)
+        for seed in range(seeds):
+            for overrides in task.arms():
+                config = task.config(**{**task.base, **overrides})
+                if (dataclasses.asdict(config), seed) in finished(path):
+                    continue
+                folder = out / name / "+".join(f"{key}={value}" for key, value in overrides.items()) / f"seed{seed}"
+                task.train(config, data, seed, world, Job(folder, path, resume=True))
+                if (dataclasses.asdict(config), seed) not in finished(path):
+                    return  # a signal stopped it
+    finally:
+        process.stop()
+
+
+def finished(path: Path) -> list[tuple[dict[str, object], int]]:
+    """Config and seed of every run that has a line."""
+    if not path.exists():
+        return []
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [(line["config"], line["seed"]) for line in lines]
+
+
+if __name__ == "__main__":
+    main()

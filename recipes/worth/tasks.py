@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tasks of the study, and the arms of each: plain runs of several lengths and batches, and pruned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..cifar10 import data as cifar10_data
+from ..cifar10 import train as cifar10
+from ..cifar10.config import Config as Cifar10Config
+from ..common.process import World
+from ..common.run import Job
+from ..common.settings import Settings
+
+#: Settings of one run, over the task's own.
+Overrides = Mapping[str, Any]
+
+
+class Task(NamedTuple):
+    """One model, data set and recipe.
+
+    Attributes:
+        config: the type of the recipe's settings.
+        base: the settings of the full plain run.
+        load, train: the recipe's functions.
+        shorter: the settings of a plain run at this share of the epochs; the schedule is always a whole one.
+        pruned: (data gradient, weight gradient) of the pruned runs; ``""``: exact.
+    """
+
+    config: type[Settings]
+    base: Overrides
+    load: Callable[[Any, Path | None, World], Any]
+    train: Callable[[Any, Any, int, World, Job], None]
+    shorter: Callable[[float], Overrides]
+    lengths: tuple[float, ...]
+    batches: tuple[float, ...]
+    pruned: tuple[tuple[str, str], ...]
+
+    def arms(self) -> list[Overrides]:
+        """The settings of every run, the full plain one first."""
+        size = self.base["batch_size"]
+        arms: list[Overrides] = [{}]
+        arms += [self.shorter(length) for length in self.lengths]
+        arms += [{**self.shorter(part), "batch_size": round(size * part)} for part in self.batches]
+        arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
+        arms.append({"method": "rescale", "pattern": "2:4"})
+        return arms
+
+
+_RESNET9 = {
+    "width": 32,
+    "epochs": 8,
+    "epoch_images": 6400,
+    "validate_every": 1000,
+    "batch_size": 128,
+    "lr": 0.2,
+    "peak_epoch": 2.0,
+    "label_smoothing": 0.0,
+    "cutout": 0,
+    "amp": "off",
+}
+
+TASKS = {
+    "resnet9": Task(
+        Cifar10Config,
+        _RESNET9,
+        cifar10_data.load,
+        cifar10.train,
+        lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share},
+        lengths=(0.875, 0.75, 0.625),
+        batches=(0.875, 0.75),
+        pruned=(("8:16", "8:16"), ("4:16", "8:16"), ("8:16", "4:16"), ("4:16", "4:16")),
+    ),
+}
