@@ -3,8 +3,8 @@
 
     python -m recipes.worth resnet9 --data DIR             # hours; started again, it goes on where it was
 
-A run's line goes to results/TASK.jsonl when the run ends; runs that have a line there are not repeated. Every arm of the
-first seed comes before the next seed.
+A run's line goes to results/TASK.jsonl when the run ends; runs that have a line there are not repeated. Every arm of
+the first seed comes before the next seed.
 """
 
 from __future__ import annotations
