@@ -126,6 +126,24 @@ def test_profile_in_text(file: Path, command: Command) -> None:
     assert left == "1 left plain: 3 output channels per group, fewer than m = 4"
 
 
+def test_advice(command: Command, file: Path) -> None:
+    words = ("profile", str(file) + ":Net", "--image", "8", "--rounds", "1", "--advise")
+    found = report(command, *words)
+    assert (found["pays"], found["plan"], found["saved"]) == (False, {}, 0)
+    assert found["verdict"] == "nothing pays here: every layer is too small at this batch size"
+    assert {row["gradient"] for row in found["candidates"]} == {"weight"}  # eight channels are too few for 16
+    status, out, err = command(*words)
+    assert status == 0
+    assert out.splitlines()[0].endswith(":Net, 8x3x8x8 float32, cpu")
+    assert out.splitlines()[1] == "weights and data are random, and trained models bear pruning better"
+    assert out.splitlines()[-1] == found["verdict"]
+    assert next(line for line in err.splitlines() if line.startswith("[")) == "[1/4] steps"
+    own = report(command, "profile", str(file) + ":with_batch", "--rounds", "1", "--advise")
+    assert "one batch alone" in own["advice"]
+    status, _, err = command(*words, "--method", "best")
+    assert (status, "expected method to be one of" in err) == (2, True)
+
+
 def test_pruned_weight_gradients(command: Command, file: Path) -> None:
     """The step has them; the rows are data gradients."""
     words = ("profile", str(file) + ":instance", "--input", "16x8", "--rounds", "1", "--weight-grad", "4:16")

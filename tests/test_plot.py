@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from compare import Timer
 from torch import nn
 
 import sdgp
 from sdgp import _plot
-from sdgp._advise import Candidate, Plan, Point
+from sdgp._advise import Candidate, Plan
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure
@@ -83,32 +82,25 @@ def test_of_a_step_that_was_run_again_the_last_counts(tmp_path: Path) -> None:
 
 def test_draws_a_plan(tmp_path: Path, figures: list[Figure]) -> None:
     rows = [
-        Candidate("a", "(8, 8)", "2:4", "mvue", 2.0, 1.5, 0.5, 0.4, 0.0, 0.9),
-        Candidate("a", "(8, 8)", "1:4", "mvue", 2.0, 1.0, 1.0, 0.9, 0.0, 0.7),
-        Candidate("b", "(8, 8)", "2:4", "mvue", 0.0, None, 0.0, 0.4, 0.0, 0.9),
+        Candidate("a", "data", "(8, 8)", "2:4", "mvue", 2.0, 1.5, 0.5, 0.01, 0.4, 0.0),
+        Candidate("a", "data", "(8, 8)", "1:4", "mvue", 2.0, 1.0, 1.0, 0.09, 0.9, 0.0),
+        Candidate("b", "weight", "(8, 8)", "2:4", "mvue", 0.0, None, 0.0, math.nan, math.nan, math.nan),
     ]
-    plan = Plan(rows, {}, 10.0, 0.5, 0.1)
-    plan.curve = [Point(0.0, 0.0, 0.0), Point(0.5, 0.3, 0.5), Point(0.9, 0.6, 1.0)]
+    plan = Plan(rows, {}, 10.0)
     sdgp.plot(plan, tmp_path / "plan.png")
-    whole, layers = figures[0].axes
-    curve, proposed = whole.lines
-    assert curve.get_xydata().tolist() == [[0, 0], [0.3, 0.5], [0.6, 1.0]]
-    assert proposed.get_xydata().tolist() == [[0.3, 0.5]]
-    assert [text.get_text() for text in whole.texts] == ["0.00", "0.50", "0.90"]
-    assert [line.get_xydata().tolist() for line in layers.lines[:2]] == [[[0.4, 0.5]], [[0.9, 1.0]]]
-    assert [text.get_text() for text in layers.get_legend().get_texts()] == ["2:4 mvue", "1:4 mvue"]
+    whole, parts = figures[0].axes
+    curve, chosen = whole.lines
+    assert curve.get_xydata().ravel().tolist() == pytest.approx([0, 0, 3, 5])
+    assert chosen.get_xydata().ravel().tolist() == pytest.approx([3, 5])
+    points = [line.get_xydata().ravel().tolist() for line in parts.lines]
+    assert points == [pytest.approx([3, 5]), pytest.approx([27, 10])]
+    assert [text.get_text() for text in parts.get_legend().get_texts()] == ["data 2:4", "data 1:4"]
 
 
-def test_an_advised_plan(tmp_path: Path, figures: list[Figure]) -> None:
-    model = nn.Sequential(nn.Linear(128, 128), nn.Linear(128, 128))
-    with sdgp.Chooser(timer=Timer(1.0, 2.0)):
-        plan = sdgp.advise(model, torch.randn(1024, 128))
-    assert list(plan) == ["1"]
-    sdgp.plot(plan, tmp_path / "plan.png")
+def test_an_empty_plan(tmp_path: Path, figures: list[Figure]) -> None:
+    sdgp.plot(Plan([], {"a": "too small to gain"}, 10.0), tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000
-    whole, layers = figures[0].axes
-    assert whole.lines[1].get_xydata().tolist() == [[plan.error, plan.saved_ms]]
-    assert len(layers.get_legend().get_texts()) == 3
+    assert figures[0].axes[1].lines[:] == []
 
 
 def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

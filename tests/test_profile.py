@@ -132,7 +132,8 @@ def test_batches(batch: Any) -> None:
 def test_loss() -> None:
     seen: list[torch.Size] = []
 
-    def loss(output: Tensor) -> Tensor:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        output = model(2 * batch)
         seen.append(output.shape)
         return output.sum()
 
@@ -183,7 +184,8 @@ def test_state_is_kept_where_the_step_fails() -> None:
     model = sdgp.convert(small())
     buffers = [buffer.clone() for buffer in model.buffers()]
 
-    def loss(output: Tensor) -> Tensor:
+    def loss(model: nn.Module, batch: Tensor) -> Tensor:
+        model(batch)
         raise KeyError
 
     with pytest.raises(KeyError):

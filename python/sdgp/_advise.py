@@ -1,170 +1,305 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which layers to prune, and how: the time that a real batch would save against the error it would bring."""
+"""Whether pruning pays for a model and a batch on this machine, and what to prune: a plan with a verdict."""
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import _fidelity
 from ._choose import LEAST_WORK, current_chooser
 from ._convert import paused, why_plain
+from ._decision import Products
 from ._layer import PruningLayer, prune_in_place
 from ._models import check_module, format_table, layers_of
-from ._pattern import Pattern, PatternLike, Pruning
-from ._step import on_gradient, run_step, stand_in, state_kept
+from ._noise import (
+    Errors,
+    Estimate,
+    Gradients,
+    Norm,
+    amplifications,
+    batch_noise,
+    difference,
+    errors,
+    part_of,
+    samples_of,
+)
+from ._pattern import UNBIASED_METHODS, Pattern, PatternLike, Pruning
+from ._step import Loss, compute_loss, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
 from ._twins import twin_of
 
+# Note [What noise costs]
+# With τ = noise of pruning / noise of the batch, a run that prunes needs 1 + c τ times the steps for the same loss.
+# The noise-scale model says c = 1. Measured runs needed more: see docs/method.md for how c was fitted, per norm.
+STEPS_PER_NOISE = {"euclidean": 3.0, "adam": 0.4}
+
 
 class Candidate(NamedTuple):
-    """One layer under one pattern and method: what pruning does to its data gradient, and the milliseconds per step."""
+    """One gradient of one layer under one pattern and method: the time that pruning it saves, and the noise it adds.
+
+    Attributes:
+        layer: its name in the model.
+        gradient: ``"data"`` or ``"weight"``.
+        shape: of the output gradient.
+        exact_ms, sparse_ms: milliseconds per step of the two products; None: the sparse one was not measured.
+        saved_ms: milliseconds per step that the sparse product saves, where it is faster by more than measuring noise.
+        noise: what it adds to the gradient of all parameters, as a share of the noise of the batch.
+        error, bias: |p - g| / |g| and |E p - g| / |g| of this gradient g and the pruned one p. NaN, as the noise, where
+            nothing is saved.
+    """
 
     layer: str
-    shape: str  # of the output gradient
+    gradient: str
+    shape: str
     pattern: str
     method: str
     exact_ms: float
-    sparse_ms: float | None  # None: there is no sparse product for it here
-    saved_ms: float  # by the calls for which the sparse product is the faster by more than noise
-    error: float  # see sdgp.watch
+    sparse_ms: float | None
+    saved_ms: float
+    noise: float
+    error: float
     bias: float
-    cosine: float
 
 
 class Point(NamedTuple):
-    """What the plan by some ``max_error`` comes to."""
+    """One step of the greedy choice: the share of a step's time saved, the noise added, and the net saving."""
 
-    max_error: float
-    error: float  # |p - g| / |g| of all parameters' gradients together, measured in a whole backward
-    saved_ms: float
+    saved: float
+    noise: float
+    net: float
 
 
-class Plan(dict[str, tuple[str, str]]):
-    """What ``sdgp.advise`` proposes: ``{layer: (pattern, method)}``, which ``sdgp.convert`` takes, as it does what
-    ``json`` makes of it. Layers that are not in it stay plain. Prints as a table.
+class Plan(dict[str, tuple[Any, ...]]):
+    """What ``sdgp.advise`` proposes, for ``sdgp.convert``: ``{layer: (pattern, method)}`` or ``{layer: (pattern,
+    method, weight_grad)}``; a pattern of ``"1:1"`` leaves the data gradient exact. ``json`` can store it. Layers that
+    are not in it stay plain. Prints as a table with the verdict.
 
     Attributes:
-        candidates: everything that was measured, a list of ``Candidate``.
-        chosen: those of them that were.
-        curve: what other values of ``max_error`` lead to, a list of ``Point`` in ascending order.
-        error: of the gradient of all parameters under this plan.
-        saved_ms: of a step, by all layers together.
-        step_ms: forward and backward of the plain model.
-        max_error, max_bias: of the data gradient of a layer, as they were asked for.
+        pays: whether pruning pays here; if not, the plan is empty.
+        verdict: the same in one sentence, with its numbers.
+        saved: the share of a step's time that the chosen products save.
+        noise: what they add to the gradient's noise, as a share of the noise of the batch; measured together.
+        net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + c noise).
+        net_low, net_high: the same at the ends of the noise's 95 % interval.
+        norm: ``"euclidean"``, or ``"adam"``: noise is measured as the optimizer scales its steps.
+        chosen, candidates: what was chosen from what was measured; lists of ``Candidate``.
+        curve: the steps of the greedy choice, a list of ``Point``.
+        notes: what else would save time, and what to doubt.
+        step_ms: milliseconds of forward and backward of the plain model.
 
     Examples:
         >>> plan = sdgp.advise(torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True))
-        >>> [row.pattern for row in plan.candidates]
-        ['8:16', '4:16', '4:32']
+        >>> plan.pays, plan
+        (False, nothing pays here: every layer is too small at this batch size)
     """
 
     def __init__(
-        self, candidates: list[Candidate], reasons: dict[str, str], step_ms: float, max_error: float, max_bias: float
+        self,
+        candidates: list[Candidate],
+        reasons: Mapping[str, str],
+        step_ms: float,
+        norm: str = "euclidean",
+        noise_error: float = 0.0,
+        notes: Iterable[str] = (),
     ) -> None:
-        self.candidates, self.step_ms, self.max_error, self.max_bias = candidates, step_ms, max_error, max_bias
-        self.chosen = _choose(candidates, max_error, max_bias)
-        self.curve: list[Point] = []
-        self._reasons = reasons  # of every layer; where there are candidates they tell
-        super().__init__({row.layer: (row.pattern, row.method) for row in self.chosen})
+        self.candidates, self.step_ms, self.norm, self.notes = candidates, step_ms, norm, list(notes)
+        self._reasons, self._noise_error = dict(reasons), noise_error
+        self._factor = 1.0  # measured noise of the chosen together / the sum of their noises
+        self._choose()
+
+    def _choose(self) -> None:
+        self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE[self.norm] * self._factor)
+        self._fill()
+
+    def _fill(self) -> None:
+        super().clear()
+        super().update(_settings(self.chosen))
+
+    def _take_measured(self, noise: float) -> bool:
+        """Takes the noise of the whole plan, measured. False: it changes the choice, whose noise is to be measured."""
+        total, before = math.fsum(row.noise for row in self.chosen), self.chosen
+        close = total > 0 and 0.8 < noise / (self._factor * total) < 1.25
+        if total > 0:
+            self._factor = noise / total
+        if close and self.net > 0:
+            return True
+        self._choose()
+        return self.chosen == before
 
     @property
-    def saved_ms(self) -> float:
-        return _saved_ms(self.chosen)
+    def pays(self) -> bool:
+        return bool(self.chosen)
 
     @property
-    def error(self) -> float:
-        return next(point.error for point in self.curve if point.max_error == self.max_error)
+    def saved(self) -> float:
+        return math.fsum(row.saved_ms for row in self.chosen) / self.step_ms
+
+    @property
+    def noise(self) -> float:
+        return self._factor * math.fsum(row.noise for row in self.chosen)
+
+    @property
+    def net(self) -> float:
+        return self._net(1.0)
+
+    @property
+    def net_low(self) -> float:
+        return self._net(1 + 2 * self._noise_error)
+
+    @property
+    def net_high(self) -> float:
+        return self._net(max(0.0, 1 - 2 * self._noise_error))
+
+    def _net(self, times: float) -> float:
+        return net_saving(self.saved, times * self.noise, STEPS_PER_NOISE[self.norm])
+
+    @property
+    def verdict(self) -> str:
+        if self.pays:
+            low, high = sorted((self.net_low, self.net_high))
+            steps = STEPS_PER_NOISE[self.norm] * self.noise
+            return (
+                f"it pays: {self.net:.0%} less time to the same loss [{low:.0%}, {high:.0%}]; a step takes "
+                f"{self.saved:.0%} less time, and the added noise costs {steps:.0%} more steps"
+            )
+        faster = [row for row in self.candidates if row.saved_ms > 0]
+        if faster:
+            cost = STEPS_PER_NOISE[self.norm] * self._factor
+            best = max(faster, key=lambda row: net_saving(row.saved_ms / self.step_ms, row.noise, cost))
+            return (
+                f"nothing pays here: the best of {len(faster)} candidates takes {best.saved_ms / self.step_ms:.1%} "
+                f"off a step and costs {cost * best.noise:.1%} more steps ({best.layer or 'the model'}, "
+                f"{best.gradient} gradient, {best.pattern})"
+            )
+        if any(row.sparse_ms is not None for row in self.candidates):
+            return "nothing pays here: no sparse product is faster than the exact one"
+        needs = [why for why in self._reasons.values() if why.startswith("a sparse product needs")]
+        return f"nothing pays here: {needs[0] if needs else 'every layer is too small at this batch size'}"
 
     def __str__(self) -> str:
-        head = ("layer", "gradient", "proposed", "exact ms", "sparse ms", "saved ms", "error", "bias", "cosine")
-        lines = format_table(head, self._rows())
-        lines.append(
-            f"step: exact {self.step_ms:.2f} ms, {self.saved_ms:.2f} ms ({self.saved_ms / self.step_ms:.1%}) saved by "
-            f"{len(self)} layers at max_error={self.max_error:g}; error of the parameters' gradient {self.error:.3f}"
+        head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")
+        lines = format_table(head, map(_cells, self.chosen)) if self.chosen else []
+        lines += [f"{count} gradients stay exact: {why}" for why, count in self._why_exact().items()]
+        return "\n".join([*lines, *self.notes, self.verdict])
+
+    def __repr__(self) -> str:
+        return str(self) if self.chosen else self.verdict
+
+    def _why_exact(self) -> Counter[str]:
+        chosen = {(row.layer, row.gradient) for row in self.chosen}
+        measured: dict[tuple[str, str], list[Candidate]] = {}
+        for row in self.candidates:
+            measured.setdefault((row.layer, row.gradient), []).append(row)
+        unchosen = {key: rows for key, rows in measured.items() if key not in chosen}
+        counts = Counter(_why(rows) or self._reasons[layer] for (layer, _), rows in unchosen.items())
+        counts.update(
+            why for layer, why in self._reasons.items() if why and not any(layer == key[0] for key in measured)
         )
-        return "\n".join(lines)
-
-    __repr__ = __str__
-
-    def _rows(self) -> Iterator[tuple[str, ...]]:
-        measured = {row.layer: row for row in reversed(self.candidates)}
-        chosen = {row.layer: row for row in self.chosen}
-        for layer in self._reasons:
-            row = chosen.get(layer)
-            name = layer or "(model)"
-            if row is not None and row.sparse_ms is not None:
-                times = (f"{value:.3f}" for value in (row.exact_ms, row.sparse_ms, row.saved_ms))
-                fidelity = (f"{value:.3f}" for value in (row.error, row.bias, row.cosine))
-                yield name, row.shape, f"{row.pattern} {row.method}", *times, *fidelity
-            else:
-                shape = measured[layer].shape if layer in measured else ""
-                yield name, shape, f"plain: {self._why_plain(layer)}", *[""] * 6
-
-    def _why_plain(self, layer: str) -> str:
-        rows = [row for row in self.candidates if row.layer == layer]
-        if not rows:
-            return self._reasons[layer]
-        if all(row.sparse_ms is None for row in rows):
-            return "no sparse product here"
-        if all(row.saved_ms <= 0 for row in rows):
-            return "sparse is not faster"
-        faster = [row for row in rows if row.saved_ms > 0]
-        if all(row.bias > self.max_bias for row in faster):
-            return f"what is faster has bias > {self.max_bias:g}"
-        return f"what is faster has error > {self.max_error:g}"
+        return counts
 
 
-def _choose(candidates: Iterable[Candidate], max_error: float, max_bias: float) -> list[Candidate]:
-    """Of each layer what saves most, of what the limits allow."""
-    best: dict[str, Candidate] = {}
-    for row in candidates:
-        fits = row.error <= max_error and row.bias <= max_bias
-        if fits and row.saved_ms > (best[row.layer].saved_ms if row.layer in best else 0.0):
-            best[row.layer] = row
-    return list(best.values())
+def _cells(row: Candidate) -> tuple[str, ...]:
+    times = (f"{value or 0:.2f}" for value in (row.exact_ms, row.sparse_ms, row.saved_ms))
+    bias = "" if row.method in UNBIASED_METHODS else f"{row.bias:.2f}"
+    pruned = f"{row.pattern} {row.method}"
+    return (row.layer or "(model)", row.gradient, row.shape, pruned, *times, f"{row.noise:.4f}", bias)
 
 
-def _saved_ms(rows: Iterable[Candidate]) -> float:
-    return math.fsum(row.saved_ms for row in rows)
+def _why(rows: list[Candidate]) -> str | None:
+    """Why a gradient that was measured stays exact; None: it was not."""
+    if all(row.sparse_ms is None for row in rows):
+        return None
+    return "noise costs more than it saves" if any(row.saved_ms > 0 for row in rows) else "sparse is not faster"
+
+
+def net_saving(saved: float, noise: float, steps_per_noise: float) -> float:
+    """See Note [What noise costs]."""
+    return 1 - (1 - saved) * (1 + steps_per_noise * noise)
+
+
+def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[list[Candidate], list[Point]]:
+    """Changes one product at a time, the one that gains most, as long as something is gained."""
+    options: dict[tuple[str, str], list[Candidate]] = {}
+    for row in rows:
+        if row.saved_ms > 0 and math.isfinite(row.noise):
+            options.setdefault((row.layer, row.gradient), []).append(row)
+    chosen: dict[tuple[str, str], Candidate] = {}
+    saved = noise = 0.0
+    curve = [Point(0.0, 0.0, 0.0)]
+    while True:
+        best: tuple[float, tuple[str, str], Candidate] | None = None
+        for key, candidates in options.items():
+            old = chosen.get(key)
+            for row in candidates:
+                more_saved = saved + (row.saved_ms - (old.saved_ms if old else 0.0)) / step_ms
+                net = net_saving(more_saved, noise + row.noise - (old.noise if old else 0.0), cost)
+                if net > curve[-1].net + 1e-6 and (best is None or net > best[0]):
+                    best = net, key, row
+        if best is None:
+            return [chosen[key] for key in options if key in chosen], curve
+        chosen[best[1]] = best[2]
+        saved = math.fsum(row.saved_ms for row in chosen.values()) / step_ms
+        noise = math.fsum(row.noise for row in chosen.values())
+        curve.append(Point(saved, noise, net_saving(saved, noise, cost)))
+
+
+def _settings(rows: Iterable[Candidate]) -> dict[str, tuple[Any, ...]]:
+    """As ``convert`` takes them."""
+    plan: dict[str, tuple[Any, ...]] = {}
+    for row in rows:
+        if row.gradient == "data":
+            plan[row.layer] = (row.pattern, row.method, *plan.get(row.layer, ())[2:])
+        else:
+            weight = row.pattern if row.method == "mvue" else (row.pattern, row.method)
+            plan[row.layer] = (*plan.get(row.layer, ("1:1", "mvue"))[:2], weight)
+    return plan
 
 
 def advise(
     model: nn.Module,
     *batches: Any,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
     patterns: Iterable[PatternLike] | None = None,
     methods: Iterable[str] = ("mvue",),
-    max_error: float = 0.75,
-    max_bias: float = 0.2,
     filter: Callable[[nn.Module, str], bool] | None = None,
-    rounds: int = 5,
+    rounds: int = 3,
+    progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Proposes a pattern and a method for each layer of ``model``: what saves most time at a bearable error.
+    """Says whether pruning pays for ``model`` on these batches and this machine, and what to prune.
 
-    Runs exact forwards and backwards on ``batches``; at each layer's gradient, every pattern and method is timed
-    against the exact product and compared with the exact data gradient. Each layer gets what saves most among what its
-    error and bias allow, or stays plain. Then whole backwards under that plan, and under those of other limits, tell
-    how far the parameters' gradient is from the exact one. The model, its gradients, buffers and PyTorch's generators
-    are left as they were. Weight gradients are exact in all of it, and in the plan.
+    Pruning saves a share S of a step's time, and adds noise to the gradient: τ times the noise that the choice of the
+    batch brings anyway. The same loss then takes 1 + c τ times the steps, so that the net saving is
+
+        net = 1 - (1 - S) (1 + c τ)
+
+    ``advise`` times the sparse product of each layer's data and weight gradient beside the exact one, measures the
+    noise that each would add to the gradient of *all* parameters, and chooses the patterns that make ``net`` largest.
+    "Nothing pays here" is an answer: the plan is empty then. The model, its gradients, buffers and PyTorch's generators
+    are left as they were.
+
+    Gradients change in training, and those of an untrained model bear pruning worst: run some hundred steps first.
 
     Args:
         model: plain or converted.
-        batches: each what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
-        loss: from the model's output to a scalar; default: see ``sdgp.profile``.
-        patterns: to try. Default: 2:4, 1:4 and 4:32; on a CPU, which takes as long for wider groups of the same
-            density, 8:16, 4:16 and 4:32.
-        methods: to try. magnitude and rescale have smaller errors than mvue, all of them bias.
-        max_error: |p - g| / |g| of a layer's data gradient, at most.
-        max_bias: of the same, |E p - g| / |g|; estimated, so that an unbiased method shows some.
+        batches: of the data that the model trains on. With one batch, its halves are compared; four tell more.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
+        optimizer: that trains the model. Of Adam and its kin, after some steps, noise is measured as the optimizer
+            scales its steps; and parameters that it does not train count for nothing.
+        patterns: to try. Default: 16:32, 8:32 and 4:32 on a CPU, where wide groups take no longer than narrow ones and
+            add less noise, and half as wide groups where a layer is too narrow; elsewhere 2:4 and 1:4.
+        methods: to try. Only ``"mvue"`` is unbiased: the errors of other methods do not average out as noise does, and
+            add up to more than their candidates say; the whole plan's is measured.
         filter: ``filter(module, name) -> bool``: False leaves that layer plain.
-        rounds: of measuring; the median counts.
+        rounds: of timing; the median counts.
+        progress: called with the name of each stage as it begins.
 
     Returns:
         A ``Plan``, for ``sdgp.convert(model, plan)``; ``sdgp.plot`` draws what it was chosen from.
@@ -174,7 +309,12 @@ def advise(
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-        >>> plan = sdgp.advise(model, torch.randn(8, 64))
+        >>> data = torch.utils.data.TensorDataset(torch.randn(32, 64), torch.randint(10, (32,)))
+        >>> batches = torch.utils.data.DataLoader(data, batch_size=8)
+        >>> def loss(model, batch):
+        ...     input, target = batch
+        ...     return torch.nn.functional.cross_entropy(model(input), target)
+        >>> plan = sdgp.advise(model, *batches, loss=loss)
         >>> model = sdgp.convert(model, plan)
     """
     check_module("advise", model)
@@ -182,93 +322,68 @@ def advise(
         raise ValueError("advise: expected at least one batch, got none")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
-    settings = [
-        Pruning.parse("advise", pattern, method, "auto")
-        for pattern in (_patterns_for(model) if patterns is None else patterns)
-        for method in dict.fromkeys(methods)
+    norm = Norm.of("advise", model, optimizer)
+    tried = [
+        [Pruning.parse("advise", pattern, method, "auto", (pattern, method)) for method in dict.fromkeys(methods)]
+        for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
     ]
-    if not settings:
+    if not any(tried):
         raise ValueError("advise: expected at least one pattern and one method, got none")
+    settings = sorted((pruning for row in tried for pruning in row), key=lambda pruning: -_sparsity(pruning))
     twins, reasons = _twins(model, settings, filter)
     if not twins:
         raise ValueError("advise: expected a model with layers to prune, got none: see sdgp.report(model)")
-    tally = _Tally(twins, rounds)
+    study = _Study(model, batches, loss, norm, twins, rounds, patterns is None)
+    say = progress or (lambda stage: None)
     with state_kept(model), paused(model):
-        step_ms = _step_ms(model, batches, loss, rounds)
-        with on_gradient(twins, tally.receive):
-            for batch in batches:
-                run_step("advise", model, batch, loss)
-    names = {module: name for name, module in layers_of(model)}
-    candidates = [row for module in twins for row in tally.candidates(module, names[module], len(batches))]
-    reasons = {name: reasons.get(name, "no data gradient") for name in names.values()}  # in the model's order
-    plan = Plan(candidates, reasons, step_ms, max_error, max_bias)
-    plan.curve = _curve(model, batches, loss, plan)
+        say("steps")
+        noise = study.time_and_batch_noise()
+        say("products")
+        study.measure_products()
+        say("noise on its way through the layers")
+        study.measure_amplifications()
+        names = {module: name for name, module in layers_of(model)}
+        candidates = study.candidates(names, noise)
+        reasons = {name: reasons[name] if name in reasons else study.why_not(module) for module, name in names.items()}
+        notes = study.notes(names, optimizer, candidates)
+        plan = Plan(candidates, reasons, study.step_ms, norm.kind, noise.error, notes)
+        for _ in range(3):
+            if not plan.chosen:
+                break
+            say("the whole plan")
+            with _pruned(model, plan):
+                measured = norm.squared(difference(study.gradients(batches[0]), study.exact)) / noise.mean
+            if plan._take_measured(measured):
+                break
     return plan
 
 
-def _patterns_for(model: nn.Module) -> list[Pattern]:
-    """To try by default."""
-    patterns = [Pattern(2, 4), Pattern(1, 4), Pattern(4, 32)]
+def _sparsity(pruning: Pruning) -> float:
+    return 1 - pruning.pattern.n / pruning.pattern.m
+
+
+def _default_patterns(model: nn.Module) -> list[Pattern]:
     parameter = next(model.parameters(), None)
     if parameter is None or parameter.device.type != "cpu":
-        return patterns
-    return [pattern.wider or pattern for pattern in patterns]
+        return [Pattern(2, 4), Pattern(1, 4)]
+    wide = [Pattern(16, 32), Pattern(8, 32), Pattern(4, 32)]
+    return [*wide, *(_half_as_wide(pattern) for pattern in wide)]
 
 
-# Points of a curve: each costs a step.
-_POINTS = 8
-
-
-def _curve(model: nn.Module, batches: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, plan: Plan) -> list[Point]:
-    """Of the plan's own limit, and of others between the one that allows nothing and the one that allows all."""
-    worth = [row for row in plan.candidates if row.saved_ms > 0 and row.bias <= plan.max_bias]
-    limits = sorted({row.error for row in worth if math.isfinite(row.error)})
-    limits = [limits[round(index * (len(limits) - 1) / (_POINTS - 1))] for index in range(_POINTS if limits else 0)]
-    choices = {
-        limit: _choose(plan.candidates, limit, plan.max_bias) for limit in sorted({0.0, plan.max_error, *limits})
-    }
-    errors = _parameter_errors(model, batches, loss, list(choices.values()))
-    return [Point(limit, error, _saved_ms(rows)) for (limit, rows), error in zip(choices.items(), errors, strict=True)]
-
-
-def _parameter_errors(
-    model: nn.Module,
-    batches: tuple[Any, ...],
-    loss: Callable[[Any], Tensor] | None,
-    choices: list[list[Candidate]],
-) -> list[float]:
-    """|p - g| / |g| of all parameters' gradients together, for every choice of what is pruned."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def gradients(batch: Any) -> list[Tensor]:
-        for parameter in parameters:
-            parameter.grad = None
-        with torch.random.fork_rng():  # the same dropout every time
-            run_step("advise", model, batch, loss)
-        return [torch.zeros_like(parameter) if parameter.grad is None else parameter.grad for parameter in parameters]
-
-    error2, exact2 = [0.0] * len(choices), 0.0
-    with state_kept(model), paused(model):
-        for batch in batches:
-            exact = gradients(batch)
-            exact2 += sum(float(value.double().square().sum()) for value in exact)
-            for index, rows in enumerate(choices):
-                with _pruned(model, rows):
-                    pairs = zip(gradients(batch), exact, strict=True)
-                    error2[index] += sum(float((pruned - value).double().square().sum()) for pruned, value in pairs)
-    return [math.sqrt(error / exact2) if exact2 else math.nan for error in error2]
+def _half_as_wide(pattern: Pattern) -> Pattern:
+    return Pattern(pattern.n // 2, pattern.m // 2)
 
 
 @contextmanager
-def _pruned(model: nn.Module, rows: Iterable[Candidate]) -> Iterator[None]:
-    """Within it, the layers of ``rows`` prune."""
+def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
+    """Within it, the layers of ``plan`` prune, whatever their products would cost."""
     modules = dict(layers_of(model))
-    before = [(modules[row.layer], type(modules[row.layer]), dict(vars(modules[row.layer]))) for row in rows]
-    for row in rows:
-        module, pruning = modules[row.layer], Pruning.parse("advise", row.pattern, row.method, "dense")
+    before = [(modules[name], type(modules[name]), dict(vars(modules[name]))) for name in plan]
+    for name, (pattern, method, *weight) in plan.items():
+        module = modules[name]
         twin = twin_of(module)
         assert twin is not None  # there is a candidate for it
-        prune_in_place(module, twin, pruning)
+        prune_in_place(module, twin, Pruning.parse("advise", pattern, method, "dense", *weight))
         module.holds = {}  # type: ignore[assignment]
     try:
         yield
@@ -285,72 +400,266 @@ def _twins(
     """Of each layer a twin per setting, which shares its Parameters; and why there is none."""
     twins, reasons = {}, {}
     for name, module in layers_of(model):
-        whys = [why_plain(module, name, pruning, filter) for pruning in settings]
+        why = why_plain(module, name, Pruning.parse("advise", "1:1", "mvue", "auto"), filter)
         twin = twin_of(module)
-        dense = module.to_dense() if isinstance(module, PruningLayer) and None in whys else module
-        made = [
-            twin.from_dense(dense, pruning.pattern, pruning.method, pruning.backend)
-            for pruning, why in zip(settings, whys, strict=True)
-            if twin is not None and why is None
+        if why is not None or twin is None:
+            reasons[name] = str(why)
+            continue
+        plain = module.to_dense() if isinstance(module, PruningLayer) else module
+        twins[module] = [
+            twin.from_dense(plain, pruning.pattern, pruning.method, pruning.backend, weight_grad=pruning.weight_grad)
+            for pruning in settings
         ]
-        if made:
-            twins[module] = made
-        else:
-            reasons[name] = str(whys[0])
     return twins, reasons
 
 
-class _Tally:
-    """What the calls of each layer add up to."""
+class _Measured:
+    """One gradient of one layer under one setting, over the calls of a step."""
 
-    def __init__(self, twins: dict[nn.Module, list[PruningLayer]], rounds: int) -> None:
-        self._twins, self._rounds = twins, rounds
+    def __init__(self) -> None:
+        self.errors = Errors()
+        self.exact_ms = self.sparse_ms = self.saved_ms = 0.0
+        self.timed = False
+
+
+class _Study:
+    """What ``advise`` measures, stage by stage."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: tuple[Any, ...],
+        loss: Loss | None,
+        norm: Norm,
+        twins: dict[nn.Module, list[PruningLayer]],
+        rounds: int,
+        narrow_for_wide: bool,
+    ) -> None:
+        self._model, self._batches, self._loss, self._norm = model, batches, loss, norm
+        self._twins, self._rounds, self._narrow_for_wide = twins, rounds, narrow_for_wide
+        self._found: dict[tuple[nn.Module, str], dict[PruningLayer, _Measured]] = {}
         self._shapes: dict[nn.Module, str] = {}
-        self._sums: dict[PruningLayer, list[list[float]]] = {}
-        self._times: dict[PruningLayer, list[tuple[float, float | None, float]]] = {}
+        self._largest = 0  # multiply-adds of a product
+        self._obstacles: dict[nn.Module, str] = {}
+        self._amplified: dict[nn.Module, float] = {}
+        self._without_gradient = 0
+        self.step_ms = math.nan
+        self.exact: Gradients = {}
 
-    def receive(self, module: nn.Module, grad_output: Tensor, shape: Tensor) -> None:
+    def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
+        """Of the trained parameters, and a seed of dropout that is the same every time."""
+        parameters = list(self._norm.scales)
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.random.fork_rng():
+            run_step("advise", self._model, batch, self._loss)
+        self._without_gradient = sum(parameter.grad is None for parameter in parameters)
+        return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
+
+    def time_and_batch_noise(self) -> Estimate:
+        first = self._batches[0]
+        self._check_finite(first)  # and warms up
+        device = next(iter(self._norm.scales)).device
+
+        def step() -> None:
+            self.exact = self.gradients(first)
+
+        self.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
+        samples = samples_of(first)
+        if len(self._batches) > 1:
+            return batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
+        if samples is None or samples < 2:
+            raise ValueError("advise: expected several batches, or one of at least two samples, got one")
+        halves = [part_of(first, 0, samples // 2), part_of(first, samples // 2, 2 * (samples // 2))]
+        return batch_noise(map(self.gradients, halves), self._norm, halves=True)
+
+    def _check_finite(self, batch: Any) -> None:
+        value = compute_loss("advise", self._model, batch, self._loss)
+        if not torch.isfinite(value):
+            raise ValueError(f"advise: expected a finite loss, got {value.item()}")
+        torch.autograd.backward(value)
+
+    def measure_products(self) -> None:
+        with on_gradient(self._twins, self._receive, weights=True):
+            run_step("advise", self._model, self._batches[0], self._loss)
+
+    def _receive(self, module: nn.Module, grad_output: Tensor, input: Tensor) -> None:
         self._shapes.setdefault(module, str(tuple(grad_output.shape)))
-        for twin in self._twins[module]:
-            sums = self._sums.setdefault(twin, [])
-            sums.append(_fidelity.measure(twin, grad_output, shape, len(sums)).tolist())
-            self._times.setdefault(twin, []).append(self._time(twin, grad_output, shape))
+        if input.requires_grad:
+            shape = stand_in(input, grad_output)
+            self._measure(module, "data", grad_output, shape)
+        if module.weight.requires_grad and module.weight in self._norm.scales:
+            self._measure(module, "weight", grad_output, input.detach())
 
-    def candidates(self, module: nn.Module, name: str, batches: int) -> Iterator[Candidate]:
-        for twin in self._twins[module] if module in self._shapes else ():  # called, with a data gradient
-            values = _fidelity.metrics(_fidelity.add(self._sums[twin]))
-            exact, sparse, saved = zip(*self._times[twin], strict=True)
-            times = [value for value in sparse if value is not None]
-            yield Candidate(
-                name,
-                self._shapes[module],
-                str(twin.pruning.pattern),
-                twin.pruning.method,
-                sum(exact) / batches,
-                sum(times) / batches if times else None,
-                sum(saved) / batches,
-                values["error"],
-                values["bias"],
-                values["cosine"],
-            )
+    def _measure(self, module: nn.Module, gradient: str, grad_output: Tensor, input: Tensor) -> None:
+        twins = [twin for twin in self._twins[module] if _fits(twin, gradient, grad_output)]
+        if self._narrow_for_wide:
+            twins = _widest(twins)
+        if not twins:
+            return
+        found = self._found.setdefault((module, gradient), {})
+        slower: set[str] = set()  # methods for which a sparser pattern saves nothing
+        for twin in twins:
+            measured = found.setdefault(twin, _Measured())
+            self._time(module, measured, _products(twin, gradient, grad_output, input), twin, gradient, slower)
+        useful = [twin for twin in twins if found[twin].saved_ms > 0]
+        if not useful:
+            return
+        samples = _some(module, grad_output)
+        ways = [_products(twin, gradient, grad_output[:samples], input[:samples]) for twin in useful]
+        methods = [twin.pruning.method for twin in useful]
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        squared = (lambda error: self._norm.squared_of(weight, error)) if gradient == "weight" else None
+        for twin, sums in zip(useful, errors(ways, methods, len(self._found), squared), strict=True):
+            times = grad_output.shape[0] / samples  # errors of samples are independent: their squares add up
+            found[twin].errors += tuple(times * value for value in sums)
 
-    def _time(self, twin: PruningLayer, grad_output: Tensor, shape: Tensor) -> tuple[float, float | None, float]:
-        """Milliseconds of the exact and of the sparse product, and what the layer would save."""
-        products = twin.products(grad_output, stand_in(shape, grad_output))
-        if products.obstacle() is not None:
-            return 0.0, None, 0.0
-        decision = current_chooser().measure(products, twin.pruning, self._rounds)
-        exact, sparse = decision.exact_ms or 0.0, decision.sparse_ms
-        saves = sparse is not None and decision.prunes and products.work >= LEAST_WORK
-        return exact, sparse, exact - (sparse or 0.0) if saves else 0.0
+    def _time(
+        self,
+        module: nn.Module,
+        measured: _Measured,
+        products: Products,
+        twin: PruningLayer,
+        gradient: str,
+        slower: set[str],
+    ) -> None:
+        self._largest = max(self._largest, products.work)
+        pruning = twin.pruning.data if gradient == "data" else twin.pruning.weight
+        assert pruning is not None
+        if (missing := products.obstacle()) is not None:
+            self._obstacles[module] = f"a sparse product needs {missing}"
+            return
+        if products.work < LEAST_WORK or pruning.method in slower:
+            return
+        decision = current_chooser().measure(products, pruning, self._rounds)
+        measured.timed = True
+        measured.exact_ms += decision.exact_ms or 0.0
+        measured.sparse_ms += decision.sparse_ms or 0.0
+        if decision.prunes:
+            measured.saved_ms += (decision.exact_ms or 0.0) - (decision.sparse_ms or 0.0)
+        else:
+            slower.add(pruning.method)
+
+    def measure_amplifications(self) -> None:
+        """On a quarter of the first batch: what an error becomes does not depend on the number of samples."""
+        batch, samples = self._batches[0], samples_of(self._batches[0])
+        if samples is not None:
+            batch = part_of(batch, 0, max(-(-samples // 4), min(samples, 8)))
+        layers = {}
+        for (module, gradient), found in self._found.items():
+            useful = [twin for twin, measured in found.items() if measured.saved_ms > 0]
+            if gradient == "data" and useful:
+                layers[module] = useful[len(useful) // 2]
+
+        def make_error(module: nn.Module, grad_output: Tensor) -> Tensor:
+            twin = layers[module]
+            products = twin.products(grad_output, stand_in(shapes[module], grad_output))
+            return products.dense(torch.zeros(1, dtype=torch.int64, device=grad_output.device)) - products.exact()
+
+        shapes: dict[nn.Module, Tensor] = {}
+
+        def note_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            input = (*args, *kwargs.values())[0]
+            shapes[module] = torch.empty_strided(input.shape, input.stride(), device="meta")
+
+        if layers:
+            handles = [layer.register_forward_hook(note_shape, with_kwargs=True) for layer in layers]
+            try:
+                self._amplified = amplifications(
+                    layers, self._norm, lambda: compute_loss("advise", self._model, batch, self._loss), make_error
+                )
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+    def candidates(self, names: Mapping[nn.Module, str], batch: Estimate) -> list[Candidate]:
+        rows = []
+        for (module, gradient), found in self._found.items():
+            for twin, measured in found.items():
+                if measured.saved_ms <= 0:
+                    noise = math.nan
+                elif gradient == "data":
+                    noise = self._amplified.get(module, math.nan) * measured.errors.error2
+                else:
+                    noise = measured.errors.noise
+                rows.append(
+                    Candidate(
+                        names[module],
+                        gradient,
+                        self._shapes[module],
+                        str(twin.pruning.pattern),
+                        twin.pruning.method,
+                        measured.exact_ms,
+                        measured.sparse_ms if measured.timed else None,
+                        measured.saved_ms,
+                        noise / batch.mean if batch.mean else math.inf,
+                        measured.errors.error,
+                        measured.errors.bias,
+                    )
+                )
+        order = {name: index for index, name in enumerate(names.values())}
+        return sorted(rows, key=lambda row: (order[row.layer], row.gradient))
+
+    def why_not(self, module: nn.Module) -> str:
+        """Why a layer was not measured, if it was not."""
+        if module not in self._shapes:
+            return "no gradient"
+        return self._obstacles.get(module, "too small to gain")
+
+    def notes(
+        self, names: Mapping[nn.Module, str], optimizer: torch.optim.Optimizer | None, rows: list[Candidate]
+    ) -> list[str]:
+        notes = []
+        if len(self._batches) == 1:
+            notes.append("one batch alone tells the noise to a factor of about two: pass more")
+        if optimizer is not None and self._norm.kind == "euclidean" and "betas" in optimizer.defaults:
+            notes.append("the optimizer has made no step: noise is not measured as it will scale its steps")
+        if self._without_gradient:
+            notes.append(f"{self._without_gradient} parameters require a gradient and get none: freeze them")
+        idle = [p for p in self._model.parameters() if p.requires_grad and p not in self._norm.scales]
+        if idle:
+            notes.append(f"{len(idle)} parameters require a gradient that the optimizer does not use: freeze them")
+        useless = [names[module] or "(model)" for module, factor in self._amplified.items() if factor == 0]
+        if useless:
+            listed = ", ".join(useless[:3]) + (", …" if len(useless) > 3 else "")
+            notes.append(f"the data gradient of {listed} reaches no trained parameter: detach the input")
+        if 0 < self._largest < LEAST_WORK and all(row.sparse_ms is None for row in rows):
+            times = math.ceil(LEAST_WORK / self._largest)
+            notes.append(f"the largest layer is too small to gain: try a batch {times} times as large")
+        if any(row.method not in UNBIASED_METHODS for row in rows):
+            notes.append("methods other than mvue are biased: their errors do not average out as noise does")
+        return notes
 
 
-def _step_ms(model: nn.Module, batches: tuple[Any, ...], loss: Callable[[Any], Tensor] | None, rounds: int) -> float:
-    device = next(model.parameters()).device
+def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Tensor) -> Products:
+    return twin.products(grad_output, input) if gradient == "data" else twin.weight_products(grad_output, input)
 
-    def step() -> None:
-        for batch in batches:
-            run_step("advise", model, batch, loss)
 
-    step()  # warms up
-    return 1e3 * statistics.median(seconds(step, device) for _ in range(rounds)) / len(batches)
+def _fits(twin: PruningLayer, gradient: str, grad_output: Tensor) -> bool:
+    """Whether a gradient has a whole group of the twin's pattern."""
+    if gradient == "data":
+        return type(twin).too_narrow(twin, twin.pruning.pattern) is None
+    if isinstance(twin, nn.Conv2d):
+        along = grad_output.shape[-1] * grad_output.shape[-2]
+    else:
+        along = grad_output.numel() // max(grad_output.shape[-1], 1)
+    return along >= twin.pruning.pattern.m
+
+
+def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
+    """Of each density and method the widest."""
+    widest: dict[tuple[float, str], PruningLayer] = {}
+    for twin in twins:
+        key = (_sparsity(twin.pruning), twin.pruning.method)
+        if key not in widest or twin.pruning.pattern.m > widest[key].pruning.pattern.m:
+            widest[key] = twin
+    return list(widest.values())
+
+
+def _some(module: nn.Module, grad_output: Tensor) -> int:
+    """How many of the first samples are looked at: a quarter of them, for more would tell little more."""
+    samples = grad_output.shape[0]
+    if grad_output.ndim == (3 if isinstance(module, nn.Conv2d) else 1):
+        return samples  # not batched: these are channels or features
+    return max(-(-samples // 4), min(samples, 64 if grad_output.ndim == 2 else 1))

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D as _PlainConv1D
 
-from ._autograd import LinearProducts, is_plain_again, pruned_linear
+from ._autograd import LinearProducts, LinearWeightProducts, is_plain_again, pruned_linear, rows
 from ._decision import Products
 from ._layer import PruningLayer, call_plain, calls_plain
 from ._pattern import PatternLike, Pruning, WeightGradLike
@@ -54,6 +54,11 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
         return LinearProducts(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning.data)
+
+    def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
+        assert self.pruning.weight is not None
+        grad, samples = rows(grad_output), rows(input.detach()).to(grad_output.dtype)
+        return LinearWeightProducts(grad, samples, self.weight.detach(), True, self.pruning.weight)
 
     def __repr__(self) -> str:
         return f"Conv1D(nf={self.nf}, nx={self.nx}, {self.pruning})"

@@ -136,7 +136,11 @@ class PruningLayer(nn.Module):
         return channels
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, for those who measure it."""
+        """The data gradient of a call, for those who measure it. Of ``input`` only shape and strides count."""
+        raise NotImplementedError
+
+    def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
+        """The weight gradient of a call, pruned as ``pruning.weight`` says, for those who measure it."""
         raise NotImplementedError
 
     def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 
 from ._autograd import (
     Conv2dProducts,
+    Conv2dWeightProducts,
+    Geometry,
     LinearProducts,
+    LinearWeightProducts,
     conv2d_geometry,
     is_plain_again,
     prune_conv2d_grad,
     pruned_conv2d,
     pruned_linear,
+    rows,
 )
 from ._decision import Decision, Products
 from ._layer import PruningLayer, call_plain, calls_plain, is_traced
@@ -68,6 +72,11 @@ class Linear(PruningLayer, nn.Linear):
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
         return LinearProducts(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning.data)
+
+    def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
+        assert self.pruning.weight is not None
+        grad, samples = rows(grad_output), rows(input.detach()).to(grad_output.dtype)
+        return LinearWeightProducts(grad, samples, self.weight.detach(), False, self.pruning.weight)
 
 
 class Conv2d(PruningLayer, nn.Conv2d):
@@ -142,14 +151,21 @@ class Conv2d(PruningLayer, nn.Conv2d):
         return channels
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
+        return Conv2dProducts(*self._operands(grad_output, input), self.pruning.data)
+
+    def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
+        assert self.pruning.weight is not None
+        return Conv2dWeightProducts(*self._operands(grad_output, input.detach()), self.pruning.weight)
+
+    def _operands(self, grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Geometry]:
         stride: Any = self.stride
         dilation: Any = self.dilation
-        input, padding = self._pad(input)
+        input, padding = self._pad(input.to(grad_output.dtype))
         weight = self.weight.detach()
         input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, self.groups)
         if input.ndim == 3:
             input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)
-        return Conv2dProducts(grad_output, input, weight.to(input.dtype), geometry, self.pruning.data)
+        return grad_output, input, weight.to(input.dtype), geometry
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
         """Pads beforehand what is not padded with zeros."""

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ._advise import Plan
+from ._advise import STEPS_PER_NOISE, Plan
 from ._fidelity import METRICS
 from ._watch import Record, Watch, recent
 
@@ -24,8 +25,8 @@ def plot(
     """Draws what ``sdgp.watch`` recorded, or what ``sdgp.advise`` found, as a picture.
 
     Of a ``Watch``, or of the JSON lines it wrote: a heat map of ``metric``, layers by steps, and beside it the mean
-    over the last ``window`` records of each layer. Of a ``Plan``: the time saved against the error of the
-    parameters' gradient for some values of ``max_error``, the proposal marked; and every candidate of each layer.
+    over the last ``window`` records of each layer. Of a ``Plan``: the time that a step saves against the steps that the
+    added noise costs, for the plan as it was built up, and for every candidate by itself.
 
     Args:
         source: a ``Watch``, the path of its JSON lines, or a ``Plan``.
@@ -110,25 +111,31 @@ def _draw_records(figure: Any, records: Mapping[str, Record], metric: str, windo
 
 
 def _draw_plan(figure: Any, plan: Plan) -> None:
-    figure.set_size_inches(12, 6)
-    whole, layers = figure.subplots(1, 2)
-    whole.plot([point.error for point in plan.curve], [point.saved_ms for point in plan.curve], ".-", label="max_error")
-    for point in plan.curve:
-        offset = {"xytext": (4, -10), "textcoords": "offset points"}
-        whole.annotate(f"{point.max_error:.2f}", (point.error, point.saved_ms), fontsize=8, **offset)
-    whole.plot([plan.error], [plan.saved_ms], "o", markersize=9, label=f"proposed: max_error={plan.max_error:g}")
-    title = f"a training step of {plan.step_ms:.1f} ms"
-    whole.set_xscale("symlog", linthresh=1)
-    whole.set_xlim(0, None)
-    whole.set(title=title, xlabel="error of the parameters' gradient", ylabel="ms saved")
-    measured = [row for row in plan.candidates if row.sparse_ms is not None]
-    for setting in dict.fromkeys((row.pattern, row.method) for row in measured):
-        rows = [row for row in measured if (row.pattern, row.method) == setting]
-        layers.plot(
-            [row.error for row in rows], [row.saved_ms for row in rows], "o", label=" ".join(setting), alpha=0.7
-        )
-    layers.axvline(plan.max_error, color="grey", linewidth=0.8)
-    layers.set(title="each layer by itself", xlabel="error of its data gradient", ylabel="ms saved")
-    for axes in (whole, layers):
+    figure.set_size_inches(12, 5.5)
+    whole, parts = figure.subplots(1, 2)
+    cost = STEPS_PER_NOISE[plan.norm]
+    points = [(100 * cost * point.noise, 100 * point.saved) for point in plan.curve]
+    whole.plot(*zip(*points, strict=True), ".-", label="one gradient after the other")
+    whole.plot([100 * cost * plan.noise], [100 * plan.saved], "o", markersize=9, label=f"the plan, {plan.net:.0%} net")
+    right = 1.25 * max(whole.get_xlim()[1], whole.get_ylim()[1])
+    steps = [right * index / 50 for index in range(51)]
+    even = [100 - 100 / (1 + more / 100) for more in steps]
+    whole.fill_between(steps, even, color="tab:red", alpha=0.12, linewidth=0, label="does not pay")
+    whole.set_xlim(0, right)
+    whole.set_ylim(0, right)
+    title = f"the plan's choice; a step of {plan.step_ms:.1f} ms"
+    whole.set(title=title, xlabel="more steps for the same loss, %", ylabel="less time per step, %")
+    faster = [row for row in plan.candidates if row.saved_ms > 0 and row.noise > 0]
+    for (gradient, pattern), marker in zip(
+        dict.fromkeys((row.gradient, row.pattern) for row in faster), itertools.cycle("osD^vP"), strict=False
+    ):
+        rows = [row for row in faster if (row.gradient, row.pattern) == (gradient, pattern)]
+        xs, ys = [100 * cost * row.noise for row in rows], [100 * row.saved_ms / plan.step_ms for row in rows]
+        parts.plot(xs, ys, marker, label=f"{gradient} {pattern}", alpha=0.7)
+    if faster:
+        parts.set_xscale("log")
+    parts.set(title="each gradient by itself", xlabel="more steps, %", ylabel="less time per step, %")
+    for axes in (whole, parts):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=9)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=9)

@@ -15,7 +15,7 @@ from ._convert import paused
 from ._layer import PruningLayer
 from ._models import format_table, pruning_layers
 from ._report import report
-from ._step import on_gradient, run_step, stand_in, state_kept
+from ._step import Loss, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
 
 
@@ -80,7 +80,7 @@ class Profile(list[LayerProfile]):
 def profile(
     model: nn.Module,
     batch: Any,
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss | None = None,
     *,
     rounds: int = 10,
 ) -> Profile:
@@ -93,8 +93,9 @@ def profile(
     Args:
         model: a model that ``sdgp.convert`` went over.
         batch: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
-        loss: from the model's output to a scalar. Default: the output's ``loss`` where it has one, else the mean of the
-            squares of its floating-point tensors.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: the model is called with ``batch``,
+            and the loss is its output's ``loss`` where it has one, else the mean of the squares of its floating-point
+            tensors.
         rounds: how often each product and each step is timed; the median counts.
 
     Returns:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,17 +14,33 @@ from torch.utils.hooks import RemovableHandle
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-def run_step(op: str, model: nn.Module, batch: Any, loss: Callable[[Any], Tensor] | None) -> None:
-    """Forward and backward; ``batch``: a tensor, a tuple of positional or a mapping of keyword arguments.
+#: ``loss(model, batch)``: from a model and a batch to the scalar that backward begins with.
+Loss: TypeAlias = Callable[[Any, Any], Tensor]
+
+
+def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+    """The forward, by ``loss(model, batch)``, else by calling the model with ``batch``: a tensor, a tuple of positional
+    or a mapping of keyword arguments.
 
     Raises:
         ValueError: ``op: requirement, got actual``, where there is nothing to differentiate.
     """
+    if loss is not None:
+        value = loss(model, batch)
+        if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+            got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"{op}: expected loss(model, batch) to return a scalar tensor with a gradient, got {got}")
+        return value
     if isinstance(batch, Mapping):
         output = model(**batch)
     else:
         output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
-    torch.autograd.backward(_default_loss(op, output) if loss is None else loss(output))
+    return _default_loss(op, output)
+
+
+def run_step(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> None:
+    """Forward, see ``compute_loss``, and backward."""
+    torch.autograd.backward(compute_loss(op, model, batch, loss))
 
 
 class Hook:
@@ -61,17 +77,27 @@ class Handles:
         self.remove()
 
 
-def on_gradient(layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None]) -> Handles:
+def on_gradient(
+    layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None], *, weights: bool = False
+) -> Handles:
     """Has ``receive(layer, grad_output, input)`` called in the backward of every call of every layer that has a data
-    gradient, until the handles are removed. ``input`` is on the meta device: its shape and strides count, and keeping
-    its values would cost memory where the weight is frozen."""
+    gradient, until the handles are removed.
+
+    Args:
+        weights: of every layer that has a weight gradient as well; ``input`` is then the input itself. Else, and where
+            the weight is frozen, it is on the meta device: its shape and strides count, and keeping its values would
+            cost memory. Either way ``input.requires_grad`` says whether there is a data gradient.
+    """
 
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         input = (*args, *kwargs.values())[0]
-        if not torch.compiler.is_compiling() and output.requires_grad and input.requires_grad:
-            shape = torch.empty_strided(input.shape, input.stride(), device="meta")
-            hook: Any = output.register_hook
-            hook(lambda grad: receive(layer, grad.detach(), shape))
+        of_weight = weights and layer.weight.requires_grad
+        if torch.compiler.is_compiling() or not (output.requires_grad and (input.requires_grad or of_weight)):
+            return
+        if not of_weight:
+            input = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
+        hook: Any = output.register_hook
+        hook(lambda grad: receive(layer, grad.detach(), input))
 
     return Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers)
 

@@ -25,6 +25,7 @@ _EXAMPLES = """examples:
   sdgp profile resnet18 --batch 32             what would conversion save here?
   sdgp profile timm:vit_tiny_patch16_224 --pattern 4:32 --json
   sdgp profile train.py:build --tokens 128     a function or class of your own
+  sdgp profile train.py:build --advise         does pruning pay for it?
 """
 
 _DOCTOR = "what is installed, loaded and usable; a self-test of each op; exit status 1 where something is wrong"
@@ -144,6 +145,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="of model and input (default: float32; on a GPU bfloat16)")
     command.add_argument("--channels-last", action="store_true", help="the memory format of model and input")
     command.add_argument("--rounds", type=_count, default=10, help="of measuring; the median counts")
+    command.add_argument(
+        "--advise",
+        action="store_true",
+        help="say whether pruning pays, and what to prune: sdgp.advise; it chooses the patterns by itself",
+    )
     _add_device(command)
 
 

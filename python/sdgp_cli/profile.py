@@ -7,19 +7,20 @@ import argparse
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sdgp import convert, profile, report
+from sdgp import advise, convert, profile, report
 from sdgp._machine import environment
 from sdgp._profile import LayerProfile, Profile
 
 from . import CommandError, Report
 from .models import build, describe_error
 from .options import begin, parse_dtype
+from .progress import progress
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -36,6 +37,8 @@ def run(args: argparse.Namespace) -> Report:
     except RuntimeError as error:  # the memory is full, or there are no values: a model on the meta device
         raise CommandError(f"expected model and batch to fit on {device}, got {describe_error(error)}") from error
     what = _describe(batch)
+    if args.advise:
+        return _advised(args, model, [batch] if given is not None else [batch, _other(batch)], what, device)
     result = _profile(args, model, batch, what)
     return {
         "model": args.model,
@@ -56,6 +59,8 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def show(report: Report) -> str:
+    if "advice" in report:
+        return str(report["advice"])
     table = Profile(LayerProfile(**row) for row in report["layers"])
     table.exact_ms, table.step_ms = report["exact_ms"], report["converted_ms"]
     machine = report["machine"]
@@ -73,14 +78,49 @@ def show(report: Report) -> str:
     )
 
 
+def _advised(args: argparse.Namespace, model: nn.Module, batches: list[Any], what: str, device: torch.device) -> Report:
+    with _told(what, "advise"), progress(4) as begin:
+        plan = advise(model, *batches, methods=(args.method,), rounds=args.rounds, progress=begin)
+    fresh = "" if len(batches) == 1 else "weights and data are random, and trained models bear pruning better\n"
+    return {
+        "model": args.model,
+        "input": what,
+        "device": str(device),
+        "pays": plan.pays,
+        "verdict": plan.verdict,
+        "saved": plan.saved,
+        "noise": plan.noise,
+        "net": plan.net,
+        "step_ms": plan.step_ms,
+        "plan": dict(plan),
+        "candidates": [row._asdict() for row in plan.candidates],
+        "advice": f"{args.model}, {what}, {device}\n{fresh}{plan}",
+        "machine": environment(),
+    }
+
+
+def _other(batch: Tensor) -> Tensor:
+    """Another random batch of the same kind."""
+    if batch.is_floating_point():
+        return torch.randn_like(batch)
+    return batch.flatten()[torch.randperm(batch.numel(), device=batch.device)].view_as(batch)
+
+
 def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
-    try:
+    with _told(what, "convert", "pattern", "profile"):
         convert(model, args.pattern, args.method, backend=args.backend, weight_grad=args.weight_grad)
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its table, which show() does
             return profile(model, batch, rounds=args.rounds)
+
+
+@contextlib.contextmanager
+def _told(what: str, *ops: str) -> Iterator[None]:
+    """What goes wrong within, as a CommandError: bad arguments of ``ops``, or a model that does not run."""
+    try:
+        yield
     except Exception as error:
         op, _, message = str(error).partition(": ")
-        if isinstance(error, ValueError) and op in ("convert", "pattern", "profile"):
+        if isinstance(error, ValueError) and op in ops:
             raise CommandError(message) from error
         raise CommandError(
             f"expected the model to run forward and backward on {what} "

@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -29,26 +30,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, help="where the recipe finds its data")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of each arm")
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--seeds", type=int, default=3, help="how many, one run of each arm for each")
     parser.add_argument("--out", type=Path, default=Path("runs/worth"), help="folder for checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for result lines")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
-        run(args.task, args.data, args.seeds, args.out, args.results)
+        run(args.task, args.data, range(args.seed, args.seed + args.seeds), args.out, args.results)
     except UserError as error:
         sys.exit(f"worth: {error}")
 
 
-def run(name: str, data_path: Path | None, seeds: int, out: Path, results: Path) -> None:
+def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, results: Path) -> None:
     """Every run of a task that has no result line so far."""
     task, path = TASKS[name], results / f"{name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
     world = process.start(None)
     try:
         data = task.load(task.config(**task.base), data_path, world)
-        for seed in range(seeds):
+        for seed in seeds:
             for overrides in task.arms():
                 config = task.config(**{**task.base, **overrides})
                 if (dataclasses.asdict(config), seed) in finished(path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """linear and conv2d with pruned data and weight gradients, as Python autograd over ATen's operators."""
 
+from ._backward import rows
 from ._call import is_plain_again
 from ._conv2d import conv2d, conv2d_geometry, pruned_conv2d
 from ._conv2d_products import Conv2dProducts, Conv2dWeightProducts, Geometry, prune_conv2d_grad
@@ -19,4 +20,5 @@ __all__ = [
     "prune_conv2d_grad",
     "pruned_conv2d",
     "pruned_linear",
+    "rows",
 ]

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""How noisy a gradient is: by the choice of the batch, and by pruning.
+
+Noise is a variance: E |g - E g|², summed over the coordinates of the gradient g of all trained parameters, each
+coordinate scaled as the optimizer scales its steps (see ``Norm``). McCandlish et al., "An Empirical Model of
+Large-Batch Training", 2018: the number of steps to a loss grows with the noise of the gradient.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from ._decision import Products
+from ._pattern import METHODS_THAT_DRAW, UNBIASED_METHODS
+from ._step import Handles, Hook
+
+Gradients = Mapping[nn.Parameter, Tensor]
+
+
+class Norm(NamedTuple):
+    """The squared norm of a gradient of all trained parameters.
+
+    Attributes:
+        kind: ``"euclidean"``; or ``"adam"``: each coordinate is divided by sqrt(v) + eps, as Adam's steps are.
+        scales: what each trained parameter's gradient is multiplied with; None: nothing.
+    """
+
+    kind: str
+    scales: dict[nn.Parameter, Tensor | None]
+
+    @classmethod
+    def of(cls, op: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Norm:
+        """That of the model's parameters which require a gradient, and which ``optimizer`` trains if one is given.
+
+        Raises:
+            ValueError: ``op: requirement, got actual``, where there is none, or the optimizer has others.
+        """
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not parameters:
+            raise ValueError(f"{op}: expected a model with trainable parameters, got none that requires a gradient")
+        if optimizer is None:
+            return cls("euclidean", dict.fromkeys(parameters))
+        groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
+        unknown = len(groups.keys() - set(model.parameters()))
+        if unknown:
+            raise ValueError(f"{op}: expected an optimizer of this model, got {unknown} parameters of another")
+        trained = [parameter for parameter in parameters if parameter in groups]
+        if not trained:
+            raise ValueError(f"{op}: expected an optimizer of trainable parameters, got none that requires a gradient")
+        states = [optimizer.state.get(parameter, {}) for parameter in trained]
+        if not all("exp_avg_sq" in state and "step" in state for state in states):  # another kind, or no step so far
+            return cls("euclidean", dict.fromkeys(trained))
+        pairs = zip(trained, states, strict=True)
+        return cls("adam", {parameter: _adam_scale(state, groups[parameter]) for parameter, state in pairs})
+
+    def squared(self, gradients: Gradients) -> float:
+        return math.fsum(self.squared_of(parameter, gradient) for parameter, gradient in gradients.items())
+
+    def squared_of(self, parameter: nn.Parameter, gradient: Tensor) -> float:
+        """The part of one parameter; 0 where nothing trains it."""
+        if parameter not in self.scales:
+            return 0.0
+        scale = self.scales[parameter]
+        scaled = gradient if scale is None else gradient * scale
+        return float(torch.linalg.vector_norm(scaled, dtype=torch.float64 if scaled.is_cpu else None)) ** 2
+
+
+def _adam_scale(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    beta = group["betas"][1]
+    corrected: Tensor = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
+    scale: Tensor = 1 / (corrected.sqrt() + group["eps"])
+    return scale
+
+
+class Estimate(NamedTuple):
+    """A mean, and its relative standard error."""
+
+    mean: float
+    error: float
+
+
+def batch_noise(gradients: Iterable[Gradients], norm: Norm, halves: bool = False) -> Estimate:
+    """The noise that the choice of the batch brings: half of |g - g'|², over neighbouring batches.
+
+    Args:
+        gradients: of one batch after another; two are kept at a time.
+        halves: these are of the halves of one batch, whose gradient is their mean.
+    """
+    values: list[float] = []
+    last: Gradients | None = None
+    for gradient in gradients:
+        if last is not None:
+            values.append(norm.squared(difference(gradient, last)) / (4 if halves else 2))
+        last = gradient
+    mean = statistics.fmean(values)
+    # The coordinates are many but not independent: of one pair of batches, half up or down is what was seen.
+    spread = statistics.stdev(values) / mean if len(values) > 1 and mean > 0 else 0.0
+    return Estimate(mean, max(spread, 0.5) / math.sqrt(len(values)))
+
+
+def difference(one: Gradients, other: Gradients) -> dict[nn.Parameter, Tensor]:
+    return {parameter: gradient - other[parameter] for parameter, gradient in one.items()}
+
+
+class Errors(NamedTuple):
+    """Of a pruned gradient p, with another draw p', beside the exact g: squared, and summed over calls."""
+
+    error2: float = 0.0  # |p - g|²
+    bias2: float = 0.0  # <p - g, p' - g>; 0 of an unbiased method, |p - g|² of one that draws nothing
+    exact2: float = 0.0  # |g|²
+    noise: float = 0.0  # |p - g|² in the norm of a weight's gradient
+
+    def __add__(self, other: tuple[float, ...]) -> Errors:  # type: ignore[override]
+        return Errors(*(one + another for one, another in zip(self, other, strict=True)))
+
+    @property
+    def error(self) -> float:
+        """|p - g| / |g|"""
+        return math.sqrt(self.error2 / self.exact2) if self.exact2 else math.nan
+
+    @property
+    def bias(self) -> float:
+        """|E p - g| / |g|, estimated."""
+        return math.sqrt(max(self.bias2, 0.0) / self.exact2) if self.exact2 else math.nan
+
+
+def errors(
+    ways: Sequence[Products], methods: Sequence[str], seed: int, squared: Callable[[Tensor], float] | None = None
+) -> Iterator[Errors]:
+    """Of each of several prunings of one gradient.
+
+    Args:
+        ways: the products, alike but for their pruning.
+        methods: the method of each.
+        seed: of the draws; PyTorch's generators are left alone.
+        squared: the norm for ``Errors.noise``; None: it is 0.
+    """
+    with torch.no_grad():
+        exact = ways[0].exact()
+        exact2 = _squared(exact)
+        for products, method in zip(ways, methods, strict=True):
+            one, two = (torch.full((1,), 2 * seed + number, device=exact.device) for number in (0, 1))
+            error = products.dense(one) - exact
+            if method in UNBIASED_METHODS:
+                bias2 = 0.0
+            elif method in METHODS_THAT_DRAW:
+                bias2 = float((error.double() * (products.dense(two) - exact).double()).sum())
+            else:
+                bias2 = _squared(error)
+            yield Errors(_squared(error), bias2, exact2, 0.0 if squared is None else squared(error))
+
+
+def _squared(values: Tensor) -> float:
+    return float(torch.linalg.vector_norm(values.float() if values.dtype != torch.float64 else values)) ** 2
+
+
+def amplifications(
+    layers: Iterable[nn.Module], norm: Norm, loss: Callable[[], Tensor], make_error: Callable[[Any, Tensor], Tensor]
+) -> dict[nn.Module, float]:
+    """How much noise in each layer's data gradient becomes noise of the gradient of all parameters.
+
+    An error e of a data gradient travels on through the rest of the backward, which is linear in it. So one such
+    backward from the layer's input gives |J e|² / |e|², which is the same for a batch and for a part of it.
+
+    Args:
+        loss: runs the forward.
+        make_error: from the layer and its output gradient to an error of the data gradient, shaped like the input.
+
+    Returns:
+        |J e|² / |e|² of every layer whose data gradient was computed; 0: it reaches no trained parameter.
+    """
+    edges: list[tuple[nn.Module, GradientEdge]] = []
+    found: dict[int, Tensor] = {}
+
+    def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
+        input = (*args, *kwargs.values())[0]
+        if not (output.requires_grad and input.requires_grad):
+            return
+        index = len(edges)
+        edges.append((layer, get_gradient_edge(input)))
+        shape, dtype = input.shape, input.dtype
+
+        def receive(gradient: Tensor) -> None:
+            if index not in found:  # the backwards below come by again
+                found[index] = cropped(make_error(layer, gradient.detach()), shape).to(dtype)
+
+        hook: Any = output.register_hook
+        hook(receive)
+
+    trained = list(norm.scales)
+    with Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers):
+        value = loss()
+    torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
+    sums = {layer: [0.0, 0.0] for layer, _ in edges}
+    for index in sorted(found):
+        layer, edge = edges[index]
+        error = found.pop(index)
+        gradients = torch.autograd.grad([edge], trained, [error], retain_graph=True, allow_unused=True)
+        reached = {parameter: g for parameter, g in zip(trained, gradients, strict=True) if g is not None}
+        sums[layer][0] += norm.squared(reached)
+        sums[layer][1] += _squared(error)
+        found[index] = error.new_empty(0)
+    return {layer: out / into if into else 0.0 for layer, (out, into) in sums.items()}
+
+
+def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
+    """A gradient of an input that the layer pads by itself (``padding_mode="circular"``), without the padding."""
+    if gradient.shape != shape and gradient.numel() != math.prod(shape):
+        for dim, size in enumerate(shape[-2:], gradient.ndim - 2):
+            gradient = gradient.narrow(dim, (gradient.shape[dim] - size) // 2, size)
+    return gradient.reshape(shape)
+
+
+def samples_of(batch: Any) -> int | None:
+    """The samples in a batch: the length that all its tensors have in common; None: they have none in common."""
+    lengths = {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(batch)}
+    return lengths.pop() if len(lengths) == 1 else None
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    """Some of the samples of a batch, however nested; what is no tensor stays."""
+    if isinstance(batch, Tensor):
+        return batch[start:stop].detach().requires_grad_(batch.requires_grad)
+    if isinstance(batch, Mapping):
+        parts = {key: part_of(value, start, stop) for key, value in batch.items()}
+        if type(batch) is dict or not hasattr(batch, "update"):
+            return parts
+        part: Any = copy.copy(batch)  # such as a tokenizer's, with attributes
+        part.update(parts)
+        return part
+    if isinstance(batch, (tuple, list)):
+        values = [part_of(value, start, stop) for value in batch]
+        return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, tuple, list)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _tensors(value)
