@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Trains a small convolutional network on scikit-learn's handwritten digits, plain and with each way of pruning.
+"""Does pruning pay for a small convolutional network on scikit-learn's handwritten digits? Asks, then tries it.
 
-1,797 real images of 8 x 8 pixels, a third of them held out; three seeds each. The pruned variants prune everywhere, and
-each layer multiplies by whichever product, sparse or dense, was the faster when its first gradient came. The variants
-train in turn, epoch by epoch, so that times compare: "x plain" is the median, over epochs and seeds, of an epoch's time
-beside that of the plain one before it; "seconds" the median epoch's, times the epochs. Prints a table, and draws the
-learning curves:
+1,797 real images, a third of them held out. After two plain epochs ``sdgp.advise`` measures what pruning would save and
+what its noise would cost, and says whether it pays. Then the same network is trained three times per seed:
+
+    plain            all epochs
+    plain, shorter   as many epochs as fit into the time that the plan takes: what pruning has to beat
+    the plan         all epochs, pruned as advised; where nothing pays, 16:32 everywhere, to show what that does
+
+They train in turn, epoch by epoch, so that times compare: "time" is the median, over epochs, of an epoch's time beside
+that of the plain epoch next to it, times the epochs. Prints the plan and a table, and draws the learning curves:
 
     make demo
 """
@@ -13,6 +17,7 @@ learning curves:
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import time
@@ -36,30 +41,25 @@ from sdgp._machine import machine
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+Batch: TypeAlias = tuple[Tensor, Tensor]
 
-class Variant(NamedTuple):
+BATCH_SIZE = 128
+EVERYWHERE = ("16:32", "mvue", "16:32")  # where no plan pays
+
+
+class Arm(NamedTuple):
     name: str
-    pattern: str | None
-    method: str
-
-
-VARIANTS = (
-    Variant("plain", None, ""),
-    Variant("random 2:4", "2:4", "random"),
-    Variant("magnitude 2:4", "2:4", "magnitude"),
-    Variant("rescale 2:4", "2:4", "rescale"),
-    Variant("mvue 2:4", "2:4", "mvue"),
-    Variant("mvue 4:32", "4:32", "mvue"),
-)
+    epochs: int
+    plan: dict[str, tuple[Any, ...]]
 
 
 class Epoch(NamedTuple):
-    accuracy: float  # percent, after it
+    loss: float  # on the test images, after it
+    accuracy: float  # percent
     seconds: float
-    layers_sparse: int  # that took the sparse product
 
 
-Runs: TypeAlias = dict[Variant, list[list[Epoch]]]  # by seed
+Runs: TypeAlias = dict[str, list[list[Epoch]]]  # by the arm's name, then by seed
 
 
 class Data(NamedTuple):
@@ -72,6 +72,7 @@ class Data(NamedTuple):
 def load() -> Data:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16  # (1797, 1, 8, 8)
+    images = F.interpolate(images, scale_factor=2, mode="bilinear")  # (1797, 1, 16, 16)
     labels = torch.tensor(digits.target)
     parts = train_test_split(images, labels, test_size=1 / 3, random_state=0, stratify=labels)
     train_images, test_images, train_labels, test_labels = parts
@@ -83,99 +84,143 @@ def make_model() -> nn.Module:
         conv = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
         return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
-    layers = [*block(1, 32, 1), *block(32, 64, 2), *block(64, 64, 1), *block(64, 128, 2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 10))
+    layers = [*block(1, 32, 1), *block(32, 128, 2), *block(128, 128, 1), *block(128, 256, 2), *block(256, 256, 1)]
+    model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(256, 10))
+    return model.to(memory_format=torch.channels_last)
 
 
-def train(variant: Variant, data: Data, seed: int, epochs: int) -> Iterator[Epoch]:
+def batches(data: Data) -> Iterator[Batch]:
+    """An epoch, each image shifted by up to two pixels each way."""
+    for batch in torch.randperm(len(data.train_images)).split(BATCH_SIZE):
+        images = data.train_images[batch]
+        windows = F.pad(images, (2, 2, 2, 2)).unfold(2, 16, 1).unfold(3, 16, 1)  # (N, 1, 5, 5, 16, 16)
+        row, column = torch.randint(0, 5, (2, len(images)))
+        images = windows[torch.arange(len(images)), :, row, column]
+        yield images.contiguous(memory_format=torch.channels_last), data.train_labels[batch]
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    images, labels = batch
+    return F.cross_entropy(model(images), labels)
+
+
+def train(model: nn.Module, data: Data, seed: int, epochs: int) -> Iterator[Epoch]:
     """One epoch at a time, with a random state of its own: between two, others may train."""
     torch.manual_seed(seed)
-    model = make_model()
-    if variant.pattern is not None:
-        sdgp.convert(model, variant.pattern, variant.method, backend="pruned")
-    steps = -(-len(data.train_images) // 64)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.03, total_steps=epochs * steps)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
+    steps = -(-len(data.train_images) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.02, total_steps=epochs * steps)
     state = torch.get_rng_state()
     for _ in range(epochs):
         torch.set_rng_state(state)
         start = time.perf_counter()
         model.train()
-        for batch in torch.randperm(len(data.train_images)).split(64):
-            images = augment(data.train_images[batch])
-            loss = F.cross_entropy(model(images), data.train_labels[batch])
+        for batch in batches(data):
             optimizer.zero_grad()
-            loss.backward()
+            loss_of(model, batch).backward()
             optimizer.step()
             schedule.step()
         seconds = time.perf_counter() - start
         state = torch.get_rng_state()
-        layers_sparse = sum(row.product == "sparse" for row in sdgp.report(model))
-        yield Epoch(evaluate(model, data), seconds, layers_sparse)
-
-
-def augment(images: Tensor) -> Tensor:
-    """Shifts each image by up to one pixel each way."""
-    windows = F.pad(images, (1, 1, 1, 1)).unfold(2, 8, 1).unfold(3, 8, 1)  # (N, 1, 3, 3, 8, 8)
-    row, column = torch.randint(0, 3, (2, len(images)))
-    return windows[torch.arange(len(images)), :, row, column]
+        yield Epoch(*evaluate(model, data), seconds)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, data: Data) -> float:
+def evaluate(model: nn.Module, data: Data) -> tuple[float, float]:
     model.eval()
-    return 100 * (model(data.test_images).argmax(1) == data.test_labels).float().mean().item()
+    scores = model(data.test_images)
+    accuracy = 100 * (scores.argmax(1) == data.test_labels).float().mean().item()
+    return F.cross_entropy(scores, data.test_labels).item(), accuracy
 
 
-def summarize(runs: Runs) -> list[dict[str, Any]]:
+def ask(data: Data, epochs: int) -> sdgp.Plan:
+    """The plan for a model that has trained a little: an untrained one bears pruning worst."""
+    torch.manual_seed(0)
+    model = make_model()
+    for _ in zip(range(2), train(model, data, seed=0, epochs=max(epochs, 3)), strict=False):
+        pass
+    model.train()
+    few = [batch for batch in batches(data) if len(batch[0]) == BATCH_SIZE][:4]
+    return sdgp.advise(model, *few, loss=loss_of)
+
+
+def arms_for(plan: sdgp.Plan, epochs: int) -> list[Arm]:
+    if plan.pays:
+        name, pruned, saved = "the plan", dict(plan), plan.saved
+    else:
+        layers = [name for name, module in make_model().named_modules() if isinstance(module, nn.Conv2d)]
+        name, pruned, saved = "16:32 everywhere", dict.fromkeys(layers[1:], EVERYWHERE), 1 / epochs
+    shorter = min(epochs - 1, max(1, round((1 - saved) * epochs)))
+    return [Arm("plain", epochs, {}), Arm("plain, shorter", shorter, {}), Arm(name, epochs, pruned)]
+
+
+def run(arms: list[Arm], data: Data, seeds: int, console: Console) -> Runs:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    runs: Runs = {arm.name: [] for arm in arms}
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("epochs of all runs", total=seeds * sum(arm.epochs for arm in arms))
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = make_model()
+            training = {}
+            for arm in arms:
+                runs[arm.name].append([])
+                twin = sdgp.convert(copy.deepcopy(model), arm.plan)
+                training[arm.name] = train(twin, data, seed, arm.epochs)
+            for epoch in range(arms[0].epochs):
+                for arm in arms:
+                    if epoch < arm.epochs:
+                        runs[arm.name][-1].append(next(training[arm.name]))
+                        progress.advance(task)
+    return runs
+
+
+def summarize(arms: list[Arm], runs: Runs) -> list[dict[str, Any]]:
     rows = []
-    plain = [epoch.seconds for run in runs[VARIANTS[0]] for epoch in run]
-    for variant, repeats in runs.items():
-        last = [run[-1].accuracy for run in repeats]
-        seconds = [epoch.seconds for run in repeats for epoch in run]
-        ratios = [own / before for own, before in zip(seconds, plain, strict=True)]
+    for arm in arms:
+        pairs = zip(runs[arm.name], runs["plain"], strict=True)
+        ratios = [one.seconds / other.seconds for own, plain in pairs for one, other in zip(own, plain, strict=False)]
+        last = [repeat[-1] for repeat in runs[arm.name]]
         rows.append(
             {
-                "data gradient": variant.name,
-                "top1_mean": round(statistics.mean(last), 2),
-                "top1_std": round(statistics.stdev(last), 2) if len(last) > 1 else 0.0,
-                "top1": [round(accuracy, 2) for accuracy in last],
-                "seconds": round(len(repeats[0]) * statistics.median(seconds), 1),
-                "times_plain": round(statistics.median(ratios), 2),
-                "layers_sparse": [run[-1].layers_sparse for run in repeats],
+                "arm": arm.name,
+                "epochs": arm.epochs,
+                "epoch_times_plain": round(statistics.median(ratios), 3),
+                "time": round(statistics.median(ratios) * arm.epochs / arms[0].epochs, 3),
+                "loss": round(statistics.mean(epoch.loss for epoch in last), 4),
+                "losses": [round(epoch.loss, 4) for epoch in last],
+                "top1": round(statistics.mean(epoch.accuracy for epoch in last), 2),
             }
         )
     return rows
 
 
 def show(rows: list[dict[str, Any]], console: Console) -> None:
-    table = Table("data gradient", "top-1", "- plain", "seconds", "x plain", "layers sparse")
+    table = Table("", "epochs", "time", "test loss", "each seed's", "top-1")
     for row in rows:
-        difference = row["top1_mean"] - rows[0]["top1_mean"]
-        accuracy = f"{row['top1_mean']:.2f} ± {row['top1_std']:.2f}"
-        seconds, times, layers = f"{row['seconds']:.1f}", f"{row['times_plain']:.2f}", str(max(row["layers_sparse"]))
-        table.add_row(row["data gradient"], accuracy, f"{difference:+.2f}", seconds, times, layers)
+        losses = " ".join(f"{loss:.3f}" for loss in row["losses"])
+        cells = row["arm"], str(row["epochs"]), f"{row['time']:.0%}", f"{row['loss']:.3f}", losses, f"{row['top1']:.2f}"
+        table.add_row(*cells)
     console.print(table)
 
 
 def plot(runs: Runs, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for variant, repeats in runs.items():
-        curves = torch.tensor([[epoch.accuracy for epoch in run] for run in repeats])  # (seeds, epochs)
-        epochs = range(1, curves.shape[1] + 1)
-        (line,) = axes.plot(epochs, curves.mean(0), label=variant.name, linewidth=1.8)
-        axes.fill_between(epochs, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    axes.set(xlabel="epoch", ylabel="test top-1, %", title="Handwritten digits: pruned data gradients")
-    axes.set_ylim(80, 100)
-    axes.grid(alpha=0.3)
+    for name, repeats in runs.items():
+        curves = torch.tensor([[epoch.loss for epoch in repeat] for repeat in repeats])  # (seeds, epochs)
+        elapsed = torch.tensor([[epoch.seconds for epoch in repeat] for repeat in repeats]).cumsum(1).mean(0)
+        (line,) = axes.plot(elapsed, curves.mean(0), label=name, linewidth=1.8)
+        axes.fill_between(elapsed, curves.amin(0), curves.amax(0), color=line.get_color(), alpha=0.15, linewidth=0)
+    axes.set(xlabel="seconds of training", ylabel="test loss", yscale="log", title="Handwritten digits")
+    axes.grid(alpha=0.3, which="both")
     axes.legend(title=f"mean and range of {len(next(iter(runs.values())))} seeds")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=30)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--short", action="store_true", help="one seed, three epochs: shows that it runs, no more")
     parser.add_argument("--out", type=Path, default=Path("build"), help="folder for the plot and the table")
     args = parser.parse_args()
@@ -183,22 +228,20 @@ def main() -> None:
 
     where = machine(Path(__file__).parents[1], "CMakeLists.txt", "cpp", "python", "examples/digits.py")
     console, data = Console(), load()
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    runs: Runs = {variant: [] for variant in VARIANTS}
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("epochs of all runs", total=len(VARIANTS) * seeds * epochs)
-        for seed in range(seeds):
-            training = {variant: train(variant, data, seed, epochs) for variant in VARIANTS}
-            for variant in VARIANTS:
-                runs[variant].append([])
-            for _ in range(epochs):
-                for variant in VARIANTS:
-                    runs[variant][-1].append(next(training[variant]))
-                    progress.advance(task)
-    rows = summarize(runs)
+    console.print("asking sdgp.advise, after two plain epochs …")
+    plan = ask(data, epochs)
+    console.print(str(plan), highlight=False, soft_wrap=True)
+    console.print()
+    arms = arms_for(plan, epochs)
+    runs = run(arms, data, seeds, console)
+    rows = summarize(arms, runs)
     show(rows, console)
+    console.print(
+        "Time: of all epochs, beside the plain run. A saving counts where the loss is below the shorter run's."
+    )
     args.out.mkdir(parents=True, exist_ok=True)
-    results = {"machine": where, "settings": {"epochs": epochs, "seeds": list(range(seeds))}, "rows": rows}
+    settings = {"epochs": epochs, "seeds": list(range(seeds)), "plan": dict(plan), "verdict": plan.verdict}
+    results = {"machine": where, "settings": settings, "rows": rows}
     (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
     plot(runs, args.out / "digits.png")
     console.print(f"learning curves: {args.out / 'digits.png'}; the table: {args.out / 'digits.json'}")
