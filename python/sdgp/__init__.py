@@ -9,6 +9,7 @@ from ._load import version as __version__
 # isort: split
 from ._advise import Plan, advise
 from ._autograd import conv2d, linear
+from ._budget import Budget
 from ._choose import Chooser, chooser
 from ._convert import convert, paused, revert
 from ._decision import Decision
@@ -22,6 +23,7 @@ from ._schedule import Schedule
 from ._watch import Watch, watch
 
 __all__ = [
+    "Budget",
     "Chooser",
     "Conv2d",
     "Decision",

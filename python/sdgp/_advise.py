@@ -6,8 +6,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from ._choose import LEAST_WORK, current_chooser
 from ._convert import paused, why_plain
-from ._decision import Products
+from ._decision import Decision, Products
 from ._layer import PruningLayer, prune_in_place
 from ._models import check_module, format_table, layers_of
 from ._noise import (
@@ -317,6 +318,33 @@ def advise(
         >>> plan = sdgp.advise(model, *batches, loss=loss)
         >>> model = sdgp.convert(model, plan)
     """
+    return advised(
+        model, batches, loss, optimizer, patterns, methods, filter, rounds, progress or (lambda stage: None), Memory()
+    )
+
+
+@dataclass
+class Memory:
+    """What one call of ``advised`` leaves for the next: what does not change in training, and what is averaged."""
+
+    step_ms: float = math.nan
+    decisions: dict[str, Decision] = field(default_factory=dict)  # what each product took, by layer, call and pruning
+    noises: list[float] = field(default_factory=list)  # of the batch
+
+
+def advised(
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss | None,
+    optimizer: torch.optim.Optimizer | None,
+    patterns: Iterable[PatternLike] | None,
+    methods: Iterable[str],
+    filter: Callable[[nn.Module, str], bool] | None,
+    rounds: int,
+    say: Callable[[str], None],
+    memory: Memory,
+) -> Plan:
+    """``advise``, with a memory of earlier calls."""
     check_module("advise", model)
     if not batches:
         raise ValueError("advise: expected at least one batch, got none")
@@ -333,8 +361,8 @@ def advise(
     twins, reasons = _twins(model, settings, filter)
     if not twins:
         raise ValueError("advise: expected a model with layers to prune, got none: see sdgp.report(model)")
-    study = _Study(model, batches, loss, norm, twins, rounds, patterns is None)
-    say = progress or (lambda stage: None)
+    names = {module: name for name, module in layers_of(model)}
+    study = _Study(model, names, batches, loss, norm, twins, rounds, patterns is None, memory)
     with state_kept(model), paused(model):
         say("steps")
         noise = study.time_and_batch_noise()
@@ -342,11 +370,10 @@ def advise(
         study.measure_products()
         say("noise on its way through the layers")
         study.measure_amplifications()
-        names = {module: name for name, module in layers_of(model)}
-        candidates = study.candidates(names, noise)
+        candidates = study.candidates(noise)
         reasons = {name: reasons[name] if name in reasons else study.why_not(module) for module, name in names.items()}
-        notes = study.notes(names, optimizer, candidates)
-        plan = Plan(candidates, reasons, study.step_ms, norm.kind, noise.error, notes)
+        notes = study.notes(optimizer, candidates)
+        plan = Plan(candidates, reasons, memory.step_ms, norm.kind, noise.error, notes)
         for _ in range(3):
             if not plan.chosen:
                 break
@@ -422,28 +449,34 @@ class _Measured:
         self.timed = False
 
 
+# Estimates of the batch's noise that are averaged, of successive calls.
+_NOISES = 8
+
+
 class _Study:
     """What ``advise`` measures, stage by stage."""
 
     def __init__(
         self,
         model: nn.Module,
-        batches: tuple[Any, ...],
+        names: Mapping[nn.Module, str],
+        batches: Sequence[Any],
         loss: Loss | None,
         norm: Norm,
         twins: dict[nn.Module, list[PruningLayer]],
         rounds: int,
         narrow_for_wide: bool,
+        memory: Memory,
     ) -> None:
-        self._model, self._batches, self._loss, self._norm = model, batches, loss, norm
-        self._twins, self._rounds, self._narrow_for_wide = twins, rounds, narrow_for_wide
+        self._model, self._names, self._batches, self._loss, self._norm = model, names, batches, loss, norm
+        self._twins, self._rounds, self._narrow_for_wide, self._memory = twins, rounds, narrow_for_wide, memory
         self._found: dict[tuple[nn.Module, str], dict[PruningLayer, _Measured]] = {}
+        self._calls: Counter[tuple[nn.Module, str]] = Counter()
         self._shapes: dict[nn.Module, str] = {}
         self._largest = 0  # multiply-adds of a product
         self._obstacles: dict[nn.Module, str] = {}
         self._amplified: dict[nn.Module, float] = {}
         self._without_gradient = 0
-        self.step_ms = math.nan
         self.exact: Gradients = {}
 
     def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
@@ -457,14 +490,24 @@ class _Study:
         return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
 
     def time_and_batch_noise(self) -> Estimate:
-        first = self._batches[0]
+        first, memory = self._batches[0], self._memory
         self._check_finite(first)  # and warms up
         device = next(iter(self._norm.scales)).device
 
         def step() -> None:
             self.exact = self.gradients(first)
 
-        self.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
+        known = math.isfinite(memory.step_ms)
+        times = [seconds(step, device) for _ in range(1 if known else self._rounds)]
+        if not known:
+            memory.step_ms = 1e3 * statistics.median(times)
+        estimate = self._batch_noise()
+        memory.noises.append(estimate.mean)
+        recent = memory.noises[-_NOISES:]
+        return Estimate(statistics.fmean(recent), estimate.error / math.sqrt(len(recent)))
+
+    def _batch_noise(self) -> Estimate:
+        first = self._batches[0]
         samples = samples_of(first)
         if len(self._batches) > 1:
             return batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
@@ -498,6 +541,7 @@ class _Study:
         if not twins:
             return
         found = self._found.setdefault((module, gradient), {})
+        self._calls[module, gradient] += 1
         slower: set[str] = set()  # methods for which a sparser pattern saves nothing
         for twin in twins:
             measured = found.setdefault(twin, _Measured())
@@ -532,7 +576,11 @@ class _Study:
             return
         if products.work < LEAST_WORK or pruning.method in slower:
             return
-        decision = current_chooser().measure(products, pruning, self._rounds)
+        call = f"{self._names[module]}, call {self._calls[module, gradient]}"
+        key = f"{call}: {gradient} {pruning.pattern} {pruning.method}"
+        decision = self._memory.decisions.get(key)
+        if decision is None:
+            decision = self._memory.decisions[key] = current_chooser().measure(products, pruning, self._rounds)
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
         measured.sparse_ms += decision.sparse_ms or 0.0
@@ -573,7 +621,7 @@ class _Study:
                 for handle in handles:
                     handle.remove()
 
-    def candidates(self, names: Mapping[nn.Module, str], batch: Estimate) -> list[Candidate]:
+    def candidates(self, batch: Estimate) -> list[Candidate]:
         rows = []
         for (module, gradient), found in self._found.items():
             for twin, measured in found.items():
@@ -585,7 +633,7 @@ class _Study:
                     noise = measured.errors.noise
                 rows.append(
                     Candidate(
-                        names[module],
+                        self._names[module],
                         gradient,
                         self._shapes[module],
                         str(twin.pruning.pattern),
@@ -598,7 +646,7 @@ class _Study:
                         measured.errors.bias,
                     )
                 )
-        order = {name: index for index, name in enumerate(names.values())}
+        order = {name: index for index, name in enumerate(self._names.values())}
         return sorted(rows, key=lambda row: (order[row.layer], row.gradient))
 
     def why_not(self, module: nn.Module) -> str:
@@ -607,9 +655,7 @@ class _Study:
             return "no gradient"
         return self._obstacles.get(module, "too small to gain")
 
-    def notes(
-        self, names: Mapping[nn.Module, str], optimizer: torch.optim.Optimizer | None, rows: list[Candidate]
-    ) -> list[str]:
+    def notes(self, optimizer: torch.optim.Optimizer | None, rows: list[Candidate]) -> list[str]:
         notes = []
         if len(self._batches) == 1:
             notes.append("one batch alone tells the noise to a factor of about two: pass more")
@@ -620,7 +666,7 @@ class _Study:
         idle = [p for p in self._model.parameters() if p.requires_grad and p not in self._norm.scales]
         if idle:
             notes.append(f"{len(idle)} parameters require a gradient that the optimizer does not use: freeze them")
-        useless = [names[module] or "(model)" for module, factor in self._amplified.items() if factor == 0]
+        useless = [self._names[module] or "(model)" for module, factor in self._amplified.items() if factor == 0]
         if useless:
             listed = ", ".join(useless[:3]) + (", …" if len(useless) > 3 else "")
             notes.append(f"the data gradient of {listed} reaches no trained parameter: detach the input")

@@ -63,7 +63,7 @@ class Watch(Mapping[str, Record]):
             raise ValueError(f"watch: expected 0 < exact_below <= 1, a cosine, got {exact_below}")
         names: dict[nn.Module, str] = {layer: name for layer, name in pruning_layers("watch", model).items()}
         if isinstance(to, (str, PathLike)):
-            _check_writable(to)
+            check_writable("watch", to)
         elif to is not None and not hasattr(to, "add_scalar"):
             raise ValueError(f"watch: expected to= a path or a TensorBoard writer, got {type(to).__name__}")
         self.step = 0
@@ -214,12 +214,12 @@ class Watch(Mapping[str, Record]):
         return {"step": step, "layer": name, "pattern": str(pruning.pattern), "method": pruning.method, **written}
 
 
-def _check_writable(path: str | PathLike[str]) -> None:
+def check_writable(op: str, path: str | PathLike[str]) -> None:
     try:
         with Path(path).open("a", encoding="utf-8"):
             pass
     except OSError as error:
-        raise ValueError(f"watch: expected to= a file that can be written, got {path}: {error.strerror}") from error
+        raise ValueError(f"{op}: expected to= a file that can be written, got {path}: {error.strerror}") from error
 
 
 def recent(values: list[float], window: int = 10) -> float:

@@ -2,6 +2,8 @@
 """Runs the study, task by task: plain runs of several lengths and batches beside pruned ones, complete schedules each.
 
     python -m recipes.worth resnet9 --data DIR             # hours; started again, it goes on where it was
+    python -m recipes.worth.measure resnet9 --data DIR     # what a step saves on this machine, and the noise
+    python -m recipes.worth.report                         # the tables and plots of README.md
 
 A run's line goes to results/TASK.jsonl when the run ends; runs that have a line there are not repeated. Every arm of
 the first seed comes before the next seed.

@@ -3,9 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
@@ -18,6 +22,18 @@ from ..common.settings import Settings
 Overrides = Mapping[str, Any]
 
 
+class Parts(NamedTuple):
+    """What a recipe trains, for those who measure steps of it.
+
+    Attributes:
+        batches: as the recipe draws them, (input, target); without end.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Iterator[tuple[Tensor, Tensor]]
+
+
 class Task(NamedTuple):
     """One model, data set and recipe.
 
@@ -25,6 +41,7 @@ class Task(NamedTuple):
         config: the type of the recipe's settings.
         base: the settings of the full plain run.
         load, train: the recipe's functions.
+        parts: of the plain run, from settings, data and world; the loss is the cross-entropy of the model's output.
         shorter: the settings of a plain run at this share of the epochs; the schedule is always a whole one.
         pruned: (data gradient, weight gradient) of the pruned runs; ``""``: exact.
     """
@@ -33,6 +50,7 @@ class Task(NamedTuple):
     base: Overrides
     load: Callable[[Any, Path | None, World], Any]
     train: Callable[[Any, Any, int, World, Job], None]
+    parts: Callable[[Any, Any, World], Parts]
     shorter: Callable[[float], Overrides]
     lengths: tuple[float, ...]
     batches: tuple[float, ...]
@@ -47,6 +65,23 @@ class Task(NamedTuple):
         arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
         arms.append({"method": "rescale", "pattern": "2:4"})
         return arms
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    input, target = batch
+    return F.cross_entropy(model(input), target)
+
+
+def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
+    torch.manual_seed(0)
+    model = cifar10.prepare(config, world)
+    optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in range(10**9):
+            yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
+
+    return Parts(model, optimizer, batches())
 
 
 _RESNET9 = {
@@ -68,6 +103,7 @@ TASKS = {
         _RESNET9,
         cifar10_data.load,
         cifar10.train,
+        _resnet9_parts,
         lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share},
         lengths=(0.875, 0.75, 0.625),
         batches=(0.875, 0.75),

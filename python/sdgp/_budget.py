@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Pruning that is kept worth it while a model trains: the advice, asked again and again."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ._advise import Memory, advised
+from ._convert import convert
+from ._decision import Decision
+from ._models import check_module
+from ._pattern import PatternLike
+from ._step import Loss
+from ._watch import check_writable
+
+# Of `state_dict`.
+_KEYS = {"step", "plan", "step_ms", "decisions", "noises"}
+
+
+class Budget:
+    """Prunes a model as it trains, where that pays, and as much as pays.
+
+    ``sdgp.advise`` weighs the time that pruning saves against the steps that its noise costs. Both change in training:
+    an untrained model bears pruning worst. So a budget leaves the first steps exact, then asks for advice at every
+    ``every``-th step, on that step's batch, and converts the model to the plan; an empty plan makes it plain again. An
+    advice takes as long as six to ten steps, and once, to time the products, some twenty.
+
+    Under ``torch.distributed`` the first process is asked, and all get its plan.
+
+    Args:
+        model: the model itself, not what DistributedDataParallel or torch.compile made of it.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
+        optimizer: that trains the model, see ``sdgp.advise``.
+        every: how many steps lie between advices.
+        first: how many steps are exact before the first. Default: ``every``.
+        net: plans that would save a smaller share of the time to the same loss than this are not taken.
+        patterns, methods, filter: see ``sdgp.advise``.
+        to: the path of a file that a JSON line is appended to at every advice.
+
+    Attributes:
+        step_count: how many steps were made.
+        plan: what the model is converted to now, as ``sdgp.convert`` takes it.
+        verdict: of the last advice, one sentence; ``""`` before the first.
+
+    Raises:
+        ValueError: ``Budget: requirement, got actual``; from ``step``, what ``advise`` raises.
+
+    Examples:
+        >>> model = torch.nn.Linear(64, 64)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> def loss(model, batch):
+        ...     return (model(batch) - batch).square().mean()
+        >>> budget = sdgp.Budget(model, loss, optimizer, every=2)
+        >>> for batch in torch.randn(4, 32, 64):
+        ...     optimizer.zero_grad()
+        ...     loss(model, batch).backward()
+        ...     optimizer.step()
+        ...     budget.step(batch)
+        >>> budget.verdict
+        'nothing pays here: every layer is too small at this batch size'
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        every: int = 1000,
+        first: int | None = None,
+        net: float = 0.01,
+        patterns: Iterable[PatternLike] | None = None,
+        methods: Iterable[str] = ("mvue",),
+        filter: Callable[[nn.Module, str], bool] | None = None,
+        to: str | PathLike[str] | None = None,
+    ) -> None:
+        check_module("Budget", model)
+        if isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
+            raise ValueError(
+                f"Budget: expected the model itself, got a {type(model).__name__} of it: pass what it wraps"
+            )
+        first = every if first is None else first
+        if every < 1 or first < 1:
+            raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
+        if to is not None:
+            check_writable("Budget", to)
+        self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._every, self._first, self._net, self._to = every, first, net, to
+        self._patterns = None if patterns is None else list(patterns)
+        self._methods, self._filter = tuple(methods), filter
+        self._memory = Memory()
+        self.step_count, self.plan, self.verdict = 0, dict[str, tuple[Any, ...]](), ""
+        convert(model, {})
+
+    def step(self, batch: Any) -> None:
+        """Counts a step of the optimizer, after it was made; from time to time asks for advice on its ``batch``."""
+        self.step_count += 1
+        since = self.step_count - self._first
+        if since < 0 or since % self._every:
+            return
+        found: list[Any] = [None]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not distributed or torch.distributed.get_rank() == 0:
+            found = [self._ask(batch)]
+        if distributed:
+            torch.distributed.broadcast_object_list(found)
+        self.plan, self.verdict = found[0]
+        convert(self._model, self.plan)
+
+    def _ask(self, batch: Any) -> tuple[dict[str, tuple[Any, ...]], str]:
+        plan = advised(
+            self._model,
+            [batch],
+            self._loss,
+            self._optimizer,
+            self._patterns,
+            self._methods,
+            self._filter,
+            3,
+            lambda stage: None,
+            self._memory,
+        )
+        taken = dict(plan) if plan.net >= self._net else {}
+        numbers = {"pays": plan.pays, "saved": plan.saved, "noise": plan.noise, "net": plan.net, "norm": plan.norm}
+        self._write({"step": self.step_count, **numbers, "plan": taken})
+        return taken, plan.verdict
+
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self._to is None:
+            return
+        try:
+            with Path(self._to).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+        except OSError as error:  # a full disk ends no training
+            warnings.warn(f"Budget: {self._to} cannot be written any more: {error}", stacklevel=4)
+            self._to = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step, the plan and what was measured, in types that JSON holds: with it, and the state of
+        ``sdgp.chooser``, a run goes on from a checkpoint as it would have without the break."""
+        memory = self._memory
+        decisions = {key: asdict(decision) for key, decision in memory.decisions.items()}
+        step_ms = memory.step_ms if math.isfinite(memory.step_ms) else None
+        measured = {"step_ms": step_ms, "decisions": decisions, "noises": list(memory.noises)}
+        return {"step": self.step_count, "plan": dict(self.plan), **measured}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where ``state_dict`` was taken, and converts the model to its plan.
+
+        Raises:
+            ValueError: where it is something else, or of another model.
+        """
+        if set(state) != _KEYS:
+            raise ValueError(f"Budget: expected a state_dict with {', '.join(sorted(_KEYS))}, got {sorted(state)}")
+        convert(self._model, state["plan"])
+        self.step_count = state["step"]
+        self.plan = {name: tuple(setting) for name, setting in state["plan"].items()}
+        decisions = {key: Decision(**values) for key, values in state["decisions"].items()}
+        step_ms = math.nan if state["step_ms"] is None else state["step_ms"]
+        self._memory = Memory(step_ms, decisions, list(state["noises"]))

@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The tables and plots of README.md: what each arm's loss is worth in plain steps, and the time that is saved net.
+
+    python -m recipes.worth.report
+
+A plain run of a share x of the steps, or with a share x of the batch, costs x. A pruned arm costs 1 - S, where S is
+what a step of it saves on a machine. Where its loss is that of a plain run of the share e, the same loss takes
+1 - (1 - S) / e less time; of fewer steps and a smaller batch, the one with the smaller e counts. Between plain runs the
+loss is interpolated, beyond them the line goes on. Intervals are 95 %, over seeds, of the difference to the full plain
+run of the same seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+from .tasks import TASKS, Task
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+_BEGIN, _END = "<!-- tables: python -m recipes.worth.report -->", "<!-- end of tables -->"
+
+# Student's t, 97.5 %, by degrees of freedom.
+_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
+
+
+class Arm(NamedTuple):
+    """The runs of one arm.
+
+    Attributes:
+        kind: ``"steps"``, ``"batch"`` or ``"pruned"``.
+        cost: in samples, of a plain arm, as a share of the full run's.
+        losses: by seed.
+    """
+
+    name: str
+    kind: str
+    cost: float
+    losses: dict[int, float]
+
+
+class Worth(NamedTuple):
+    """What a pruned arm's loss is worth: the share of plain steps with the same loss, and the ends of its interval."""
+
+    equivalent: float
+    low: float
+    high: float
+
+
+def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
+    """In the order of ``task.arms()``; of those that have run."""
+    by_config: dict[str, dict[int, float]] = defaultdict(dict)
+    for line in lines:
+        by_config[json.dumps(line["config"], sort_keys=True)][line["seed"]] = line["test_loss"]
+    found = []
+    full = _samples(task, {})
+    for overrides in task.arms():
+        config: Any = task.config(**{**task.base, **overrides})
+        losses = by_config.get(json.dumps(vars(config), sort_keys=True))
+        if losses is None:
+            continue
+        share = _samples(task, overrides) / full
+        if "method" in overrides:
+            found.append(Arm(config.row, "pruned", 1.0, losses))
+        elif "batch_size" in overrides:
+            found.append(Arm(f"plain, {share:.1%} of the batch", "batch", share, losses))
+        else:
+            found.append(Arm(f"plain, {share:.1%} of the steps", "steps", share, losses))
+    return found
+
+
+def _samples(task: Task, overrides: Any) -> float:
+    """Samples that a plain run sees: an epoch is as many whatever the batch."""
+    return float({**task.base, **overrides}["epochs"])
+
+
+def worth(arm: Arm, plain: list[Arm]) -> Worth:
+    """Against plain runs of fewer steps; the first is the full one."""
+    full = plain[0]
+    seeds = sorted(arm.losses.keys() & full.losses.keys())
+    differences = [arm.losses[seed] - full.losses[seed] for seed in seeds]
+    mean = statistics.mean(differences)
+    half = math.inf
+    if len(seeds) > 1:
+        half = _T.get(len(seeds) - 1, 2.0) * statistics.stdev(differences) / math.sqrt(len(seeds))
+    curve = [(_difference(other, full), other.cost) for other in plain]
+    ends = (_share(curve, mean + sign * half) for sign in (1, -1))
+    return Worth(_share(curve, mean), *ends)
+
+
+def _difference(arm: Arm, full: Arm) -> float:
+    seeds = arm.losses.keys() & full.losses.keys()
+    return statistics.mean(arm.losses[seed] - full.losses[seed] for seed in seeds)
+
+
+def _share(curve: list[tuple[float, float]], difference: float) -> float:
+    """The share of the steps with this difference of loss."""
+    if not math.isfinite(difference):
+        return math.nan
+    points = sorted(curve)
+    for (low, cost_low), (high, cost_high) in itertools.pairwise(points):
+        if difference <= high or (high, cost_high) == points[-1]:
+            return cost_low + (difference - low) / (high - low) * (cost_high - cost_low)
+    return math.nan
+
+
+def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, Any]], noise: dict[str, float]) -> str:
+    """Markdown: a line an arm; of the pruned ones what they are worth, and the net saving on each machine."""
+    plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in ("steps", "batch")}
+    curves = {kind: curve for kind, curve in plain.items() if len(curve) > 1}
+    head = ["arm", "test loss", "seeds", *(f"= plain with, of the {kind}" for kind in curves), "noise τ", "c"]
+    lines = [[*head, *(f"step; net, {machine}" for machine in saved)]]
+    lines.append(["---"] * len(lines[0]))
+    for arm in found:
+        values = list(arm.losses.values())
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+        cells = [arm.name, f"{statistics.mean(values):.3f}{spread}", str(len(values))]
+        if arm.kind == "pruned":
+            worths = [worth(arm, curve) for curve in curves.values()]
+            strict = min(value.equivalent for value in worths)
+            tau = noise.get(arm.name)
+            cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
+            cells += [f"{tau:.3f}", f"{(1 / strict - 1) / tau:.1f}"] if tau else ["", ""]
+            cells += [_net(saved[machine].get(_key(arm)), strict) for machine in saved]
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return f"**{name}**\n\n{body}"
+
+
+def _interval(value: Worth) -> str:
+    return "" if math.isnan(value.low) else f" [{value.low:.0%}, {value.high:.0%}]"
+
+
+def _key(arm: Arm) -> str:
+    """The arm's name in the measured savings."""
+    if not arm.name.startswith("mvue "):
+        return ""
+    data, _, weight = arm.name.removeprefix("mvue ").partition(", weight gradient ")
+    return f"{data} + {weight}" if weight else data
+
+
+def _net(row: dict[str, Any] | None, equivalent: float) -> str:
+    if row is None:
+        return ""
+    net = 1 - (1 - row["saved"]) / equivalent
+    return f"{row['saved']:.0%} [{row['saved_low']:.0%}, {row['saved_high']:.0%}]; **{net:+.0%}**"
+
+
+def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
+    """By the arm's name: the mean over the run, without its first point, where the model is untrained."""
+    result = {}
+    later = points[1:]
+    patterns = {key.split()[1] for key in later[0]["noise"]} if later else set()
+    means = {
+        key: statistics.mean(point["noise"][key] for point in later) for key in (later[0]["noise"] if later else ())
+    }
+    for data in patterns:
+        result[f"mvue {data}"] = means[f"data {data}"]
+        for weight in patterns:
+            result[f"mvue {data}, weight gradient {weight}"] = means[f"data {data}"] + means[f"weight {weight}"]
+    return result
+
+
+def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
+    """Loss against cost: the plain curve, and each pruned arm at its cost on each machine."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
+        points = sorted((arm.cost, statistics.mean(arm.losses.values())) for arm in found if arm.kind == kind)
+        if points:
+            axes.plot(*zip(*points, strict=True), ".-", label=label)
+    for machine, marker in zip(saved, "osD^", strict=False):
+        for arm in found:
+            row = saved[machine].get(_key(arm))
+            if row is None:
+                continue
+            at = 1 - row["saved"], statistics.mean(arm.losses.values())
+            axes.plot(*at, marker, color="tab:green")
+            axes.annotate(f"{_key(arm)}, {machine}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="cost, as a share of the full plain run", ylabel="test loss", title=name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parts = []
+    for name, task in TASKS.items():
+        runs = HERE / "results" / f"{name}.jsonl"
+        if not runs.exists():
+            continue
+        found = arms(task, [json.loads(line) for line in runs.read_text().splitlines()])
+        saved = {
+            path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text())["result"]
+            for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))
+        }
+        noise_path = runs.parent / f"{name}-noise.json"
+        noise = mean_noise(json.loads(noise_path.read_text())["result"]) if noise_path.exists() else {}
+        plot(name, found, saved, runs.with_suffix(".png"))
+        parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
+    readme = HERE / "README.md"
+    text = "\n\n".join(parts)
+    print(text)
+    before, begin, rest = readme.read_text().partition(_BEGIN)
+    if not begin:
+        sys.exit(f"report: expected {_BEGIN} in {readme}")
+    readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""sdgp.Budget: pruning that follows the advice as a model trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from test_advise import Slower, Told, batches, loss, net
+from torch import nn
+
+import sdgp
+from sdgp._advise import STEPS_PER_NOISE
+
+
+@pytest.fixture(autouse=True)
+def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Products and steps take what they are told, and noise costs little, so that pruning pays."""
+    monkeypatch.setattr("sdgp._advise.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
+    with Told():
+        yield
+
+
+class Run:
+    """A training run, step by step."""
+
+    def __init__(self, with_budget: bool = True, **settings: Any) -> None:
+        self.model = nn.Sequential(net(), nn.Dropout(0.1))
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
+        self.budget = sdgp.Budget(self.model, loss, self.optimizer, **settings) if with_budget else None
+
+    def steps(self, *numbers: int) -> None:
+        for number in numbers:
+            batch = batches(8)[number % 8]
+            torch.manual_seed(number)
+            self.optimizer.zero_grad()
+            loss(self.model, batch).backward()
+            self.optimizer.step()
+            if self.budget is not None:
+                self.budget.step(batch)
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in self.model.parameters()]
+
+
+def is_pruned(model: nn.Module) -> bool:
+    return any(isinstance(layer, (sdgp.Linear, sdgp.Conv2d)) for layer in model.modules())
+
+
+def test_prunes_after_the_first_steps(tmp_path: Path) -> None:
+    run = Run(every=2, first=3, to=tmp_path / "budget.jsonl")
+    pruned = []
+    for number in range(6):
+        run.steps(number)
+        pruned.append(is_pruned(run.model))
+    assert pruned == [False, False, True, True, True, True]
+    assert run.budget.verdict.startswith("it pays: ")
+    lines = [json.loads(line) for line in (tmp_path / "budget.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 5]
+    assert {name: tuple(setting) for name, setting in lines[-1]["plan"].items()} == run.budget.plan
+    assert all(line["pays"] and 0 < line["net"] < line["saved"] for line in lines)
+    rows = {row.layer: row for row in sdgp.report(run.model) if row.gradient == "data"}
+    for layer, (pattern, method, *_) in run.budget.plan.items():
+        assert (rows[layer].pattern, rows[layer].method) == (pattern, method)
+
+
+def test_goes_back_to_exact_where_it_no_longer_pays() -> None:
+    run = Run(every=1)
+    run.steps(0)
+    assert is_pruned(run.model)
+    run.budget._memory.decisions.clear()
+    with Slower():
+        run.steps(1)
+    assert not is_pruned(run.model)
+    assert run.budget.plan == {}
+    assert run.budget.verdict == "nothing pays here: no sparse product is faster than the exact one"
+
+
+def test_a_saving_below_net_is_not_taken() -> None:
+    run = Run(every=1, net=0.9)
+    run.steps(0)
+    assert run.budget.verdict.startswith("it pays")
+    assert not is_pruned(run.model)
+
+
+def test_advice_does_not_touch_the_training() -> None:
+    plain, asked = Run(with_budget=False), Run(every=1)
+    plain.steps(0, 1, 2)
+    with Slower():
+        asked.steps(0, 1, 2)
+    for one, other in zip(plain.weights, asked.weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_products_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    measure = Told.measure
+    monkeypatch.setattr(Told, "measure", lambda self, *a, **k: (asked.append(k or a[2:]), measure(self, *a, **k))[1])
+    run = Run(every=2)
+    run.steps(0, 1)
+    first = len(asked)
+    assert first == 5 * 3  # gradients by patterns
+    run.steps(2, 3)
+    assert [settings for settings in asked[first:] if settings] == []  # but by the layers' own first backwards
+
+
+def test_resumes_bit_for_bit() -> None:
+    whole = Run(every=2)
+    whole.steps(*range(3))
+    checkpoint = json.loads(json.dumps(whole.budget.state_dict()))
+    others = copy.deepcopy([whole.model.state_dict(), whole.optimizer.state_dict()])
+    measured = sdgp.chooser.state_dict()
+    whole.steps(3, 4, 5)
+    resumed = Run(every=2)
+    resumed.model.load_state_dict(others[0])
+    resumed.optimizer.load_state_dict(others[1])
+    sdgp.chooser.load_state_dict(measured)
+    resumed.budget.load_state_dict(checkpoint)
+    assert is_pruned(resumed.model)
+    resumed.steps(3, 4, 5)
+    assert resumed.budget.plan == whole.budget.plan
+    assert resumed.budget.step_count == whole.budget.step_count == 6
+    for one, other in zip(resumed.weights, whole.weights, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_state_before_the_first_advice_is_json() -> None:
+    run = Run(every=2)
+    state = json.loads(json.dumps(run.budget.state_dict(), allow_nan=False))
+    run.budget.load_state_dict(state)
+    assert math.isnan(run.budget._memory.step_ms)
+
+
+def worker(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.set_num_threads(1)
+    STEPS_PER_NOISE["euclidean"] = 0.0
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    with Told() if rank == 0 else Slower():  # what another process finds does not count
+        run = Run(every=2, net=0.0)
+        wrapped = nn.parallel.DistributedDataParallel(run.model)
+        for number in range(4):
+            batch = batches(8)[2 * number + rank]
+            run.optimizer.zero_grad()
+            loss(wrapped, batch).backward()
+            run.optimizer.step()
+            run.budget.step(batch)
+    torch.save((run.budget.plan, run.weights), f"{folder}/rank{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    mp.spawn(worker, (str(tmp_path),), nprocs=2)
+    (plan, weights), (other_plan, other_weights) = (torch.load(tmp_path / f"rank{rank}") for rank in (0, 1))
+    assert plan == other_plan
+    assert plan
+    for one, other in zip(weights, other_weights, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("make", "requirement", "got"),
+    [
+        (lambda: sdgp.Budget(3), "an nn.Module", "int"),
+        (lambda: sdgp.Budget(torch.compile(net())), "the model itself", "a OptimizedModule"),
+        (lambda: sdgp.Budget(net(), every=0), "every >= 1", "0 and 0"),
+        (lambda: sdgp.Budget(net(), to="no/such/folder/x"), "to= a file that can be written", "no/such/folder/x"),
+        (lambda: sdgp.Budget(net()).load_state_dict({"step": 1}), "a state_dict with decisions, ", r"\['step'\]"),
+    ],
+    ids=["module", "compiled", "every", "to", "state"],
+)
+def test_errors(make: Any, requirement: str, got: str) -> None:
+    with pytest.raises(ValueError, match=f"^Budget: expected {requirement}.*, got {got}"):
+        make()
+
+
+def test_a_batch_that_cannot_be_halved_is_an_error_of_step() -> None:
+    budget = sdgp.Budget(net(), loss, every=1)
+    with pytest.raises(ValueError, match=r"^advise: expected several batches, or one of at least two samples"):
+        budget.step((torch.ones(1, 32), torch.ones(1, dtype=torch.int64)))
