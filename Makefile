@@ -41,7 +41,9 @@ demo: $(if $(wildcard $(DIST)/built),$(VENV)/installed,$(VENV)/built-here)
 # Hours: all that can be tested on a machine without a GPU.
 test-all: test sanitize fuzz coverage reproducible
 
-test: lint cpp-test python-test second-test install-test
+# Two at a time: tests often wait for a compiler or a process that they started.
+test: lint
+	+$(MAKE) -j2 cpp-test python-test second-test install-test
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
-_PRUNING = ("method", "pattern", "weight_grad", "backend", "exact_first", "exact_last", "layers")
+_PRUNING = ("method", "pattern", "weight_grad", "plan", "backend", "exact_first", "exact_last", "layers")
 _MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # what names a table
 _PUBLISHED_WIDTH = 128
 
@@ -158,6 +158,8 @@ def plot(group: Group, path: Path) -> None:
     by_method: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
     for row, runs in group.runs.items():
         config = runs[0]["config"]
+        if config.get("plan"):  # each layer has a density of its own
+            continue
         n, m = map(int, config["pattern"].split(":"))
         label = _row(runs[0]).replace(f" {config['pattern']}", "", 1)
         by_method[label].append((1.0 if row == "plain" else n / m, [run[group.metric] for run in runs]))

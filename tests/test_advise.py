@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdgp
-from sdgp._advise import STEPS_PER_NOISE, Candidate, Plan, net_saving
 from sdgp._autograd import LinearProducts, LinearWeightProducts
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
+from sdgp._plan import STEPS_PER_NOISE, Candidate, Plan, net_saving
 
 SPARSE_MS = {
     "16:32": 0.8,
@@ -146,12 +146,12 @@ def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
     rows = [row("a", "data", "8:16", 10, 0.01), row("b", "data", "8:16", 10, 0.03)]
     plan = Plan(rows, {}, 100.0)
     assert set(plan) == {"a", "b"}
-    assert plan._take_measured(0.04)
-    assert not plan._take_measured(0.08)  # twice: b costs 18 % now
+    assert plan.take_measured(0.04)
+    assert not plan.take_measured(0.08)  # twice: b costs 18 % now
     assert set(plan) == {"a"}
-    assert plan._take_measured(0.02)
+    assert plan.take_measured(0.02)
     assert plan.noise == pytest.approx(0.02)
-    assert plan._take_measured(0.2) is False
+    assert plan.take_measured(0.2) is False
     assert not plan
     assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 10.0% off a step and costs 60.0%")
 

@@ -18,7 +18,7 @@ from test_advise import Slower, Told, batches, loss, net
 from torch import nn
 
 import sdgp
-from sdgp._advise import STEPS_PER_NOISE
+from sdgp._plan import STEPS_PER_NOISE
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 import sdgp
 from sdgp import _plot
-from sdgp._advise import Candidate, Plan
+from sdgp._plan import Candidate, Plan
 
 pytest.importorskip("matplotlib")
 from matplotlib.figure import Figure

@@ -7,7 +7,7 @@ from ._load import cmake_prefix_path as cmake_prefix_path
 from ._load import version as __version__
 
 # isort: split
-from ._advise import Plan, advise
+from ._advise import advise
 from ._autograd import conv2d, linear
 from ._budget import Budget
 from ._choose import Chooser, chooser
@@ -16,6 +16,7 @@ from ._decision import Decision
 from ._layers import Conv2d, Linear
 from ._ops import compress_nm, decompress_nm, prune_nm, spmm_nm
 from ._pattern import Pattern
+from ._plan import Plan
 from ._plot import plot
 from ._profile import profile
 from ._report import report

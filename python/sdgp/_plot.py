@@ -11,8 +11,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ._advise import STEPS_PER_NOISE, Plan
 from ._fidelity import METRICS
+from ._plan import STEPS_PER_NOISE, Plan
 from ._watch import Record, Watch, recent
 
 # One unit is some 0.25 inch: a line of text.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ._clock import synchronize
-from ._convert import convert
+from ._convert import PlanLike, convert
 from ._report import report
 
 
@@ -89,7 +89,7 @@ def steps_beside_plain(
     model: nn.Module,
     input: Tensor,
     target: Tensor,
-    patterns: Sequence[str],
+    patterns: Sequence[str] | Mapping[str, PlanLike],
     method: str,
     backends: Sequence[str],
     rounds: int,
@@ -97,13 +97,14 @@ def steps_beside_plain(
 ) -> list[dict[str, Any]]:
     """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
 
-    A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient. What is saved is the median
-    over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what a second copy of the
-    plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster of the two is what
-    pruning has to beat. With ``autocast`` all others run under it too.
+    A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient; or plans, by name. What is
+    saved is the median over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what
+    a second copy of the plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster
+    of the two is what pruning has to beat. With ``autocast`` all others run under it too.
     """
+    plans: Mapping[str, PlanLike] = patterns if isinstance(patterns, Mapping) else {}
     converted = {
-        (pattern, backend): _converted(copy.deepcopy(model), pattern, method, backend)
+        (pattern, backend): _converted(copy.deepcopy(model), plans.get(pattern, pattern), method, backend)
         for pattern in patterns
         for backend in backends
     }
@@ -151,7 +152,9 @@ def steps_beside_plain(
     return rows
 
 
-def _converted(model: nn.Module, pattern: str, method: str, backend: str) -> nn.Module:
+def _converted(model: nn.Module, pattern: str | PlanLike, method: str, backend: str) -> nn.Module:
+    if not isinstance(pattern, str):
+        return convert(model, pattern, backend=backend)
     data, _, weight = pattern.partition(" + ")
     return convert(model, data, method, backend=backend, weight_grad=(weight, method) if weight else None)
 

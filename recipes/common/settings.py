@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -25,6 +27,7 @@ class Settings:
     method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "plain"
     pattern: str = "2:4"
     weight_grad: str = ""  # the pattern of the weight gradients, by mvue; "": exact
+    plan: str = ""  # a JSON file with a plan of sdgp.advise; it takes the place of pattern, weight_grad and filter
     backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
     exact_first: int = 0  # epochs with exact gradients at the start
     exact_last: int = 0  # and at the end
@@ -34,15 +37,19 @@ class Settings:
     @property
     def row(self) -> str:
         """``mvue 2:4``: its row in the tables."""
+        if self.plan:
+            return f"plan {Path(self.plan).stem}"
         if self.method == "plain":
             return "plain"
         return f"{self.method} {self.pattern}" + (f", weight gradient {self.weight_grad}" if self.weight_grad else "")
 
     def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool]) -> nn.Module:
         """Makes ``model`` prune as the config says; a plain one stays what it is."""
-        if self.method == "plain":
+        if self.method == "plain" and not self.plan:
             return model
         try:
+            if self.plan:
+                return sdgp.convert(model, json.loads(Path(self.plan).read_text()), backend=self.backend)
             return sdgp.convert(
                 model,
                 self.pattern,
@@ -51,7 +58,9 @@ class Settings:
                 backend=self.backend,
                 weight_grad=self.weight_grad or None,
             )
-        except ValueError as error:
+        except OSError as error:
+            raise UserError(f"config: expected plan to be a file, got {self.plan}: {error.strerror}") from None
+        except ValueError as error:  # JSON's is one, too
             raise UserError(f"config: {error}") from None
 
     def wrap(self, model: nn.Module, world: World, *, sharded: bool = False) -> nn.Module:

@@ -12,7 +12,6 @@ the first seed comes before the next seed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -23,7 +22,8 @@ import torch
 from ..common import process
 from ..common.errors import UserError
 from ..common.run import Job
-from .tasks import TASKS
+from ..common.settings import Settings
+from .tasks import TASKS, Task
 
 HERE = Path(__file__).parent
 
@@ -55,22 +55,22 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
         for seed in seeds:
             for overrides in task.arms():
                 config = task.config(**{**task.base, **overrides})
-                if (dataclasses.asdict(config), seed) in finished(path):
+                if (config, seed) in finished(task, path):
                     continue
                 folder = out / name / "+".join(f"{key}={value}" for key, value in overrides.items()) / f"seed{seed}"
                 task.train(config, data, seed, world, Job(folder, path, resume=True))
-                if (dataclasses.asdict(config), seed) not in finished(path):
+                if (config, seed) not in finished(task, path):
                     return  # a signal stopped it
     finally:
         process.stop()
 
 
-def finished(path: Path) -> list[tuple[dict[str, object], int]]:
+def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
     """Config and seed of every run that has a line."""
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [(line["config"], line["seed"]) for line in lines]
+    return [(task.config(**line["config"]), line["seed"]) for line in lines]
 
 
 if __name__ == "__main__":

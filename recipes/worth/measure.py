@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an arm's steps save on this machine, and the noise that its pruning adds along a plain run.
+"""What an arm's steps save on this machine, what ``sdgp.advise`` proposes there, and the noise along a plain run.
 
-    python -m recipes.worth.measure resnet9 --data DIR               # both, some ten minutes on an idle machine
-    python -m recipes.worth.measure resnet9 --data DIR --no-noise    # on another machine, the time alone
+    python -m recipes.worth.measure resnet9 --data DIR --machine NAME     # some ten minutes on an idle machine
+    python -m recipes.worth.measure resnet9 --data DIR --noise            # of no machine: how noisy each pattern is
 
-Steps of the plain model and of its pruned copies run in turn; the saving is the median of their paired ratios. Noise is
-what ``sdgp.advise`` finds, after each eighth of a plain run, whatever the products' speed.
+Advice is asked for after a quarter of the plain run. Steps of the plain model and of its pruned copies run in turn; the
+saving is the median of their paired ratios. Noise is what ``sdgp.advise`` finds after each eighth of a plain run,
+whatever the products' speed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import itertools
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +31,35 @@ from sdgp._timing import steps_beside_plain
 from ..common import process
 from ..common.errors import UserError
 from ..common.files import replacing
-from .tasks import TASKS, Task, loss
+from .tasks import TASKS, Parts, Task, loss
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 8
+_KEPT = ("saved", "saved_low", "saved_high", "noise", "bfloat16_saved", "plain_ms", "layers_sparse", "weights_sparse")
 
 
-def savings(task: Task, data: Any, rounds: int) -> dict[str, Any]:
-    """By arm, ``"8:16 + 4:16"`` say."""
-    world = process.start(None)
-    parts = task.parts(task.config(**task.base), data, world)
+def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
+    config = task.config(**task.base)
+    return config, task.parts(config, data, process.start(None))
+
+
+def advice(task: Task, data: Any) -> sdgp.Plan:
+    config, parts = prepare(task, data)
+    for step in range(total_steps(config) // 4):
+        train(config, parts, step)
+    return ask(parts, rounds=5)
+
+
+def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[str, Any]:
+    """By arm: ``"8:16 + 4:16"`` say, and ``"plan"``."""
+    _, parts = prepare(task, data)
     input, target = next(parts.batches)
     patterns = [" + ".join(part for part in arm if part) for arm in task.pruned]
     rows = steps_beside_plain(parts.model, input, target, patterns, "mvue", ["auto"], rounds)
-    kept = (
-        "saved",
-        "saved_low",
-        "saved_high",
-        "noise",
-        "bfloat16_saved",
-        "plain_ms",
-        "layers_sparse",
-        "weights_sparse",
-    )
-    return {row["pattern"]: {key: row[key] for key in kept} for row in rows}
+    if plan:
+        rows += steps_beside_plain(parts.model, input, target, {"plan": plan}, "mvue", ["auto"], rounds)
+    return {row["pattern"]: {key: row[key] for key in _KEPT} for row in rows}
 
 
 class _Untimed(sdgp.Chooser):
@@ -63,38 +69,46 @@ class _Untimed(sdgp.Chooser):
         return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
 
 
-def noises(task: Task, data: Any) -> list[dict[str, Any]]:
+def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     """Along a plain run: the noise of every pattern, summed over the layers, by gradient."""
-    world = process.start(None)
-    config: Any = task.config(**task.base)
-    parts = task.parts(config, data, world)
+    config, parts = prepare(task, data)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
-    images = getattr(config, "epoch_images", 0)
-    epoch_steps = images // config.batch_size if images else config.epoch_steps
-    steps, points = config.epochs * epoch_steps, []
+    steps = total_steps(config)
     for step in range(steps):
         if step % (steps // POINTS) == 0:
-            few = list(itertools.islice(parts.batches, 4))
-            parts.model.train()
             with _Untimed():
-                plan = sdgp.advise(parts.model, *few, loss=loss, optimizer=parts.optimizer, patterns=patterns, rounds=1)
-            sums = {
-                f"{gradient} {pattern}": math.fsum(
-                    row.noise for row in plan.candidates if (row.gradient, row.pattern) == (gradient, pattern)
-                )
-                for gradient in ("data", "weight")
-                for pattern in patterns
-            }
-            points.append(
-                {"step": step, "norm": plan.norm, "noise": {key: round(value, 6) for key, value in sums.items()}}
+                plan = ask(parts, rounds=1, patterns=patterns)
+            sums = dict.fromkeys(
+                (f"{gradient} {pattern}" for gradient in ("data", "weight") for pattern in patterns), 0.0
             )
-            print(points[-1], flush=True)
-        for group in parts.optimizer.param_groups:
-            group["lr"] = config.learning_rate((step + 1) / epoch_steps)
-        parts.optimizer.zero_grad()
-        loss(parts.model, next(parts.batches)).backward()
-        parts.optimizer.step()
-    return points
+            for row in plan.candidates:
+                sums[f"{row.gradient} {row.pattern}"] += 0.0 if math.isnan(row.noise) else row.noise
+            yield {"step": step, "norm": plan.norm, "noise": {key: round(value, 6) for key, value in sums.items()}}
+        train(config, parts, step)
+
+
+def epoch_steps(config: Any) -> int:
+    steps: int = config.epoch_images // config.batch_size if hasattr(config, "epoch_images") else config.epoch_steps
+    return steps
+
+
+def total_steps(config: Any) -> int:
+    steps: int = config.epochs * epoch_steps(config)
+    return steps
+
+
+def train(config: Any, parts: Parts, step: int) -> None:
+    for group in parts.optimizer.param_groups:
+        group["lr"] = config.learning_rate((step + 1) / epoch_steps(config))
+    parts.optimizer.zero_grad()
+    loss(parts.model, next(parts.batches)).backward()
+    parts.optimizer.step()
+
+
+def ask(parts: Parts, **settings: Any) -> sdgp.Plan:
+    parts.model.train()
+    few = list(itertools.islice(parts.batches, 4))
+    return sdgp.advise(parts.model, *few, loss=loss, optimizer=parts.optimizer, **settings)
 
 
 def main() -> None:
@@ -102,8 +116,8 @@ def main() -> None:
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, help="where the recipe finds its data")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each arm")
-    parser.add_argument("--no-noise", action="store_true", help="measure the time alone")
-    parser.add_argument("--machine", default="this", help="what the results' file calls the machine")
+    parser.add_argument("--noise", action="store_true", help="measure the noise alone")
+    parser.add_argument("--machine", default="this", help="what the results' files call the machine")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for results")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
     args = parser.parse_args()
@@ -113,15 +127,29 @@ def main() -> None:
         data = task.load(task.config(**task.base), args.data, process.start(None))
     except UserError as error:
         sys.exit(f"worth: {error}")
-    _store(args.results / f"{args.task}-saved-{args.machine}.json", savings(task, data, args.rounds))
-    if not args.no_noise:
-        _store(args.results / f"{args.task}-noise.json", noises(task, data))
+    if args.noise:
+        points = []
+        for point in noises(task, data):
+            print(point, flush=True)
+            points.append(point)
+        _write(args.results / f"{args.task}-noise.json", _with_machine(points))
+        return
+    plan = advice(task, data)
+    print(plan, flush=True)
+    if plan:
+        _write(args.results / f"{args.task}-plan-{args.machine}.json", dict(plan))
+    saved = savings(task, data, args.rounds, plan)
+    result = _with_machine(saved) | {"verdict": plan.verdict, "saved": plan.saved, "noise": plan.noise, "net": plan.net}
+    _write(args.results / f"{args.task}-saved-{args.machine}.json", result)
 
 
-def _store(path: Path, result: Any) -> None:
+def _with_machine(result: Any) -> dict[str, Any]:
+    return {"machine": machine(ROOT, "CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py"), "result": result}
+
+
+def _write(path: Path, result: Any) -> None:
     with replacing(path) as temporary:
-        where = machine(ROOT, "CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py")
-        temporary.write_text(json.dumps({"machine": where, "result": result}, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n")
     print(path)
 
 

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
+from ..common.settings import Settings
 from .tasks import TASKS, Task
 
 matplotlib.use("Agg")
@@ -60,18 +61,18 @@ class Worth(NamedTuple):
 
 def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     """In the order of ``task.arms()``; of those that have run."""
-    by_config: dict[str, dict[int, float]] = defaultdict(dict)
+    by_config: dict[Settings, dict[int, float]] = defaultdict(dict)
     for line in lines:
-        by_config[json.dumps(line["config"], sort_keys=True)][line["seed"]] = line["test_loss"]
+        by_config[task.config(**line["config"])][line["seed"]] = line["test_loss"]
     found = []
     full = _samples(task, {})
     for overrides in task.arms():
         config: Any = task.config(**{**task.base, **overrides})
-        losses = by_config.get(json.dumps(vars(config), sort_keys=True))
+        losses = by_config.get(config)
         if losses is None:
             continue
         share = _samples(task, overrides) / full
-        if "method" in overrides:
+        if "method" in overrides or "plan" in overrides:
             found.append(Arm(config.row, "pruned", 1.0, losses))
         elif "batch_size" in overrides:
             found.append(Arm(f"plain, {share:.1%} of the batch", "batch", share, losses))
@@ -132,7 +133,7 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
             tau = noise.get(arm.name)
             cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
             cells += [f"{tau:.3f}", f"{(1 / strict - 1) / tau:.1f}"] if tau else ["", ""]
-            cells += [_net(saved[machine].get(_key(arm)), strict) for machine in saved]
+            cells += [_net(saved[machine].get(_key(arm, machine)), strict) for machine in saved]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"**{name}**\n\n{body}"
@@ -142,8 +143,10 @@ def _interval(value: Worth) -> str:
     return "" if math.isnan(value.low) else f" [{value.low:.0%}, {value.high:.0%}]"
 
 
-def _key(arm: Arm) -> str:
-    """The arm's name in the measured savings."""
+def _key(arm: Arm, machine: str) -> str:
+    """The arm's name in the savings that were measured on a machine; ``""``: it has none there."""
+    if arm.name.startswith("plan "):
+        return "plan" if arm.name.endswith(f"-plan-{machine}") else ""
     if not arm.name.startswith("mvue "):
         return ""
     data, _, weight = arm.name.removeprefix("mvue ").partition(", weight gradient ")
@@ -181,12 +184,12 @@ def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Pa
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     for machine, marker in zip(saved, "osD^", strict=False):
         for arm in found:
-            row = saved[machine].get(_key(arm))
+            row = saved[machine].get(_key(arm, machine))
             if row is None:
                 continue
             at = 1 - row["saved"], statistics.mean(arm.losses.values())
             axes.plot(*at, marker, color="tab:green")
-            axes.annotate(f"{_key(arm)}, {machine}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
+            axes.annotate(f"{_key(arm, machine)}, {machine}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
     axes.set(xlabel="cost, as a share of the full plain run", ylabel="test loss", title=name)
     axes.grid(alpha=0.3)
     axes.legend()

@@ -18,6 +18,8 @@ from ..common.process import World
 from ..common.run import Job
 from ..common.settings import Settings
 
+_ROOT = Path(__file__).parents[2]
+
 #: Settings of one run, over the task's own.
 Overrides = Mapping[str, Any]
 
@@ -38,6 +40,7 @@ class Task(NamedTuple):
     """One model, data set and recipe.
 
     Attributes:
+        name: the first part of the names of its results.
         config: the type of the recipe's settings.
         base: the settings of the full plain run.
         load, train: the recipe's functions.
@@ -46,6 +49,7 @@ class Task(NamedTuple):
         pruned: (data gradient, weight gradient) of the pruned runs; ``""``: exact.
     """
 
+    name: str
     config: type[Settings]
     base: Overrides
     load: Callable[[Any, Path | None, World], Any]
@@ -64,7 +68,12 @@ class Task(NamedTuple):
         arms += [{**self.shorter(part), "batch_size": round(size * part)} for part in self.batches]
         arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
         arms.append({"method": "rescale", "pattern": "2:4"})
-        return arms
+        return arms + [{"plan": str(path), "backend": "pruned"} for path in self.plans()]
+
+    def plans(self) -> list[Path]:
+        """What ``sdgp.advise`` proposed, on each machine, as files from the repository's folder on."""
+        folder = Path(__file__).parent / "results"
+        return [path.relative_to(_ROOT) for path in sorted(folder.glob(f"{self.name}-plan-*.json"))]
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -99,6 +108,7 @@ _RESNET9 = {
 
 TASKS = {
     "resnet9": Task(
+        "resnet9",
         Cifar10Config,
         _RESNET9,
         cifar10_data.load,

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""A plan: what to prune, chosen from what was measured, and the verdict whether that pays."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from ._models import format_table
+from ._pattern import UNBIASED_METHODS
+
+# Note [What noise costs]
+# With τ = noise of pruning / noise of the batch, a run that prunes needs 1 + c τ times the steps for the same loss.
+# The noise-scale model says c = 1. Measured runs needed more: see docs/method.md for how c was fitted, per norm.
+STEPS_PER_NOISE = {"euclidean": 3.0, "adam": 0.4}
+
+
+class Candidate(NamedTuple):
+    """One gradient of one layer under one pattern and method: the time that pruning it saves, and the noise it adds.
+
+    Attributes:
+        layer: its name in the model.
+        gradient: ``"data"`` or ``"weight"``.
+        shape: of the output gradient.
+        exact_ms, sparse_ms: milliseconds per step of the two products; None: the sparse one was not measured.
+        saved_ms: milliseconds per step that the sparse product saves, where it is faster by more than measuring noise.
+        noise: what it adds to the gradient of all parameters, as a share of the noise of the batch.
+        error, bias: |p - g| / |g| and |E p - g| / |g| of this gradient g and the pruned one p. NaN, as the noise, where
+            nothing is saved.
+    """
+
+    layer: str
+    gradient: str
+    shape: str
+    pattern: str
+    method: str
+    exact_ms: float
+    sparse_ms: float | None
+    saved_ms: float
+    noise: float
+    error: float
+    bias: float
+
+
+class Point(NamedTuple):
+    """One step of the greedy choice: the share of a step's time saved, the noise added, and the net saving."""
+
+    saved: float
+    noise: float
+    net: float
+
+
+class Plan(dict[str, tuple[Any, ...]]):
+    """What ``sdgp.advise`` proposes, for ``sdgp.convert``: ``{layer: (pattern, method)}`` or ``{layer: (pattern,
+    method, weight_grad)}``; a pattern of ``"1:1"`` leaves the data gradient exact. ``json`` can store it. Layers that
+    are not in it stay plain. Prints as a table with the verdict.
+
+    Attributes:
+        pays: whether pruning pays here; if not, the plan is empty.
+        verdict: the same in one sentence, with its numbers.
+        saved: the share of a step's time that the chosen products save.
+        noise: what they add to the gradient's noise, as a share of the noise of the batch; measured together.
+        net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + c noise).
+        net_low, net_high: the same at the ends of the noise's 95 % interval.
+        norm: ``"euclidean"``, or ``"adam"``: noise is measured as the optimizer scales its steps.
+        chosen, candidates: what was chosen from what was measured; lists of ``Candidate``.
+        curve: the steps of the greedy choice, a list of ``Point``.
+        notes: what else would save time, and what to doubt.
+        step_ms: milliseconds of forward and backward of the plain model.
+
+    Examples:
+        >>> plan = sdgp.advise(torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True))
+        >>> plan.pays, plan
+        (False, nothing pays here: every layer is too small at this batch size)
+    """
+
+    def __init__(
+        self,
+        candidates: list[Candidate],
+        reasons: Mapping[str, str],
+        step_ms: float,
+        norm: str = "euclidean",
+        noise_error: float = 0.0,
+        notes: Iterable[str] = (),
+    ) -> None:
+        self.candidates, self.step_ms, self.norm, self.notes = candidates, step_ms, norm, list(notes)
+        self._reasons, self._noise_error = dict(reasons), noise_error
+        self._factor = 1.0  # measured noise of the chosen together / the sum of their noises
+        self._choose()
+
+    def _choose(self) -> None:
+        self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE[self.norm] * self._factor)
+        self.clear()
+        self.update(_settings(self.chosen))
+
+    def take_measured(self, noise: float) -> bool:
+        """Takes the noise of the whole plan, measured. False: it changes the choice, whose noise is to be measured."""
+        total, before = math.fsum(row.noise for row in self.chosen), self.chosen
+        close = total > 0 and 0.8 < noise / (self._factor * total) < 1.25
+        if total > 0:
+            self._factor = noise / total
+        if close and self.net > 0:
+            return True
+        self._choose()
+        return self.chosen == before
+
+    @property
+    def pays(self) -> bool:
+        return bool(self.chosen)
+
+    @property
+    def saved(self) -> float:
+        return math.fsum(row.saved_ms for row in self.chosen) / self.step_ms
+
+    @property
+    def noise(self) -> float:
+        return self._factor * math.fsum(row.noise for row in self.chosen)
+
+    @property
+    def net(self) -> float:
+        return self._net(1.0)
+
+    @property
+    def net_low(self) -> float:
+        return self._net(1 + 2 * self._noise_error)
+
+    @property
+    def net_high(self) -> float:
+        return self._net(max(0.0, 1 - 2 * self._noise_error))
+
+    def _net(self, times: float) -> float:
+        return net_saving(self.saved, times * self.noise, STEPS_PER_NOISE[self.norm])
+
+    @property
+    def verdict(self) -> str:
+        if self.pays:
+            low, high = sorted((self.net_low, self.net_high))
+            steps = STEPS_PER_NOISE[self.norm] * self.noise
+            return (
+                f"it pays: {self.net:.0%} less time to the same loss [{low:.0%}, {high:.0%}]; a step takes "
+                f"{self.saved:.0%} less time, and the added noise costs {steps:.0%} more steps"
+            )
+        faster = [row for row in self.candidates if row.saved_ms > 0]
+        if faster:
+            cost = STEPS_PER_NOISE[self.norm] * self._factor
+            best = max(faster, key=lambda row: net_saving(row.saved_ms / self.step_ms, row.noise, cost))
+            return (
+                f"nothing pays here: the best of {len(faster)} candidates takes {best.saved_ms / self.step_ms:.1%} "
+                f"off a step and costs {cost * best.noise:.1%} more steps ({best.layer or 'the model'}, "
+                f"{best.gradient} gradient, {best.pattern})"
+            )
+        if any(row.sparse_ms is not None for row in self.candidates):
+            return "nothing pays here: no sparse product is faster than the exact one"
+        needs = [why for why in self._reasons.values() if why.startswith("a sparse product needs")]
+        return f"nothing pays here: {needs[0] if needs else 'every layer is too small at this batch size'}"
+
+    def __str__(self) -> str:
+        head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")
+        lines = format_table(head, map(_cells, self.chosen)) if self.chosen else []
+        lines += [f"{count} gradients stay exact: {why}" for why, count in self._why_exact().items()]
+        return "\n".join([*lines, *self.notes, self.verdict])
+
+    def __repr__(self) -> str:
+        return str(self) if self.chosen else self.verdict
+
+    def _why_exact(self) -> Counter[str]:
+        chosen = {(row.layer, row.gradient) for row in self.chosen}
+        measured: dict[tuple[str, str], list[Candidate]] = {}
+        for row in self.candidates:
+            measured.setdefault((row.layer, row.gradient), []).append(row)
+        unchosen = {key: rows for key, rows in measured.items() if key not in chosen}
+        counts = Counter(_why(rows) or self._reasons[layer] for (layer, _), rows in unchosen.items())
+        counts.update(
+            why for layer, why in self._reasons.items() if why and not any(layer == key[0] for key in measured)
+        )
+        return counts
+
+
+def _cells(row: Candidate) -> tuple[str, ...]:
+    times = (f"{value or 0:.2f}" for value in (row.exact_ms, row.sparse_ms, row.saved_ms))
+    bias = "" if row.method in UNBIASED_METHODS else f"{row.bias:.2f}"
+    pruned = f"{row.pattern} {row.method}"
+    return (row.layer or "(model)", row.gradient, row.shape, pruned, *times, f"{row.noise:.4f}", bias)
+
+
+def _why(rows: list[Candidate]) -> str | None:
+    """Why a gradient that was measured stays exact; None: it was not."""
+    if all(row.sparse_ms is None for row in rows):
+        return None
+    return "noise costs more than it saves" if any(row.saved_ms > 0 for row in rows) else "sparse is not faster"
+
+
+def net_saving(saved: float, noise: float, steps_per_noise: float) -> float:
+    """See Note [What noise costs]."""
+    return 1 - (1 - saved) * (1 + steps_per_noise * noise)
+
+
+def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[list[Candidate], list[Point]]:
+    """Changes one product at a time, the one that gains most, as long as something is gained."""
+    options: dict[tuple[str, str], list[Candidate]] = {}
+    for row in rows:
+        if row.saved_ms > 0 and math.isfinite(row.noise):
+            options.setdefault((row.layer, row.gradient), []).append(row)
+    chosen: dict[tuple[str, str], Candidate] = {}
+    saved = noise = 0.0
+    curve = [Point(0.0, 0.0, 0.0)]
+    while True:
+        best: tuple[float, tuple[str, str], Candidate] | None = None
+        for key, candidates in options.items():
+            old = chosen.get(key)
+            for row in candidates:
+                more_saved = saved + (row.saved_ms - (old.saved_ms if old else 0.0)) / step_ms
+                net = net_saving(more_saved, noise + row.noise - (old.noise if old else 0.0), cost)
+                if net > curve[-1].net + 1e-6 and (best is None or net > best[0]):
+                    best = net, key, row
+        if best is None:
+            return [chosen[key] for key in options if key in chosen], curve
+        chosen[best[1]] = best[2]
+        saved = math.fsum(row.saved_ms for row in chosen.values()) / step_ms
+        noise = math.fsum(row.noise for row in chosen.values())
+        curve.append(Point(saved, noise, net_saving(saved, noise, cost)))
+
+
+def _settings(rows: Iterable[Candidate]) -> dict[str, tuple[Any, ...]]:
+    """As ``convert`` takes them."""
+    plan: dict[str, tuple[Any, ...]] = {}
+    for row in rows:
+        if row.gradient == "data":
+            plan[row.layer] = (row.pattern, row.method, *plan.get(row.layer, ())[2:])
+        else:
+            weight = row.pattern if row.method == "mvue" else (row.pattern, row.method)
+            plan[row.layer] = (*plan.get(row.layer, ("1:1", "mvue"))[:2], weight)
+    return plan

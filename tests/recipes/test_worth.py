@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The study: its runs, that it goes on where it was, and what its tables say."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sdgp
+from recipes.worth import __main__ as study
+from recipes.worth import measure, report
+from recipes.worth.tasks import TASKS, Task
+
+TINY = {"width": 8, "classes": 3, "epochs": 4, "epoch_images": 8, "batch_size": 4}
+
+
+@pytest.fixture
+def task(monkeypatch: pytest.MonkeyPatch) -> Task:
+    """The real task at its smallest."""
+    task = TASKS["resnet9"]
+    small = task._replace(
+        base={**task.base, **TINY},
+        shorter=lambda share: {"epochs": round(4 * share), "peak_epoch": share},
+        lengths=(0.75, 0.5),
+        batches=(0.75,),
+        pruned=(("4:8", "4:8"),),
+    )
+    monkeypatch.setitem(TASKS, "resnet9", small)
+    return small
+
+
+def run(monkeypatch: pytest.MonkeyPatch, module: Any, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["worth", *map(str, words)])
+    module.main()
+
+
+def test_runs_every_arm_once(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ("resnet9", "--data", images, "--out", tmp_path / "runs", "--results", tmp_path / "results", "--seeds")
+    run(monkeypatch, study, *words, 1)
+    lines = [json.loads(line) for line in (tmp_path / "results" / "resnet9.jsonl").read_text().splitlines()]
+    assert [(line["row"], line["config"]["epochs"], line["config"]["batch_size"]) for line in lines] == [
+        ("plain", 4, 4),
+        ("plain", 3, 4),
+        ("plain", 2, 4),
+        ("plain", 3, 3),
+        ("mvue 4:8, weight gradient 4:8", 4, 4),
+        ("rescale 2:4", 4, 4),
+    ]
+    assert all(math.isfinite(line["test_loss"]) for line in lines)
+    (tmp_path / "results" / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
+    run(monkeypatch, study, *words, 1)
+    again = [json.loads(line) for line in (tmp_path / "results" / "resnet9.jsonl").read_text().splitlines()]
+    assert len(again) == 6
+    assert again[-1]["test_loss"] == lines[0]["test_loss"]
+
+
+def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "POINTS", 2)
+    words = ("resnet9", "--data", images, "--results", tmp_path)
+    run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
+    saved = json.loads((tmp_path / "resnet9-saved-x.json").read_text())
+    assert set(saved["result"]) == {"4:8 + 4:8"}
+    assert saved["machine"]["isa"]
+    assert saved["verdict"] == "nothing pays here: every layer is too small at this batch size"
+    assert not (tmp_path / "resnet9-plan-x.json").exists()
+    run(monkeypatch, measure, *words, "--noise")
+    points = json.loads((tmp_path / "resnet9-noise.json").read_text())["result"]
+    assert [point["step"] for point in points] == [0, 4]
+    assert set(points[0]["noise"]) == {"data 4:8", "weight 4:8"}
+
+
+def test_untimed_products_are_all_faster() -> None:
+    layer = sdgp.Linear(256, 256, pattern="2:4")
+    with measure._Untimed():
+        layer(torch.randn(512, 256, requires_grad=True)).sum().backward()
+    assert layer.decision.product == "sparse"
+
+
+def arm(kind: str, cost: float, *losses: float) -> report.Arm:
+    return report.Arm(kind, kind, cost, dict(enumerate(losses)))
+
+
+def test_what_a_loss_is_worth() -> None:
+    plain = [arm("steps", 1.0, 1.0, 1.1), arm("steps", 0.8, 1.2, 1.3), arm("steps", 0.6, 1.6, 1.7)]
+    assert report.worth(arm("pruned", 1.0, 1.1, 1.2), plain).equivalent == pytest.approx(0.9)
+    assert report.worth(arm("pruned", 1.0, 1.4, 1.5), plain).equivalent == pytest.approx(0.7)
+    assert report.worth(arm("pruned", 1.0, 0.9, 1.0), plain).equivalent == pytest.approx(1.1)  # better than plain
+    assert report.worth(arm("pruned", 1.0, 1.8, 1.9), plain).equivalent == pytest.approx(0.5)
+    one = report.worth(arm("pruned", 1.0, 1.1), plain)
+    assert (one.equivalent, math.isnan(one.low)) == (pytest.approx(0.9), True)
+    wide = report.worth(arm("pruned", 1.0, 1.09, 1.21), plain)
+    half = 12.71 * 0.01  # t of one degree of freedom, by the standard error
+    assert (wide.low, wide.high) == pytest.approx((0.8 - (half - 0.1) / 2, 0.9 + half))
+
+
+def test_tables(
+    task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    results, lines = tmp_path / "results", []
+    results.mkdir()
+    losses = [1.0, 1.1, 1.2, 1.05, 1.08, 1.3]
+    for overrides, loss in zip(task.arms(), losses, strict=True):
+        config = vars(task.config(**{**task.base, **overrides}))
+        lines += [{"config": config, "seed": seed, "test_loss": loss + seed / 10} for seed in (0, 1)]
+    (results / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    row = {"saved": 0.3, "saved_low": 0.2, "saved_high": 0.4}
+    (results / "resnet9-saved-x.json").write_text(json.dumps({"result": {"4:8 + 4:8": row}}))
+    points = [{"noise": {"data 4:8": 9.0, "weight 4:8": 9.0}}, {"noise": {"data 4:8": 0.02, "weight 4:8": 0.03}}]
+    (results / "resnet9-noise.json").write_text(json.dumps({"result": points}))
+    (tmp_path / "README.md").write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
+    run(monkeypatch, report)
+    table = capsys.readouterr().out.splitlines()
+    # The loss of 80 % of the steps, and of 60 % of the batch: (1 / 0.6 - 1) / 0.05 = 13.3, 1 - 0.7 / 0.6 = -17 %.
+    cells = [cell.strip() for cell in next(line for line in table if "mvue" in line).split("|")[1:-1]]
+    assert cells[0] == "mvue 4:8, weight gradient 4:8"
+    assert cells[3].startswith("80%")
+    assert cells[4].startswith("60%")
+    assert cells[5:] == ["0.050", "13.3", "30% [20%, 40%]; **-17%**"]
+    text = (tmp_path / "README.md").read_text()
+    assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
+    assert (results / "resnet9.png").stat().st_size > 1000
