@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import sdgp
+from sdgp._plan import STEPS_PER_NOISE
 
 SETTINGS: dict[str, Any] = {"backend": "pruned", "weight_grad": "4:16", "exact_first": 0.25, "exact_last": 2}
 
@@ -29,6 +31,8 @@ schedules = pytest.mark.parametrize(
 
 
 def phase(layer: Any) -> str:
+    if not hasattr(layer, "pruning"):
+        return "plain"
     return "exact" if layer.held else str(layer.pruning.pattern)
 
 
@@ -48,6 +52,26 @@ def another_process() -> sdgp.Chooser:
         raise AssertionError("measured again")
 
     return sdgp.Chooser(least_work=0, timer=fail)
+
+
+class Faster(sdgp.Chooser):
+    """Finds every sparse product faster."""
+
+    def measure(self, products: Any, pruning: Any, rounds: int | None = None) -> sdgp.Decision:
+        return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
+
+
+BUDGET = {"every": 2, "first": 3, "net": 0.0, "patterns": ["2:4"]}
+
+
+@pytest.fixture
+def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Pruning pays even in these small models."""
+    monkeypatch.setattr("sdgp._advise.LEAST_WORK", 0)
+    monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.0)
+    monkeypatch.setitem(STEPS_PER_NOISE, "adam", 0.0)
+    with Faster():
+        yield
 
 
 # transformers.
@@ -159,6 +183,21 @@ def test_trainer_of_a_converted_model(hf_callback: Any, tmp_path: Path) -> None:
         hf_train(tmp_path, hf_callback())
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_trainer_with_a_budget(hf_callback: Any, pays: None, accumulate: int, tmp_path: Path) -> None:
+    size = {"per_device_train_batch_size": 4 // accumulate, "gradient_accumulation_steps": accumulate}
+    callback = hf_callback(budget=BUDGET)
+    trainer, _ = hf_train(tmp_path / "whole", callback, **size)
+    assert callback.budget.step_count == 8
+    assert callback.budget.verdict.startswith("it pays: ")
+    assert phase(trainer.model.transformer.h[1].attn.c_proj) == "2:4"
+    resumed = hf_callback(budget=BUDGET)
+    again, _ = hf_train(tmp_path / "resumed", resumed, resume=tmp_path / "whole" / "checkpoint-3", **size)
+    assert resumed.budget.step_count == 8
+    assert resumed.budget.plan == callback.budget.plan
+    assert same(trainer.model, again.model)
+
+
 # Lightning.
 
 # What Lightning asks of torch, and what it says on machines with more cores, or with a GPU.
@@ -259,6 +298,25 @@ def test_lightning_resumes(lightning: tuple[Any, Any], tmp_path: Path) -> None:
 
 
 @asks_torch
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_lightning_with_a_budget(lightning: tuple[Any, Any], pays: None, accumulate: int, tmp_path: Path) -> None:
+    library, make = lightning
+    callback = make(budget=BUDGET)
+    whole, _ = fit(library, tmp_path, callback, epochs=2 * accumulate, accumulate_grad_batches=accumulate)
+    assert callback.budget.step_count == 8
+    assert callback.budget.verdict.startswith("it pays: ")
+    assert phase(whole.lightning_module.net[2]) == "2:4"
+    assert "log" not in vars(whole.lightning_module)
+    half, _ = fit(library, tmp_path, make(budget=BUDGET), epochs=accumulate, accumulate_grad_batches=accumulate)
+    half.save_checkpoint(tmp_path / "half")
+    resumed = make(budget=BUDGET)
+    arguments = {"epochs": 2 * accumulate, "accumulate_grad_batches": accumulate}
+    again, _ = fit(library, tmp_path, resumed, tmp_path / "half", **arguments)
+    assert resumed.budget.step_count == 8
+    assert same(whole.lightning_module, again.lightning_module)
+
+
+@asks_torch
 def test_lightning_of_unknown_length(lightning: tuple[Any, Any], tmp_path: Path) -> None:
     library, callback = lightning
     _, phases = fit(library, tmp_path, callback("2:4", exact_first=1), epochs=-1, max_steps=3)
@@ -288,6 +346,7 @@ def test_old_names_warn_and_work() -> None:
         ({"method": "rescale"}, "SdgpCallback: expected a pattern .*, got none"),
         ({"backend": "pruned"}, "SdgpCallback: expected a pattern .*, got none"),
         ({"pattern": "2:4", "backend": "fast"}, "SdgpCallback: expected .*auto, pruned, sparse, dense, got 'fast'"),
+        ({"budget": {}, "pattern": "2:4"}, "SdgpCallback: expected a budget alone, .*, got more"),
         ({"patterns": {3: "4:2"}}, "pattern: expected .*, got '4:2'"),
     ],
 )

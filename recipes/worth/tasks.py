@@ -63,12 +63,12 @@ class Task(NamedTuple):
     def arms(self) -> list[Overrides]:
         """The settings of every run, the full plain one first."""
         size = self.base["batch_size"]
-        arms: list[Overrides] = [{}]
+        arms: list[Overrides] = [{}, *({"plan": str(path), "backend": "pruned"} for path in self.plans())]
         arms += [self.shorter(length) for length in self.lengths]
         arms += [{**self.shorter(part), "batch_size": round(size * part)} for part in self.batches]
         arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
         arms.append({"method": "rescale", "pattern": "2:4"})
-        return arms + [{"plan": str(path), "backend": "pruned"} for path in self.plans()]
+        return arms
 
     def plans(self) -> list[Path]:
         """What ``sdgp.advise`` proposed, on each machine, as files from the repository's folder on."""

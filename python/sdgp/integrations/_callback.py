@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the callbacks share: the settings, converting and scheduling at the start, and what a checkpoint keeps."""
+"""What the callbacks share: the settings, what is done at the start, and what a checkpoint keeps."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from typing import Any
 
 from torch import nn
 
+from .._budget import Budget
 from .._choose import current_chooser
 from .._convert import convert
 from .._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 from .._renamed import renamed
 from .._schedule import Schedule
+from .._step import Loss
 
 
 class ScheduleCallback:
-    """Converts a model, if told how, and keeps its ``sdgp.Schedule`` at the trainer's own step."""
+    """Converts a model, if told how, and keeps its ``sdgp.Schedule`` at the trainer's own step; or leaves both to a
+    ``sdgp.Budget``."""
 
-    schedule: Schedule
+    schedule: Schedule | None = None
+    budget: Budget | None = None
+    budget_state: Mapping[str, Any] | None = None  # from a checkpoint
 
     def __init__(
         self,
@@ -33,10 +38,14 @@ class ScheduleCallback:
         patterns: Mapping[float, PatternLike] | Iterable[tuple[float, PatternLike]] = (),
         dense_first: float | None = None,
         dense_last: float | None = None,
+        budget: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         exact_first = renamed("SdgpCallback", "dense_first", dense_first, "exact_first", exact_first)
         exact_last = renamed("SdgpCallback", "dense_last", dense_last, "exact_last", exact_last)
+        if budget is not None and (pattern is not None or exact_first or exact_last or patterns):
+            raise ValueError("SdgpCallback: expected a budget alone, which chooses what to prune and when, got more")
+        self.budget_settings = None if budget is None else dict(budget)
         pruning = Pruning.parse("SdgpCallback", pattern or "2:4", method, backend, weight_grad)
         if pattern is None and (method, filter, backend, weight_grad) != ("mvue", None, "auto", None):
             raise ValueError("SdgpCallback: expected a pattern with method, filter, backend and weight_grad, got none")
@@ -62,6 +71,12 @@ class ScheduleCallback:
             model, total=total, exact_first=self.exact_first, exact_last=self.exact_last, patterns=self.patterns
         )
         self.schedule.seek(step)
+
+    def start_budget(self, model: nn.Module, loss: Loss | None, optimizer: Any) -> None:
+        """In place of ``start``, where there is a budget."""
+        self.budget = Budget(model, loss, optimizer, **(self.budget_settings or {}))
+        if self.budget_state is not None:
+            self.budget.load_state_dict(self.budget_state)
 
     @property
     def measured(self) -> dict[str, Any]:

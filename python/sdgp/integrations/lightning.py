@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ._callback import ScheduleCallback
 
@@ -32,6 +33,9 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
         pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
             module.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
+        budget: in place of all these, the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults: that chooses
+            what to prune, and when. It calls ``training_step`` with whole batches, halves and quarters of them, and
+            leaves its logging out meanwhile.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
@@ -43,14 +47,37 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
     """
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
+        if self.budget_settings is not None:
+            self._step = trainer.global_step
+            self.start_budget(pl_module, self._loss, trainer.optimizers[0])
+            return
         steps = trainer.estimated_stepping_batches
         self.start(pl_module, int(steps) if 0 < steps < float("inf") else None, trainer.global_step)
 
     def on_train_batch_start(self, trainer: Any, pl_module: nn.Module, batch: Any, batch_idx: int) -> None:
-        self.schedule.seek(trainer.global_step)
+        self._batch_idx = batch_idx
+        if self.schedule is not None:
+            self.schedule.seek(trainer.global_step)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.budget is not None and trainer.global_step != self._step:  # else gradients are being accumulated
+            self._step = trainer.global_step
+            self.budget.step(batch)
+
+    def _loss(self, module: Any, batch: Any) -> Tensor:
+        logs = ("log", "log_dict")
+        vars(module).update(dict.fromkeys(logs, lambda *args, **kwargs: None))
+        try:
+            output = module.training_step(batch, self._batch_idx)
+        finally:
+            for name in logs:
+                vars(module).pop(name)
+        loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
+        return loss
 
     def state_dict(self) -> dict[str, Any]:
-        return {"measured": self.measured}
+        budget = {} if self.budget is None else {"budget": self.budget.state_dict()}
+        return {"measured": self.measured} | budget
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.measured = state_dict["measured"]
+        self.measured, self.budget_state = state_dict["measured"], state_dict.get("budget")

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .._layer import PruningLayer
+from .._step import Hook
 from ._callback import ScheduleCallback
 
 
@@ -25,6 +26,8 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
             model.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
+        budget: in place of all these, the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults: that chooses
+            what to prune, and when. The model must return its loss, and batches must have two samples or more.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
@@ -32,28 +35,51 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     Examples:
         >>> callback = SdgpCallback("2:4", backend="pruned", exact_first=0.05, exact_last=0.1)
+        >>> callback = SdgpCallback(budget={"every": 500})
         >>> Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
     layers: Collection[str] | None = None  # what a filter chose, from a checkpoint, which cannot hold the filter
     _converted: Collection[str] | None = None
+    _batch: Mapping[str, Any] | None = None  # of the last training forward
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         # A checkpoint of a run without this callback lacks the entry, which the Trainer takes for granted.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
-        self.measured = (saved[-1] if isinstance(saved, list) else saved)["attributes"]["measured"]
+        attributes = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
+        self.measured = attributes["measured"]
+        if self.budget_settings is not None:
+            self.budget_state = attributes.get("budget_state")
+            self.start_budget(model, None, kwargs["optimizer"])
+            self._hook = model.register_forward_pre_hook(Hook(self._note_batch), with_kwargs=True)
+            return
         if (layers := self.layers) is not None:
             self.filter = lambda module, name: name in layers
         self.start(model, state.max_steps, state.global_step)
         self._converted = [name for name, module in model.named_modules() if isinstance(module, PruningLayer)]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.schedule.seek(state.global_step)
+        if self.schedule is not None:
+            self.schedule.seek(state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.budget is not None and self._batch is not None:
+            self.budget.step(self._batch)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.budget is not None:
+            self._hook.remove()
+
+    def _note_batch(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if model.training:
+            self._batch = kwargs
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: in types that JSON holds."""
         arguments = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
-        return {
-            "args": {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())},
-            "attributes": {"measured": self.measured, "layers": self._converted},
-        }
+        settings = {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())}
+        attributes = {"measured": self.measured, "layers": self._converted}
+        if self.budget_settings is not None:
+            settings["budget"] = self.budget_settings
+            attributes["budget_state"] = None if self.budget is None else self.budget.state_dict()
+        return {"args": settings, "attributes": attributes}
