@@ -258,7 +258,11 @@ def test_patterns_by_device_and_width() -> None:
     assert tried == {("0", "weight"): "4:32", ("1", "data"): "2:16", ("1", "weight"): "4:32"}
 
 
-def test_one_batch_is_halved() -> None:
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_one_batch_is_halved(reduction: str) -> None:
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction=reduction)
+
     model, pair = net(), batches()
     both = tuple(torch.cat(tensors) for tensors in zip(*pair, strict=True))
     one, two = sdgp.advise(model, both, loss=loss), sdgp.advise(model, *pair, loss=loss)

@@ -184,7 +184,22 @@ def test_errors(make: Any, requirement: str, got: str) -> None:
         make()
 
 
-def test_a_batch_that_cannot_be_halved_is_an_error_of_step() -> None:
-    budget = sdgp.Budget(net(), loss, every=1)
-    with pytest.raises(ValueError, match=r"^advise: expected several batches, or one of at least two samples"):
-        budget.step((torch.ones(1, 32), torch.ones(1, dtype=torch.int64)))
+def test_a_useless_batch_is_passed_over() -> None:
+    run = Run(every=2)
+    one = torch.ones(1, 32), torch.ones(1, dtype=torch.int64)
+    run.budget.step(one)
+    run.budget.step(one)
+    assert run.budget.verdict.startswith(
+        "no advice at step 2: advise: expected several batches, or one of at least two"
+    )
+    run.budget.step((torch.full((8192, 32), math.nan), batches()[0][1]))
+    assert run.budget.verdict == "no advice at step 3: advise: expected a finite loss, got nan"
+    run.steps(0)
+    assert run.budget.verdict.startswith("it pays")
+    assert run.budget.state_dict()["next"] == 6
+
+
+def test_other_errors_of_advise_are_those_of_step() -> None:
+    budget = sdgp.Budget(net(), lambda model, batch: model(batch[0]), every=1)
+    with pytest.raises(ValueError, match=r"^advise: expected loss\(model, batch\) to return a scalar"):
+        budget.step(batches()[0])

@@ -28,6 +28,7 @@ from ._noise import (
     batch_noise,
     difference,
     errors,
+    noise_of_halves,
     part_of,
     samples_of,
 )
@@ -96,6 +97,10 @@ def advise(
     return advised(
         model, batches, loss, optimizer, patterns, methods, filter, rounds, progress or (lambda stage: None), Memory()
     )
+
+
+class UnusableBatch(ValueError):
+    """Another batch may do."""
 
 
 @dataclass
@@ -287,14 +292,15 @@ class _Study:
         if len(self._batches) > 1:
             return batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
         if samples is None or samples < 2:
-            raise ValueError("advise: expected several batches, or one of at least two samples, got one")
-        halves = [part_of(first, 0, samples // 2), part_of(first, samples // 2, 2 * (samples // 2))]
-        return batch_noise(map(self.gradients, halves), self._norm, halves=True)
+            raise UnusableBatch("advise: expected several batches, or one of at least two samples, got one")
+        half = samples // 2
+        one, other = self.gradients(part_of(first, 0, half)), self.gradients(part_of(first, half, 2 * half))
+        return noise_of_halves(self.exact, one, other, self._norm)
 
     def _check_finite(self, batch: Any) -> None:
         value = compute_loss("advise", self._model, batch, self._loss)
         if not torch.isfinite(value):
-            raise ValueError(f"advise: expected a finite loss, got {value.item()}")
+            raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
         torch.autograd.backward(value)
 
     def measure_products(self) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._advise import Memory, advised
+from ._advise import Memory, UnusableBatch, advised
 from ._convert import convert
 from ._decision import Decision
 from ._models import check_module
@@ -24,7 +24,7 @@ from ._step import Loss
 from ._watch import check_writable
 
 # Of `state_dict`.
-_KEYS = {"step", "plan", "step_ms", "decisions", "noises"}
+_KEYS = {"step", "next", "plan", "step_ms", "decisions", "noises"}
 
 
 class Budget:
@@ -33,7 +33,8 @@ class Budget:
     ``sdgp.advise`` weighs the time that pruning saves against the steps that its noise costs. Both change in training:
     an untrained model bears pruning worst. So a budget leaves the first steps exact, then asks for advice at every
     ``every``-th step, on that step's batch, and converts the model to the plan; an empty plan makes it plain again. An
-    advice takes as long as six to ten steps, and once, to time the products, some twenty.
+    advice takes as long as six to ten steps, and once, to time the products, some twenty. A batch of one sample, or with
+    a loss that is not finite, is of no use: then the next step's is asked about.
 
     Under ``torch.distributed`` the first process is asked, and all get its plan.
 
@@ -95,7 +96,7 @@ class Budget:
         if to is not None:
             check_writable("Budget", to)
         self._model, self._loss, self._optimizer = model, loss, optimizer
-        self._every, self._first, self._net, self._to = every, first, net, to
+        self._every, self._next, self._net, self._to = every, first, net, to
         self._patterns = None if patterns is None else list(patterns)
         self._methods, self._filter = tuple(methods), filter
         self._memory = Memory()
@@ -105,8 +106,7 @@ class Budget:
     def step(self, batch: Any) -> None:
         """Counts a step of the optimizer, after it was made; from time to time asks for advice on its ``batch``."""
         self.step_count += 1
-        since = self.step_count - self._first
-        if since < 0 or since % self._every:
+        if self.step_count < self._next:
             return
         found: list[Any] = [None]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -114,22 +114,21 @@ class Budget:
             found = [self._ask(batch)]
         if distributed:
             torch.distributed.broadcast_object_list(found)
-        self.plan, self.verdict = found[0]
-        convert(self._model, self.plan)
+        plan, self.verdict = found[0]
+        if plan is None:
+            self._next = self.step_count + 1
+            return
+        self._next = self.step_count + self._every
+        self.plan = plan
+        convert(self._model, plan)
 
-    def _ask(self, batch: Any) -> tuple[dict[str, tuple[Any, ...]], str]:
-        plan = advised(
-            self._model,
-            [batch],
-            self._loss,
-            self._optimizer,
-            self._patterns,
-            self._methods,
-            self._filter,
-            3,
-            lambda stage: None,
-            self._memory,
-        )
+    def _ask(self, batch: Any) -> tuple[dict[str, tuple[Any, ...]] | None, str]:
+        """A plan and its verdict; None: this batch is of no use, such as one whose loss overflowed."""
+        asked = self._loss, self._optimizer, self._patterns, self._methods, self._filter
+        try:
+            plan = advised(self._model, [batch], *asked, 3, lambda stage: None, self._memory)
+        except UnusableBatch as error:
+            return None, f"no advice at step {self.step_count}: {error}"
         taken = dict(plan) if plan.net >= self._net else {}
         numbers = {"pays": plan.pays, "saved": plan.saved, "noise": plan.noise, "net": plan.net, "norm": plan.norm}
         self._write({"step": self.step_count, **numbers, "plan": taken})
@@ -152,7 +151,7 @@ class Budget:
         decisions = {key: asdict(decision) for key, decision in memory.decisions.items()}
         step_ms = memory.step_ms if math.isfinite(memory.step_ms) else None
         measured = {"step_ms": step_ms, "decisions": decisions, "noises": list(memory.noises)}
-        return {"step": self.step_count, "plan": dict(self.plan), **measured}
+        return {"step": self.step_count, "next": self._next, "plan": dict(self.plan), **measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``state_dict`` was taken, and converts the model to its plan.
@@ -163,7 +162,7 @@ class Budget:
         if set(state) != _KEYS:
             raise ValueError(f"Budget: expected a state_dict with {', '.join(sorted(_KEYS))}, got {sorted(state)}")
         convert(self._model, state["plan"])
-        self.step_count = state["step"]
+        self.step_count, self._next = state["step"], state["next"]
         self.plan = {name: tuple(setting) for name, setting in state["plan"].items()}
         decisions = {key: Decision(**values) for key, values in state["decisions"].items()}
         step_ms = math.nan if state["step_ms"] is None else state["step_ms"]

@@ -87,23 +87,29 @@ class Estimate(NamedTuple):
     error: float
 
 
-def batch_noise(gradients: Iterable[Gradients], norm: Norm, halves: bool = False) -> Estimate:
+def batch_noise(gradients: Iterable[Gradients], norm: Norm) -> Estimate:
     """The noise that the choice of the batch brings: half of |g - g'|², over neighbouring batches.
 
     Args:
         gradients: of one batch after another; two are kept at a time.
-        halves: these are of the halves of one batch, whose gradient is their mean.
     """
     values: list[float] = []
     last: Gradients | None = None
     for gradient in gradients:
         if last is not None:
-            values.append(norm.squared(difference(gradient, last)) / (4 if halves else 2))
+            values.append(norm.squared(difference(gradient, last)) / 2)
         last = gradient
     mean = statistics.fmean(values)
     # The coordinates are many but not independent: of one pair of batches, half up or down is what was seen.
     spread = statistics.stdev(values) / mean if len(values) > 1 and mean > 0 else 0.0
     return Estimate(mean, max(spread, 0.5) / math.sqrt(len(values)))
+
+
+def noise_of_halves(whole: Gradients, one: Gradients, other: Gradients, norm: Norm) -> Estimate:
+    """The same from one batch and its two halves: |h - h'|² |g|² / |h + h'|², whether losses are means or sums."""
+    together = norm.squared({parameter: gradient + other[parameter] for parameter, gradient in one.items()})
+    scale = norm.squared(whole) / together if together else 0.25
+    return Estimate(scale * norm.squared(difference(one, other)), 0.5)
 
 
 def difference(one: Gradients, other: Gradients) -> dict[nn.Parameter, Tensor]:
@@ -220,15 +226,15 @@ def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 
 def samples_of(batch: Any) -> int | None:
-    """The samples in a batch: the length that all its tensors have in common; None: they have none in common."""
-    lengths = {tensor.shape[0] if tensor.ndim else 0 for tensor in _tensors(batch)}
+    """The samples in a batch: the length that its tensors have in common, scalars aside; None: they have none."""
+    lengths = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
     """Some of the samples of a batch, however nested; what is no tensor stays."""
     if isinstance(batch, Tensor):
-        return batch[start:stop].detach().requires_grad_(batch.requires_grad)
+        return batch[start:stop].detach().requires_grad_(batch.requires_grad) if batch.ndim else batch
     if isinstance(batch, Mapping):
         parts = {key: part_of(value, start, stop) for key, value in batch.items()}
         if type(batch) is dict or not hasattr(batch, "update"):

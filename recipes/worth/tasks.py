@@ -19,6 +19,7 @@ from ..common.run import Job
 from ..common.settings import Settings
 
 _ROOT = Path(__file__).parents[2]
+RESULTS = Path(__file__).parent / "results"
 
 #: Settings of one run, over the task's own.
 Overrides = Mapping[str, Any]
@@ -72,8 +73,7 @@ class Task(NamedTuple):
 
     def plans(self) -> list[Path]:
         """What ``sdgp.advise`` proposed, on each machine, as files from the repository's folder on."""
-        folder = Path(__file__).parent / "results"
-        return [path.relative_to(_ROOT) for path in sorted(folder.glob(f"{self.name}-plan-*.json"))]
+        return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

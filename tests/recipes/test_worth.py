@@ -14,15 +14,16 @@ import torch
 
 import sdgp
 from recipes.worth import __main__ as study
-from recipes.worth import measure, report
+from recipes.worth import measure, report, tasks
 from recipes.worth.tasks import TASKS, Task
 
 TINY = {"width": 8, "classes": 3, "epochs": 4, "epoch_images": 8, "batch_size": 4}
 
 
 @pytest.fixture
-def task(monkeypatch: pytest.MonkeyPatch) -> Task:
-    """The real task at its smallest."""
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
+    """The real task at its smallest, where no plan was made."""
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path)
     task = TASKS["resnet9"]
     small = task._replace(
         base={**task.base, **TINY},

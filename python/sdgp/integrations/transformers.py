@@ -71,8 +71,8 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
             self._hook.remove()
 
     def _note_batch(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if model.training:
-            self._batch = kwargs
+        if model.training:  # the Trainer's number of tokens is that of several batches; without it, the loss is a mean
+            self._batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint: in types that JSON holds."""
