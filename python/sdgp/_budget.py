@@ -31,10 +31,11 @@ class Budget:
     """Prunes a model as it trains, where that pays, and as much as pays.
 
     ``sdgp.advise`` weighs the time that pruning saves against the steps that its noise costs. Both change in training:
-    an untrained model bears pruning worst. So a budget leaves the first steps exact, then asks for advice at every
-    ``every``-th step, on that step's batch, and converts the model to the plan; an empty plan makes it plain again. An
-    advice takes as long as six to ten steps, and once, to time the products, some twenty. A batch of one sample, or with
-    a loss that is not finite, is of no use: then the next step's is asked about.
+    an untrained model bears pruning worst. So a budget leaves the first steps exact. Then, at every ``every``-th step,
+    it asks for advice on that step's batch, and converts the model to the plan; an empty plan makes it plain again.
+
+    An advice takes as long as six to ten steps, and once, to time the products, some twenty more. A batch of one sample
+    or with a loss that is not finite is of no use: the next step's is asked about then.
 
     Under ``torch.distributed`` the first process is asked, and all get its plan.
 
