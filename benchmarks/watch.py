@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What sdgp.watch costs: training steps of converted models that are recorded beside steps that are not, in turn.
+"""What sdgp.watch and sdgp.Budget cost: steps that are recorded beside steps that are not, in turn; and an advice.
 
-One line per model: milliseconds of both, and what that comes to when every 100th step is recorded.
+One line per model: milliseconds of both steps, and what that comes to when every 100th is recorded; how many steps an
+advice takes, the first, which times the products, and a later one, and what the later comes to at every 1000th step.
 
     python benchmarks/watch.py --model resnet18 transformer
 """
@@ -11,17 +12,27 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch.nn.functional as F
 from bench import arguments, begin, interleaved, store
+from torch import Tensor, nn
 from train_step import METHOD, MODELS
 
 import sdgp
-from sdgp._timing import training_step
+from sdgp._timing import seconds, training_step
 
 EVERY = 100
+EVERY_ADVICE = 1000
+
+
+def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    input, target = batch
+    return F.cross_entropy(model(input).flatten(0, -2), target.flatten())
 
 
 def measure(name: str, rounds: int) -> dict[str, Any]:
     model, input, target = MODELS[name]()
+    budget = sdgp.Budget(copy.deepcopy(model), loss, every=1)
+    advices = [seconds(lambda: budget.step((input, target))) for _ in range(2)]
     sdgp.convert(model, "2:4", METHOD, backend="pruned")
     watched = copy.deepcopy(model)
     watch = sdgp.watch(watched, every=1)
@@ -29,6 +40,7 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         {key: training_step(net, input, target) for key, net in (("plain", model), ("recorded", watched))}, rounds
     )
     plain, recorded = (1e3 * times[key] for key in ("plain", "recorded"))
+    first, later = (1e3 * advice / plain for advice in advices)
     return {
         "model": name,
         "layers": len(watch),
@@ -36,6 +48,9 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
         "recorded_ms": round(recorded, 2),
         "every": EVERY,
         "cost": round((recorded / plain - 1) / EVERY, 5),
+        "first_advice_steps": round(first, 1),
+        "advice_steps": round(later, 1),
+        "advice_cost": round(later / EVERY_ADVICE, 5),
     }
 
 
@@ -45,11 +60,14 @@ def main() -> None:
     args = parser.parse_args()
     machine = begin(args)
     rows = []
-    print(f"{'model':12} | {'layers':>6} | {'plain ms':>9} | {'recorded ms':>11} | cost, every {EVERY}")
+    print(
+        f"{'model':12} | {'layers':>6} | {'plain ms':>9} | {'recorded ms':>11} | cost, every {EVERY} | advice, in steps"
+    )
     for name in args.model:
         rows.append(row := measure(name, args.rounds))
-        times = f"{row['plain_ms']:9.2f} | {row['recorded_ms']:11.2f}"
-        print(f"{row['model']:12} | {row['layers']:6} | {times} | {row['cost']:.2%}", flush=True)
+        times = f"{row['plain_ms']:9.2f} | {row['recorded_ms']:11.2f} | {row['cost']:15.2%}"
+        advice = f"first {row['first_advice_steps']}, later {row['advice_steps']}: {row['advice_cost']:.2%}"
+        print(f"{row['model']:12} | {row['layers']:6} | {times} | {advice}", flush=True)
     if machine:
         store("watch", machine, rows, args.store)
 

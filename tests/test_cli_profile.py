@@ -137,7 +137,7 @@ def test_advice(command: Command, file: Path) -> None:
     assert out.splitlines()[0].endswith(":Net, 8x3x8x8 float32, cpu")
     assert out.splitlines()[1] == "weights and data are random, and trained models bear pruning better"
     assert out.splitlines()[-1] == found["verdict"]
-    assert next(line for line in err.splitlines() if line.startswith("[")) == "[1/4] steps"
+    assert next(line for line in err.splitlines() if line.startswith("[")) == "[1/5] steps"
     own = report(command, "profile", str(file) + ":with_batch", "--rounds", "1", "--advise")
     assert "one batch alone" in own["advice"]
     status, _, err = command(*words, "--method", "best")

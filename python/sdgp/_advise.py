@@ -34,7 +34,7 @@ from ._noise import (
 )
 from ._pattern import UNBIASED_METHODS, Pattern, PatternLike, Pruning
 from ._plan import Candidate, Plan
-from ._step import Loss, compute_loss, on_gradient, run_step, stand_in, state_kept
+from ._step import Loss, compute_loss, on_gradient, stand_in, state_kept
 from ._timing import seconds
 from ._twins import twin_of
 
@@ -145,9 +145,11 @@ def advised(
     study = _Study(model, names, batches, loss, norm, twins, rounds, patterns is None, memory)
     with state_kept(model), paused(model):
         say("steps")
-        noise = study.time_and_batch_noise()
+        study.time_steps()
         say("products")
         study.measure_products()
+        say("noise of the batch")
+        noise = study.batch_noise()
         say("noise on its way through the layers")
         study.measure_amplifications()
         candidates = study.candidates(noise)
@@ -260,52 +262,50 @@ class _Study:
         self.exact: Gradients = {}
 
     def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
-        """Of the trained parameters, and a seed of dropout that is the same every time."""
+        """Of the trained parameters, with the same dropout every time."""
         parameters = list(self._norm.scales)
         for parameter in parameters:
             parameter.grad = None
         with torch.random.fork_rng():
-            run_step("advise", self._model, batch, self._loss)
+            value = compute_loss("advise", self._model, batch, self._loss)
+            if not torch.isfinite(value):
+                raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
+            torch.autograd.backward(value)
         self._without_gradient = sum(parameter.grad is None for parameter in parameters)
         return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
 
-    def time_and_batch_noise(self) -> Estimate:
-        first, memory = self._batches[0], self._memory
-        self._check_finite(first)  # and warms up
-        device = next(iter(self._norm.scales)).device
+    def time_steps(self) -> None:
+        """What a step takes, unless an earlier call has told."""
+        if math.isfinite(self._memory.step_ms):
+            return
 
         def step() -> None:
-            self.exact = self.gradients(first)
+            self.gradients(self._batches[0])
 
-        known = math.isfinite(memory.step_ms)
-        times = [seconds(step, device) for _ in range(1 if known else self._rounds)]
-        if not known:
-            memory.step_ms = 1e3 * statistics.median(times)
-        estimate = self._batch_noise()
-        memory.noises.append(estimate.mean)
-        recent = memory.noises[-_NOISES:]
-        return Estimate(statistics.fmean(recent), estimate.error / math.sqrt(len(recent)))
+        step()  # warms up
+        device = next(iter(self._norm.scales)).device
+        self._memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
 
-    def _batch_noise(self) -> Estimate:
-        first = self._batches[0]
+    def batch_noise(self) -> Estimate:
+        """Averaged with those of the last calls."""
+        first, noises = self._batches[0], self._memory.noises
         samples = samples_of(first)
         if len(self._batches) > 1:
-            return batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
-        if samples is None or samples < 2:
+            estimate = batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
+        elif samples is None or samples < 2:
             raise UnusableBatch("advise: expected several batches, or one of at least two samples, got one")
-        half = samples // 2
-        one, other = self.gradients(part_of(first, 0, half)), self.gradients(part_of(first, half, 2 * half))
-        return noise_of_halves(self.exact, one, other, self._norm)
-
-    def _check_finite(self, batch: Any) -> None:
-        value = compute_loss("advise", self._model, batch, self._loss)
-        if not torch.isfinite(value):
-            raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
-        torch.autograd.backward(value)
+        else:
+            half = samples // 2
+            one, other = self.gradients(part_of(first, 0, half)), self.gradients(part_of(first, half, 2 * half))
+            estimate = noise_of_halves(self.exact, one, other, self._norm)
+        noises.append(estimate.mean)
+        recent = noises[-_NOISES:]
+        return Estimate(statistics.fmean(recent), estimate.error / math.sqrt(len(recent)))
 
     def measure_products(self) -> None:
+        """Time and noise of every gradient's candidates, in a backward that also gives the exact gradients."""
         with on_gradient(self._twins, self._receive, weights=True):
-            run_step("advise", self._model, self._batches[0], self._loss)
+            self.exact = self.gradients(self._batches[0])
 
     def _receive(self, module: nn.Module, grad_output: Tensor, input: Tensor) -> None:
         self._shapes.setdefault(module, str(tuple(grad_output.shape)))

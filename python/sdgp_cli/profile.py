@@ -79,7 +79,7 @@ def show(report: Report) -> str:
 
 
 def _advised(args: argparse.Namespace, model: nn.Module, batches: list[Any], what: str, device: torch.device) -> Report:
-    with _told(what, "advise"), progress(4) as begin:
+    with _told(what, "advise"), progress(5) as begin:
         plan = advise(model, *batches, methods=(args.method,), rounds=args.rounds, progress=begin)
     fresh = "" if len(batches) == 1 else "weights and data are random, and trained models bear pruning better\n"
     return {
