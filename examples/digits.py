@@ -150,7 +150,7 @@ def arms_for(plan: sdgp.Plan, epochs: int) -> list[Arm]:
     else:
         layers = [name for name, module in make_model().named_modules() if isinstance(module, nn.Conv2d)]
         name, pruned, saved = "16:32 everywhere", dict.fromkeys(layers[1:], EVERYWHERE), 1 / epochs
-    shorter = min(epochs - 1, max(1, round((1 - saved) * epochs)))
+    shorter = max(1, min(epochs - 1, round((1 - saved) * epochs)))
     return [Arm("plain", epochs, {}), Arm("plain, shorter", shorter, {}), Arm(name, epochs, pruned)]
 
 

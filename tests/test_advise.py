@@ -58,9 +58,9 @@ def net() -> nn.Sequential:
     return nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
 
 
-def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+def batches(count: int = 2, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
     """Of a size at which no product is too small; noisy targets, so that batches differ much."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     return [(torch.randn(8192, 32), torch.randint(64, (8192,))) for _ in range(count)]
 
 
@@ -80,20 +80,23 @@ def batch_noise(model: nn.Module, pair: list[Any]) -> float:
 
 
 def test_noise_is_that_of_the_parameters_gradient() -> None:
-    """Of each candidate, beside whole backwards in which that one gradient is pruned."""
-    model, pair = net(), batches()
-    rows = sdgp.advise(model, *pair, loss=loss, patterns=("2:4", "1:4")).candidates
-    assert {(row.layer, row.gradient) for row in rows} == {
+    """Of each candidate, beside whole backwards in which that one gradient is pruned; over four pairs of batches."""
+    found: dict[tuple[str, str, str], list[float]] = {}
+    for seed in range(4):
+        model, pair = net(), batches(seed=seed)
+        rows = sdgp.advise(model, *pair, loss=loss, patterns=("2:4", "1:4")).candidates
+        exact, noise = gradient(model, pair[0]), batch_noise(model, pair)
+        for row in rows:
+            assert row.bias == 0
+            plan = {row.layer: (row.pattern, "mvue") if row.gradient == "data" else ("1:1", "mvue", row.pattern)}
+            twin = sdgp.convert(copy.deepcopy(model), plan, backend="dense")
+            draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(3)]
+            found.setdefault((row.layer, row.gradient, row.pattern), []).append(row.noise * noise * 3 / sum(draws))
+    assert {key[:2] for key in found} == {
         ("0", "weight"),
         *((layer, gradient) for layer in ("2", "4") for gradient in ("data", "weight")),
     }
-    exact, noise = gradient(model, pair[0]), batch_noise(model, pair)
-    for row in rows:
-        plan = {row.layer: (row.pattern, "mvue") if row.gradient == "data" else ("1:1", "mvue", row.pattern)}
-        twin = sdgp.convert(copy.deepcopy(model), plan, backend="dense")
-        draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(4)]
-        assert row.noise == pytest.approx(sum(draws) / 4 / noise, rel=0.25), row
-        assert row.bias == 0
+    assert {key: sum(ratios) / 4 for key, ratios in found.items()} == pytest.approx(dict.fromkeys(found, 1.0), rel=0.2)
 
 
 @pytest.mark.parametrize("method", ["mvue", "magnitude"])
@@ -161,7 +164,7 @@ def test_verdicts_of_an_empty_plan() -> None:
         plan = sdgp.advise(net(), *batches(), loss=loss)
     assert (plan.pays, plan.saved, plan.noise, plan.net) == (False, 0, 0, 0)
     assert plan.verdict == repr(plan) == "nothing pays here: no sparse product is faster than the exact one"
-    assert "5 gradients stay exact: sparse is not faster" in str(plan)
+    assert "exact for 5: sparse is not faster" in str(plan)
     small = sdgp.advise(net(), *[(x[:256], y[:256]) for x, y in batches()], loss=loss)
     assert small.verdict == "nothing pays here: every layer is too small at this batch size"
     assert "the largest layer is too small to gain: try a batch 16 times as large" in small.notes
@@ -243,8 +246,8 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = plan.chosen[0]
     cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} mvue +\| 1\.00 +\| 0\.\d\d"
     assert re.search(rf"^{cells}", text, re.MULTILINE), text
-    assert "1 gradients stay exact: filter returned False" in text
-    assert "1 gradients stay exact: only nn.Linear and nn.Conv2d are converted, not Bilinear" in text
+    assert "exact for 1: filter returned False" in text
+    assert "exact for 1: only nn.Linear and nn.Conv2d are converted, not Bilinear" in text
     assert text.splitlines()[-1] == plan.verdict
 
 
@@ -275,7 +278,7 @@ def test_one_batch_is_halved(reduction: str) -> None:
 def test_adams_steps_scale_the_noise() -> None:
     model, pair = net(), batches()
     optimizer = torch.optim.AdamW(model.parameters(), eps=2e-4)
-    assert "the optimizer has made no step" in str(sdgp.advise(model, *pair, loss=loss, optimizer=optimizer))
+    assert "not Adam, or has made none" in str(sdgp.advise(model, *pair, loss=loss, optimizer=optimizer))
     for batch in pair:
         optimizer.zero_grad()
         loss(model, batch).backward()
@@ -302,8 +305,8 @@ def test_what_costs_nothing() -> None:
     for x, _ in pair:
         x.requires_grad_()
     notes = sdgp.advise(model, *pair, loss=loss, optimizer=optimizer).notes
-    assert "1 parameters require a gradient and get none: freeze them" in notes
-    assert "4 parameters require a gradient that the optimizer does not use: freeze them" in notes
+    assert "parameters that get no gradient: 1; set requires_grad=False" in notes
+    assert "parameters with a gradient that the optimizer does not use: 4; set requires_grad=False" in notes
     assert "the data gradient of 0, 2, 4 reaches no trained parameter: detach the input" in notes
 
 
@@ -357,18 +360,151 @@ def test_batches_of_any_kind() -> None:
     assert list(sdgp.advise(nn.Linear(64, 64), x.repeat(1, 2).requires_grad_())) == [""]
 
 
+X = torch.ones(4, 32)
+
+
+def test_a_quarter_without_a_gradient_is_not_the_whole() -> None:
+    """As where only the last step of a sequence has a loss, and steps come first."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = net()
+
+        def forward(self, x: Tensor) -> Tensor:  # (steps, samples, features)
+            steps: Tensor = self.layers(x)
+            return steps[-1]
+
+    torch.manual_seed(1)
+    model, pair = Last(), [(torch.randn(8, 1024, 32), torch.randint(64, (1024,))) for _ in range(2)]
+    plan = sdgp.advise(model, *pair, loss=loss, patterns=("1:4",))
+    noise = batch_noise(model, pair)
+    exact = gradient(model, pair[0])
+    for row in plan.candidates:
+        setting = ("1:4", "mvue") if row.gradient == "data" else ("1:1", "mvue", "1:4")
+        twin = sdgp.convert(copy.deepcopy(model), {row.layer: setting}, backend="dense")
+        draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(4)]
+        assert math.isnan(row.noise) or row.noise == pytest.approx(sum(draws) / 4 / noise, rel=0.5), row
+
+
+def test_what_lies_outside_the_model_is_kept() -> None:
+    model, pair = net(), batches()
+    scale = torch.ones((), requires_grad=True)
+    optimizer = torch.optim.SGD([*model.parameters(), scale])
+    pair[0][0].requires_grad_()
+    with pytest.raises(ValueError, match=r"^advise: expected an optimizer of this model, got 1 parameters of another"):
+        sdgp.advise(model, *pair, loss=loss, optimizer=optimizer)
+    sdgp.advise(model, *pair, loss=loss)
+    assert pair[0][0].grad is None
+
+
+class Counting(nn.Module):
+    """A buffer that each forward assigns anew."""
+
+    count: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = net()
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.count = self.count + 1
+        output: Tensor = self.layers(x)
+        return output
+
+
+def test_buffers_that_are_assigned_anew_are_kept() -> None:
+    model = Counting()
+    before = model.count
+    sdgp.advise(model, *batches(), loss=loss)
+    assert model.count is before
+    assert model.count == 0
+
+
+def test_an_input_changed_in_place_is_not_read() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):  # what is saved for backward is the cast
+                x = self.first(x).float()
+                y: Tensor = self.second(x)
+            x += 1000
+            return y.float()
+
+    plan = sdgp.advise(Changing(), *batches(), loss=loss)
+    assert {(row.layer, row.gradient) for row in plan.candidates} == {("first", "weight"), ("second", "data")}
+
+
+def test_a_reentrant_checkpoint_leaves_data_gradients_unmeasured() -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.rest = nn.Linear(32, 32), net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = torch.utils.checkpoint.checkpoint(self.rest, self.first(x), use_reentrant=True)
+            return output
+
+    plan = sdgp.advise(Checkpointed(), *batches(), loss=loss)
+    assert any("the noise of data gradients could not be measured" in note for note in plan.notes)
+    assert {row.gradient for row in plan.chosen} <= {"weight"}
+
+
+def test_sparse_gradients_and_parameters_without_state() -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.layers, self.unused = nn.Embedding(50, 32, sparse=True), net(), nn.Parameter(torch.ones(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            output: Tensor = self.layers(self.words(x))
+            return output
+
+    torch.manual_seed(0)
+    model, pair = Words(), [(torch.randint(50, (8192,)), torch.randint(64, (8192,))) for _ in range(2)]
+    assert sdgp.advise(model, *pair, loss=loss).candidates
+    optimizer = torch.optim.Adam([*model.layers.parameters(), model.unused])
+    loss(model, pair[0]).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    model.words.weight.grad = None
+    assert sdgp.advise(model, *pair, loss=loss, optimizer=optimizer).norm == "adam"
+
+
+def test_batches_of_another_size_are_left_out() -> None:
+    model, pair = net(), batches(3)
+    short = pair[1][0][:64], pair[1][1][:64]
+    one = sdgp.advise(model, pair[0], short, pair[2], loss=loss)
+    two = sdgp.advise(model, pair[0], pair[2], loss=loss)
+    assert [row.noise for row in one.candidates] == pytest.approx([row.noise for row in two.candidates])
+
+
+def test_an_optimizer_that_steps_in_backward_is_refused() -> None:
+    model = net()
+    model[0].weight.register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(ValueError, match=r"^advise: expected an optimizer that steps after backward"):
+        sdgp.advise(model, *batches(), loss=loss)
+
+
 @pytest.mark.parametrize(
     ("arguments", "settings", "requirement", "got"),
     [
         ((3, 1), {}, "nn.Module", "int"),
         ((net(),), {}, "batch", "none"),
-        ((net(), 1), {"rounds": 0}, "rounds >= 1", "0"),
-        ((net(), 1), {"patterns": ()}, "pattern", "none"),
-        ((net(), 1), {"methods": ("best",)}, "mvue", "'best'"),
-        ((nn.BatchNorm1d(8), 1), {}, "layers to prune", "none"),
+        ((net(), X), {"rounds": 0}, "rounds >= 1", "0"),
+        ((net(), X), {"patterns": ()}, "pattern", "none"),
+        ((net(), X), {"methods": ("best",)}, "mvue", "'best'"),
+        ((nn.BatchNorm1d(8), X), {}, "layers to prune", "none"),
         ((nn.ReLU(), 1), {}, "trainable parameters", "none"),
         ((net().requires_grad_(False), 1), {}, "trainable parameters", "none"),
-        ((net(), torch.ones(1, 32)), {}, "several batches, or one of at least two samples", "one"),
+        ((net(), torch.ones(1, 32)), {}, "several batches of one size, or one of at least two samples", "one of 1"),
+        ((net(), {"x": X, "y": X[0]}), {}, "at least two samples", "one whose tensors share no"),
+        ((net(), torch.ones(4, 32), torch.ones(4, 32)), {}, "batches whose gradients differ", "a variance of 0"),
+        ((torch.compile(net()), torch.ones(4, 32)), {}, "the model itself", "what torch.compile"),
         ((net(), torch.full((4, 32), math.nan)), {}, "finite loss", "nan"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: model(x)}, "scalar tensor", r"shape \(4, 64\)"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: 1.0}, "scalar tensor", "float"),

@@ -141,6 +141,34 @@ def test_state_before_the_first_advice_is_json() -> None:
     assert math.isnan(run.budget._memory.step_ms)
 
 
+def test_a_batch_of_another_size_is_timed_anew() -> None:
+    run = Run(every=1)
+    run.steps(0)
+    known = dict(run.budget._memory.decisions)
+    run.budget.step(tuple(tensor[:7900] for tensor in batches()[0]))
+    assert run.budget._memory.decisions == known
+    run.budget.step(tuple(tensor[:64] for tensor in batches()[0]))
+    assert run.budget._memory.decisions == {}  # all too small
+    assert run.budget.plan == {}
+
+
+def failing(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    budget = sdgp.Budget(net(), lambda model, batch: model(batch[0]), every=1)
+    try:
+        budget.step(batches()[0])
+    except ValueError as error:
+        Path(folder, f"error{rank}").write_text(str(error))
+    torch.distributed.destroy_process_group()
+
+
+def test_an_error_of_the_first_process_is_one_of_all(tmp_path: Path) -> None:
+    mp.spawn(failing, (str(tmp_path),), nprocs=2)
+    assert (tmp_path / "error0").read_text().startswith("advise: expected loss(model, batch) to return a scalar")
+    assert "from the first process, got: advise: expected loss(model, batch)" in (tmp_path / "error1").read_text()
+
+
 def worker(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
@@ -190,10 +218,10 @@ def test_a_useless_batch_is_passed_over() -> None:
     run.budget.step(one)
     run.budget.step(one)
     assert run.budget.verdict.startswith(
-        "no advice at step 2: advise: expected several batches, or one of at least two"
+        "no advice at step 2: expected several batches of one size, or one of at least"
     )
     run.budget.step((torch.full((8192, 32), math.nan), batches()[0][1]))
-    assert run.budget.verdict == "no advice at step 3: advise: expected a finite loss, got nan"
+    assert run.budget.verdict == "no advice at step 3: expected a finite loss, got nan"
     run.steps(0)
     assert run.budget.verdict.startswith("it pays")
     assert run.budget.state_dict()["next"] == 6

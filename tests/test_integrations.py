@@ -70,7 +70,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("sdgp._advise.LEAST_WORK", 0)
     monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.0)
     monkeypatch.setitem(STEPS_PER_NOISE, "adam", 0.0)
-    with Faster():
+    with Faster(least_work=0):
         yield
 
 

@@ -31,6 +31,7 @@ from ._noise import (
     noise_of_halves,
     part_of,
     samples_of,
+    tensors_of,
 )
 from ._pattern import UNBIASED_METHODS, Pattern, PatternLike, Pruning
 from ._plan import Candidate, Plan
@@ -62,18 +63,21 @@ def advise(
     "Nothing pays here" is an answer: the plan is empty then. The model, its gradients, buffers and PyTorch's generators
     are left as they were.
 
-    Gradients change in training, and those of an untrained model bear pruning worst: run some hundred steps first.
+    Gradients change in training, and those of an untrained model bear pruning worst: run some hundred steps first. The
+    model is measured in the mode it is in: call ``model.train()`` before. A step is its forward and backward; the
+    optimizer and the loading of data come on top.
 
     Args:
         model: plain or converted.
-        batches: of the data that the model trains on. With one batch, its halves are compared; four tell more.
+        batches: of the data that the model trains on; the first dimension of each tensor is the sample. With one batch,
+            its halves are compared; four tell more. Those of another size than the first are left out.
         loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
-        optimizer: that trains the model. Of Adam and its kin, after some steps, noise is measured as the optimizer
-            scales its steps; and parameters that it does not train count for nothing.
+        optimizer: the one that trains the model. If it is Adam or similar and has made steps, noise is measured as it
+            scales its steps. Parameters that it does not train are ignored.
         patterns: to try. Default: 16:32, 8:32 and 4:32 on a CPU, where wide groups take no longer than narrow ones and
             add less noise, and half as wide groups where a layer is too narrow; elsewhere 2:4 and 1:4.
-        methods: to try. Only ``"mvue"`` is unbiased: the errors of other methods do not average out as noise does, and
-            add up to more than their candidates say; the whole plan's is measured.
+        methods: to try. Only ``"mvue"`` is unbiased. Errors of other methods do not average out, and together they are
+            larger than the sum of the candidates' noise; that of the whole plan is measured.
         filter: ``filter(module, name) -> bool``: False leaves that layer plain.
         rounds: of timing; the median counts.
         progress: called with the name of each stage as it begins.
@@ -100,16 +104,22 @@ def advise(
 
 
 class UnusableBatch(ValueError):
-    """Another batch may do."""
+    """This batch gives no advice; another one may."""
 
 
 @dataclass
 class Memory:
-    """What one call of ``advised`` leaves for the next: what does not change in training, and what is averaged."""
+    """What one call of ``advised`` leaves for the next: what took how long, for batches of one size."""
 
     step_ms: float = math.nan
     decisions: dict[str, Decision] = field(default_factory=dict)  # what each product took, by layer, call and pruning
-    noises: list[float] = field(default_factory=list)  # of the batch
+    values: int = 0  # in the batch
+
+    def fit(self, batch: Any) -> None:
+        """Forgets the times if ``batch`` is of another size."""
+        values = sum(tensor.numel() for tensor in tensors_of(batch))
+        if not 0.9 * self.values <= values <= 1.1 * self.values:
+            self.step_ms, self.decisions, self.values = math.nan, {}, values
 
 
 def advised(
@@ -130,7 +140,17 @@ def advised(
         raise ValueError("advise: expected at least one batch, got none")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise ValueError("advise: expected the model itself, got what torch.compile made of it, which runs no hooks")
     norm = Norm.of("advise", model, optimizer)
+    if any(parameter._post_accumulate_grad_hooks for parameter in norm.scales):
+        raise ValueError("advise: expected an optimizer that steps after backward, got hooks that may step within it")
+    batches = _alike(batches)
+    samples = samples_of(batches[0])
+    if len(batches) == 1 and (samples is None or samples < 2):
+        got = "one whose tensors share no first dimension" if samples is None else f"one of {samples}"
+        raise UnusableBatch(f"advise: expected several batches of one size, or one of at least two samples, got {got}")
+    memory.fit(batches[0])
     tried = [
         [Pruning.parse("advise", pattern, method, "auto", (pattern, method)) for method in dict.fromkeys(methods)]
         for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
@@ -143,7 +163,9 @@ def advised(
         raise ValueError("advise: expected a model with layers to prune, got none: see sdgp.report(model)")
     names = {module: name for name, module in layers_of(model)}
     study = _Study(model, names, batches, loss, norm, twins, rounds, patterns is None, memory)
-    with state_kept(model), paused(model):
+    others = [tensor for batch in batches for tensor in tensors_of(batch) if tensor.is_leaf]
+    others += [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+    with state_kept(model, *others), paused(model):
         say("steps")
         study.time_steps()
         say("products")
@@ -161,7 +183,8 @@ def advised(
                 break
             say("the whole plan")
             with _pruned(model, plan):
-                measured = norm.squared(difference(study.gradients(batches[0]), study.exact)) / noise.mean
+                pruned = study.gradients(batches[0])
+            measured = norm.squared(difference(pruned, study.exact)) / noise.mean
             if plan.take_measured(measured):
                 break
     return plan
@@ -231,10 +254,6 @@ class _Measured:
         self.timed = False
 
 
-# Estimates of the batch's noise that are averaged, of successive calls.
-_NOISES = 8
-
-
 class _Study:
     """What ``advise`` measures, stage by stage."""
 
@@ -259,6 +278,7 @@ class _Study:
         self._obstacles: dict[nn.Module, str] = {}
         self._amplified: dict[nn.Module, float] = {}
         self._without_gradient = 0
+        self._unmeasured = ""  # why the noise of data gradients is not known
         self.exact: Gradients = {}
 
     def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
@@ -272,7 +292,7 @@ class _Study:
                 raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
             torch.autograd.backward(value)
         self._without_gradient = sum(parameter.grad is None for parameter in parameters)
-        return {p: torch.zeros_like(p) if p.grad is None else p.grad for p in parameters}
+        return {p: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters}
 
     def time_steps(self) -> None:
         """What a step takes, unless an earlier call has told."""
@@ -287,20 +307,17 @@ class _Study:
         self._memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
 
     def batch_noise(self) -> Estimate:
-        """Averaged with those of the last calls."""
-        first, noises = self._batches[0], self._memory.noises
-        samples = samples_of(first)
+        """From the batches, or from the halves of one."""
         if len(self._batches) > 1:
             estimate = batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
-        elif samples is None or samples < 2:
-            raise UnusableBatch("advise: expected several batches, or one of at least two samples, got one")
         else:
-            half = samples // 2
-            one, other = self.gradients(part_of(first, 0, half)), self.gradients(part_of(first, half, 2 * half))
+            batch = self._batches[0]
+            half = (samples_of(batch) or 0) // 2
+            one, other = self.gradients(part_of(batch, 0, half)), self.gradients(part_of(batch, half, 2 * half))
             estimate = noise_of_halves(self.exact, one, other, self._norm)
-        noises.append(estimate.mean)
-        recent = noises[-_NOISES:]
-        return Estimate(statistics.fmean(recent), estimate.error / math.sqrt(len(recent)))
+        if not 0 < estimate.mean < math.inf:
+            raise UnusableBatch(f"advise: expected batches whose gradients differ, got a variance of {estimate.mean}")
+        return estimate
 
     def measure_products(self) -> None:
         """Time and noise of every gradient's candidates, in a backward that also gives the exact gradients."""
@@ -312,7 +329,7 @@ class _Study:
         if input.requires_grad:
             shape = stand_in(input, grad_output)
             self._measure(module, "data", grad_output, shape)
-        if module.weight.requires_grad and module.weight in self._norm.scales:
+        if module.weight in self._norm.scales and input.device.type != "meta":
             self._measure(module, "weight", grad_output, input.detach())
 
     def _measure(self, module: nn.Module, gradient: str, grad_output: Tensor, input: Tensor) -> None:
@@ -330,14 +347,19 @@ class _Study:
         useful = [twin for twin in twins if found[twin].saved_ms > 0]
         if not useful:
             return
-        samples = _some(module, grad_output)
-        ways = [_products(twin, gradient, grad_output[:samples], input[:samples]) for twin in useful]
+        some = _some(module, grad_output)
+        part = grad_output[some]
+        energy = (float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2 for values in (grad_output, part))
+        whole, seen = energy
+        if seen < whole / 16:  # most of the gradient is elsewhere
+            some, part, seen = slice(None), grad_output, whole
+        ways = [_products(twin, gradient, part, input[some]) for twin in useful]
         methods = [twin.pruning.method for twin in useful]
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
         squared = (lambda error: self._norm.squared_of(weight, error)) if gradient == "weight" else None
         for twin, sums in zip(useful, errors(ways, methods, len(self._found), squared), strict=True):
-            times = grad_output.shape[0] / samples  # errors of samples are independent: their squares add up
+            times = whole / seen if seen else 1.0  # the squares of the samples' errors add up
             found[twin].errors += tuple(times * value for value in sums)
 
     def _time(
@@ -355,13 +377,14 @@ class _Study:
         if (missing := products.obstacle()) is not None:
             self._obstacles[module] = f"a sparse product needs {missing}"
             return
-        if products.work < LEAST_WORK or pruning.method in slower:
+        least = max(current_chooser().least_work(products.grad_output.device), LEAST_WORK)
+        if products.work < least or pruning.method in slower:
             return
         call = f"{self._names[module]}, call {self._calls[module, gradient]}"
         key = f"{call}: {gradient} {pruning.pattern} {pruning.method}"
         decision = self._memory.decisions.get(key)
         if decision is None:
-            decision = self._memory.decisions[key] = current_chooser().measure(products, pruning, self._rounds)
+            decision = self._memory.decisions[key] = self._decide(products, pruning)
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
         measured.sparse_ms += decision.sparse_ms or 0.0
@@ -370,11 +393,24 @@ class _Study:
         else:
             slower.add(pruning.method)
 
+    def _decide(self, products: Products, pruning: Pruning) -> Decision:
+        try:
+            return current_chooser().measure(products, pruning, self._rounds)
+        except RuntimeError as error:  # out of memory, or a library that refuses this size
+            return Decision("exact", str(error))
+
     def measure_amplifications(self) -> None:
-        """On a quarter of the first batch: what an error becomes does not depend on the number of samples."""
+        """On a quarter of the first batch: what an error becomes does not depend on the number of samples. Or on the
+        whole of it, where the model does not take a part."""
         batch, samples = self._batches[0], samples_of(self._batches[0])
-        if samples is not None:
-            batch = part_of(batch, 0, max(-(-samples // 4), min(samples, 8)))
+        parts = [] if samples is None else [part_of(batch, 0, max(-(-samples // 4), min(samples, 8)))]
+        for part in (*parts, batch):
+            try:
+                return self._measure_amplifications(part)
+            except RuntimeError as error:  # such as of a reentrant checkpoint, or a compiled submodule
+                self._unmeasured = str(error).partition("\n")[0]
+
+    def _measure_amplifications(self, batch: Any) -> None:
         layers = {}
         for (module, gradient), found in self._found.items():
             useful = [twin for twin, measured in found.items() if measured.saved_ms > 0]
@@ -436,17 +472,26 @@ class _Study:
             return "no gradient"
         return self._obstacles.get(module, "too small to gain")
 
+    def _idle(self, optimizer: torch.optim.Optimizer | None) -> int:
+        """Parameters that require a gradient and are in no group of the optimizer."""
+        if optimizer is None:
+            return 0
+        used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+        return sum(p.requires_grad and p not in used for p in self._model.parameters())
+
     def notes(self, optimizer: torch.optim.Optimizer | None, rows: list[Candidate]) -> list[str]:
         notes = []
         if len(self._batches) == 1:
             notes.append("one batch alone tells the noise to a factor of about two: pass more")
         if optimizer is not None and self._norm.kind == "euclidean" and "betas" in optimizer.defaults:
-            notes.append("the optimizer has made no step: noise is not measured as it will scale its steps")
+            notes.append("noise is not measured as this optimizer scales its steps: it is not Adam, or has made none")
+        if self._unmeasured and not self._amplified:
+            notes.append(f"the noise of data gradients could not be measured: {self._unmeasured}")
         if self._without_gradient:
-            notes.append(f"{self._without_gradient} parameters require a gradient and get none: freeze them")
-        idle = [p for p in self._model.parameters() if p.requires_grad and p not in self._norm.scales]
+            notes.append(f"parameters that get no gradient: {self._without_gradient}; set requires_grad=False")
+        idle = self._idle(optimizer)
         if idle:
-            notes.append(f"{len(idle)} parameters require a gradient that the optimizer does not use: freeze them")
+            notes.append(f"parameters with a gradient that the optimizer does not use: {idle}; set requires_grad=False")
         useless = [self._names[module] or "(model)" for module, factor in self._amplified.items() if factor == 0]
         if useless:
             listed = ", ".join(useless[:3]) + (", …" if len(useless) > 3 else "")
@@ -457,6 +502,11 @@ class _Study:
         if any(row.method not in UNBIASED_METHODS for row in rows):
             notes.append("methods other than mvue are biased: their errors do not average out as noise does")
         return notes
+
+
+def _alike(batches: Sequence[Any]) -> list[Any]:
+    """Those with as many samples as the first: the gradients of smaller ones are noisier."""
+    return [batch for batch in batches if samples_of(batch) == samples_of(batches[0])]
 
 
 def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Tensor) -> Products:
@@ -484,9 +534,9 @@ def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
     return list(widest.values())
 
 
-def _some(module: nn.Module, grad_output: Tensor) -> int:
-    """How many of the first samples are looked at: a quarter of them, for more would tell little more."""
-    samples = grad_output.shape[0]
+def _some(module: nn.Module, grad_output: Tensor) -> slice:
+    """The samples that are looked at: every fourth, for more would tell little more."""
     if grad_output.ndim == (3 if isinstance(module, nn.Conv2d) else 1):
-        return samples  # not batched: these are channels or features
-    return max(-(-samples // 4), min(samples, 64 if grad_output.ndim == 2 else 1))
+        return slice(None)  # not batched: these are channels or features
+    least = 256 if grad_output.ndim == 2 else 4
+    return slice(0, None, 4 if grad_output.shape[0] >= least else 1)

@@ -24,7 +24,7 @@ from ._step import Loss
 from ._watch import check_writable
 
 # Of `state_dict`.
-_KEYS = {"step", "next", "plan", "step_ms", "decisions", "noises"}
+_KEYS = {"step", "next", "plan", "verdict", "step_ms", "decisions", "values"}
 
 
 class Budget:
@@ -37,15 +37,17 @@ class Budget:
     An advice takes as long as six to ten steps, and once, to time the products, some twenty more. A batch of one sample
     or with a loss that is not finite is of no use: the next step's is asked about then.
 
-    Under ``torch.distributed`` the first process is asked, and all get its plan.
+    Under ``torch.distributed`` the first process is asked, and all get its plan. The others wait meanwhile, so that
+    neither the forward nor the loss may communicate.
 
     Args:
-        model: the model itself, not what DistributedDataParallel or torch.compile made of it.
+        model: the model itself, not what DistributedDataParallel or torch.compile made of it. If it is converted, it
+            becomes plain until the first advice.
         loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
         optimizer: that trains the model, see ``sdgp.advise``.
         every: how many steps lie between advices.
-        first: how many steps are exact before the first. Default: ``every``.
-        net: plans that would save a smaller share of the time to the same loss than this are not taken.
+        first: how many steps are exact before the first advice. Default: ``every``.
+        net: the least net saving; plans that save less are not used.
         patterns, methods, filter: see ``sdgp.advise``.
         to: the path of a file that a JSON line is appended to at every advice.
 
@@ -94,6 +96,8 @@ class Budget:
         first = every if first is None else first
         if every < 1 or first < 1:
             raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _check_alone(model)
         if to is not None:
             check_writable("Budget", to)
         self._model, self._loss, self._optimizer = model, loss, optimizer
@@ -111,13 +115,21 @@ class Budget:
             return
         found: list[Any] = [None]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        failed: Exception | None = None
         if not distributed or torch.distributed.get_rank() == 0:
-            found = [self._ask(batch)]
+            try:
+                found = [self._ask(batch)]
+            except Exception as error:
+                found, failed = [str(error)], error
         if distributed:
             torch.distributed.broadcast_object_list(found)
+        if failed is not None:
+            raise failed
+        if isinstance(found[0], str):
+            raise ValueError(f"Budget: expected an advice from the first process, got: {found[0]}")
         plan, self.verdict = found[0]
         if plan is None:
-            self._next = self.step_count + 1
+            self._next = self.step_count + max(self._every // 50, 1)
             return
         self._next = self.step_count + self._every
         self.plan = plan
@@ -129,7 +141,7 @@ class Budget:
         try:
             plan = advised(self._model, [batch], *asked, 3, lambda stage: None, self._memory)
         except UnusableBatch as error:
-            return None, f"no advice at step {self.step_count}: {error}"
+            return None, f"no advice at step {self.step_count}: {str(error).partition(': ')[2]}"
         taken = dict(plan) if plan.net >= self._net else {}
         numbers = {"pays": plan.pays, "saved": plan.saved, "noise": plan.noise, "net": plan.net, "norm": plan.norm}
         self._write({"step": self.step_count, **numbers, "plan": taken})
@@ -151,8 +163,9 @@ class Budget:
         memory = self._memory
         decisions = {key: asdict(decision) for key, decision in memory.decisions.items()}
         step_ms = memory.step_ms if math.isfinite(memory.step_ms) else None
-        measured = {"step_ms": step_ms, "decisions": decisions, "noises": list(memory.noises)}
-        return {"step": self.step_count, "next": self._next, "plan": dict(self.plan), **measured}
+        measured = {"step_ms": step_ms, "decisions": decisions, "values": memory.values}
+        taken = {"plan": dict(self.plan), "verdict": self.verdict}
+        return {"step": self.step_count, "next": self._next, **taken, **measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where ``state_dict`` was taken, and converts the model to its plan.
@@ -162,9 +175,22 @@ class Budget:
         """
         if set(state) != _KEYS:
             raise ValueError(f"Budget: expected a state_dict with {', '.join(sorted(_KEYS))}, got {sorted(state)}")
+        try:
+            decisions = {key: Decision(**values) for key, values in state["decisions"].items()}
+        except TypeError as error:
+            raise ValueError(f"Budget: expected decisions of this version, got one that differs: {error}") from error
         convert(self._model, state["plan"])
-        self.step_count, self._next = state["step"], state["next"]
         self.plan = {name: tuple(setting) for name, setting in state["plan"].items()}
-        decisions = {key: Decision(**values) for key, values in state["decisions"].items()}
+        self.step_count, self._next, self.verdict = state["step"], state["next"], state["verdict"]
         step_ms = math.nan if state["step_ms"] is None else state["step_ms"]
-        self._memory = Memory(step_ms, decisions, list(state["noises"]))
+        self._memory = Memory(step_ms, decisions, state["values"])
+
+
+def _check_alone(model: nn.Module) -> None:
+    """Whether one process can run the model without the others."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.SyncBatchNorm) or type(module).__name__.startswith("FSDP"):
+            kind = type(module).__name__
+            raise ValueError(f"Budget: expected a model that one process can run alone, got {kind} {name}")
+    if sharded := [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]:
+        raise ValueError(f"Budget: expected a model that one process can run alone, got shards of {sharded[0]}")

@@ -158,13 +158,17 @@ class Chooser:
         deterministic = torch.are_deterministic_algorithms_enabled()
         if not deterministic and (known := self._decisions.get(site)) is not None:
             return known
-        if work < (self._least_work if site.device.type == "cpu" else self._least_work_cuda):
+        if work < self.least_work(site.device):
             return _SMALL[other]
         if (missing := _obstacle(site)) is not None:
             return Decision(other, f"a sparse product needs {missing}")
         if deterministic:
             return _static(site, "torch.use_deterministic_algorithms asks for no choice by the clock")
         return None
+
+    def least_work(self, device: torch.device) -> int:
+        """The multiply-adds below which no sparse product is taken."""
+        return self._least_work if device.type == "cpu" else self._least_work_cuda
 
     def decide(self, site: Site, products: Products) -> Decision:
         """The decision for one gradient, in its backward.

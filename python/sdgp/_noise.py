@@ -55,11 +55,11 @@ class Norm(NamedTuple):
         trained = [parameter for parameter in parameters if parameter in groups]
         if not trained:
             raise ValueError(f"{op}: expected an optimizer of trainable parameters, got none that requires a gradient")
-        states = [optimizer.state.get(parameter, {}) for parameter in trained]
-        if not all("exp_avg_sq" in state and "step" in state for state in states):  # another kind, or no step so far
+        states = {parameter: optimizer.state.get(parameter, {}) for parameter in trained}
+        stepped = [parameter for parameter, state in states.items() if "exp_avg_sq" in state and "step" in state]
+        if not stepped:  # of another kind, or without a step so far
             return cls("euclidean", dict.fromkeys(trained))
-        pairs = zip(trained, states, strict=True)
-        return cls("adam", {parameter: _adam_scale(state, groups[parameter]) for parameter, state in pairs})
+        return cls("adam", {parameter: _adam_scale(states[parameter], groups[parameter]) for parameter in stepped})
 
     def squared(self, gradients: Gradients) -> float:
         return math.fsum(self.squared_of(parameter, gradient) for parameter, gradient in gradients.items())
@@ -70,12 +70,13 @@ class Norm(NamedTuple):
             return 0.0
         scale = self.scales[parameter]
         scaled = gradient if scale is None else gradient * scale
-        return float(torch.linalg.vector_norm(scaled, dtype=torch.float64 if scaled.is_cpu else None)) ** 2
+        return _squared(scaled)
 
 
 def _adam_scale(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     beta = group["betas"][1]
-    corrected: Tensor = state["exp_avg_sq"] / (1 - beta ** float(state["step"]))
+    square = state.get("max_exp_avg_sq", state["exp_avg_sq"]).float()
+    corrected: Tensor = square / (1 - beta ** float(state["step"]))
     scale: Tensor = 1 / (corrected.sqrt() + group["eps"])
     return scale
 
@@ -165,7 +166,7 @@ def errors(
 
 
 def _squared(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values.float() if values.dtype != torch.float64 else values)) ** 2
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64 if values.is_cpu else torch.float32)) ** 2
 
 
 def amplifications(
@@ -181,14 +182,15 @@ def amplifications(
         make_error: from the layer and its output gradient to an error of the data gradient, shaped like the input.
 
     Returns:
-        |J e|² / |e|² of every layer whose data gradient was computed; 0: it reaches no trained parameter.
+        |J e|² / |e|² of every layer that was called; 0: its data gradient reaches no trained parameter; NaN: there was
+        no error.
     """
     edges: list[tuple[nn.Module, GradientEdge]] = []
     found: dict[int, Tensor] = {}
 
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         input = (*args, *kwargs.values())[0]
-        if not (output.requires_grad and input.requires_grad):
+        if output.is_nested or not (output.requires_grad and input.requires_grad):
             return
         index = len(edges)
         edges.append((layer, get_gradient_edge(input)))
@@ -206,6 +208,7 @@ def amplifications(
         value = loss()
     torch.autograd.grad(value, trained, retain_graph=True, allow_unused=True)
     sums = {layer: [0.0, 0.0] for layer, _ in edges}
+    unreached = set(sums) - {edges[index][0] for index in found}
     for index in sorted(found):
         layer, edge = edges[index]
         error = found.pop(index)
@@ -214,7 +217,8 @@ def amplifications(
         sums[layer][0] += norm.squared(reached)
         sums[layer][1] += _squared(error)
         found[index] = error.new_empty(0)
-    return {layer: out / into if into else 0.0 for layer, (out, into) in sums.items()}
+    ratios = {layer: out / into if into else math.nan for layer, (out, into) in sums.items()}
+    return ratios | dict.fromkeys(unreached, 0.0)
 
 
 def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
@@ -227,7 +231,7 @@ def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 def samples_of(batch: Any) -> int | None:
     """The samples in a batch: the length that its tensors have in common, scalars aside; None: they have none."""
-    lengths = {tensor.shape[0] for tensor in _tensors(batch) if tensor.ndim}
+    lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim}
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -248,9 +252,9 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (Mapping, tuple, list)):
         for value in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from _tensors(value)
+            yield from tensors_of(value)

@@ -98,6 +98,11 @@ class Plan(dict[str, tuple[Any, ...]]):
     def take_measured(self, noise: float) -> bool:
         """Takes the noise of the whole plan, measured. False: it changes the choice, whose noise is to be measured."""
         total, before = math.fsum(row.noise for row in self.chosen), self.chosen
+        if total == 0 < noise:  # whatever was seen of each by itself, it was not this
+            share = noise / len(before)
+            self.candidates = [row._replace(noise=share) if row in before else row for row in self.candidates]
+            self._choose()
+            return False
         close = total > 0 and 0.8 < noise / (self._factor * total) < 1.25
         if total > 0:
             self._factor = noise / total
@@ -159,7 +164,7 @@ class Plan(dict[str, tuple[Any, ...]]):
     def __str__(self) -> str:
         head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")
         lines = format_table(head, map(_cells, self.chosen)) if self.chosen else []
-        lines += [f"{count} gradients stay exact: {why}" for why, count in self._why_exact().items()]
+        lines += [f"exact for {count}: {why}" for why, count in self._why_exact().items()]
         return "\n".join([*lines, *self.notes, self.verdict])
 
     def __repr__(self) -> str:

@@ -80,24 +80,33 @@ class Handles:
 def on_gradient(
     layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None], *, weights: bool = False
 ) -> Handles:
-    """Has ``receive(layer, grad_output, input)`` called in the backward of every call of every layer that has a data
-    gradient, until the handles are removed.
+    """Calls ``receive(layer, grad_output, input)`` in the backward of each call of a layer that has a data gradient,
+    until the handles are removed.
 
     Args:
-        weights: of every layer that has a weight gradient as well; ``input`` is then the input itself. Else, and where
-            the weight is frozen, it is on the meta device: its shape and strides count, and keeping its values would
-            cost memory. Either way ``input.requires_grad`` says whether there is a data gradient.
+        weights: also of each call of a layer that has only a weight gradient. ``input`` is then the detached input,
+            where there is a weight gradient and nobody changed the input in place since. Otherwise it is on the meta
+            device: its shape and strides count, and keeping its values would cost memory. Either way
+            ``input.requires_grad`` says whether there is a data gradient.
     """
 
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         input = (*args, *kwargs.values())[0]
         of_weight = weights and layer.weight.requires_grad
-        if torch.compiler.is_compiling() or not (output.requires_grad and (input.requires_grad or of_weight)):
+        if torch.compiler.is_compiling() or output.is_nested:
             return
-        if not of_weight:
-            input = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
+        if not (output.requires_grad and (input.requires_grad or of_weight)):
+            return
+        shape = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
+        # No reference to the input itself: if it is changed in place, its new history leads to this hook.
+        values = input.detach().requires_grad_(input.requires_grad) if of_weight else shape
+        version = input._version
+
+        def run(grad: Tensor) -> None:
+            receive(layer, grad.detach(), values if values._version == version else shape)
+
         hook: Any = output.register_hook
-        hook(lambda grad: receive(layer, grad.detach(), input))
+        hook(run)
 
     return Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers)
 
@@ -127,11 +136,16 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def state_kept(model: nn.Module) -> Iterator[None]:
-    """Puts gradients, buffers, generators and the layers' decisions back as they were."""
-    parameters = list(model.parameters())
+def state_kept(model: nn.Module, *others: Tensor) -> Iterator[None]:
+    """Puts gradients, those of ``others`` too, buffers, generators and the layers' decisions back as they were."""
+    parameters = [*model.parameters(), *others]
     gradients = [parameter.grad for parameter in parameters]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     decisions = [
         (vars(layer), name, vars(layer)[name])
         for layer in model.modules()
@@ -147,7 +161,8 @@ def state_kept(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         with torch.no_grad():
-            for buffer, before in buffers:
+            for place, name, buffer, before in buffers:
+                place[name] = buffer  # a forward may have put another there
                 buffer.copy_(before)
         for attributes, name, decision in decisions:
             if name in attributes:  # not reverted within

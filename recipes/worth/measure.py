@@ -77,7 +77,7 @@ def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     for step in range(steps):
         if step % (steps // POINTS) == 0:
             with _Untimed():
-                plan = ask(parts, rounds=1, patterns=patterns)
+                plan = ask(parts, rounds=1, patterns=patterns, filter=parts.is_pruned)
             sums = dict.fromkeys(
                 (f"{gradient} {pattern}" for gradient in ("data", "weight") for pattern in patterns), 0.0
             )

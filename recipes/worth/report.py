@@ -90,12 +90,14 @@ def worth(arm: Arm, plain: list[Arm]) -> Worth:
     """Against plain runs of fewer steps; the first is the full one."""
     full = plain[0]
     seeds = sorted(arm.losses.keys() & full.losses.keys())
+    if not seeds:
+        return Worth(math.nan, math.nan, math.nan)
     differences = [arm.losses[seed] - full.losses[seed] for seed in seeds]
     mean = statistics.mean(differences)
     half = math.inf
     if len(seeds) > 1:
         half = _T.get(len(seeds) - 1, 2.0) * statistics.stdev(differences) / math.sqrt(len(seeds))
-    curve = [(_difference(other, full), other.cost) for other in plain]
+    curve = [(_difference(other, full), other.cost) for other in plain if other.losses.keys() & full.losses.keys()]
     ends = (_share(curve, mean + sign * half) for sign in (1, -1))
     return Worth(_share(curve, mean), *ends)
 
@@ -129,10 +131,10 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
         cells = [arm.name, f"{statistics.mean(values):.3f}{spread}", str(len(values))]
         if arm.kind == "pruned":
             worths = [worth(arm, curve) for curve in curves.values()]
-            strict = min(value.equivalent for value in worths)
+            strict = min(worths, key=lambda value: value.equivalent)
             tau = noise.get(arm.name)
             cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
-            cells += [f"{tau:.3f}", f"{(1 / strict - 1) / tau:.1f}"] if tau else ["", ""]
+            cells += [f"{tau:.3f}", f"{(1 / strict.equivalent - 1) / tau:.1f}"] if tau else ["", ""]
             cells += [_net(saved[machine].get(_key(arm, machine)), strict) for machine in saved]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -153,11 +155,13 @@ def _key(arm: Arm, machine: str) -> str:
     return f"{data} + {weight}" if weight else data
 
 
-def _net(row: dict[str, Any] | None, equivalent: float) -> str:
+def _net(row: dict[str, Any] | None, worth: Worth) -> str:
+    """What a step saves, and the share of the time to the same loss, with the interval that the losses leave."""
     if row is None:
         return ""
-    net = 1 - (1 - row["saved"]) / equivalent
-    return f"{row['saved']:.0%} [{row['saved_low']:.0%}, {row['saved_high']:.0%}]; **{net:+.0%}**"
+    net, low, high = (1 - (1 - row["saved"]) / share for share in worth)
+    interval = "" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]"
+    return f"{row['saved']:.0%} [{row['saved_low']:.0%}, {row['saved_high']:.0%}]; **{net:+.0%}**{interval}"
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
@@ -179,8 +183,9 @@ def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Pa
     """Loss against cost: the plain curve, and each pruned arm at its cost on each machine."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
-        points = sorted((arm.cost, statistics.mean(arm.losses.values())) for arm in found if arm.kind == kind)
-        if points:
+        of_kind = [arm for arm in found if arm.kind == kind or arm is found[0]]
+        points = sorted((arm.cost, statistics.mean(arm.losses.values())) for arm in of_kind)
+        if len(points) > 1:
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     for machine, marker in zip(saved, "osD^", strict=False):
         for arm in found:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
 from ..cifar10.config import Config as Cifar10Config
+from ..common.images import is_pruned
 from ..common.process import World
 from ..common.run import Job
 from ..common.settings import Settings
@@ -30,11 +31,13 @@ class Parts(NamedTuple):
 
     Attributes:
         batches: as the recipe draws them, (input, target); without end.
+        is_pruned: whether the recipe prunes a layer, from module and name.
     """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     batches: Iterator[tuple[Tensor, Tensor]]
+    is_pruned: Callable[[nn.Module, str], bool]
 
 
 class Task(NamedTuple):
@@ -90,7 +93,7 @@ def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
         for epoch in range(10**9):
             yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
 
-    return Parts(model, optimizer, batches())
+    return Parts(model, optimizer, batches(), is_pruned)
 
 
 _RESNET9 = {

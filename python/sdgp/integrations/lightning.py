@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
+from .._advise import UnusableBatch
 from ._callback import ScheduleCallback
 
 # The two are separate packages with separate classes: the one that the program uses, if that is known yet.
@@ -35,7 +37,7 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
         budget: in place of all these, the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults: that chooses
             what to prune, and when. It calls ``training_step`` with whole batches, halves and quarters of them, and
-            leaves its logging out meanwhile.
+            turns its logging off meanwhile; metrics that ``training_step`` updates by itself count these calls.
 
     Raises:
         ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
@@ -48,7 +50,9 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         if self.budget_settings is not None:
-            self._step = trainer.global_step
+            if not getattr(pl_module, "automatic_optimization", True):
+                raise ValueError("SdgpCallback: a budget expected automatic optimization, got manual")
+            self._step, self._trainer = trainer.global_step, trainer
             self.start_budget(pl_module, self._loss, trainer.optimizers[0])
             return
         steps = trainer.estimated_stepping_batches
@@ -68,10 +72,14 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
         logs = ("log", "log_dict")
         vars(module).update(dict.fromkeys(logs, lambda *args, **kwargs: None))
         try:
-            output = module.training_step(batch, self._batch_idx)
+            takes_index = len(inspect.signature(module.training_step).parameters) > 1
+            with self._trainer.precision_plugin.train_step_context():
+                output = module.training_step(batch, *((self._batch_idx,) if takes_index else ()))
         finally:
             for name in logs:
                 vars(module).pop(name)
+        if output is None:
+            raise UnusableBatch("SdgpCallback: expected a loss, got None")
         loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
         return loss
 

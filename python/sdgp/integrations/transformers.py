@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
@@ -50,7 +50,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         self.measured = attributes["measured"]
         if self.budget_settings is not None:
             self.budget_state = attributes.get("budget_state")
-            self.start_budget(model, None, kwargs["optimizer"])
+            self.start_budget(model, _loss, kwargs["optimizer"])
             self._hook = model.register_forward_pre_hook(Hook(self._note_batch), with_kwargs=True)
             return
         if (layers := self.layers) is not None:
@@ -69,6 +69,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.budget is not None:
             self._hook.remove()
+            self._batch = None
 
     def _note_batch(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if model.training:  # the Trainer's number of tokens is that of several batches; without it, the loss is a mean
@@ -83,3 +84,13 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
             settings["budget"] = self.budget_settings
             attributes["budget_state"] = None if self.budget is None else self.budget.state_dict()
         return {"args": settings, "attributes": attributes}
+
+
+def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    loss = getattr(model(**batch), "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ValueError(
+            "SdgpCallback: a budget expected a model that returns its loss, got none: the Trainer's own loss functions "
+            "and label_smoothing_factor cannot be used with it"
+        )
+    return loss
