@@ -24,7 +24,10 @@ import torch
 import sdgp
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md", "recipes/worth/README.md")
+]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FOLDERS = {path.name for path in ROOT.iterdir() if path.is_dir()} - {"build", "data", "dist", "runs"}

@@ -74,14 +74,25 @@ def kernels_run(gradient: Tensor) -> bool:
 
 
 def static_rule(
-    pruning: Pruning, device: torch.device, dtype: torch.dtype, weight_shape: Sequence[int], values: int
+    op: str,
+    gradient: str,
+    pruning: Pruning,
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_shape: Sequence[int],
+    values: int,
 ) -> bool:
-    """Whether the sparse product has won with a margin wherever it was measured: the rule where nothing is measured.
+    """Whether the sparse product has won with a margin wherever it was measured: the rule where nothing is measured. On
+    GPUs others have measured it, for linear layers of at least 4096 rows.
 
     Args:
+        gradient: ``"data"`` or ``"weight"``.
         values: the number of the input's values.
     """
     n, m = pruning.pattern
+    if device.type == "cuda":
+        large = min(weight_shape) >= 2048 and values >= 4096 * max(weight_shape)
+        return op == "linear" and large and obstacle(pruning, device, dtype, gradient=gradient) is None
     large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 2**18
     return device.type == "cpu" and dtype == torch.float32 and 4 * n <= m and large
 
@@ -275,7 +286,9 @@ def _obstacle(site: Site) -> str | None:
 
 
 def _static(site: Site, why: str) -> Decision:
-    sparse = static_rule(site.pruning, site.device, site.dtype, site.weight_shape, 2**site.values)
+    sparse = static_rule(
+        site.op, site.gradient, site.pruning, site.device, site.dtype, site.weight_shape, 2**site.values
+    )
     return Decision("sparse" if sparse else _other(site.pruning), f"static rule: {why}")
 
 

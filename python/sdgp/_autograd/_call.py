@@ -264,18 +264,19 @@ def _compiled(
     if held:
         return None
 
-    def product(pruning: Pruning | None) -> str:
+    def product(gradient: str, pruning: Pruning | None) -> str:
         if pruning is None or pruning.is_identity:
             return "exact"
         if pruning.backend not in ("auto", "pruned"):
             return pruning.backend
         large = work >= LEAST_WORK
-        if large and static_rule(pruning, input.device, input.dtype, weight.shape, input.numel()):
+        dtype = computed_dtype(input)
+        if large and static_rule(op, gradient, pruning, input.device, dtype, weight.shape, input.numel()):
             return "sparse"
         return "exact" if pruning.backend == "auto" else "dense"
 
-    of_data = product(data if input.requires_grad else None)
-    of_weight = product(weight_pruning)
+    of_data = product("data", data if input.requires_grad else None)
+    of_weight = product("weight", weight_pruning)
     if of_data == of_weight == "exact":
         return None
     return Call(
