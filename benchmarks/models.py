@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def resnet18() -> nn.Module:
-    """As for images of 32 x 32: a 3 x 3 stem of stride 1, no pooling after it."""
+    """A ResNet-18 for images of 32 x 32: a 3 x 3 stem of stride 1, no pooling after it."""
     model: nn.Module = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """As Llama's, but for the rotation of positions: RMSNorm, attention, a gated feed-forward, no biases."""
+    """A block like Llama's, but for the rotation of positions: RMSNorm, attention, a gated feed-forward, no biases."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()

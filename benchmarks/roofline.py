@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From what spmm_nm.py, conv2d.py and weight_grad.py stored: how near each sparse gradient comes to what the machine
-allows.
+"""Reads what spmm_nm.py, conv2d.py and weight_grad.py stored, and tells how near each gradient comes to its bound.
 
 Prints Markdown. The bound is the longer of two times: the arithmetic that the pattern leaves, at the rate of the
 fastest dense product; and the bytes that must move, at the rate of the fastest clone: the output gradient, the other

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From what train_step.py stored on one device: what pruning saves of a step on 1 to 1,024 of them. Prints Markdown.
+"""Reckons from what train_step.py stored on one device what pruning saves on 1 to 1,024 of them. Prints Markdown.
 
 Data parallelism at a fixed batch per device. Each device's products get faster as measured; the weight gradients, and
 so the bytes that an all-reduce moves, stay what they are. An all-reduce of B bytes over N devices takes
@@ -47,7 +47,7 @@ def step(compute: float, backward: float, size: float, devices: int, network: Ne
 
 
 def savings(row: dict[str, Any], size: float, network: Network) -> list[float]:
-    """Of a step, for each number of devices."""
+    """What a step saves, for each number of devices."""
     plain, converted = row["plain_ms"] / 1e3, row["converted_ms"] / 1e3
     backward = plain * 2 / 3
     result = []

@@ -32,7 +32,7 @@ SETTINGS = (
 
 
 def resident_bytes() -> int:
-    """Of this process, once what nobody needs is gone."""
+    """The memory of this process, after garbage was collected."""
     gc.collect()
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")

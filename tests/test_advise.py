@@ -164,7 +164,7 @@ def test_verdicts_of_an_empty_plan() -> None:
         plan = sdgp.advise(net(), *batches(), loss=loss)
     assert (plan.pays, plan.saved, plan.noise, plan.net) == (False, 0, 0, 0)
     assert plan.verdict == repr(plan) == "nothing pays here: no sparse product is faster than the exact one"
-    assert "exact for 5: sparse is not faster" in str(plan)
+    assert "exact (5): sparse is not faster" in str(plan)
     small = sdgp.advise(net(), *[(x[:256], y[:256]) for x, y in batches()], loss=loss)
     assert small.verdict == "nothing pays here: every layer is too small at this batch size"
     assert "the largest layer is too small to gain: try a batch 16 times as large" in small.notes
@@ -246,8 +246,8 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = plan.chosen[0]
     cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} mvue +\| 1\.00 +\| 0\.\d\d"
     assert re.search(rf"^{cells}", text, re.MULTILINE), text
-    assert "exact for 1: filter returned False" in text
-    assert "exact for 1: only nn.Linear and nn.Conv2d are converted, not Bilinear" in text
+    assert "exact (1): filter returned False" in text
+    assert "exact (1): only nn.Linear and nn.Conv2d are converted, not Bilinear" in text
     assert text.splitlines()[-1] == plan.verdict
 
 

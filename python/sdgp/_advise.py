@@ -229,7 +229,7 @@ def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]]) -> Iterator[N
 def _twins(
     model: nn.Module, settings: list[Pruning], filter: Callable[[nn.Module, str], bool] | None
 ) -> tuple[dict[nn.Module, list[PruningLayer]], dict[str, str]]:
-    """Of each layer a twin per setting, which shares its Parameters; and why there is none."""
+    """Makes a twin of each layer for every setting, which shares its Parameters; or says why there is none."""
     twins, reasons = {}, {}
     for name, module in layers_of(model):
         why = why_plain(module, name, Pruning.parse("advise", "1:1", "mvue", "auto"), filter)
@@ -282,7 +282,7 @@ class _Study:
         self.exact: Gradients = {}
 
     def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
-        """Of the trained parameters, with the same dropout every time."""
+        """The gradients of the trained parameters, with the same dropout every time."""
         parameters = list(self._norm.scales)
         for parameter in parameters:
             parameter.grad = None
@@ -307,7 +307,7 @@ class _Study:
         self._memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
 
     def batch_noise(self) -> Estimate:
-        """From the batches, or from the halves of one."""
+        """The noise of the batch, from several batches or from the halves of one."""
         if len(self._batches) > 1:
             estimate = batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
         else:
@@ -525,7 +525,7 @@ def _fits(twin: PruningLayer, gradient: str, grad_output: Tensor) -> bool:
 
 
 def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
-    """Of each density and method the widest."""
+    """Keeps the widest pattern of each density and method."""
     widest: dict[tuple[float, str], PruningLayer] = {}
     for twin in twins:
         key = (_sparsity(twin.pruning), twin.pruning.method)

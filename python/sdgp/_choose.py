@@ -301,7 +301,7 @@ def _named(pruning: Pruning) -> dict[str, Any]:
 
 
 def _site(named: dict[str, Any]) -> Site:
-    """From a state_dict of this or another version: fields that this one does not know are dropped."""
+    """Reads a site from a state_dict of this or another version, and drops fields that this version does not know."""
     pruning = {name: named["pruning"][name] for name in _SETTINGS if name in named["pruning"]}
     pruning["pattern"] = Pattern(*pruning["pattern"])
     known = {name: named[name] for name in Site._fields if name in named}

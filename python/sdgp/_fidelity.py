@@ -95,7 +95,7 @@ def add(calls: Sequence[Sequence[float]]) -> Sums:
 
 
 def metrics(sums: Sums) -> dict[str, float]:
-    """By name, see above; NaN where 0 is divided by 0, as for a gradient that is all zeros."""
+    """The metrics by name, see above. NaN stands for 0 / 0, as for a gradient that is all zeros."""
     return {
         "cosine": _ratio(sums.both, math.sqrt(sums.pruned2) * math.sqrt(sums.exact2)),
         "error": math.sqrt(_ratio(sums.error2, sums.exact2)),

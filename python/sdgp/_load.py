@@ -32,7 +32,7 @@ def _load() -> ModuleType:
 
 
 def _installed_version() -> str | None:
-    """As the installer noted it; None where the distribution's metadata is not shipped, as in a frozen application."""
+    """The version that the installer noted; None without metadata, as in a frozen application."""
     try:
         return importlib.metadata.version("sdgp")
     except importlib.metadata.PackageNotFoundError:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Where and with what a result was measured: what stands beside the numbers of benchmarks, examples and the command
+"""Describes the machine and the versions that a result was measured with, for benchmarks, examples and the command
 line. Not API."""
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def difference(one: Gradients, other: Gradients) -> dict[nn.Parameter, Tensor]:
 
 
 class Errors(NamedTuple):
-    """Of a pruned gradient p, with another draw p', beside the exact g: squared, and summed over calls."""
+    """The squared errors of a pruned gradient p, and of another draw p', against the exact g, summed over calls."""
 
     error2: float = 0.0  # |p - g|²
     bias2: float = 0.0  # <p - g, p' - g>; 0 of an unbiased method, |p - g|² of one that draws nothing
@@ -142,7 +142,7 @@ class Errors(NamedTuple):
 def errors(
     ways: Sequence[Products], methods: Sequence[str], seed: int, squared: Callable[[Tensor], float] | None = None
 ) -> Iterator[Errors]:
-    """Of each of several prunings of one gradient.
+    """Measures the errors of several prunings of one gradient, one after the other.
 
     Args:
         ways: the products, alike but for their pruning.

@@ -311,7 +311,7 @@ for _op in (torch.ops.sdgp.prune_nm, torch.ops.sdgp._prune_nm_scale):
 
 
 def _kept(size: int, n: int, m: int) -> int:
-    """Of a row of ``size`` values, those that a sparse product multiplies."""
+    """How many of a row's ``size`` values a sparse product multiplies."""
     return size // m * n + min(size % m, n)
 
 

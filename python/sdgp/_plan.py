@@ -164,7 +164,7 @@ class Plan(dict[str, tuple[Any, ...]]):
     def __str__(self) -> str:
         head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")
         lines = format_table(head, map(_cells, self.chosen)) if self.chosen else []
-        lines += [f"exact for {count}: {why}" for why, count in self._why_exact().items()]
+        lines += [f"exact ({count}): {why}" for why, count in self._why_exact().items()]
         return "\n".join([*lines, *self.notes, self.verdict])
 
     def __repr__(self) -> str:
@@ -229,7 +229,7 @@ def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[lis
 
 
 def _settings(rows: Iterable[Candidate]) -> dict[str, tuple[Any, ...]]:
-    """As ``convert`` takes them."""
+    """The choice as ``convert`` takes it."""
     plan: dict[str, tuple[Any, ...]] = {}
     for row in rows:
         if row.gradient == "data":

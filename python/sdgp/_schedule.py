@@ -94,7 +94,7 @@ class Schedule:
         self.seek(self.count + 1)
 
     def seek(self, count: int) -> None:
-        """To where ``count`` calls of ``step`` lead, for loops that know their own place."""
+        """Goes to where ``count`` calls of ``step`` lead: for loops that know their own place."""
         if count < 0:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count

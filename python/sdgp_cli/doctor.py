@@ -134,7 +134,7 @@ def _libraries(torch: Any) -> list[dict[str, str]]:
 
 
 def _folder(name: str, package: Path | None = None) -> Path | None:
-    """Where a module lies, found without importing the package that it is in."""
+    """Finds the file of a module without importing its package."""
     for finder in sys.meta_path:
         spec = finder.find_spec(name, None if package is None else [str(package)])
         if spec is not None and spec.origin:

@@ -27,7 +27,7 @@ def begin(device: str | None, threads: int | None) -> torch.device:
 
 
 def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """By default what the device has a sparse product for."""
+    """The dtype for a device: by default one that it has a sparse product for."""
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:

@@ -37,7 +37,7 @@ class ImageSettings(Settings):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def steps(self, images: int, world: World) -> int:
-        """Of an epoch of so many images.
+        """The steps of an epoch of so many images.
 
         Raises:
             UserError: the batch does not fit them or the processes; the learning rate has no peak within the epochs.
@@ -56,7 +56,7 @@ class ImageSettings(Settings):
 
 
 def is_pruned(module: nn.Module, name: str) -> bool:
-    """As published: every convolution but the first, and no linear layer."""
+    """Whether the published runs pruned a layer: every convolution but the first, and no linear layer."""
     return isinstance(module, nn.Conv2d) and module.in_channels > 3
 
 

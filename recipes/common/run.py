@@ -39,7 +39,7 @@ _Batch = TypeVar("_Batch")
 
 
 class Job(NamedTuple):
-    """Where a run keeps its files, and whether it goes on with them."""
+    """The files of a run, and whether it goes on with them."""
 
     folder: Path  # of its checkpoint and metrics
     results: Path  # the file that gets its result line

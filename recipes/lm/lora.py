@@ -162,7 +162,7 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
-    """Of a checkpoint, which holds the adapters only."""
+    """Evaluates a checkpoint, which holds the adapters only."""
     model = prepare(config, world)
     unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:

@@ -27,7 +27,7 @@ COLUMNS = (("2:4", "mvue"), ("4:8", "mvue"), ("4:32", "mvue"), ("2:4", "magnitud
 
 
 def gradients(model: nn.Module, config: Config, text: Tensor, world: World) -> dict[str, tuple[Tensor, Tensor]]:
-    """By layer: the gradient of its output, (batch, context, out), and its weight, (out, in)."""
+    """Each layer's gradient of its output, (batch, context, out), and its weight, (out, in)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     names = {layer: name for name, layer in model.named_modules() if is_pruned(config, layer, name)}
 

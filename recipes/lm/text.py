@@ -46,7 +46,7 @@ class TextSettings(Settings):
     validation_bytes: int = 2**17
 
     def sequences(self, world: World) -> int:
-        """Of one process's micro-batch.
+        """The sequences in one process's micro-batch.
 
         Raises:
             UserError: the processes cannot share the batch.

@@ -52,7 +52,7 @@ def advice(task: Task, data: Any) -> sdgp.Plan:
 
 
 def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """By arm: ``"8:16 + 4:16"`` say, and ``"plan"``."""
+    """What each arm saves, by its name: ``"8:16 + 4:16"`` say, or ``"plan"``."""
     _, parts = prepare(task, data)
     input, target = next(parts.batches)
     patterns = [" + ".join(part for part in arm if part) for arm in task.pruned]

@@ -165,7 +165,7 @@ def _net(row: dict[str, Any] | None, worth: Worth) -> str:
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
-    """By the arm's name: the mean over the run, without its first point, where the model is untrained."""
+    """The noise of each arm, by its name: the mean over the run, but for its first point: an untrained model."""
     result = {}
     later = points[1:]
     patterns = {key.split()[1] for key in later[0]["noise"]} if later else set()

@@ -287,5 +287,5 @@ def _compiled(
 
 
 def exponent(size: int) -> int:
-    """Of the next power of two."""
+    """The exponent of the next power of two."""
     return max(size - 1, 0).bit_length()

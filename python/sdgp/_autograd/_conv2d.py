@@ -234,7 +234,7 @@ def _gradients(
 def _output_pixels(
     input: Tensor, weight: Tensor, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
 ) -> int:
-    """Of one sample, where the convolution has any; what has none is left to ATen to refuse."""
+    """The output pixels of one sample; 0 where the convolution has none, which ATen refuses."""
     if padding == "same":
         return input.shape[-2] * input.shape[-1]
     pads = (0, 0) if isinstance(padding, str) else _pair(padding)

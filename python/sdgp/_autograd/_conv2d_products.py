@@ -118,7 +118,7 @@ class Conv2dWeightProducts(_Conv2dGradient):
 
 
 def multiply_adds(input: Tensor, weight: Tensor, groups: int) -> int:
-    """Of either gradient, as if the stride were 1."""
+    """The multiply-adds of either gradient, as if the stride were 1."""
     out, _, height, width = weight.shape
     return input.numel() * out // groups * height * width
 

@@ -76,7 +76,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
             self._batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
     def state(self) -> dict[str, Any]:
-        """For the Trainer's checkpoint: in types that JSON holds."""
+        """The state for the Trainer's checkpoint, in types that JSON holds."""
         arguments = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
         settings = {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())}
         attributes = {"measured": self.measured, "layers": self._converted}
