@@ -24,6 +24,7 @@ import plot  # noqa: E402, a program beside its results, no package
 
 ELSEWHERE = {
     "recipes/README.md": "recipes.md",
+    "recipes/worth/README.md": "worth.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
