@@ -151,8 +151,9 @@ def advised(
         got = "one whose tensors share no first dimension" if samples is None else f"one of {samples}"
         raise UnusableBatch(f"advise: expected several batches of one size, or one of at least two samples, got {got}")
     memory.fit(batches[0])
+    methods = list(dict.fromkeys(methods))
     tried = [
-        [Pruning.parse("advise", pattern, method, "auto", (pattern, method)) for method in dict.fromkeys(methods)]
+        [Pruning.parse("advise", pattern, method, "auto", (pattern, method)) for method in methods]
         for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
     ]
     if not any(tried):

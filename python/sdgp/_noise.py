@@ -213,7 +213,7 @@ def amplifications(
         layer, edge = edges[index]
         error = found.pop(index)
         gradients = torch.autograd.grad([edge], trained, [error], retain_graph=True, allow_unused=True)
-        reached = {parameter: g for parameter, g in zip(trained, gradients, strict=True) if g is not None}
+        reached = {parameter: g.to_dense() for parameter, g in zip(trained, gradients, strict=True) if g is not None}
         sums[layer][0] += norm.squared(reached)
         sums[layer][1] += _squared(error)
         found[index] = error.new_empty(0)
