@@ -289,6 +289,7 @@ def in_torch(case: dict[str, Any]) -> dict[str, Tensor]:
     return {"output": output.detach(), **{name: x.detach() for name, x in gradients.items()}}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_exact_is_what_torch_computes(programs: Path, tmp_path: Path) -> None:
     """Bit for bit, and twice where it is differentiated twice."""
     cases = {name: complete(case) for name, case in EXACT.items()}
