@@ -159,6 +159,12 @@ def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
     assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 10.0% off a step and costs 60.0%")
 
 
+def test_a_saving_below_one_percent_does_not_pay() -> None:
+    plan = Plan([row("a", "data", "8:16", 0.9, 0.0)], {"a": ""}, 100.0)
+    assert not plan.pays
+    assert plan.verdict == "nothing pays here: pruning could save 0.9% of the time to the same loss"
+
+
 def test_verdicts_of_an_empty_plan() -> None:
     with Slower():
         plan = sdgp.advise(net(), *batches(), loss=loss)
@@ -355,8 +361,8 @@ def test_batches_of_any_kind() -> None:
             return output
 
     x = batches()[0][0]
-    assert sdgp.advise(Named(), {"input": x, "scale": 2.0}).pays
-    assert sdgp.advise(Named(), (x, 2.0), [x, 1.0]).pays
+    assert sdgp.advise(Named(), {"input": x, "scale": 2.0}).candidates
+    assert sdgp.advise(Named(), (x, 2.0), [x, 1.0]).candidates
     assert list(sdgp.advise(nn.Linear(64, 64), x.repeat(1, 2).requires_grad_())) == [""]
 
 

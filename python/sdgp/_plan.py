@@ -16,6 +16,9 @@ from ._pattern import UNBIASED_METHODS
 # The noise-scale model says c = 1. Measured runs needed more: see docs/method.md for how c was fitted, per norm.
 STEPS_PER_NOISE = {"euclidean": 3.0, "adam": 0.4}
 
+# A plan with a smaller net saving is within what measuring leaves open.
+_LEAST_NET = 0.01
+
 
 class Candidate(NamedTuple):
     """One gradient of one layer under one pattern and method: the time that pruning it saves, and the noise it adds.
@@ -92,6 +95,8 @@ class Plan(dict[str, tuple[Any, ...]]):
 
     def _choose(self) -> None:
         self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE[self.norm] * self._factor)
+        if self.curve[-1].net < _LEAST_NET:
+            self.chosen = []
         self.clear()
         self.update(_settings(self.chosen))
 
@@ -147,6 +152,8 @@ class Plan(dict[str, tuple[Any, ...]]):
                 f"it pays: {self.net:.0%} less time to the same loss [{low:.0%}, {high:.0%}]; a step takes "
                 f"{self.saved:.0%} less time, and the added noise costs {steps:.0%} more steps"
             )
+        if self.curve[-1].net > 0:
+            return f"nothing pays here: pruning could save {self.curve[-1].net:.1%} of the time to the same loss"
         faster = [row for row in self.candidates if row.saved_ms > 0]
         if faster:
             cost = STEPS_PER_NOISE[self.norm] * self._factor
