@@ -48,7 +48,7 @@ class Slower(sdgp.Chooser):
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products and steps take what they are told, so that nothing depends on a clock."""
-    monkeypatch.setattr("sdgp._advise.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
     with Told():
         yield
 

@@ -24,7 +24,7 @@ from sdgp._plan import STEPS_PER_NOISE
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Products and steps take what they are told, and noise costs little, so that pruning pays."""
-    monkeypatch.setattr("sdgp._advise.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
     monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
     with Told():
         yield

@@ -67,7 +67,7 @@ BUDGET = {"every": 2, "first": 3, "net": 0.0, "patterns": ["2:4"]}
 @pytest.fixture
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Pruning pays even in these small models."""
-    monkeypatch.setattr("sdgp._advise.LEAST_WORK", 0)
+    monkeypatch.setattr("sdgp._study.LEAST_WORK", 0)
     monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.0)
     monkeypatch.setitem(STEPS_PER_NOISE, "adam", 0.0)
     with Faster(least_work=0):

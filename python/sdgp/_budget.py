@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._advise import Memory, UnusableBatch, advised
+from ._advise import advised
 from ._convert import convert
 from ._decision import Decision
 from ._models import check_module
 from ._pattern import PatternLike
 from ._step import Loss
+from ._study import Memory, UnusableBatch
 from ._watch import check_writable
 
 # Of `state_dict`.

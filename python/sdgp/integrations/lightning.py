@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._advise import UnusableBatch
+from .._study import UnusableBatch
 from ._callback import ScheduleCallback
 
 # The two are separate packages with separate classes: the one that the program uses, if that is known yet.
