@@ -19,6 +19,9 @@ from ._clock import synchronize
 from ._convert import PlanLike, convert
 from ._report import report
 
+#: The loss of a model on one batch, from input and target.
+Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], rounds: int = 15, device: torch.device | None = None
@@ -64,22 +67,38 @@ def seconds(call: Callable[[], Any], device: torch.device | None = None) -> floa
     return time.perf_counter() - start
 
 
+def cross_entropy(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
+    """The loss of a model whose output is (..., classes); ``target`` is (...)."""
+    return F.cross_entropy(model(input).flatten(0, -2), target.flatten())
+
+
+def sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """SGD with momentum over the parameters that need a gradient."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+
+
 def training_step(
-    model: nn.Module, input: Tensor, target: Tensor, autocast: torch.dtype | None = None
+    model: nn.Module,
+    input: Tensor,
+    target: Tensor,
+    autocast: torch.dtype | None = None,
+    loss: Loss = cross_entropy,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
 ) -> Callable[[], None]:
-    """Forward, backward and SGD with momentum; the model's output is (..., classes), ``target`` (...).
+    """Forward, backward and the optimizer's step.
 
     Args:
         autocast: the dtype of the forward under ``torch.autocast``; None: as the model is.
+        loss: from the model, ``input`` and ``target``.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
+    optimizer = make_optimizer(model)
 
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast(input.device.type, autocast, enabled=autocast is not None):
-            output = model(input)
-        torch.autograd.backward(F.cross_entropy(output.flatten(0, -2), target.flatten()))
+            value = loss(model, input, target)
+        torch.autograd.backward(value)
         optimizer.step()
 
     return step
@@ -94,30 +113,39 @@ def steps_beside_plain(
     backends: Sequence[str],
     rounds: int,
     autocast: torch.dtype | None = None,
+    *,
+    filter: Callable[[nn.Module, str], bool] | None = None,
+    loss: Loss = cross_entropy,
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
 ) -> list[dict[str, Any]]:
     """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
 
     A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient; or plans, by name. What is
     saved is the median over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what
     a second copy of the plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster
-    of the two is what pruning has to beat. With ``autocast`` all others run under it too.
+    of the two is what pruning has to beat. With ``autocast`` all others run under it too. ``filter`` is ``convert``'s;
+    ``loss`` and ``make_optimizer`` are ``training_step``'s.
     """
+
+    def step(net: nn.Module, dtype: torch.dtype | None = autocast) -> Callable[[], None]:
+        return training_step(net, input, target, dtype, loss, make_optimizer)
+
     plans: Mapping[str, PlanLike] = patterns if isinstance(patterns, Mapping) else {}
     converted = {
-        (pattern, backend): _converted(copy.deepcopy(model), plans.get(pattern, pattern), method, backend)
+        (pattern, backend): _converted(copy.deepcopy(model), plans.get(pattern, pattern), method, backend, filter)
         for pattern in patterns
         for backend in backends
     }
     candidates = {
-        "plain": training_step(model, input, target, autocast),
-        "plain bfloat16": training_step(copy.deepcopy(model), input, target, torch.bfloat16),
+        "plain": step(model),
+        "plain bfloat16": step(copy.deepcopy(model), torch.bfloat16),
     }
     once = rounds_of(candidates, 1, input.device, warm=False)
     if once["plain bfloat16"][0] > 2 * once["plain"][0]:
         del candidates["plain bfloat16"]  # the CPU has no instruction for it, and a step takes many times as long
     for (pattern, backend), twin in converted.items():
-        candidates[f"{pattern} {backend}"] = training_step(twin, input, target, autocast)
-    candidates["plain again"] = training_step(copy.deepcopy(model), input, target, autocast)
+        candidates[f"{pattern} {backend}"] = step(twin)
+    candidates["plain again"] = step(copy.deepcopy(model))
     times = rounds_of(candidates, rounds, input.device, warm=False)  # a step leaves its own caches cold
     plain = times["plain"]
     low, high = interval(rounds)
@@ -152,11 +180,18 @@ def steps_beside_plain(
     return rows
 
 
-def _converted(model: nn.Module, pattern: str | PlanLike, method: str, backend: str) -> nn.Module:
+def _converted(
+    model: nn.Module,
+    pattern: str | PlanLike,
+    method: str,
+    backend: str,
+    filter: Callable[[nn.Module, str], bool] | None,
+) -> nn.Module:
     if not isinstance(pattern, str):
         return convert(model, pattern, backend=backend)
     data, _, weight = pattern.partition(" + ")
-    return convert(model, data, method, backend=backend, weight_grad=(weight, method) if weight else None)
+    weight_grad = (weight, method) if weight else None
+    return convert(model, data, method, backend=backend, filter=filter, weight_grad=weight_grad)
 
 
 def _saved(own: Sequence[float], plain: Sequence[float]) -> list[float]:

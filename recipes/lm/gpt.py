@@ -30,6 +30,7 @@ from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, width
     "tiny": (6, 4, 128),
+    "small": (4, 4, 256),
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
     "gpt2-large": (36, 20, 1280),
@@ -41,7 +42,7 @@ SIZES = {  # layers, heads, width
 class Config(TextSettings):
     """The defaults are a run for a CPU; what a GPU trains is in configs/gpt2.toml."""
 
-    size: Literal["tiny", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
+    size: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
     layers: Literal["all", "attention", "mlp"] = "all"  # of the blocks: those that prune
     weight_decay: float = 0.1
     beta2: float = 0.95

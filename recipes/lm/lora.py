@@ -5,9 +5,10 @@
     python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml
     torchrun --nproc-per-node 2 -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
 
-DIR_OR_NAME: what from_pretrained takes; safetensors only, no code of the model's. Without one it builds a Llama of
-random weights over bytes (``size``): that shows the way and the speed, not what fine-tuning is worth. Base weights are
-frozen and have no gradient, so that the data gradient is half of all products.
+DIR_OR_NAME: what from_pretrained takes (safetensors only, none of the model's own code), or a checkpoint.safetensors
+of recipes.lm.gpt. Without one the recipe builds a Llama with random weights over bytes (``size``): that shows the
+speed, not what fine-tuning is worth. The base weights are frozen and have no gradient, so the data gradient is half of
+all products.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from ..common import checkpoint
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Run
+from . import gpt
 from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, key and value heads, width, inner width
@@ -37,7 +40,7 @@ SIZES = {  # layers, heads, key and value heads, width, inner width
 
 @dataclass(frozen=True)
 class Config(TextSettings):
-    model: str = ""  # "": random weights
+    model: str = ""  # a model of transformers, or a checkpoint of recipes.lm.gpt; "": random weights
     size: Literal["tiny", "llama-1b"] = "tiny"  # of those
     rank: int = 8
     alpha: int = 16
@@ -49,7 +52,7 @@ class Config(TextSettings):
 
 
 def is_pruned(module: nn.Module, name: str) -> bool:
-    """The frozen layers: not the adapters, which are small, nor the head."""
+    """Whether a layer is a frozen one: neither an adapter, which is small, nor the head."""
     return "lora_" not in name and "lm_head" not in name
 
 
@@ -63,9 +66,28 @@ def _pretrained(kind: Any, config: Config, **options: Any) -> Any:
         ) from None
 
 
+def _is_gpt(config: Config) -> bool:
+    return config.model.endswith(".safetensors")
+
+
+def _gpt(config: Config) -> gpt.GPT:
+    """The model of a checkpoint of recipes.lm.gpt."""
+    weights, training = checkpoint.load(Path(config.model))
+    try:
+        model = gpt.GPT(*gpt.SIZES[training["config"]["size"]], config.context)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"config: expected model to be a checkpoint of recipes.lm.gpt, got {config.model}: {error}"
+        ) from None
+    return model
+
+
 def prepare(config: Config, world: World) -> nn.Module:
     torch.manual_seed(0)  # the same base for every seed
-    if config.model:
+    if _is_gpt(config):
+        base: nn.Module = _gpt(config)
+    elif config.model:
         options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
         base = _pretrained(transformers.AutoModelForCausalLM, config, **options)
     else:
@@ -83,9 +105,8 @@ def prepare(config: Config, world: World) -> nn.Module:
                 eos_token_id=None,
             )
         )
-    adapters = peft.LoraConfig(
-        r=config.rank, lora_alpha=config.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
+    targets, kind = (list(gpt.PRUNED["all"]), None) if _is_gpt(config) else ("all-linear", "CAUSAL_LM")
+    adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=kind)
     model = peft.get_peft_model(base, adapters).to(world.device)
     return config.convert(model, is_pruned)
 
@@ -94,7 +115,7 @@ def load(config: Config, path: Path | None, world: World) -> Text:
     """The text, in the model's tokens."""
     text = load_text(path, config.context + 1)
     validation = text.validation[: config.validation_bytes]
-    if not config.model:
+    if not config.model or _is_gpt(config):
         return text._replace(validation=validation)
     tokenizer = _pretrained(transformers.AutoTokenizer, config)
 
@@ -112,25 +133,34 @@ def bits_per_byte(model: nn.Module, text: Text, config: Config, world: World) ->
     for window in windows[world.rank :: world.size].split(16):
         batch = window.to(world.device)
         with config.autocast(world.device):
-            total += loss_of(model, batch[:, :-1], batch[:, 1:]).float() * len(batch)
+            total += loss_of(model, batch[:, :-1], batch[:, 1:], config).float() * len(batch)
     per_token = float(world.sum(total)) / len(windows) / math.log(2)
     return per_token * len(text.validation) / (text.validation_bytes or len(text.validation))
 
 
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
+    """The mean loss in nats; both (batch, context)."""
+    if _is_gpt(config):
+        loss: Tensor = model(tokens, targets)
+        return loss
     scores: Tensor = model(input_ids=tokens, use_cache=False).logits
     return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+
+
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    """AdamW over the adapters."""
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return torch.optim.AdamW(trained, config.lr, weight_decay=0.0)
 
 
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
     step_tokens = config.accumulate * config.sequences(world) * config.context  # of this process
     model = prepare(config, world)
     torch.manual_seed(seed)
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for name, parameter in trained.items():
+    for name, parameter in model.named_parameters():
         if "lora_A" in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again: peft drew it from the base's seed
-    optimizer, scaler = torch.optim.AdamW(trained.values(), config.lr, weight_decay=0.0), config.scaler(world.device)
+    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
     run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
     first = run.restore(model, optimizer, scaler)
     wrapped = config.wrap(model, world)
@@ -145,12 +175,12 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
                     losses = torch.zeros((), device=world.device)
                     for tokens, targets in micro_batches:
                         with config.autocast(world.device):
-                            loss = loss_of(wrapped, tokens, targets) / config.accumulate
+                            loss = loss_of(wrapped, tokens, targets, config) / config.accumulate
                         scaler.scale(loss).backward()
                         losses += loss.detach()
                     scaler.unscale_(optimizer)
                     run.after_backward(step, losses)
-                    nn.utils.clip_grad_norm_(trained.values(), config.clip)
+                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
                     scaler.step(optimizer)
                     scaler.update()
                     if run.after_step(step, epoch, step_tokens, loss=losses * step_tokens):

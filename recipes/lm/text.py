@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What language models learn from: a file of the user's, or the Python standard library's own source (PSF-2.0)."""
+"""What language models learn from: the user's text, or the source of Python's standard library (PSF-2.0)."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TextSettings(Settings):
 
 
 def load_text(path: Path | None, least: int) -> Text:
-    """The file at ``path``, or the standard library.
+    """The file at ``path``, all files in that folder, or the standard library.
 
     Args:
         least: bytes that each part must have.
@@ -74,18 +74,17 @@ def load_text(path: Path | None, least: int) -> Text:
         UserError: no such file, or too short.
     """
     if path is None:
-        name, pieces = "Python standard library", _standard_library()
+        skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
+        name, pieces = "Python standard library", _files(Path(sysconfig.get_path("stdlib")), "*.py", skipped)
     else:
+        name = path.name
         try:
-            whole = path.read_bytes()
+            pieces = _files(path, "*", set()) if path.is_dir() else _parts(path.read_bytes())
         except OSError as error:
-            raise UserError(f"--data: expected a text file, got {path}: {error.strerror}") from None
-        size = max(len(whole) // (10 * _HELD_OUT), 1)
-        name, pieces = path.name, [(str(at), whole[at : at + size]) for at in range(0, len(whole), size)]
+            raise UserError(f"--data: expected text, got {path}: {error.strerror}") from None
     parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for index, (key, piece) in enumerate(pieces):
-        held_out = (zlib.crc32(key.encode()) if path is None else index) % _HELD_OUT == _HELD_OUT - 1
-        parts[held_out].append(piece)
+    for number, piece in pieces:
+        parts[number % _HELD_OUT == _HELD_OUT - 1].append(piece)
     train, validation = (b"".join(part) for part in parts)
     if min(len(train), len(validation)) < least:
         raise UserError(
@@ -106,8 +105,14 @@ def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Ite
         yield [(part[:, :-1], part[:, 1:]) for part in chosen]
 
 
-def _standard_library() -> list[tuple[str, bytes]]:
-    root = Path(sysconfig.get_path("stdlib"))
-    skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-    files = sorted(path for path in root.rglob("*.py") if skipped.isdisjoint(path.relative_to(root).parts))
-    return [(str(path.relative_to(root)), path.read_bytes()) for path in files]
+def _files(root: Path, pattern: str, skipped: set[str]) -> list[tuple[int, bytes]]:
+    """Each file below ``root`` with a number that depends on its name alone; folders in ``skipped`` are left out."""
+    names = sorted(path.relative_to(root) for path in root.rglob(pattern) if path.is_file())
+    kept = (name for name in names if skipped.isdisjoint(name.parts))
+    return [(zlib.crc32(str(name).encode()), (root / name).read_bytes()) for name in kept]
+
+
+def _parts(whole: bytes) -> list[tuple[int, bytes]]:
+    """Numbered stretches of a file, ten times as many as one part in so many is held out of."""
+    size = max(len(whole) // (10 * _HELD_OUT), 1)
+    return [(at // size, whole[at : at + size]) for at in range(0, len(whole), size)]

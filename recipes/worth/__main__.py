@@ -51,7 +51,7 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
     results.mkdir(parents=True, exist_ok=True)
     world = process.start(None)
     try:
-        data = task.load(task.config(**task.base), data_path, world)
+        data = task.load(task.config(**task.base), data_path or task.data, world)
         for seed in seeds:
             for overrides in task.arms():
                 config = task.config(**{**task.base, **overrides})

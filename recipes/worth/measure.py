@@ -31,7 +31,7 @@ from sdgp._timing import steps_beside_plain
 from ..common import process
 from ..common.errors import UserError
 from ..common.files import replacing
-from .tasks import TASKS, Parts, Task, loss
+from .tasks import TASKS, Parts, Task
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -46,9 +46,10 @@ def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
 
 def advice(task: Task, data: Any) -> sdgp.Plan:
     config, parts = prepare(task, data)
+    optimizer = parts.make_optimizer(parts.model)
     for step in range(total_steps(config) // 4):
-        train(config, parts, step)
-    return ask(parts, rounds=5)
+        train(config, parts, optimizer, step)
+    return ask(parts, optimizer, rounds=5)
 
 
 def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[str, Any]:
@@ -56,9 +57,10 @@ def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[st
     _, parts = prepare(task, data)
     input, target = next(parts.batches)
     patterns = [" + ".join(part for part in arm if part) for arm in task.pruned]
-    rows = steps_beside_plain(parts.model, input, target, patterns, "mvue", ["auto"], rounds)
+    settings: dict[str, Any] = {"loss": parts.loss, "make_optimizer": parts.make_optimizer, "filter": parts.is_pruned}
+    rows = steps_beside_plain(parts.model, input, target, patterns, "mvue", ["auto"], rounds, **settings)
     if plan:
-        rows += steps_beside_plain(parts.model, input, target, {"plan": plan}, "mvue", ["auto"], rounds)
+        rows += steps_beside_plain(parts.model, input, target, {"plan": plan}, "mvue", ["auto"], rounds, **settings)
     return {row["pattern"]: {key: row[key] for key in _KEPT} for row in rows}
 
 
@@ -72,19 +74,20 @@ class _Untimed(sdgp.Chooser):
 def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     """Along a plain run: the noise of every pattern, summed over the layers, by gradient."""
     config, parts = prepare(task, data)
+    optimizer = parts.make_optimizer(parts.model)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
     steps = total_steps(config)
     for step in range(steps):
         if step % (steps // POINTS) == 0:
             with _Untimed():
-                plan = ask(parts, rounds=1, patterns=patterns, filter=parts.is_pruned)
+                plan = ask(parts, optimizer, rounds=1, patterns=patterns, filter=parts.is_pruned)
             sums = dict.fromkeys(
                 (f"{gradient} {pattern}" for gradient in ("data", "weight") for pattern in patterns), 0.0
             )
             for row in plan.candidates:
                 sums[f"{row.gradient} {row.pattern}"] += 0.0 if math.isnan(row.noise) else row.noise
             yield {"step": step, "norm": plan.norm, "noise": {key: round(value, 6) for key, value in sums.items()}}
-        train(config, parts, step)
+        train(config, parts, optimizer, step)
 
 
 def epoch_steps(config: Any) -> int:
@@ -97,18 +100,24 @@ def total_steps(config: Any) -> int:
     return steps
 
 
-def train(config: Any, parts: Parts, step: int) -> None:
-    for group in parts.optimizer.param_groups:
+def train(config: Any, parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = config.learning_rate((step + 1) / epoch_steps(config))
-    parts.optimizer.zero_grad()
-    loss(parts.model, next(parts.batches)).backward()
-    parts.optimizer.step()
+    optimizer.zero_grad()
+    parts.loss(parts.model, *next(parts.batches)).backward()
+    if clip := getattr(config, "clip", 0.0):
+        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
+    optimizer.step()
 
 
-def ask(parts: Parts, **settings: Any) -> sdgp.Plan:
+def ask(parts: Parts, optimizer: torch.optim.Optimizer, **settings: Any) -> sdgp.Plan:
     parts.model.train()
     few = list(itertools.islice(parts.batches, 4))
-    return sdgp.advise(parts.model, *few, loss=loss, optimizer=parts.optimizer, **settings)
+
+    def loss(model: torch.nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        return parts.loss(model, *batch)
+
+    return sdgp.advise(parts.model, *few, loss=loss, optimizer=optimizer, **settings)
 
 
 def main() -> None:
@@ -124,7 +133,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     task = TASKS[args.task]
     try:
-        data = task.load(task.config(**task.base), args.data, process.start(None))
+        data = task.load(task.config(**task.base), args.data or task.data, process.start(None))
     except UserError as error:
         sys.exit(f"worth: {error}")
     if args.noise:

@@ -63,15 +63,15 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     """In the order of ``task.arms()``; of those that have run."""
     by_config: dict[Settings, dict[int, float]] = defaultdict(dict)
     for line in lines:
-        by_config[task.config(**line["config"])][line["seed"]] = line["test_loss"]
+        by_config[task.config(**line["config"])][line["seed"]] = line[task.metric]
     found = []
-    full = _samples(task, {})
+    full = task.samples(task.config(**task.base))
     for overrides in task.arms():
         config: Any = task.config(**{**task.base, **overrides})
         losses = by_config.get(config)
         if losses is None:
             continue
-        share = _samples(task, overrides) / full
+        share = task.samples(config) / full
         if "method" in overrides or "plan" in overrides:
             found.append(Arm(config.row, "pruned", 1.0, losses))
         elif "batch_size" in overrides:
@@ -79,11 +79,6 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
         else:
             found.append(Arm(f"plain, {share:.1%} of the steps", "steps", share, losses))
     return found
-
-
-def _samples(task: Task, overrides: Any) -> float:
-    """Samples that a plain run sees: an epoch is as many whatever the batch."""
-    return float({**task.base, **overrides}["epochs"])
 
 
 def worth(arm: Arm, plain: list[Arm]) -> Worth:

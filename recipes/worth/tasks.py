@@ -3,13 +3,16 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdgp._timing import cross_entropy
 
 from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
@@ -18,6 +21,7 @@ from ..common.images import is_pruned
 from ..common.process import World
 from ..common.run import Job
 from ..common.settings import Settings
+from ..lm import gpt, lora, text
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -30,12 +34,15 @@ class Parts(NamedTuple):
     """What a recipe trains, for those who measure steps of it.
 
     Attributes:
+        make_optimizer: the recipe's, of a model.
+        loss: from a model, input and target.
         batches: as the recipe draws them, (input, target); without end.
         is_pruned: whether the recipe prunes a layer, from module and name.
     """
 
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
+    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
     batches: Iterator[tuple[Tensor, Tensor]]
     is_pruned: Callable[[nn.Module, str], bool]
 
@@ -48,8 +55,12 @@ class Task(NamedTuple):
         config: the type of the recipe's settings.
         base: the settings of the full plain run.
         load, train: the recipe's functions.
-        parts: of the plain run, from settings, data and world; the loss is the cross-entropy of the model's output.
+        data: the data that ``load`` takes where the caller names none.
+        parts: of the plain run, from settings, data and world.
+        metric: the key of the test loss in a result line.
+        samples: how many a run sees.
         shorter: the settings of a plain run at this share of the epochs; the schedule is always a whole one.
+        smaller: the settings of a plain run of as many steps with this share of the batch.
         pruned: (data gradient, weight gradient) of the pruned runs; ``""``: exact.
     """
 
@@ -57,21 +68,24 @@ class Task(NamedTuple):
     config: type[Settings]
     base: Overrides
     load: Callable[[Any, Path | None, World], Any]
+    data: Path | None
     train: Callable[[Any, Any, int, World, Job], None]
     parts: Callable[[Any, Any, World], Parts]
+    metric: str
+    samples: Callable[[Any], int]
     shorter: Callable[[float], Overrides]
+    smaller: Callable[[float], Overrides]
     lengths: tuple[float, ...]
     batches: tuple[float, ...]
     pruned: tuple[tuple[str, str], ...]
 
     def arms(self) -> list[Overrides]:
         """The settings of every run, the full plain one first."""
-        size = self.base["batch_size"]
         arms: list[Overrides] = [{}, *({"plan": str(path), "backend": "pruned"} for path in self.plans())]
         arms += [self.shorter(length) for length in self.lengths]
-        arms += [{**self.shorter(part), "batch_size": round(size * part)} for part in self.batches]
+        arms += [self.smaller(part) for part in self.batches]
         arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
-        arms.append({"method": "rescale", "pattern": "2:4"})
+        arms.append({"method": "rescale", "pattern": "2:4"})  # as published
         return arms
 
     def plans(self) -> list[Path]:
@@ -79,21 +93,54 @@ class Task(NamedTuple):
         return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
 
 
-def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    input, target = batch
-    return F.cross_entropy(model(input), target)
-
-
 def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
     torch.manual_seed(0)
-    model = cifar10.prepare(config, world)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+
+    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for epoch in range(10**9):
+        for epoch in itertools.count():
             yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
 
-    return Parts(model, optimizer, batches(), is_pruned)
+    return Parts(cifar10.prepare(config, world), make_optimizer, cross_entropy, batches(), is_pruned)
+
+
+def _gpt_parts(config: gpt.Config, data: text.Text, world: World) -> Parts:
+    torch.manual_seed(0)
+
+    def loss(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
+        value: Tensor = model(input, target)
+        return value
+
+    return Parts(
+        gpt.prepare(config, world),
+        partial(gpt.make_optimizer, config=config),
+        loss,
+        _text_batches(config, data, world),
+        partial(gpt.is_pruned, config),
+    )
+
+
+def _lora_parts(config: lora.Config, data: text.Text, world: World) -> Parts:
+    return Parts(
+        lora.prepare(config, world),
+        partial(lora.make_optimizer, config=config),
+        partial(lora.loss_of, config=config),
+        _text_batches(config, data, world),
+        lora.is_pruned,
+    )
+
+
+def _text_batches(config: text.TextSettings, data: text.Text, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+    while True:
+        for micro_batches in text.batches(data.train, config, world, 1):
+            yield from micro_batches
+
+
+def _text_samples(config: Any) -> int:
+    samples: int = config.epochs * config.epoch_steps * config.batch_size
+    return samples
 
 
 _RESNET9 = {
@@ -108,6 +155,17 @@ _RESNET9 = {
     "cutout": 0,
     "amp": "off",
 }
+_GPT = {"size": "small", "epochs": 8, "epoch_steps": 50, "batch_size": 16, "lr": 2e-3, "validation_bytes": 2**16}
+_LORA = {
+    "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # of the plain run of the task "gpt"
+    "rank": 8,
+    "epochs": 8,
+    "epoch_steps": 25,
+    "batch_size": 16,
+    "lr": 3e-3,
+    "warmup": 1.0,
+    "validation_bytes": 2**16,
+}
 
 TASKS = {
     "resnet9": Task(
@@ -115,11 +173,47 @@ TASKS = {
         Cifar10Config,
         _RESNET9,
         cifar10_data.load,
+        None,
         cifar10.train,
         _resnet9_parts,
+        "test_loss",
+        lambda config: config.epochs * config.epoch_images,
         lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share},
+        lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share, "batch_size": round(128 * share)},
         lengths=(0.875, 0.75, 0.625),
         batches=(0.875, 0.75),
         pruned=(("8:16", "8:16"), ("4:16", "8:16"), ("8:16", "4:16"), ("4:16", "4:16")),
+    ),
+    "gpt": Task(
+        "gpt",
+        gpt.Config,
+        _GPT,
+        gpt.load,
+        None,
+        gpt.train,
+        _gpt_parts,
+        "bits_per_byte",
+        _text_samples,
+        lambda share: {"epochs": round(8 * share), "warmup": share},
+        lambda share: {"batch_size": round(16 * share)},
+        lengths=(0.875, 0.75),
+        batches=(0.875, 0.75),
+        pruned=(("8:16", "8:16"), ("4:16", "4:16")),
+    ),
+    "lora": Task(
+        "lora",
+        lora.Config,
+        _LORA,
+        lora.load,
+        Path(torch.__file__).parent / "include" / "torch",
+        lora.train,
+        _lora_parts,
+        "bits_per_byte",
+        _text_samples,
+        lambda share: {"epochs": round(8 * share), "warmup": share},
+        lambda share: {"batch_size": round(16 * share)},
+        lengths=(0.875, 0.75),
+        batches=(0.875, 0.75),
+        pruned=(("8:16", ""), ("4:16", "")),
     ),
 }
