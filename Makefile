@@ -1,5 +1,5 @@
-# `make demo` and `make test` set up what they need: a virtual environment in .venv, the build, the dependencies.
-# For another Python, with environments and a wheel of its own: make wheel PYTHON=python3.12 SUFFIX=-3.12
+# `make demo` and `make test` set up what they need: a virtual environment in .venv, the build and the dependencies.
+# To use another Python, with its own environments and wheel: make wheel PYTHON=python3.12 SUFFIX=-3.12
 PYTHON ?= python3
 SUFFIX ?=
 VENV := .venv$(SUFFIX)
@@ -9,18 +9,19 @@ DIST := dist$(SUFFIX)
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
-# LOCKED=1 sets the development environment up from requirements/lock.txt, every file's hash checked.
+# LOCKED=1 sets up the development environment from requirements/lock.txt and checks the hash of every file.
 LOCKED ?=
 DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/dev.txt -c requirements/constraints.txt)
-# Graphs, streams and compilers are not what a sanitizer is for, and cost it minutes.
+# The tests for compute-sanitizer. It is not meant for graphs, streams and compilers, and would take minutes for them.
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
-# Under the other versions of torch, what is slow, and what no version of torch changes, runs where a release is made.
+# Under the other versions of torch, slow tests and tests that do not depend on torch's version run only for a release.
 SECOND_ARGS ?= -m "not slow" $(addprefix --ignore=tests/test_,cuda_on_host.py fuzz_ops.py docs.py compress_nm.py statistics.py plot.py)
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d weight_grad auto train_step
 
 CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
-# Inputs of the kernels' fuzzer, some 18 kernel calls each; cases of each test that fuzzes the ops, 20 op calls each.
+# FUZZ_RUNS: inputs of the kernel fuzzer, about 18 kernel calls each. FUZZ_EXAMPLES: cases of each test that fuzzes the
+# ops, 20 op calls each.
 FUZZ_RUNS ?= 1000000
 FUZZ_EXAMPLES ?= 2000
 
@@ -29,19 +30,19 @@ FUZZ_EXAMPLES ?= 2000
   lock licences
 all: test
 
-# One wheel is built and repaired, and all environments install that file.
+# One wheel is built and repaired. All environments install this file.
 WHEEL_INPUTS := $(shell find cpp cuda cmake python -type f -not -name '*.pyc') CMakeLists.txt pyproject.toml README.md \
   .ci/repair-wheel
 
-# With the wheel that `make test` built where there is one; else built for this machine alone, without CUDA where it has
-# no GPU, for compiling that takes minutes.
+# Uses the wheel that `make test` built, if there is one. Otherwise builds only for this machine, and without CUDA if it
+# has no GPU, because compiling the CUDA kernels takes minutes.
 demo: $(if $(wildcard $(DIST)/built),$(VENV)/installed,$(VENV)/built-here)
 	$(BIN)/python examples/digits.py $(DEMO_ARGS)
 
-# Hours: all that can be tested on a machine without a GPU.
+# Runs all tests that need no GPU. This takes hours.
 test-all: test sanitize fuzz coverage reproducible
 
-# Two at a time: tests often wait for a compiler or a process that they started.
+# Runs two jobs at a time, because tests often wait for a compiler or a process that they started.
 test: lint
 	+$(MAKE) -j2 cpp-test python-test second-test install-test
 
@@ -59,7 +60,7 @@ cpp-test: $(VENV)/ready
 	$(BIN)/cmake --build build/cpp
 	$(BIN)/ctest --test-dir build/cpp --output-on-failure
 
-# The same C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer, and the CUDA kernels on the host.
+# Runs the C++ tests, and the CUDA kernels on the host, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/ready $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/sanitize -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all -g1"
@@ -69,11 +70,12 @@ sanitize: $(VENV)/ready $(VENV)/installed
 	  SDGP_SANITIZE="-fsanitize=address,undefined -fno-sanitize-recover=all -g1" \
 	  $(BIN)/python -m pytest -q tests/test_cuda_on_host.py -k "not driver"
 
-# The long versions of what `make test` does in seconds.
+# Runs long versions of tests that take seconds in `make test`.
 fuzz: fuzz-kernels fuzz-ops fuzz-threads memcheck
 
-# With libFuzzer, from the corpus in the repository; what it finds beyond that is kept in build/fuzz/corpus. Needs clang
-# (Debian: apt-get install clang-22 libclang-rt-22-dev). Which inputs are rare is not weighed: that took half of the time.
+# Fuzzes the kernels with libFuzzer. Starts from the corpus in the repository and keeps new inputs in build/fuzz/corpus.
+# Needs clang (Debian: apt-get install clang-22 libclang-rt-22-dev). -entropic=0 turns off the weights for rare inputs,
+# which took half of the time.
 CLANGXX ?= clang++-22
 fuzz-kernels: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/fuzz -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_FUZZER=ON \
@@ -86,19 +88,19 @@ fuzz-kernels: $(VENV)/ready
 fuzz-ops: $(VENV)/installed
 	SDGP_FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -s tests/test_fuzz_ops.py
 
-# Eight threads that call the kernels, under ThreadSanitizer.
+# Calls the kernels from eight threads under ThreadSanitizer.
 fuzz-threads: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/tsan -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF \
 	  -DCMAKE_CXX_FLAGS="-fsanitize=thread -g1"
 	$(BIN)/cmake --build build/tsan --target threads_test
 	$(BIN)/ctest --test-dir build/tsan --output-on-failure -R threads_test
 
-# The C++ tests under valgrind, less of each. It knows no AVX-512.
+# Runs a part of each C++ test under valgrind, which does not support AVX-512.
 memcheck: cpp-test
 	for isa in baseline avx2; do for test in kernels products threads; do SDGP_FORCE_ISA=$$isa SDGP_TEST_SHARE=40 \
 	  valgrind --quiet --error-exitcode=1 --leak-check=full build/cpp/tests/cpp/$${test}_test || exit; done; done
 
-# The GPU tests under compute-sanitizer: for a machine with a GPU, in an environment that has sdgp and pytest.
+# Runs GPU tests under compute-sanitizer. Needs a machine with a GPU and an environment with sdgp and pytest.
 cuda-sanitize:
 	for tool in memcheck racecheck; do REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	  --error-exitcode 1 $(PYTHON) -m pytest -q -x -m cuda tests/test_cuda.py -k $(SANITIZED) || exit; done
@@ -115,7 +117,7 @@ third-test: $(THIRD)/installed
 install-test: $(VENV)/ready $(SECOND)/ready
 	tests/install.sh $(VENV) $(SECOND)
 
-# The wheel for release, tested under three versions of torch: the newest, the oldest and one between.
+# Builds the wheel for a release and tests it under three versions of torch: the newest, the oldest and one in between.
 wheel: SECOND_ARGS =
 wheel: python-test second-test third-test
 	@ls -l $(DIST)/*.whl
@@ -123,11 +125,11 @@ wheel: python-test second-test third-test
 sdist: $(VENV)/ready
 	$(BIN)/python -m build --sdist --no-isolation --outdir $(DIST)
 
-# Two builds of the last commit, in two folders: the same file.
+# Checks that two builds of the last commit, in two folders, give the same file.
 reproducible: $(VENV)/ready
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/reproducible
 
-# Lines that the tests run, of python/ and of cpp/; fails under 95 %.
+# Reports which lines of python/ and cpp/ the tests run. Fails below 95 %.
 coverage: coverage-python coverage-cpp
 
 coverage-python: $(VENV)/installed $(VENV)/tools
@@ -139,18 +141,18 @@ coverage-python: $(VENV)/installed $(VENV)/tools
 coverage-cpp: $(VENV)/installed $(VENV)/tools
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/coverage-cpp
 
-# The newest of everything, with the hashes of the public index.
+# Locks the newest version of every package, with the hashes of the public index.
 lock: $(VENV)/tools
 	$(BIN)/uv pip compile --quiet --upgrade --no-config --no-emit-index-url \
 	  --generate-hashes --only-binary :all: --python-version 3.11 --python-platform x86_64-manylinux_2_28 \
 	  --custom-compile-command "make lock" -c requirements/constraints.txt requirements/dev.txt requirements/tools.txt \
 	  -o requirements/lock.txt
 
-# The licences of what is needed and used, as installed here, into docs/licences.md.
+# Writes the licences of the packages that sdgp needs and uses, as installed here, to requirements/licences.md.
 licences: $(VENV)/ready
-	$(BIN)/python .ci/licences > docs/licences.md
+	$(BIN)/python .ci/licences > requirements/licences.md
 
-# The documentation site, in build/site.
+# Builds the documentation site in build/site.
 docs: $(VENV)/ready
 	$(BIN)/mkdocs build --strict
 

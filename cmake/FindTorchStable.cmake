@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Finds what a library on LibTorch's stable ABI needs: the stable headers, libtorch_cpu and libc10. Not find_package(Torch):
-# that wants the whole CUDA toolkit where torch is a CUDA build. Looks in TorchStable_ROOT, else beside the torch that
-# the found Python would import.
+# Finds what a library on LibTorch's stable ABI needs: the stable headers, libtorch_cpu and libc10. It does not use
+# find_package(Torch), which requires the whole CUDA toolkit if torch is a CUDA build. It looks in TorchStable_ROOT or,
+# if that is not set, in the torch that the found Python would import.
 #
 # Defines TorchStable::torch_cpu and TorchStable_VERSION.
 if(NOT TorchStable_ROOT)
@@ -34,6 +34,6 @@ if(TorchStable_FOUND AND NOT TARGET TorchStable::torch_cpu)
   target_include_directories(TorchStable::torch_cpu SYSTEM INTERFACE "${TorchStable_INCLUDE_DIR}")
   target_link_libraries(TorchStable::torch_cpu INTERFACE "${TorchStable_torch_cpu}" "${TorchStable_c10}")
   target_compile_options(TorchStable::torch_cpu INTERFACE "$<$<AND:$<COMPILE_LANGUAGE:CXX>,$<NOT:$<CONFIG:Debug>>>:-ffile-prefix-map=${TorchStable_INCLUDE_DIR}=torch>")
-  # The oldest torch that the library runs under.
+  # The oldest torch that can run the library.
   target_compile_definitions(TorchStable::torch_cpu INTERFACE TORCH_TARGET_VERSION=0x020a000000000000)
 endif()

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# Defines the target sdgp_cuda. Needs nvcc and the CUDA runtime alone: no other CUDA library, and a torch of any build.
+# Defines the target sdgp_cuda. It needs only nvcc, the CUDA runtime and any build of torch, but no other CUDA library.
 if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
-  # Ampere and Ada, which runs its code, Hopper, both Blackwells; PTX of the last for what comes after.
+  # Code for Ampere (Ada runs it too), Hopper and both Blackwells. The PTX of the last one is for later GPUs.
   set(CMAKE_CUDA_ARCHITECTURES 80-real 90-real 100-real 120)
 endif()
 enable_language(CUDA)
 
-# What libsdgp_cuda wants of libtorch_cuda is one function. A stand-in with that library's name lets it be built beside
-# a CPU-only torch; at run time torch has loaded the real one.
+# libsdgp_cuda needs only one function of libtorch_cuda. A stand-in with that library's name makes it possible to build
+# with a CPU-only torch. At run time torch has already loaded the real library.
 file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stand_in.cpp"
      "extern \"C\" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n")
 add_library(sdgp_torch_cuda SHARED "${CMAKE_CURRENT_BINARY_DIR}/torch_cuda_stand_in.cpp")
@@ -43,7 +43,7 @@ set_target_properties(
              INSTALL_RPATH ""
              BUILD_WITH_INSTALL_RPATH ON)
 target_link_options(sdgp_cuda INTERFACE "LINKER:--no-as-needed")
-# No contraction, as on the CPU: random and mvue must select the same positions.
+# Multiply and add are not contracted, as on the CPU: random and mvue must select the same positions.
 set(SDGP_CUDA_FLAGS -fmad=false --expt-relaxed-constexpr --compress-mode=size "-Xcompiler=-Wall,-Wextra,-Wno-unknown-pragmas")
 if(SDGP_WERROR)
   list(APPEND SDGP_CUDA_FLAGS -Werror=all-warnings)

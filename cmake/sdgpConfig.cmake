@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
 #
-# find_package(sdgp CONFIG) defines sdgp::sdgp, and sdgp::sdgp_cuda where it was built. No Python is needed, but LibTorch
-# first: find_package(Torch), or TORCH_LIBRARIES set to what else stands for it.
+# find_package(sdgp CONFIG) defines sdgp::sdgp, and sdgp::sdgp_cuda if it was built. It does not need Python. It needs
+# LibTorch first: call find_package(Torch), or set TORCH_LIBRARIES to a replacement.
 if(NOT Torch_FOUND AND NOT TORCH_LIBRARIES)
   set(sdgp_FOUND FALSE)
   set(sdgp_NOT_FOUND_MESSAGE

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What ops require of their arguments, each requirement and its message once, for every device. A message reads
-// `op: requirement, got actual`.
+// The checks that ops make on their arguments. Each check and its message stands here once and serves every device. A
+// message reads `op: requirement, got actual`.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -18,7 +18,7 @@
 
 #include "kernels/args.h"
 
-#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // in the headers of torch before 2.13
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // missing before torch 2.13
 #define STABLE_TORCH_ERROR_CODE_CHECK(call) TORCH_ERROR_CODE_CHECK(call)
 #endif
 
@@ -28,7 +28,7 @@ using torch::headeronly::Layout;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Not STD_TORCH_CHECK: it puts the function, file and line before the message, which here is for the caller.
+// These messages are for the caller. STD_TORCH_CHECK would put the function, the file and the line before the message.
 template <class... Args>
 void check(bool ok, const Args&... message) {
   if (ok) [[likely]] {
@@ -39,7 +39,7 @@ void check(bool ok, const Args&... message) {
   throw std::runtime_error(text.str());
 }
 
-// The names of a table's rows, as a message lists them: "a, b or c".
+// Lists the names of a table's rows for a message: "a, b or c".
 template <class Table>
 std::string names_of(const Table& table, const char* last = " or ") {
   std::string text;
@@ -66,7 +66,7 @@ inline void check_pattern(const char* op, int64_t n, int64_t m) {
 
 inline void check_strided(const char* op, const Tensor& input) {
   const char* name = "another";
-  int32_t layout = 0;  // Tensor::layout() is younger than torch 2.10
+  int32_t layout = 0;  // torch 2.10 has no Tensor::layout()
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_layout(input.get(), &layout));
   switch (static_cast<Layout>(layout)) {
     case Layout::Strided: return;
@@ -87,7 +87,7 @@ struct Device {
   bool operator==(const Device&) const = default;
 };
 
-// Through the C shim: Tensor::device() throws its own message for the types it does not know.
+// Uses the C shim because Tensor::device() throws its own message for device types that it does not know.
 inline Device device_of(const Tensor& tensor) {
   Device device{};
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &device.type));
@@ -108,14 +108,15 @@ inline std::string name_of(const Device& device) {
   return text;
 }
 
-// Through the C shim: Tensor::scalar_type() throws its own message for the dtypes it does not know.
+// Uses the C shim because Tensor::scalar_type() throws its own message for dtypes that it does not know.
 inline int32_t dtype_of(const Tensor& tensor) {
   int32_t dtype = 0;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
   return dtype;
 }
 
-// As Python prints it. Where C++ has a name of its own ("Long"), that is translated; the others differ in case alone.
+// Returns the name that Python prints. The switch translates names that are different in C++ ("Long"). All other names
+// differ only in case.
 inline std::string name_of_dtype(int32_t dtype) {
   const auto type = static_cast<ScalarType>(dtype);
   switch (type) {
@@ -146,7 +147,7 @@ inline DType check_dtype(const char* op, const Tensor& input) {
   __builtin_unreachable();
 }
 
-// Returns `dim` counted from the front.
+// Checks `dim` and returns it counted from the front.
 inline int64_t check_dim(const char* op, const Tensor& input, int64_t dim) {
   const int64_t ndim = input.dim();
   check(ndim >= 1, op, ": expected at least 1 dimension, got a scalar");
@@ -167,7 +168,7 @@ inline void check_seed(const char* op, const Tensor& input, const std::optional<
   }
 }
 
-// `devices`: those that have a kernel of this op.
+// `devices` names the devices that have a kernel of this op.
 [[noreturn]] inline void refuse_device(const char* op, const Tensor& input, const char* devices = "cpu") {
   check(false, op, ": expected a tensor on a device with an sdgp kernel (", devices, "), got ",
         name_of(device_of(input)));
@@ -181,7 +182,7 @@ inline void check_same_device(const char* op, const Tensor& first, const char* n
   }
 }
 
-// `like`: "the input is", what names `first` in the message.
+// `like` names `first` in the message, for example "the input is".
 inline void check_same_dtype(const char* op, const Tensor& first, const char* name, const Tensor& other,
                              const char* like) {
   const int32_t expected = dtype_of(first), actual = dtype_of(other);
@@ -203,8 +204,8 @@ inline void check_group_size(const char* op, int64_t m) {
   check(1 <= m && m <= kMaxGroupSize, op, ": expected 1 <= m <= ", kMaxGroupSize, ", got ", m);
 }
 
-// Compressed tensors: `values` and `indices`, each group of m having the same number n of them along `dim` (counted
-// from the front). Returns n.
+// Checks compressed tensors. Each group of m has the same number n of `values` and `indices` along `dim`, which is
+// counted from the front. Returns n.
 inline int64_t check_compressed(const char* op, const Tensor& values, const Tensor& indices, int64_t m, int64_t size,
                                 int64_t dim) {
   check_strided(op, values);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Every op of sdgp. A leading underscore: not API.
+// Declares the schema of every op of sdgp. An op whose name begins with an underscore is not part of the public API.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(sdgp, library) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// sdgp._C: facts about the build. Importing it loads libsdgp.so, and with it the ops.
+// The module sdgp._C with facts about the build. Importing it loads libsdgp.so, which registers the ops.
 #include <pybind11/pybind11.h>
 
 #include "kernels/layout_24.h"
@@ -8,7 +8,7 @@
 
 namespace {
 
-// The names of those rows of a table that `keep` keeps.
+// Returns the names of the table's rows for which `keep` returns true.
 template <class Table, class Keep>
 pybind11::tuple names(const Table& table, const Keep& keep) {
   pybind11::list found;

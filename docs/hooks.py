@@ -28,6 +28,7 @@ ELSEWHERE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "SECURITY.md": "security.md",
+    "requirements/licences.md": "licences.md",
 }
 PAGE_OF = {**ELSEWHERE, "README.md": "index.md"}
 PLOTS = "<!-- plots -->"

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Does pruning pay for a small convolutional network on scikit-learn's handwritten digits? Asks, then tries it.
+"""Tests whether pruning pays for a small convolutional network on scikit-learn's handwritten digits.
 
-1,797 real images, a third of them held out. After two plain epochs ``sdgp.advise`` measures what pruning would save and
-what its noise would cost, and says whether it pays. Then the same network is trained three times per seed:
+The data set has 1,797 real images; one third is held out for testing. After two plain epochs, ``sdgp.advise`` measures
+what pruning would save and what its noise would cost, and says whether pruning pays. Then the example trains the same
+network three times per seed:
 
     plain            all epochs
-    plain, shorter   as many epochs as fit into the time that the plan takes: what pruning has to beat
-    the plan         all epochs, pruned as advised; where nothing pays, 16:32 everywhere, to show what that does
+    plain, shorter   as many epochs as fit into the time of the plan; pruning has to beat this run
+    the plan         all epochs, pruned as advised; if nothing pays, 16:32 in all convolutions except the first
 
-They train in turn, epoch by epoch, so that times compare: "time" is the median, over epochs, of an epoch's time beside
-that of the plain epoch next to it, times the epochs. Prints the plan and a table, and draws the learning curves:
+The runs take turns after every epoch, so that their times are comparable. "time" is the median over the epochs of the
+ratio to the neighboring plain epoch, multiplied by the share of the epochs. The example prints the plan and a table,
+and draws the learning curves:
 
     make demo
 """
@@ -44,7 +46,7 @@ import matplotlib.pyplot as plt
 Batch: TypeAlias = tuple[Tensor, Tensor]
 
 BATCH_SIZE = 128
-EVERYWHERE = ("16:32", "mvue", "16:32")  # where no plan pays
+EVERYWHERE = ("16:32", "mvue", "16:32")  # used if no plan pays
 
 
 class Arm(NamedTuple):
@@ -54,12 +56,12 @@ class Arm(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    loss: float  # on the test images, after it
-    accuracy: float  # percent
+    loss: float  # on the test images, after the epoch
+    accuracy: float  # on the test images, in percent
     seconds: float
 
 
-Runs: TypeAlias = dict[str, list[list[Epoch]]]  # by the arm's name, then by seed
+Runs: TypeAlias = dict[str, list[list[Epoch]]]  # by the name of the arm, then by seed
 
 
 class Data(NamedTuple):
@@ -90,7 +92,7 @@ def make_model() -> nn.Module:
 
 
 def batches(data: Data) -> Iterator[Batch]:
-    """An epoch, each image shifted by up to two pixels each way."""
+    """Yields the batches of an epoch. Each image is shifted by up to two pixels in each direction."""
     for batch in torch.randperm(len(data.train_images)).split(BATCH_SIZE):
         images = data.train_images[batch]
         windows = F.pad(images, (2, 2, 2, 2)).unfold(2, 16, 1).unfold(3, 16, 1)  # (N, 1, 5, 5, 16, 16)
@@ -105,7 +107,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def train(model: nn.Module, data: Data, seed: int, epochs: int) -> Iterator[Epoch]:
-    """One epoch at a time, with a random state of its own: between two, others may train."""
+    """Trains one epoch at a time. It keeps its own random state, so that other models can train in between."""
     torch.manual_seed(seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4, nesterov=True)
     steps = -(-len(data.train_images) // BATCH_SIZE)
@@ -134,7 +136,7 @@ def evaluate(model: nn.Module, data: Data) -> tuple[float, float]:
 
 
 def ask(data: Data, epochs: int) -> sdgp.Plan:
-    """The plan for a model that has trained a little: an untrained one bears pruning worst."""
+    """Returns the plan for a model after a little training, because an untrained model tolerates pruning worst."""
     torch.manual_seed(0)
     model = make_model()
     for _ in zip(range(2), train(model, data, seed=0, epochs=max(epochs, 3)), strict=False):
@@ -242,7 +244,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {"epochs": epochs, "seeds": list(range(seeds)), "plan": dict(plan), "verdict": plan.verdict}
     results = {"machine": where, "settings": settings, "rows": rows}
-    (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "digits.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     plot(runs, args.out / "digits.png")
     console.print(f"learning curves: {args.out / 'digits.png'}; the table: {args.out / 'digits.json'}")
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the tests of the command line share; the fixture that runs it is in conftest.py."""
+"""Shared code of the command line tests. The fixture that runs a command is in conftest.py."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-# Arguments of `sdgp` to its exit status, stdout and stderr.
+# Takes the arguments of `sdgp` and returns its exit status, stdout and stderr.
 Command = Callable[..., tuple[int, str, str]]
 
 
 def report(command: Command, *arguments: str) -> dict[str, Any]:
-    """What a command prints with --json, and that it is nothing else."""
+    """Returns what a command prints with --json, which must be all that it prints."""
     status, out, err = command(*arguments, "--json")
     assert status == 0, err
     found: dict[str, Any] = json.loads(out)

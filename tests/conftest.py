@@ -18,7 +18,7 @@ settings.load_profile("sdgp")
 
 @pytest.fixture(autouse=True)
 def _seeded() -> Iterator[None]:
-    """Each test starts from the same generator state and leaves the one it found."""
+    """Starts each test from the same generator state and restores the old state afterwards."""
     state = torch.get_rng_state()
     torch.manual_seed(0)
     yield
@@ -27,7 +27,10 @@ def _seeded() -> Iterator[None]:
 
 @pytest.fixture
 def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In this process and those that it starts: a busy machine may split a sum over fewer threads than there are."""
+    """Limits this process and its child processes to one thread.
+
+    A busy machine may split a sum over fewer threads than requested.
+    """
     before = torch.get_num_threads()
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
@@ -45,7 +48,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Command]:
-    """Runs `sdgp ...` in this process, in an empty folder, and leaves the process as it was."""
+    """Runs `sdgp ...` in this process and in an empty folder, and restores the state of the process afterwards."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
-# Each way to install from source, into an environment of its own, and from outside the tree an import and a call.
-# Takes two environments to borrow packages from, so that no torch is installed for this: one with all that a build
-# needs, and one to run what the isolated build made. That build fetches the torch that requirements/constraints-third.txt
-# names, whose download is small.
-# Without the CUDA kernels: the wheel that the other tests install has them, and they take minutes to compile.
+# Installs from source in each way into a separate environment, then imports and calls sdgp from outside the tree.
+#
+# Takes two environments to borrow packages from, so that no torch is installed. The first has all that a build needs.
+# The second runs the result of the isolated build, which downloads the small torch of
+# requirements/constraints-third.txt.
+#
+# Leaves out the CUDA kernels, which take minutes to compile. The wheel that the other tests install has them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tools=$(realpath "$1") second=$(realpath "$2")
@@ -27,7 +29,7 @@ install() { # name, environment to borrow from, arguments of pip install
   (cd "$work" && "$1/bin/python" -c "$CHECK")
 }
 
-# What is released, and nothing that git does not know.
+# The sdist must hold only files that git tracks.
 "$tools/bin/python" -m build --sdist --no-isolation --outdir "$work" . > "$work/log" || { cat "$work/log"; exit 1; }
 sdist=$(echo "$work"/sdgp-*.tar.gz)
 if git rev-parse --git-dir > /dev/null 2>&1; then
@@ -35,9 +37,9 @@ if git rev-parse --git-dir > /dev/null 2>&1; then
   [ ! -s "$work/stray" ] || { echo "the sdist has files that git does not track:"; cat "$work/stray"; exit 1; }
 fi
 
-# Older pips read the first for the build's environment too, newer ones the second.
+# Old versions of pip also read the first variable for the build environment, new versions the second.
 PIP_CONSTRAINT=$PWD/requirements/constraints-third.txt PIP_BUILD_CONSTRAINT=$PWD/requirements/constraints-third.txt \
   install isolated "$second" "$sdist"
-# One build folder for both: the kernels are compiled once.
+# Both installs share one build folder, so the kernels are compiled once.
 install shared "$tools" --no-build-isolation -C build-dir="$work/build" .
 install editable "$tools" --no-build-isolation -C build-dir="$work/build" -e .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The sample inputs, once: parity, opcheck, compile, meta, autocast and inference-mode tests all draw on them."""
+"""The sample inputs that the parity, opcheck, compile, meta, autocast and inference-mode tests share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 METHODS = ("magnitude", "random", "rescale", "rescale_group", "mvue")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# The published tables' patterns, 1:2, and some that no kernel is compiled for.
+# The patterns of the published tables, 1:2, and some patterns without a compiled kernel.
 PATTERNS = (
     (1, 2),
     (2, 4),
@@ -38,7 +38,7 @@ PATTERNS = (
 
 class Sample(NamedTuple):
     name: str
-    make: Callable[[], Tensor]  # from the global generator
+    make: Callable[[], Tensor]  # draws from the global generator
     dim: int
 
 
@@ -80,13 +80,13 @@ def _not_finite(x: Tensor) -> Tensor:
 
 
 def each_sample(*names: str) -> pytest.MarkDecorator:
-    """Parametrizes over ``sample``: those named, or all."""
+    """Parametrizes a test over ``sample``: the named samples, or all of them."""
     chosen = [sample for sample in SAMPLES if not names or sample.name in names]
     return pytest.mark.parametrize("sample", chosen, ids=lambda sample: sample.name)
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """To another dtype, strides and overlap kept where `to` would keep them."""
+    """Casts to another dtype. Keeps strides and overlap where `to` keeps them."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.advise: what it measures and chooses, that it leaves the model alone, and convert taking its plan."""
+"""Tests sdgp.advise: its measurements and choices, that it keeps the model unchanged, and convert with its plan."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ SPARSE_MS = {
     "4:16": 0.6,
     "1:4": 0.6,
     "4:32": 0.3,
-}  # where the exact one takes 1
+}  # the exact product takes 1
 
 
 class Told(sdgp.Chooser):
-    """Finds what it is told: a sparse product takes what its pattern says."""
+    """A chooser that takes the time of a sparse product from its pattern."""
 
     def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
         assert products.exact().shape == products.sparse().shape
@@ -47,7 +47,7 @@ class Slower(sdgp.Chooser):
 
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products and steps take what they are told, so that nothing depends on a clock."""
+    """Gives products and steps fixed times, so that no result depends on a clock."""
     monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
     with Told():
         yield
@@ -59,7 +59,7 @@ def net() -> nn.Sequential:
 
 
 def batches(count: int = 2, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
-    """Of a size at which no product is too small; noisy targets, so that batches differ much."""
+    """Makes batches so large that no product is too small, with noisy targets, so that the batches differ much."""
     torch.manual_seed(seed)
     return [(torch.randn(8192, 32), torch.randint(64, (8192,))) for _ in range(count)]
 
@@ -80,7 +80,7 @@ def batch_noise(model: nn.Module, pair: list[Any]) -> float:
 
 
 def test_noise_is_that_of_the_parameters_gradient() -> None:
-    """Of each candidate, beside whole backwards in which that one gradient is pruned; over four pairs of batches."""
+    """The noise of each candidate must match whole backwards in which only that gradient is pruned, over four pairs."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for seed in range(4):
         model, pair = net(), batches(seed=seed)
@@ -101,7 +101,7 @@ def test_noise_is_that_of_the_parameters_gradient() -> None:
 
 @pytest.mark.parametrize("method", ["mvue", "magnitude"])
 def test_the_whole_plan_is_measured(method: str) -> None:
-    """The errors of a biased method add up in another way than noise does: this finds out."""
+    """The whole plan must be measured, because the errors of a biased method do not add up as noise does."""
     model, pair = net(), batches()
     plan = sdgp.advise(model, *pair, loss=loss, methods=(method,))
     assert plan.pays
@@ -127,9 +127,9 @@ def row(layer: str, gradient: str, pattern: str, saved_ms: float, noise: float, 
 def test_chooses_what_saves_most_time_to_the_same_loss() -> None:
     rows = [
         row("a", "data", "8:16", 10, 0.001),
-        row("a", "data", "4:16", 15, 0.002),  # 5 % more for 0.3 %
-        row("a", "data", "4:32", 18, 0.050),  # 3 % more for 15 %
-        row("a", "weight", "8:16", 2, 0.010),  # 2 % for 3 %
+        row("a", "data", "4:16", 15, 0.002),  # saves 5 % more for 0.3 % more steps
+        row("a", "data", "4:32", 18, 0.050),  # saves 3 % more for 15 % more steps
+        row("a", "weight", "8:16", 2, 0.010),  # saves 2 % for 3 % more steps
         row("b", "weight", "8:16", 4, 0.0),
         row("c", "data", "8:16", 0, 0.0),
         row("d", "data", "8:16", 5, math.nan),
@@ -150,7 +150,7 @@ def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
     plan = Plan(rows, {}, 100.0)
     assert set(plan) == {"a", "b"}
     assert plan.take_measured(0.04)
-    assert not plan.take_measured(0.08)  # twice: b costs 18 % now
+    assert not plan.take_measured(0.08)  # twice the noise: b now costs 18 %
     assert set(plan) == {"a"}
     assert plan.take_measured(0.02)
     assert plan.noise == pytest.approx(0.02)
@@ -173,7 +173,7 @@ def test_verdicts_of_an_empty_plan() -> None:
     assert "exact (5): sparse is not faster" in str(plan)
     small = sdgp.advise(net(), *[(x[:256], y[:256]) for x, y in batches()], loss=loss)
     assert small.verdict == "nothing pays here: every layer is too small at this batch size"
-    assert "the largest layer is too small to gain: try a batch 16 times as large" in small.notes
+    assert "the largest layer is too small to gain: use a batch 16 times as large" in small.notes
 
 
 def test_no_sparse_product(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_patterns_by_device_and_width() -> None:
-    """A GPU's 2:4 tensor cores take no wider groups; a layer of few features none of 32."""
+    """A GPU must get no groups wider than its 2:4 tensor cores take, and a layer of few features no groups of 32."""
     assert sdgp._advise._default_patterns(nn.Linear(8, 8, device="meta")) == [(2, 4), (1, 4)]
     model = nn.Sequential(nn.Linear(32, 128), nn.Linear(128, 16))
     with Slower():
@@ -275,8 +275,8 @@ def test_one_batch_is_halved(reduction: str) -> None:
     model, pair = net(), batches()
     both = tuple(torch.cat(tensors) for tensors in zip(*pair, strict=True))
     one, two = sdgp.advise(model, both, loss=loss), sdgp.advise(model, *pair, loss=loss)
-    assert "one batch alone tells the noise to a factor of about two: pass more" in one.notes
-    # Twice the batch: half of the batch's noise and half of the pruning's.
+    assert "one batch gives the noise only to a factor of about two: pass more batches" in one.notes
+    # Twice the batch halves the noise of the batch and of the pruning.
     ratios = [a.noise / b.noise for a, b in zip(one.candidates, two.candidates, strict=True)]
     assert ratios == pytest.approx([1.0] * len(ratios), rel=0.35)
 
@@ -317,7 +317,7 @@ def test_what_costs_nothing() -> None:
 
 
 class Wrapped(nn.Module):
-    """In-place activations, a checkpoint, a shared layer, a convolution that pads by itself."""
+    """A model with in-place activations, a checkpoint, a shared layer and a convolution that pads its input itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -370,7 +370,10 @@ X = torch.ones(4, 32)
 
 
 def test_a_quarter_without_a_gradient_is_not_the_whole() -> None:
-    """As where only the last step of a sequence has a loss, and steps come first."""
+    """A quarter of the batch that has no gradient must not stand for the whole.
+
+    For example, only the last step of a sequence may have a loss.
+    """
 
     class Last(nn.Module):
         def __init__(self) -> None:
@@ -405,7 +408,7 @@ def test_what_lies_outside_the_model_is_kept() -> None:
 
 
 class Counting(nn.Module):
-    """A buffer that each forward assigns anew."""
+    """A model with a buffer that each forward assigns anew."""
 
     count: Tensor
 
@@ -435,7 +438,7 @@ def test_an_input_changed_in_place_is_not_read() -> None:
             self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 64)
 
         def forward(self, x: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):  # what is saved for backward is the cast
+            with torch.autocast("cpu", torch.bfloat16):  # backward saves the cast tensor
                 x = self.first(x).float()
                 y: Tensor = self.second(x)
             x += 1000

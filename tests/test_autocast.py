@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The layers in mixed precision: what PyTorch's own give in the forward, the closed form in the backward."""
+"""Tests the layers in mixed precision: PyTorch's results in the forward, the closed form in the backward."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LAYERS = {
 
 
 def run(layer: nn.Module, dtype: torch.dtype, x: Tensor, backward_inside: bool) -> tuple[Tensor, list[Tensor]]:
-    """Output and gradients (of the input, then the Parameters) for an output gradient of the output itself."""
+    """Returns the output and the gradients of the input and the Parameters. The output is its own output gradient."""
     with torch.autocast("cpu", dtype):
         output = layer(x)
         if backward_inside:
@@ -65,7 +65,7 @@ def test_a_model_trains(dtype: torch.dtype) -> None:
         loss.backward()
     assert all(parameter.grad.dtype == torch.float32 for parameter in twin.parameters())
     for actual, expected in zip(twin[3].parameters(), model[3].parameters(), strict=True):
-        assert torch.equal(actual.grad, expected.grad)  # no pruning lies between the loss and the last layer
+        assert torch.equal(actual.grad, expected.grad)  # no pruning between the loss and the last layer
 
 
 def test_autocast_leaves_float64_alone() -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.Budget: pruning that follows the advice as a model trains."""
+"""Tests sdgp.Budget, which prunes as the advice says while a model trains."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from sdgp._plan import STEPS_PER_NOISE
 
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Products and steps take what they are told, and noise costs little, so that pruning pays."""
+    """Gives products and steps fixed times, and makes noise cheap, so that pruning pays."""
     monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
     monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
     with Told():
@@ -31,7 +31,7 @@ def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Run:
-    """A training run, step by step."""
+    """A training run that advances step by step."""
 
     def __init__(self, with_budget: bool = True, **settings: Any) -> None:
         self.model = nn.Sequential(net(), nn.Dropout(0.1))
@@ -109,9 +109,9 @@ def test_products_are_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(every=2)
     run.steps(0, 1)
     first = len(asked)
-    assert first == 5 * 3  # gradients by patterns
+    assert first == 5 * 3  # gradients times patterns
     run.steps(2, 3)
-    assert [settings for settings in asked[first:] if settings] == []  # but by the layers' own first backwards
+    assert [settings for settings in asked[first:] if settings] == []  # only first backwards of the layers
 
 
 def test_resumes_bit_for_bit() -> None:
@@ -148,7 +148,7 @@ def test_a_batch_of_another_size_is_timed_anew() -> None:
     run.budget.step(tuple(tensor[:7900] for tensor in batches()[0]))
     assert run.budget._memory.decisions == known
     run.budget.step(tuple(tensor[:64] for tensor in batches()[0]))
-    assert run.budget._memory.decisions == {}  # all too small
+    assert run.budget._memory.decisions == {}  # all products are too small
     assert run.budget.plan == {}
 
 
@@ -174,7 +174,7 @@ def worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     STEPS_PER_NOISE["euclidean"] = 0.0
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    with Told() if rank == 0 else Slower():  # what another process finds does not count
+    with Told() if rank == 0 else Slower():  # only the first process's times count
         run = Run(every=2, net=0.0)
         wrapped = nn.parallel.DistributedDataParallel(run.model)
         for number in range(4):

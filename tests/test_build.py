@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The source tree: what it builds against, and that it compiles for a CPU other than this one."""
+"""Tests the source tree: what it builds against, and that it compiles for another CPU than this one."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_cmake_refuses_an_older_torch(tmp_path: Path) -> None:
 
 
 def aarch64_compiler(scratch: Path) -> list[str] | None:
-    """One that also finds aarch64's standard library."""
+    """Returns a compiler that also finds aarch64's standard library."""
     (scratch / "probe.cpp").write_text("#include <string>")
     for command in (["aarch64-linux-gnu-g++"], ["clang++", "--target=aarch64-linux-gnu"]):
         probe = [*command, "-fsyntax-only", str(scratch / "probe.cpp")]

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which product a data gradient takes: auto and pruned choose as they should, and a run that goes on from a checkpoint
-takes the same."""
+"""Tests which product a data gradient takes.
+
+auto and pruned must choose correctly, and a run that resumes from a checkpoint must take the same products.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from sdgp._autograd import LinearProducts
 from sdgp._choose import LEAST_WORK, static_rule
 from sdgp._pattern import Pruning
 
-# What auto and pruned choose.
+# The choices of auto and pruned.
 
 
 def chooser(sparse_wins: bool, **settings: Any) -> tuple[sdgp.Chooser, Timer]:
@@ -31,7 +33,7 @@ either_wins = pytest.mark.parametrize("sparse_wins", [True, False], ids=["sparse
 
 
 def large(backend: str, method: str = "magnitude") -> tuple[nn.Module, Tensor, Tensor]:
-    """A layer at the size from which products are measured, its input and its output's gradient."""
+    """Makes a layer of the smallest size that is measured, its input and its output's gradient."""
     layer = sdgp.Linear(256, 256, bias=False, pattern="1:4", method=method, backend=backend)
     assert LEAST_WORK == 256 * 256 * 256
     return layer, torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
@@ -87,7 +89,7 @@ def test_sparse_is_taken_where_it_wins(backend: str) -> None:
 
 @either_wins
 def test_what_a_checkpointed_forward_records_does_not_depend_on_what_was_found(sparse_wins: bool) -> None:
-    """So that it may be repeated after the first measurement, or outside of a pause."""
+    """A checkpointed forward must save the same tensors before and after a measurement and during a pause."""
     layer, x, grad_output = large("auto")
 
     def record() -> tuple[str, list[tuple[int, ...]]]:
@@ -107,7 +109,7 @@ def test_an_exact_layer_that_nothing_repeats_is_the_plain_one() -> None:
     layer, x, grad_output = large("auto")
     plain = layer.to_dense()(x).grad_fn.name()
     with chooser(sparse_wins=False)[0]:
-        assert layer(x).grad_fn.name() != plain  # nothing was measured yet
+        assert layer(x).grad_fn.name() != plain  # nothing is measured yet
         data_gradient(layer, x, grad_output)
         assert layer(x).grad_fn.name() == plain
         assert outcome(layer) == ("exact", 1.0)
@@ -154,7 +156,7 @@ def test_one_measurement_for_each_site() -> None:
         for other in (large("pruned")[0], large("auto", "mvue")[0]):
             data_gradient(other, x, grad_output)
         assert len(measuring) == 3
-        for rows in (257, 512, 400):  # up to a power of two, they are one
+        for rows in (257, 512, 400):  # these round up to the same power of two
             data_gradient(layer, torch.randn(rows, 256, requires_grad=True), torch.randn(rows, 256))
         assert len(measuring) == 4
         data_gradient(layer.double(), x.detach().double().requires_grad_(), grad_output.double())
@@ -197,7 +199,7 @@ def test_a_small_product_is_never_measured(layer: nn.Module) -> None:
         exact = data_gradient(layer.to_dense(), x, grad_output)
         assert torch.equal(data_gradient(layer, x, grad_output), exact)
         assert outcome(layer) == ("plain", None)
-        assert "_Linear" not in layer(x).grad_fn.name()  # nothing of sdgp is in the graph
+        assert "_Linear" not in layer(x).grad_fn.name()  # the graph has no node of sdgp
         sdgp.convert(layer, method="magnitude", backend="pruned")
         dim = -1 if isinstance(layer, sdgp.Linear) else 1
         expected = data_gradient(layer.to_dense(), x, sdgp.prune_nm(grad_output, 2, 4, dim))
@@ -208,7 +210,7 @@ def test_a_small_product_is_never_measured(layer: nn.Module) -> None:
 
 
 def test_what_is_too_small_for_a_chooser() -> None:
-    """Under auto never below the constant that the forward goes by; under pruned as it is told."""
+    """auto must measure nothing below its constant, which the forward also uses. pruned must follow ``least_work``."""
     x, grad_output = torch.randn(8, 16, requires_grad=True), torch.randn(8, 32)
     for backend, count in (("auto", 0), ("pruned", 1)):
         layer = sdgp.Linear(16, 32, backend=backend)
@@ -282,7 +284,7 @@ def test_measuring_leaves_the_generator_to_the_layer(backend: str, method: str, 
     with chooser(sparse_wins)[0]:
         torch.manual_seed(3)
         before = torch.get_rng_state()
-        first = data_gradient(layer, x, grad_output)  # measures
+        first = data_gradient(layer, x, grad_output)  # measures the products
         after_first = torch.get_rng_state()
         torch.manual_seed(3)
         second = data_gradient(layer, x, grad_output)
@@ -293,7 +295,7 @@ def test_measuring_leaves_the_generator_to_the_layer(backend: str, method: str, 
 
 
 def test_backwards_use_the_chooser_of_their_forward() -> None:
-    """Which may be another's by then, or nobody's."""
+    """A backward must use the chooser of its forward, even if another or none is active by then."""
     layer, x, grad_output = large("auto")
     outer, _ = chooser(sparse_wins=False)
     inner, _ = chooser(sparse_wins=True)
@@ -307,7 +309,7 @@ def test_backwards_use_the_chooser_of_their_forward() -> None:
     with pytest.raises(KeyError), inner:
         raise KeyError
     before = len(sdgp.chooser)
-    with sdgp.chooser:  # as it is anyway
+    with sdgp.chooser:  # it is already the default
         output = layer(x)
     assert (len(outer), len(inner), len(sdgp.chooser)) == (1, 1, before)
 
@@ -316,7 +318,7 @@ def test_backwards_use_the_chooser_of_their_forward() -> None:
 
 
 class Named:
-    """A data gradient whose products note that they were called, with which seed, and pass their time."""
+    """A data gradient whose products record their name, check their seed and advance a fake clock."""
 
     def __init__(self, **milliseconds: float) -> None:
         self.grad_output, self.work = torch.randn(4, 4), 2**40
@@ -341,7 +343,7 @@ class Named:
 
     def _call(self, name: str, seed: Tensor | None) -> Tensor:
         assert not torch.is_grad_enabled()
-        assert (seed is None) == (name == "exact")  # drawn by nobody
+        assert (seed is None) == (name == "exact")  # exact draws no seed
         self.calls.append(name)
         self.now += self.milliseconds.get(name, 1.0)
         return torch.empty(0)
@@ -378,10 +380,10 @@ def test_the_clock_of_a_chooser_of_its_own() -> None:
     ("backend", "other_ms", "sparse_ms", "sparse"),
     [
         ("pruned", 1.0, 0.9, True),
-        ("pruned", 1.0, 0.97, False),  # noise
+        ("pruned", 1.0, 0.97, False),  # within measurement noise
         ("auto", 10.0, 9.0, True),
         ("auto", 10.0, 9.7, False),
-        ("auto", 0.5, 0.4, False),  # less than the calls of a layer that may prune
+        ("auto", 0.5, 0.4, False),  # saves less than the call overhead of a layer that may prune
         ("auto", 0.5, 0.3, True),
     ],
 )
@@ -429,7 +431,7 @@ def measured() -> sdgp.Chooser:
 
 
 def restored(state: Any) -> tuple[sdgp.Chooser, Timer]:
-    """A chooser that goes on with it, and would find otherwise itself."""
+    """Makes a chooser that loads ``state`` and would choose otherwise if it measured."""
     other, timer = chooser(sparse_wins=False)
     other.load_state_dict(state)
     return other, timer
@@ -452,7 +454,7 @@ def test_a_state_dict_goes_through_json() -> None:
 
 
 def test_a_state_of_another_version_loads() -> None:
-    """Fields are known by name: their order, and those that this version does not know, do not matter."""
+    """A state of another version must load: fields are found by name, so order and unknown fields do not matter."""
     state = measured().state_dict()
     changed = {}
     for key, decision in state.items():
@@ -497,7 +499,7 @@ def test_what_is_no_state_dict(state: Any) -> None:
     ids=str,
 )
 def test_static_rule_of_a_gpu(change: dict[str, Any], sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What others have measured: large linear layers, 2:4, 16 bits."""
+    """The rule must follow measurements of others: large linear layers, 2:4, 16 bits."""
 
     def obstacle(device: torch.device, dtype: torch.dtype, pattern: sdgp.Pattern) -> str | None:
         return None if dtype == torch.bfloat16 and pattern.fits_24 else "missing"

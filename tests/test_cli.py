@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: what each command prints, its exit status, and what a broken installation gets."""
+"""Tests the command line: the output of each command, its exit status, and the errors of a broken installation."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -108,7 +107,7 @@ def test_ctrl_c(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ctrl_c_of_a_process() -> None:
-    def listen() -> None:  # where the tests run in the background, what they start ignores the signal
+    def listen() -> None:  # processes started in the background ignore the signal
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     command = [sys.executable, "-m", "sdgp", "bench", "--threads", "1"]

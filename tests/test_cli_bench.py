@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`sdgp bench`, at sizes of milliseconds: its report, its files, and how it measures."""
+"""Tests `sdgp bench` at sizes that take milliseconds: its report, its files, and how it measures."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_bench(options: tuple[str, ...], command: Command) -> None:
     for row in found["data_gradient"]:
         assert row["obstacle"] is None
         assert row["times_exact"] == pytest.approx(row["exact_ms"] / row["sparse_ms"], rel=0.1)
-    convolutions = [4 if pattern == "4:32" else 5 for pattern in patterns]  # its last layer has 10 outputs
+    convolutions = [4 if pattern == "4:32" else 5 for pattern in patterns]  # the last layer has only 10 outputs
     assert [row["layers"] for row in found["train_step"]] == convolutions + [5] * len(patterns)
     for row in found["train_step"]:
         assert row["saved_low"] <= row["saved"] <= row["saved_high"] < 1
@@ -96,6 +96,6 @@ def test_bench_shows_a_bar_to_a_person(command: Command, monkeypatch: pytest.Mon
 def test_interleaved_takes_turns() -> None:
     calls: list[str] = []
     times = _timing.interleaved({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 3)
-    assert calls == list("aabb" * 3)  # an untimed call before each timed one
+    assert calls == list("aabb" * 3)  # an untimed call before each timed call
     assert set(times) == {"a", "b"}
     assert all(0 <= value < 1 for value in times.values())

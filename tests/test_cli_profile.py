@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""`sdgp profile`: models of the caller's and of libraries, batches, the report, and what it refuses."""
+"""Tests `sdgp profile`: the user's models and models of libraries, batches, the report, and the errors."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_advice(command: Command, file: Path) -> None:
 
 
 def test_pruned_weight_gradients(command: Command, file: Path) -> None:
-    """The step has them; the rows are data gradients."""
+    """The step must prune weight gradients, and the rows must still be data gradients."""
     words = ("profile", str(file) + ":instance", "--input", "16x8", "--rounds", "1", "--weight-grad", "4:16")
     found = report(command, *words)
     assert found["weight_grad"] == "4:16"
@@ -160,7 +160,7 @@ def test_pruned_weight_gradients(command: Command, file: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("no.py:Net", "expected a file, got 'no.py', which is none"),
+        ("no.py:Net", "expected a file, got 'no.py'"),
         ("no_such:Net", "expected torchvision, timm, a module or a file before the colon, got 'no_such'"),
         ("models.no:Net", "expected torchvision, timm, a module or a file before the colon, got 'models.no'"),
         ("models.py:Nets", "expected a function or class of models.py, got 'Nets'; did you mean Net*?"),
@@ -208,7 +208,7 @@ def test_a_file_that_does_not_import(tmp_path: Path, command: Command) -> None:
 def test_a_file_imports_its_neighbours(tmp_path: Path, command: Command) -> None:
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "neighbour.py").write_text("width = 8")
-    # Under the name of a library: that one stays what it was.
+    # The file has the name of a library. The library must stay importable.
     (tmp_path / "code" / "json.py").write_text(
         "import neighbour\nfrom torch import nn\n"
         "def build(): return nn.Sequential(nn.Linear(neighbour.width, 8), nn.Linear(8, 8))"
@@ -240,7 +240,7 @@ def test_models_of_libraries(
     pytest.importorskip(library)
     monkeypatch.setattr(socket, "socket", no_network)
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", no_network)
-    shape = () if library == "timm" else ("--input", input)  # timm's know their size
+    shape = () if library == "timm" else ("--input", input)  # timm's models know their input size
     options = () if shape else ("--batch", "1")
     found = report(command, "profile", name, *shape, *options, "--rounds", "1")
     assert found["input"] == f"{input} float32"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The layers under torch.compile: whole training steps in one graph, drawn anew at each call."""
+"""Tests the layers under torch.compile: a whole training step is one graph, and each call draws anew."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_compiled_mvue(dynamic: bool, backend: str) -> None:
         close(output, layer(x))
         output.sum().backward()
         assert x.grad is not None
-        # Each row of the gradient is a sum of at most 16 of the weight's 32 rows: not the exact one.
+        # Each row of the pruned gradient sums at most 16 of the weight's 32 rows, so it is not exact.
         assert not torch.allclose(x.grad, layer.weight.sum(0).expand(batch, -1))
 
 
@@ -134,17 +134,17 @@ def small_llama() -> tuple[nn.Module, Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # the compiler's own, and the libraries'
+@pytest.mark.filterwarnings("ignore")  # warnings of the compiler and the libraries
 @pytest.mark.parametrize("make", [small_squeezenet, small_gpt2, small_llama])
 def test_whole_models(make: Callable[[], tuple[nn.Module, Tensor]]) -> None:
-    """In one graph, with the gradients of eager mode; of text, for every size of a batch."""
+    """A whole model must compile to one graph that gives eager mode's gradients, for text at every batch size."""
     torch.manual_seed(0)
     model, batch = make()
     model.float().train()
     sdgp.convert(model, "2:4", "rescale", backend="pruned")
     assert any(row.pattern for row in sdgp.report(model))
 
-    text = not batch.is_floating_point()  # a convolution of any size takes a minute to compile
+    text = not batch.is_floating_point()  # compiling a convolution for any size takes a minute
 
     def loss(batch: Tensor) -> Tensor:
         output = model(input_ids=batch).logits if text else model(batch)

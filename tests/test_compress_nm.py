@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""compress_nm and decompress_nm: what they keep, in which order, and that one undoes the other bit for bit."""
+"""Tests compress_nm and decompress_nm: the kept values, their order, and that decompressing restores every bit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def compress(values: list[float], n: int, m: int, method: str = "magnitude") -> 
     return kept.tolist(), indices.tolist()
 
 
-# By hand.
+# Cases worked out by hand.
 
 
 def test_by_hand() -> None:
@@ -51,7 +51,7 @@ def test_a_kept_negative_zero_is_kept() -> None:
 
 def test_decompress_by_hand() -> None:
     values, indices = torch.tensor([3.0, -4.0, 5.0, 0.0]), torch.tensor([0, 3, 0, 0], dtype=torch.uint8)
-    assert sdgp.decompress_nm(values, indices, 4, 5).tolist() == [3, 0, 0, -4, 5]  # of two with index 0 the first
+    assert sdgp.decompress_nm(values, indices, 4, 5).tolist() == [3, 0, 0, -4, 5]  # the first value at index 0 stays
     assert sdgp.decompress_nm(values, indices, 4, 7).tolist() == [3, 0, 0, -4, 5, 0, 0]
 
 
@@ -60,7 +60,7 @@ def test_mvue_keeps_what_it_scaled() -> None:
     assert outcomes == {((4, 2), (0, 1)), ((4, -2), (0, 2))}
 
 
-# Against the reference, and the inverse.
+# Comparison with the reference, and the inverse.
 
 
 def inverse_is_exact(x: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor | None = None) -> None:
@@ -73,7 +73,7 @@ def innermost(x: Tensor, dim: int) -> bool:
     return x.movedim(dim, -1).is_contiguous()
 
 
-# What packing sees of a method is which places stay: the other dtypes want no more than the one that may keep fewer.
+# Packing depends only on which places a method keeps. So the other dtypes need only mvue, which may keep fewer than n.
 @pytest.mark.parametrize(
     ("method", "dtype"),
     [(method, torch.float32) for method in METHODS] + [("mvue", dtype) for dtype in DTYPES[1:]],
@@ -143,7 +143,7 @@ def test_indices_ascend_within_each_group(size: int, m: int, data: st.DataObject
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("n", "m"), PATTERNS)
 def test_inverse_of_mostly_zeros(n: int, m: int, method: str, dtype: torch.dtype) -> None:
-    x = (torch.randn(2, 70, 9, 9) - 1).relu().to(dtype)  # as after a ReLU: most groups have fewer than n values
+    x = (torch.randn(2, 70, 9, 9) - 1).relu().to(dtype)  # as after a ReLU: most groups have fewer than n nonzeros
     x[:, :, 0] *= -0.0
     for memory_format in (torch.contiguous_format, torch.channels_last):
         inverse_is_exact(x.contiguous(memory_format=memory_format), n, m, 1, method, draw_seed())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""transformers' Conv1D with a pruned data gradient: y = x W + b, dx = prune_nm(dy) Wᵀ, the weight (in, out)."""
+"""Tests transformers' Conv1D with a pruned data gradient: y = x W + b, dx = prune_nm(dy) Wᵀ, the weight (in, out)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_conv1d(shape: tuple[int, ...], method: str, backend: str) -> None:
     actual = gradients(output, grad_output, x, layer.weight, layer.bias)
     expected = gradients(exact, grad_output, x, dense.weight, dense.bias)
     torch.manual_seed(1)
-    as_rows = grad_output.flatten(1, -2) if len(shape) > 3 else grad_output  # rescale's sums run over all of a sample
+    as_rows = grad_output.flatten(1, -2) if len(shape) > 3 else grad_output  # rescale sums over a whole sample
     expected[0] = sdgp.prune_nm(as_rows, 2, 8, -1, method).view_as(grad_output) @ dense.weight.t()
     for got, wanted in zip(actual, expected, strict=True):
         close(got, wanted)
@@ -109,7 +109,7 @@ def test_convert_report_pause_profile_revert(capsys: pytest.CaptureFixture[str])
     attributes, weight = set(vars(model[0])), model[0].weight
     sdgp.convert(model, "2:4", "magnitude", backend="dense")
     assert model[0].weight is weight
-    assert isinstance(model[0], Conv1D)  # what peft asks
+    assert isinstance(model[0], Conv1D)  # peft makes this check
     assert repr(model[0]) == "Conv1D(nf=8, nx=16, pattern=2:4, method=magnitude, backend=dense)"
     rows = sdgp.report(model)
     assert [(row.type, row.product) for row in rows] == [("Conv1D", "dense"), ("Conv1D", "plain"), ("Special", "plain")]
@@ -152,7 +152,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
         assert twin.pruning == layer.pruning
         assert torch.equal(twin.weight, layer.weight)
     torch.save(layer, tmp_path / "layer")
-    # Elsewhere nobody has imported transformers yet, or met such a layer.
+    # The other process has not imported transformers or used a Conv1D layer yet.
     program = f"""if True:
         import sys, torch, sdgp
         assert "transformers" not in sys.modules

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""convert, revert, report and paused, on small models; test_libraries.py has those of model libraries."""
+"""Tests convert, revert, report and paused on small models. test_libraries.py tests models of libraries."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_converting_again_replaces_the_settings() -> None:
     sdgp.convert(model, filter=lambda module, name: name == "3")
     assert type(model[0]) is nn.Conv2d
     assert isinstance(model[3], sdgp.Linear)
-    assert set(vars(model[3])) == set(vars(sdgp.convert(nn.Linear(8, 8))))  # why it was plain is forgotten
+    assert set(vars(model[3])) == set(vars(sdgp.convert(nn.Linear(8, 8))))  # the reason why it was plain is gone
 
 
 def test_a_model_that_is_the_layer_itself() -> None:
@@ -122,7 +122,7 @@ class Special(nn.Linear):
     pass
 
 
-class FSDPSpecial(nn.Linear):  # as fully_shard names what it makes of a class
+class FSDPSpecial(nn.Linear):  # fully_shard names its classes like this
     pass
 
 
@@ -155,7 +155,7 @@ def test_reasons(layer: nn.Module, words: list[str]) -> None:
 @pytest.mark.parametrize("layer", [nn.Linear(8, 8), nn.Conv2d(1, 8, 3)])
 def test_no_reason(layer: nn.Module) -> None:
     (row,) = sdgp.report(sdgp.convert(layer))
-    assert (row.product, row.ms) == ("", None)  # nobody can tell before a backward
+    assert (row.product, row.ms) == ("", None)  # unknown before a backward
     assert row.note.startswith("not decided: ")
     assert type(layer) in (sdgp.Linear, sdgp.Conv2d)
 
@@ -181,13 +181,13 @@ def test_report() -> None:
     assert repr(sdgp.report(model)) == str(sdgp.report(model))
     assert "filter" in sdgp.report(model)[0].why
     model(torch.randn(2, 3, 8, 8)).sum().backward()
-    assert products(model) == ["plain", "dense"]  # so small a product is never measured
+    assert products(model) == ["plain", "dense"]  # too small to be measured
     identity = sdgp.report(sdgp.convert(small(), "4:4", backend="pruned"))[1]
     assert identity.product == "exact"
     assert "n == m" in identity.why
     sdgp.convert(model)
     model(torch.randn(2, 3, 8, 8, requires_grad=True)).sum().backward()
-    assert products(model) == ["plain", "plain"]  # of auto
+    assert products(model) == ["plain", "plain"]  # auto leaves both plain
 
 
 def test_report_of_what_was_measured() -> None:
@@ -233,7 +233,7 @@ def test_paused_outlives_convert_and_revert() -> None:
         assert set(notes(model).values()) == {"exact: paused"}
         sdgp.revert(model)
         assert products(model) == ["plain", "plain"]
-        sdgp.convert(model, "1:4", backend="pruned")  # a new layer, which nobody holds
+        sdgp.convert(model, "1:4", backend="pruned")  # makes a new layer, which is not paused
         assert "exact" not in products(model)
     assert not {"pruning", "holds", "decision"} & set(vars(sdgp.revert(model)[3]))
 
@@ -255,7 +255,7 @@ def test_transformer_encoder() -> None:
     ]
     x = torch.randn(2, 7, 32)
     dense = sdgp.revert(copy.deepcopy(model))
-    torch.manual_seed(1)  # dropout's
+    torch.manual_seed(1)  # seeds dropout
     expected = dense(x)
     torch.manual_seed(1)
     output = model(x)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""C++ programs against the installed package, without Python in their processes: the examples, and every layer beside
-its twin in Python."""
+"""Tests C++ programs against the installed package, without Python in their processes.
+
+The programs are the examples, and every layer next to its twin in Python.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,7 @@ def test_links_no_python(program: str, programs: Path) -> None:
 
 
 class _Scripted(nn.Module):
-    """An input, and what is expected of it: here, what prune_nm makes of it."""
+    """A module that holds an input and its expected output, and whose forward calls prune_nm."""
 
     def __init__(self, input: Tensor, expected: Tensor) -> None:
         super().__init__()
@@ -74,7 +76,7 @@ class _Calls(nn.Module):
         return torch.ops.sdgp.prune_nm(self.linear(x), 2, 4, -1, "rescale").relu()
 
 
-@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.filterwarnings("ignore")  # warnings of inductor
 def test_aot_inductor(programs: Path, tmp_path: Path) -> None:
     model, x = _Calls().eval(), torch.randn(4, 8)
     with torch.no_grad():
@@ -85,7 +87,7 @@ def test_aot_inductor(programs: Path, tmp_path: Path) -> None:
 
 
 def network(method: str, weight_grad: str) -> nn.Module:
-    """The net of examples/cpp/train.cpp."""
+    """Makes the network of examples/cpp/train.cpp."""
     settings: dict[str, Any] = {"method": method, "backend": "pruned", "weight_grad": (weight_grad, method)}
     net = nn.Sequential()
     net.conv1 = sdgp.Conv2d(3, 8, 3, padding=1, **settings)
@@ -102,7 +104,7 @@ def network(method: str, weight_grad: str) -> nn.Module:
 @pytest.mark.parametrize("weight_grad", ["1:1", "4:16"])
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group", "random", "mvue"])
 def test_trains_as_python_does(method: str, weight_grad: str, programs: Path, tmp_path: Path) -> None:
-    """Step by step: the losses; and at the end the weights. From the same seed, the random methods draw alike."""
+    """C++ must give Python's loss at each step and Python's final weights. The same seed must give the same draws."""
     torch.manual_seed(1)
     net, images, labels = network(method, weight_grad), torch.randn(6, 16, 3, 8, 8), torch.randint(0, 10, (6, 16))
     data = {"images": images, "labels": labels, **{name: weight.data for name, weight in net.named_parameters()}}
@@ -206,7 +208,7 @@ def in_cpp(programs: Path, folder: Path, cases: dict[str, dict[str, Any]]) -> di
     for path, case in zip(paths, cases.values(), strict=True):
         torch.save({name: torch.tensor(x) if isinstance(x, list) else x for name, x in case.items()}, path)
     output(programs / "layers", *paths)
-    found = [torch.load(f"{path}.result") for path in paths]  # an error, or names and tensors in turn
+    found = [torch.load(f"{path}.result") for path in paths]  # an error, or alternating names and tensors
     readable = (x if isinstance(x, str) else dict(zip(x[::2], x[1::2], strict=True)) for x in found)
     return dict(zip(cases, readable, strict=True))
 
@@ -249,7 +251,7 @@ def test_modules(programs: Path) -> None:
     ]
 
 
-# Square, so that no product of the wrong side or orientation fails by its shape.
+# Square operands, so that a product with the wrong side or orientation keeps the right shape.
 SQUARE = {"input": torch.randn(16, 16), "weight": torch.randn(16, 16), "bias": torch.randn(16), "backend": "exact"}
 SQUARE_CONV = {"input": torch.randn(4, 4, 8, 8), "weight": torch.randn(4, 4, 4, 4), "backend": "exact"}
 EXACT = {
@@ -291,7 +293,7 @@ def in_torch(case: dict[str, Any]) -> dict[str, Tensor]:
 
 @pytest.mark.usefixtures("one_thread")
 def test_exact_is_what_torch_computes(programs: Path, tmp_path: Path) -> None:
-    """Bit for bit, and twice where it is differentiated twice."""
+    """An exact layer must match torch bit for bit, also when differentiated twice."""
     cases = {name: complete(case) for name, case in EXACT.items()}
     for name, found in in_cpp(programs, tmp_path, cases).items():
         assert not isinstance(found, str), (name, found)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a GPU alone can show: `pytest -m cuda`. Skipped without one, unless REQUIRE_CUDA=1, which makes it a failure."""
+"""Tests that need a GPU: `pytest -m cuda`. Without a GPU they are skipped, or fail if REQUIRE_CUDA=1."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def has_product() -> None:
 
 
 def to_cuda(x: Tensor) -> Tensor:
-    """With the strides of ``x``, overlap included."""
+    """Copies a tensor to the GPU with the strides of ``x``, including overlap."""
     if x.numel() == 0:
         return x.cuda()
     storage = x.untyped_storage().cuda()
@@ -99,7 +99,7 @@ def test_runs_on_the_current_stream() -> None:
     with torch.cuda.stream(stream):
         torch.cuda._sleep(10**8)
         source.copy_(x)
-        pruned = sdgp.prune_nm(source, 2, 4)  # on another stream it would read the zeros
+        pruned = sdgp.prune_nm(source, 2, 4)  # another stream would read the zeros
     stream.synchronize()
     assert torch.equal(pruned, expected)
 
@@ -155,7 +155,7 @@ def test_seed_on_the_wrong_device() -> None:
         torch.ops.sdgp.prune_nm(x, 2, 4, -1, "mvue", torch.zeros(1, dtype=torch.int64))
 
 
-# The sparse product
+# The sparse product.
 
 
 @pytest.mark.usefixtures("has_product")
@@ -233,7 +233,7 @@ def test_without_a_sparse_product() -> None:
     with pytest.raises(ValueError, match=expected):
         sdgp.linear(x, weight, backend="sparse").sum().backward()
     (grad,) = gradients(sdgp.linear(x, weight), torch.ones(4, 64, device="cuda"), x)
-    close(grad, torch.ones(4, 64, device="cuda") @ weight)  # auto: exact
+    close(grad, torch.ones(4, 64, device="cuda") @ weight)  # auto: the exact gradient
 
 
 def test_compile() -> None:

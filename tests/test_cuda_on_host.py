@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The CUDA kernels on the host, launches included: the same as the CPU's ops, and PyTorch's metadata.
+"""Tests the CUDA kernels and their launches on the host, against the CPU's ops and PyTorch's metadata.
 
-Needs a C++ compiler and no GPU. What a GPU alone can show stands in test_cuda.py.
+These tests need a C++ compiler and no GPU. The tests that need a GPU are in test_cuda.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ import sdgp
 from sdgp._load import C
 
 ROOT = Path(__file__).parents[1]
-DTYPES_BY_KERNEL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # as DType counts them
-METHODS_BY_KERNEL, LAYOUTS = C.methods, C.layouts_24  # as Method and Layout24 count them
+DTYPES_BY_KERNEL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of DType
+METHODS_BY_KERNEL, LAYOUTS = C.methods, C.layouts_24  # in the order of Method and Layout24
 TILE_ROWS, TILE_COLS = C.tile_24
 
 
@@ -84,7 +84,7 @@ def _array(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
 
 
 def memory_of(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64]:
-    """Where it begins, and the memory that it lies in."""
+    """Returns a tensor's data pointer, and the address and size of its storage."""
     storage = x.untyped_storage()
     return ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes())
 
@@ -92,7 +92,7 @@ def memory_of(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 def prune(
     kernels: ctypes.CDLL, x: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor, scale: bool = False
 ) -> tuple[Tensor, int]:
-    """prune_nm, and which path it took: rows per thread * 4 + vectors read * 2 + vectors written."""
+    """Runs prune_nm. Also returns its path: rows per thread * 4 + vectors read * 2 + vectors written."""
     output = torch.empty_like(x).fill_(7)
     dim %= x.ndim
     others = [d for d in range(x.ndim) if d != dim]
@@ -159,7 +159,7 @@ def test_every_path_is_taken(kernels: ctypes.CDLL) -> None:
     one_row, two_rows, vectors = 4, 8, 3
     assert path(torch.randn(8, 64), 4, 1) == one_row + vectors
     assert path(torch.randn(8, 64, 6, 6).bfloat16(), 4, 1) == two_rows
-    assert path(torch.randn(8, 64, 6, 6), 4, 1) == one_row  # 4 bytes a row fill a warp's access
+    assert path(torch.randn(8, 64, 6, 6), 4, 1) == one_row  # one row of 4-byte values fills a warp's access
     assert path(torch.randn(8, 64, 5, 5).bfloat16(), 4, 1) == one_row  # an odd number of rows
     assert path(torch.randn(8, 64, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last), 8, 1) == 4 + vectors
     assert path(torch.randn(8, 63), 3, 1) == one_row
@@ -169,7 +169,7 @@ def test_every_path_is_taken(kernels: ctypes.CDLL) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("m", [15, 16, 17, 32, 33, 64])
 def test_neighbouring_rows_of_every_group_size(kernels: ctypes.CDLL, m: int, method: str) -> None:
-    """Two rows of 16-bit floats share a thread up to a group size of 16: none is left out above."""
+    """No row may be left out. Two rows of 16-bit floats share a thread, but only up to a group size of 16."""
     for x, dim in ((torch.randn(2, 70, 4, 6), 1), (torch.randn(130, 8), 0)):
         seed = draw_seed()
         for dtype in (torch.float16, torch.bfloat16):
@@ -188,7 +188,7 @@ def test_long_sums_of_rescale(kernels: ctypes.CDLL) -> None:
 def pack(
     kernels: ctypes.CDLL, x: Tensor, n: int, m: int, method: str, seed: Tensor, layout: str
 ) -> tuple[Tensor, Tensor]:
-    """Values (rows, cols / 2) and metadata, as 16-bit words, of whole tiles."""
+    """Returns values (rows, cols / 2) and metadata as 16-bit words, padded to whole tiles."""
     rows = -(-x.shape[0] // TILE_ROWS) * TILE_ROWS
     cols = -(-x.shape[1] // TILE_COLS) * TILE_COLS
     packed = torch.full((rows * cols // 16 * 9,), 7, dtype=x.dtype)
@@ -211,7 +211,7 @@ def pack(
 
 @pytest.fixture
 def shuffled(kernels: ctypes.CDLL) -> Iterator[None]:
-    """The threads of a block run in another order."""
+    """Runs the threads of a block in another order."""
     kernels.set_order_on_host(ctypes.c_uint64(7))
     yield
     kernels.set_order_on_host(ctypes.c_uint64(0))
@@ -252,14 +252,14 @@ def test_strided_rows_and_special_values(kernels: ctypes.CDLL) -> None:
     x = torch.randn(128, 80).half()
     x[torch.rand_like(x) < 0.1] = torch.inf
     x[torch.rand_like(x) < 0.1] = -0.0
-    for view in (x[:, :64], x[:, 3:67]):  # rows that begin aligned, and not
+    for view in (x[:, :64], x[:, 3:67]):  # rows that begin aligned and unaligned
         values, metadata = pack(kernels, view, 2, 4, "magnitude", draw_seed(), "cutlass_sm80")
         dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(128, 4))
         same(dense, sdgp.prune_nm(view, 2, 4))
 
 
 def full_24(rows: int, cols: int) -> Tensor:
-    """Exactly two of every four: nothing is left to choose."""
+    """Makes a matrix with exactly two nonzeros in every four values."""
     return sdgp.prune_nm(torch.rand(rows, cols).half() + 1, 2, 4)
 
 
@@ -272,7 +272,7 @@ def test_metadata_is_that_of_cutlass(kernels: ctypes.CDLL) -> None:
 
 
 def nibbles(x: Tensor) -> Tensor:
-    """(rows, cols / 4): the two places of each quad."""
+    """Returns the two places of each quad in 4 bits, as (rows, cols / 4)."""
     places = (x.view(x.shape[0], -1, 4) != 0).nonzero()[:, 2].view(x.shape[0], -1, 2)
     return places[..., 0] | places[..., 1] << 2
 
@@ -287,7 +287,7 @@ def test_metadata_of_cusparselt_on_hopper(kernels: ctypes.CDLL) -> None:
         for quad in range(cols // 4):
             col = 4 * quad
             at = col // 32 * 256 + row % 8 * 8 + row % 64 // 16 * 64 + row // 64 * 8 * cols
-            at += order.index(quad % 8)  # a byte: rows r and r + 8
+            at += order.index(quad % 8)  # a byte holds rows r and r + 8
             expected[at] |= quads[row, quad] << (4 * (row % 16 // 8))
     values, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cusparselt_sm90")
     assert torch.equal(values, x[x != 0].view(rows, cols // 2))
@@ -295,7 +295,7 @@ def test_metadata_of_cusparselt_on_hopper(kernels: ctypes.CDLL) -> None:
 
 
 def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:
-    # Inside 32 x 32 as CUTLASS; 128 x 64 tiles of such squares, both down the columns.
+    # CUTLASS's layout within 32 x 32 squares. The squares form 128 x 64 tiles, and both run down the columns.
     rows, cols = 256, 192
     x = full_24(rows, cols)
     _, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cusparselt_sm80")
@@ -308,8 +308,8 @@ def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:
             assert torch.equal(actual, expected.flatten())
 
 
-# Stands in for a driver newer than any runtime, where the CUDA runtime finds functions by name: it tells its version to
-# whoever asks, and ends the process of whoever initializes CUDA.
+# Stands in for a driver that is newer than any runtime. The CUDA runtime looks up the driver's functions by name. The
+# stub tells its version to any caller, and ends a process that initializes CUDA.
 DRIVER = """
 #include <stdlib.h>
 #include <string.h>
@@ -337,7 +337,7 @@ def test_asking_for_the_driver_leaves_cuda_uninitialized(kernels: ctypes.CDLL, l
         path, function = Path(sdgp.cmake_prefix_path) / "lib" / "libsdgp_cuda.so", "sdgp_cuda_driver"
         if not path.exists() or torch.version.cuda is None:
             pytest.skip("needs an sdgp that was built with CUDA")
-    ask = ASK if library == "on the host" else f"import torch; {ASK}"  # torch has loaded what the library asks of it
+    ask = ASK if library == "on the host" else f"import torch; {ASK}"  # torch loads the library's dependencies
     (tmp_path / "driver.c").write_text(DRIVER)
     stub = tmp_path / "libcuda.so.1"
     subprocess.run(["c++", "-xc", "-w", "-shared", "-fPIC", "-o", stub, tmp_path / "driver.c"], check=True)

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Two processes give the gradients of one: data parallel, sharded, accumulated, recomputed. One launch runs all."""
+"""Tests that two processes give the gradients of one: data parallel, sharded, accumulated, recomputed.
+
+A single launch runs all cases.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ import sdgp
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not dist.is_available(), reason="torch without distributed")]
 
-# The weight gradient's groups are two rows: no group, and no sum, runs across two processes.
+# A group of the weight gradient is two rows, so neither a group nor a sum crosses two processes.
 convert = partial(sdgp.convert, pattern="2:4", method="rescale", backend="pruned", weight_grad=("1:2", "magnitude"))
 Gradients = list[Tensor]
 
@@ -45,7 +48,7 @@ def full(grad: Tensor) -> Tensor:
     return (grad.full_tensor() if hasattr(grad, "full_tensor") else grad).clone()
 
 
-# What each process does with its half of the batch.
+# The work of each process on its half of the batch.
 
 
 def ddp(half: Tensor) -> Gradients:
@@ -88,19 +91,19 @@ def fsdp_in_bfloat16(half: Tensor) -> Gradients:
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-    model = convert(make_model(), weight_grad=None)  # rounded to bfloat16, other values may be the larger ones
+    model = convert(make_model(), weight_grad=None)  # rounding to bfloat16 may change which are largest
     return backward(fully_shard(model, mp_policy=policy), half)
 
 
 def tensor_parallel(half: Tensor) -> Gradients:
-    """auto leaves sharded layers exact; where pruning is forced, it says why it cannot."""
+    """auto must leave sharded layers exact. Forced pruning must raise an error that says why it is impossible."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
     x = batch().flatten(1).repeat(2048, 1)  # large enough for auto
     for forced in (False, True):
         model = nn.Sequential(make_model()[3], nn.ReLU(), nn.Linear(12, 4))
-        inner = nn.Linear(3 * 36, 8 * 16)  # so that the sharded layers have a data gradient
+        inner = nn.Linear(3 * 36, 8 * 16)  # gives the sharded layers a data gradient
         sdgp.convert(model, "2:4", "rescale", backend="pruned" if forced else "auto")
         parallelize_module(model, init_device_mesh("cpu", (2,)), {"0": ColwiseParallel(), "2": RowwiseParallel()})
         if not forced:
@@ -137,8 +140,8 @@ CHECKS = (
 
 def worker(rank: int, directory: str) -> None:
     torch.set_num_threads(1)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # whatever the machine's host name resolves to
-    # A file, not a port that another process may take; and an end, should the other worker never come.
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # do not depend on the machine's host name
+    # Meet through a file, because another process may take a port. The timeout ends the wait if the other worker fails.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{directory}/rendezvous",
@@ -146,12 +149,12 @@ def worker(rank: int, directory: str) -> None:
         world_size=2,
         timeout=timedelta(minutes=2),
     )
-    # A wrapper that outlives the process group keeps Gloo's threads, which may then ask for the interpreter while it
-    # ends, and abort: each lives in its function alone.
+    # A wrapper that outlives the process group keeps Gloo's threads, which may then call the interpreter during
+    # shutdown and abort the process. So each wrapper lives only inside its function.
     found = {check.__name__: check(batch().chunk(2)[rank]) for check in CHECKS}
     if rank == 0:
         torch.save(found, f"{directory}/gradients")
-    dist.barrier()  # the first to leave removes the file
+    dist.barrier()  # the first process to leave removes the file
     dist.destroy_process_group()
 
 
@@ -170,7 +173,7 @@ def test_two_processes_equal_one(name: str, found: dict[str, Gradients]) -> None
     for actual, wanted in zip(found[name], expected, strict=True):
         assert distance(actual, wanted) < tolerance
     assert distance(exact[0], expected[0]) > 0.1
-    # The last weight's, which no pruned data gradient reaches.
+    # This is the last weight's gradient, which depends on no pruned data gradient.
     assert (distance(exact[-2], expected[-2]) > 0.1) == ("bfloat16" not in name)
 
 
@@ -188,7 +191,7 @@ def test_tensor_parallel_stays_exact(found: dict[str, Gradients]) -> None:
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("method", ["rescale", "mvue"])
 def test_recomputed_activations(method: str, reentrant: bool) -> None:
-    """The draws of backward come after those of the recomputed forward, which has none."""
+    """Recomputing the forward must not change the gradients: the forward draws nothing, only the backward does."""
     gradients = []
     for recomputes in (False, True):
         model = sdgp.convert(make_model(), "2:4", method, backend="pruned", weight_grad=("1:4", method))

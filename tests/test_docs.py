@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The documentation holds: its Python runs, what its commands and its C++ name exists, and the site builds.
+"""Tests the documentation: its Python runs, its commands and C++ name only things that exist, and the site builds.
 
-Each Python block is a program of its own, as one would paste it: libraries keep state for all of a process.
+Each Python block runs as its own program, as a reader would paste it, because libraries keep state for a whole process.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def test_commands_in_text(page: Path) -> None:
 
 
 def missing_in(command: str) -> list[str]:
-    """What a command line names that is not there: targets, options, modules, files."""
+    """Lists the targets, options, modules and files that a command line names but that do not exist."""
     command = command.split(" #")[0]
     checks: list[tuple[str, Callable[[str], bool]]] = [
         (r"(?:^|[;&|(]\s*)make ([a-z][\w-]*)", _is_target),
@@ -119,7 +119,7 @@ def _is_cmake_option(name: str) -> bool:
 
 
 def _is_module(name: str) -> bool:
-    if name in ("slow", "cuda"):  # pytest's -m
+    if name in ("slow", "cuda"):  # markers for pytest's -m
         return True
     path = ROOT.joinpath(*name.split("."))
     parent = ROOT / "python" / Path(*name.split("."))
@@ -162,7 +162,7 @@ def test_cmake(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_block_is_tested(page: Path) -> None:
-    """An unknown language would be one that nothing runs; "text" is what no machine reads: formulas and output."""
+    """Every block must have a known language, or nothing tests it. "text" marks formulas and output."""
     assert {block.language for block in blocks_of(page)} <= {"python", "bash", "cpp", "cmake", "text"}
     rest = FENCE.sub("", page.read_text())
     assert "```" not in rest
@@ -170,7 +170,7 @@ def test_every_block_is_tested(page: Path) -> None:
 
 
 def modules_of_sdgp() -> list[str]:
-    """All that import without an optional library; private ones included, whose public names sdgp offers."""
+    """Lists all modules of sdgp, including private modules, because sdgp offers their public names."""
     found = pkgutil.walk_packages(sdgp.__path__, "sdgp.")
     return [name for _, name, _ in found if not name.endswith(("_C", "__main__"))]
 
@@ -180,7 +180,7 @@ def test_docstrings(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     module = pytest.importorskip(name, exc_type=ModuleNotFoundError)
     if name == "sdgp._plot":
         pytest.importorskip("matplotlib")
-    monkeypatch.chdir(tmp_path)  # examples write there
+    monkeypatch.chdir(tmp_path)  # examples write files here
     assert doctest.testmod(module, extraglobs={"sdgp": sdgp, "torch": torch}).failed == 0
     assert not re.search(
         r":(func|class|mod|math|meth):`|^ *\.\. ", Path(str(module.__file__)).read_text(), re.MULTILINE
@@ -198,7 +198,7 @@ def test_api_page_is_complete() -> None:
 
 
 def test_site(tmp_path: Path) -> None:
-    """Strict: a broken link or anchor, a page in no menu, a docstring that cannot be read ends the build."""
+    """The site must build in strict mode, which fails on broken links, bad docstrings and pages in no menu."""
     for library in ("mkdocs", "material", "mkdocstrings_handlers.python", "matplotlib"):
         pytest.importorskip(library)
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]

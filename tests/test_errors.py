@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What bad input gets: each message, on the CPU, on the meta device and in inference mode."""
+"""Tests the error messages for bad input on the CPU, on the meta device and in inference mode."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ PRUNE_NM: list[tuple[str, Callable[[Any, torch.Tensor], Any], str, str]] = [
 
 
 def message(op: str, requirement: str, got: str) -> str:
-    """What an op says: its name, what it expected (the words that matter) and what it got."""
+    """Returns the pattern of an op's error: the op's name, the important words of what it expected, and what it got."""
     return f"^{op}: expected .*{re.escape(requirement)}.*, got {re.escape(got)}"
 
 
@@ -93,7 +93,7 @@ def test_prune_nm_quantized_seed() -> None:
 
 
 class _Elsewhere(torch.Tensor):
-    """A tensor without data that says it is on a device which this torch may well not have."""
+    """A tensor without data that claims to be on a device that this torch may lack."""
 
     @staticmethod
     def on(device: str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (1,)) -> torch.Tensor:
@@ -249,7 +249,7 @@ def test_compressed_layout(op: str, name: str) -> None:
         call(**{**arguments, name: arguments[name].to_sparse()})
 
 
-# Only the CPU sees what the indices are.
+# Only the CPU checks the values of the indices.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -407,7 +407,7 @@ def test_gradients_on_a_device_without_a_kernel(op: str) -> None:
         call(**{**arguments, **moved, "method": "magnitude"})
 
 
-# Fake tensors: shapes and dtypes that no result can have are refused; the real ops write the messages.
+# Fake tensors must refuse shapes and dtypes that no result can have. The real ops write the messages.
 
 BAD_SHAPES = {
     "compress_nm of a scalar": lambda: sdgp.compress_nm(meta(), 2, 4),
@@ -575,11 +575,11 @@ def test_a_refused_conversion_changes_nothing() -> None:
     assert all(type(layer) is nn.Linear for layer in model)
 
 
-# A broken install.
+# A broken installation.
 
 
 def import_under(tmp_path: Path, files: dict[str, str], **environment: str) -> str:
-    """The last line of stderr of `import sdgp` with some modules replaced."""
+    """Returns the last line of stderr of `import sdgp`, with some modules replaced."""
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])

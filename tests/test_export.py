@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Converted models leave Python: what is exported computes the plain forward and knows nothing of sdgp."""
+"""Tests that exported models run outside Python or without sdgp, and compute the plain forward."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import sdgp
 
 pytestmark = pytest.mark.slow
 
-# A process in which sdgp cannot be imported runs what was saved.
+# A process that cannot import sdgp runs the saved model.
 ELSEWHERE = """
 import sys
 sys.modules["sdgp"] = None
@@ -52,7 +52,7 @@ def run_elsewhere(path: Path, converted: nn.Module, x: Tensor) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "pruned", "sparse", "dense"])
 def test_export(backend: str, tmp_path: Path) -> None:
-    """Whatever the backend, for any batch: what auto asks of sizes leaves no trace."""
+    """An exported model must run for any batch size and backend: the size checks of auto must leave no trace."""
     converted, x = model(backend), torch.randn(2, 3, 6, 6)
     exported = torch.export.export(converted, (x,), dynamic_shapes=({0: torch.export.Dim("batch", max=2**20)},))
     assert "sdgp" not in exported.graph_module.code
@@ -77,7 +77,7 @@ def test_scripting_says_what_to_do() -> None:
     assert type(converted[0]) is sdgp.Conv2d
 
 
-@pytest.mark.filterwarnings("ignore")  # the exporter's own
+@pytest.mark.filterwarnings("ignore")  # warnings of the exporter
 def test_onnx() -> None:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library)
@@ -99,7 +99,7 @@ class _Prunes(nn.Module):
         return sdgp.prune_nm(x.transpose(0, 1).sin(), 2, 4, 0, "rescale").relu()
 
 
-@pytest.mark.filterwarnings("ignore")  # inductor's own
+@pytest.mark.filterwarnings("ignore")  # warnings of inductor
 def test_a_model_that_prunes_keeps_the_op(tmp_path: Path) -> None:
     x = torch.randn(6, 16)
     exported = torch.export.export(_Prunes(), (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))

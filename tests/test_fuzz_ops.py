@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops under any dtype, shape, strides, storage offset, dim, pattern, method and values: against the reference, and
-bit for bit the same from any number of threads and with every instruction set.
+"""Tests the ops with any dtype, shape, strides, storage offset, dim, pattern, method and values.
 
-``SDGP_FUZZ_EXAMPLES=2500 pytest -s`` tries that many cases a test, others at every run: the long version, `make fuzz`.
+They must match the reference, and agree bit for bit for any number of threads and any instruction set.
+
+``SDGP_FUZZ_EXAMPLES=2500 pytest -s`` tries that many cases per test, and others in each run (`make fuzz`).
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ SETTINGS: dict[str, Any] = {
 }
 INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Of these kinds sums are moderate: a product or rescale's factor, summed in any order, agrees to rounding.
+# Sums of these kinds are moderate, so a product or a rescale factor agrees up to rounding in any order of summation.
 TAME = ("normal", "ties", "zeros", "relu")
 WILD = ("any_bits", "specials", "subnormal")
 
@@ -57,7 +58,7 @@ def values(kind: str, size: int, dtype: torch.dtype) -> Tensor:
     if kind == "ties":
         return torch.randn(size).mul(1.5).round().to(dtype)
     if kind == "zeros":
-        return torch.zeros(size, dtype=dtype) * torch.randn(size).sign().to(dtype)  # of both signs
+        return torch.zeros(size, dtype=dtype) * torch.randn(size).sign().to(dtype)  # zeros of both signs
     if kind == "relu":
         return (torch.randn(size) - 1).relu().to(dtype)
     if kind == "specials":
@@ -71,14 +72,14 @@ def values(kind: str, size: int, dtype: torch.dtype) -> Tensor:
     if kind == "subnormal":
         sign = bits & torch.iinfo(integer).min
         smallest_normal = int(torch.tensor([torch.finfo(dtype).tiny], dtype=dtype).view(integer))
-        bits = bits % (4 * smallest_normal // 3) | sign  # some are the smallest of the normal values
+        bits = bits % (4 * smallest_normal // 3) | sign  # some are the smallest normal values
     x = bits.view(dtype)
-    return torch.where(x.isnan(), torch.nan, x)  # a signalling NaN of float16 is a quiet one after any arithmetic
+    return torch.where(x.isnan(), torch.nan, x)  # arithmetic makes float16's signalling NaNs quiet
 
 
 @st.composite
 def tensors(draw: st.DrawFn, kind: str, dtype: torch.dtype) -> Tensor:
-    """A view of some storage: from any offset, with strides in any order, gaps, steps back, or overlap."""
+    """Draws a view of a storage with any offset, and strides in any order, with gaps, negative steps or overlap."""
     sizes = st.sampled_from([0, 1, 1, 2, 3, 4, 5, 8, 9, 16, 31, 64, 70])
     shape = draw(st.lists(sizes, min_size=1, max_size=5))
     if draw(st.integers(0, 15)) == 0:
@@ -109,7 +110,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 def call(op: Callable[..., Any], *arguments: Any) -> Any:
-    """The op's result, from one thread and from three."""
+    """Returns the op's result, which must be the same from one thread and from three."""
     global calls
     results = []
     for threads in (1, 3):
@@ -131,7 +132,7 @@ def _threads() -> Any:
 
 
 def check_prune(case: Case, method: str, compare: bool = True) -> list[Tensor]:
-    """prune_nm, compress_nm and decompress_nm; their results."""
+    """Checks prune_nm, compress_nm and decompress_nm, and returns their results."""
     x, kind, n, m, dim, seed = case
     pruned = call(sdgp.prune_nm, x, n, m, dim, method, seed)
     kept, indices = call(sdgp.compress_nm, x, n, m, dim, method, seed)
@@ -153,14 +154,14 @@ def check_prune(case: Case, method: str, compare: bool = True) -> list[Tensor]:
 
 
 def check_linear(case: Case, method: str, weight: Tensor) -> None:
-    """The product of what was pruned, compressed before or on the way."""
+    """Checks the product of a pruned gradient that is compressed before the product or inside it."""
     x, kind, n, m, _, seed = case
     kept, indices = sdgp.compress_nm(x, n, m, -1, method, seed)
     results = [call(sdgp.spmm_nm, kept, indices, m, weight)]
     pruned = sdgp.prune_nm(x, n, m, -1, method, seed).double()
     if method != "rescale":
         results.append(call(_ops.prune_nm_matmul, x, weight, n, m, method, seed))
-        if x.ndim == 2:  # rows side by side go another way
+        if x.ndim == 2:  # adjacent rows take another path
             results.append(call(_ops.prune_nm_matmul, x.t().contiguous().t(), weight, n, m, method, seed))
     for actual in results:
         assert actual.shape == (*x.shape[:-1], weight.shape[1])
@@ -177,7 +178,7 @@ def convolutions(draw: st.DrawFn) -> tuple[Case, Tensor, list[Any]]:
         [draw(st.integers(least, most)) for _ in range(2)] for least, most in ((1, 3), (1, 3), (1, 2), (0, 2))
     )
     pixels = [draw(st.integers(1, 7)) for _ in range(2)]
-    unread = [draw(st.integers(0, s - 1)) for s in stride]  # pixels of the input's end that no output reads
+    unread = [draw(st.integers(0, s - 1)) for s in stride]  # pixels at the input's end that no output reads
     reach = [(o - 1) * s + d * (k - 1) + 1 for o, s, d, k in zip(pixels, stride, dilation, kernel, strict=True)]
     padding = [min(p, (r - 1) // 2) for p, r in zip(padding, reach, strict=True)]
     input_size = [r - 2 * p + u for r, p, u in zip(reach, padding, unread, strict=True)]
@@ -288,7 +289,7 @@ def test_eight_threads_at_once() -> None:
 
 
 def digest() -> str:
-    """Of all results but those that agree to rounding only: rescale's, and the products'."""
+    """Returns a hash of all results except those of rescale and of the products, which agree only up to rounding."""
     state = hashlib.sha256()
 
     @settings(**{**SETTINGS, "derandomize": True})

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The callbacks for the trainers of transformers and Lightning: when layers prune, and runs that go on."""
+"""Tests the callbacks for the trainers of transformers and Lightning: when layers prune, and resumed runs."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def small_counts() -> sdgp.Chooser:
-    """One that measures even the products of these small models."""
+    """Returns a chooser that measures even the products of these small models."""
     return sdgp.Chooser(least_work=0, rounds=1)
 
 
 def another_process() -> sdgp.Chooser:
-    """One that has measured nothing, and must not."""
+    """Returns a chooser that knows nothing and fails if it measures."""
 
     def fail(call: object, device: object) -> float:
         raise AssertionError("measured again")
@@ -55,7 +55,7 @@ def another_process() -> sdgp.Chooser:
 
 
 class Faster(sdgp.Chooser):
-    """Finds every sparse product faster."""
+    """A chooser that finds every sparse product faster."""
 
     def measure(self, products: Any, pruning: Any, rounds: int | None = None) -> sdgp.Decision:
         return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
@@ -66,7 +66,7 @@ BUDGET = {"every": 2, "first": 3, "net": 0.0, "patterns": ["2:4"]}
 
 @pytest.fixture
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Pruning pays even in these small models."""
+    """Makes pruning pay even in these small models."""
     monkeypatch.setattr("sdgp._study.LEAST_WORK", 0)
     monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.0)
     monkeypatch.setitem(STEPS_PER_NOISE, "adam", 0.0)
@@ -74,7 +74,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
 
 
-# transformers.
+# The callback for transformers.
 
 
 def gpt2() -> Any:
@@ -91,7 +91,7 @@ def is_block(module: nn.Module, name: str) -> bool:
 def hf_train(
     folder: Path, callback: Any, model: Any = None, resume: Path | None = None, **arguments: Any
 ) -> tuple[Any, list[str]]:
-    """Eight steps, a checkpoint after three and six; the trainer, and the phase at each forward."""
+    """Trains for eight steps and saves after three and six. Returns the trainer and the phase at each forward."""
     transformers = pytest.importorskip("transformers")
     model = gpt2() if model is None else model
     dataset = [{"input_ids": ids, "labels": ids} for ids in (torch.arange(32)[:, None] + torch.arange(12)) % 64]
@@ -150,7 +150,7 @@ def test_trainer_resumes(hf_callback: Any, restore: bool, tmp_path: Path) -> Non
     with small_counts() as chooser:
         whole, phases = hf_train(tmp_path / "whole", hf_callback("2:4", filter=is_block, **SETTINGS))
     assert len(chooser) > 0
-    # The Trainer makes its own from what the checkpoint has, if asked; the filter's choice is in it.
+    # On request, the Trainer builds its own callback from the checkpoint, which includes the filter's choice.
     callback = hf_callback("1:4") if restore else hf_callback("2:4", filter=is_block, **SETTINGS)
     with another_process() as other:
         resumed, rest = hf_train(
@@ -198,9 +198,9 @@ def test_trainer_with_a_budget(hf_callback: Any, pays: None, accumulate: int, tm
     assert same(trainer.model, again.model)
 
 
-# Lightning.
+# The callback for Lightning.
 
-# What Lightning asks of torch, and what it says on machines with more cores, or with a GPU.
+# Warnings about Lightning's calls of torch, and Lightning's warnings on machines with more cores or a GPU.
 asks_torch = pytest.mark.filterwarnings(
     "ignore:`isinstance.treespec, LeafSpec.` is deprecated",
     "ignore:The 'train_dataloader' does not have many workers",
@@ -210,7 +210,7 @@ asks_torch = pytest.mark.filterwarnings(
 
 @pytest.fixture(params=["lightning.pytorch", "pytorch_lightning"])
 def lightning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
-    """The library, and the callback as it is for a program that imported that one."""
+    """Returns the library, and the callback as a program gets it that has imported only this library."""
     library = pytest.importorskip(request.param)
     for other in {"lightning.pytorch", "pytorch_lightning"} - {request.param}:
         monkeypatch.delitem(sys.modules, other, raising=False)
@@ -223,7 +223,7 @@ def lightning(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def fit(
     library: Any, folder: Path, callback: Any, resume: Path | None = None, epochs: int = 2, **arguments: Any
 ) -> tuple[Any, list[str]]:
-    """Four batches an epoch; the trainer, and the phase at each forward."""
+    """Trains on four batches per epoch. Returns the trainer and the phase at each forward."""
     generator = torch.Generator().manual_seed(0)
     inputs, targets = torch.randn(16, 8, generator=generator), torch.randn(16, 4, generator=generator)
     phases: list[str] = []
@@ -325,7 +325,7 @@ def test_lightning_of_unknown_length(lightning: tuple[Any, Any], tmp_path: Path)
         fit(library, tmp_path, callback("2:4", exact_last=1), epochs=-1)
 
 
-# What both take and refuse.
+# What both callbacks accept and refuse.
 
 
 def test_old_names_warn_and_work() -> None:

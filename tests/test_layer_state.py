@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a layer keeps beside its Parameters: settings, who holds it exact, the decision of its last backward; how large
-a call is, and what it hands to sdgp.profile. test_layers.py has the gradients."""
+"""Tests a layer's state: settings, who holds it exact, and the last decision. test_layers.py tests the gradients.
+
+Also tests the size of a call and what a layer passes to sdgp.profile.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def test_a_new_layer(layer: PruningLayer) -> None:
         (sdgp.Linear(6, 8), (2, 5, 6), 2 * 5 * 6 * 8),
         (sdgp.Conv2d(4, 16, (3, 5)), (2, 4, 7, 6), 2 * 4 * 7 * 6 * 16 * 3 * 5),
         (sdgp.Conv2d(4, 16, (3, 5), groups=2), (2, 4, 7, 6), 2 * 4 * 7 * 6 * 8 * 3 * 5),
-        (sdgp.Conv2d(4, 16, (3, 5), stride=2), (2, 4, 7, 6), 2 * 4 * 7 * 6 * 16 * 3 * 5),  # as at stride 1
+        (sdgp.Conv2d(4, 16, (3, 5), stride=2), (2, 4, 7, 6), 2 * 4 * 7 * 6 * 16 * 3 * 5),  # as for stride 1
     ],
 )
 def test_work(layer: Any, shape: tuple[int, ...], work: int) -> None:
@@ -69,9 +71,9 @@ def test_work(layer: Any, shape: tuple[int, ...], work: int) -> None:
 def test_which_decision_is_noted(layer: Any, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     layer(x.detach()).sum().backward()
-    assert layer.decision is None  # no data gradient
+    assert layer.decision is None  # there was no data gradient
     output = layer(x)
-    assert layer.decision is None  # made in the backward
+    assert layer.decision is None  # the backward decides
     output.sum().backward()
     first = layer.decision
     assert (first.product, first.prunes) == ("dense", True)
@@ -94,11 +96,11 @@ def test_compiled_code_notes_nothing() -> None:
 
 def test_who_holds_a_layer() -> None:
     layer = sdgp.Linear(8, 8, backend="pruned")
-    assert layer.is_pruning  # as far as is known
+    assert layer.is_pruning  # as far as the layer knows
     layer.hold("schedule", "scheduled")
     layer.hold("paused", "paused")
     assert layer.holds == {"schedule": "scheduled", "paused": "paused"}
-    assert (layer.held, layer.is_pruning) == ("paused", False)  # told first
+    assert (layer.held, layer.is_pruning) == ("paused", False)  # "paused" is reported first
     layer.hold("schedule", "")
     assert (layer.holds, layer.held) == ({"paused": "paused"}, "paused")
     layer.hold("paused", "")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.linear, sdgp.conv2d, sdgp.Linear, sdgp.Conv2d: exact forward, exact weight gradient, the data gradient pruned.
+"""Tests sdgp.linear, sdgp.conv2d, sdgp.Linear, sdgp.Conv2d: only the data gradient must be pruned.
 
-gradcheck cannot see the pruning (it sends one-hot vectors, which always survive): the closed form is tested instead.
+gradcheck cannot detect the pruning, because it passes one-hot vectors, which always survive. So the tests use the
+closed form.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sdgp
 
-# linear.
+# The function linear.
 
 
 @pytest.mark.parametrize("backend", ["pruned", "dense", "sparse"])
@@ -58,7 +59,7 @@ def test_linear_defaults_are_exact_as_long_as_nothing_is_faster() -> None:
         assert torch.equal(actual, expected)
 
 
-# conv2d.
+# The function conv2d.
 
 CONVOLUTIONS: list[dict[str, Any]] = [
     {},
@@ -70,7 +71,7 @@ CONVOLUTIONS: list[dict[str, Any]] = [
     {"stride": (1, 2), "padding": (2, 0), "kernel": (3, 1)},
     {"kernel": (1, 1)},
     {"groups": 2, "padding": 1},
-    {"groups": 4, "out": 24},  # 6 output channels per group: groups of 4 must not cross
+    {"groups": 4, "out": 24},  # 6 output channels per group: pruning groups of 4 must not cross
 ]
 
 
@@ -100,7 +101,10 @@ def test_conv2d(method: str, options: dict[str, Any], bias: bool, memory_format:
 
 
 def prune_each_group(grad_output: Tensor, groups: int, method: str) -> Tensor:
-    """Per convolution group by itself; the random methods draw once, for all groups, so they are compared at one."""
+    """Prunes each convolution group by itself.
+
+    The random methods draw once for all groups, so all groups are pruned in one call.
+    """
     if method in ("random", "mvue"):
         if grad_output.shape[1] // groups % 4 == 0:
             return sdgp.prune_nm(grad_output, 2, 4, 1, method)
@@ -145,7 +149,7 @@ def test_conv2d_any_geometry(
     close(actual[1], torch.autograd.grad(exact, weight, grad_output)[0])
 
 
-# Only what is needed.
+# No unnecessary work.
 
 
 class _Operators(torch.utils._python_dispatch.TorchDispatchMode):
@@ -228,7 +232,7 @@ def test_double_backward_is_refused(make: Callable[[], nn.Module], backend: str)
     expected = rf"^{op}: expected one differentiation, got a second .*sdgp\.paused\(model\)"
     with pytest.raises(RuntimeError, match=expected):
         gradient.square().sum().backward()
-    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)  # an incoming one that needs none itself
+    (gradient,) = torch.autograd.grad(layer(x).sum(), x, create_graph=True)  # the incoming gradient needs none
     with pytest.raises(RuntimeError, match=expected):
         gradient.square().sum().backward()
     with sdgp.paused(layer):
@@ -238,7 +242,7 @@ def test_double_backward_is_refused(make: Callable[[], nn.Module], backend: str)
 
 @pytest.mark.parametrize("make", [lambda: nn.Linear(256, 256), lambda: nn.Conv2d(64, 64, 3)], ids=["linear", "conv2d"])
 def test_auto_may_be_differentiated_twice(make: Callable[[], nn.Module]) -> None:
-    """Exactly, although the sparse product wins and a first differentiation prunes."""
+    """A second differentiation must be exact, even if the sparse product wins and the first one prunes."""
     plain = make()
     layer = sdgp.convert(copy.deepcopy(plain), "1:4", "magnitude")
     x = torch.randn((256, 256) if isinstance(plain, nn.Linear) else (2, 64, 18, 18), requires_grad=True)

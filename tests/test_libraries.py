@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Models of torchvision, timm, transformers and peft, and accelerate: small, from their configs, nothing downloaded.
+"""Tests small models of torchvision, timm, transformers and peft, and accelerate. Nothing is downloaded.
 
-What a step should be is simulated on the plain model: each layer that prunes is applied twice, once for its weights and
-once, with hooks that prune, for its input.
+The expected step is simulated on the plain model. Each layer that prunes is applied twice: once for its weights, and
+once for its input, with hooks that prune.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Case(NamedTuple):
-    """A model, what it is called with, how many layers are converted, and words of why how many others are not."""
+    """A model, its arguments, the number of converted layers of each type, and of plain layers with each reason."""
 
     build: Callable[[], nn.Module]
     batch: Callable[[], dict[str, Tensor]]
@@ -42,7 +42,7 @@ def torchvision(name: str, **settings: Any) -> Callable[[], nn.Module]:
 def torchvision_vit() -> nn.Module:
     sizes = {"image_size": 16, "patch_size": 4, "num_layers": 2, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32}
     model: nn.Module = pytest.importorskip("torchvision").models.VisionTransformer(**sizes, num_classes=12)
-    nn.init.normal_(model.heads.head.weight)  # zeros: no gradient would pass
+    nn.init.normal_(model.heads.head.weight)  # with zeros, no gradient would pass
     return model
 
 
@@ -119,14 +119,14 @@ CASES = {
 
 
 def logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    torch.manual_seed(1)  # dropout's
+    torch.manual_seed(1)  # seeds dropout
     output: Any = model(**batch)
     result: Tensor = getattr(output, "logits", output)
     return result
 
 
 def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Of every Parameter that has one, and of images, in float64: no rounding changes what is pruned."""
+    """Returns the gradients of Parameters and images in float64, so that rounding cannot change what is pruned."""
     model = model.double()
     batch = {name: x.double().requires_grad_() if x.is_floating_point() else x for name, x in batch.items()}
     logits(model, batch).square().sum().backward()
@@ -135,7 +135,7 @@ def gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def simulate(layer: nn.Module) -> None:
-    """Makes a plain layer prune its data gradient, by means that have nothing of sdgp's layers."""
+    """Makes a plain layer prune its data gradient, without any code of sdgp's layers."""
     dim = 1 if isinstance(layer, nn.Conv2d) else -1
 
     def prune(grad: Tensor) -> Tensor:
@@ -188,7 +188,7 @@ def test_model(name: str) -> None:
 
     actual, exact = gradients(copy.deepcopy(model), batch), gradients(copy.deepcopy(plain), batch)
     assert_same(actual, gradients(simulated(plain, model), batch))
-    last = f"{rows[-1].layer}.weight"  # between it and the loss nothing is pruned
+    last = f"{rows[-1].layer}.weight"  # nothing is pruned between it and the loss
     torch.testing.assert_close(actual[last], exact[last])
     assert not any(
         torch.allclose(actual[first], exact[first]) for first in (next(iter(actual)), *(batch.keys() & exact.keys()))
@@ -198,7 +198,7 @@ def test_model(name: str) -> None:
     assert [type(module) for module in sdgp.revert(model).modules()] == kinds
 
 
-# peft.
+# Models of peft.
 
 asks_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
 
@@ -210,7 +210,7 @@ def with_adapters(model: nn.Module) -> nn.Module:
         r=4,
         target_modules=targets,
         fan_in_fan_out=hasattr(model, "transformer"),
-        init_lora_weights=False,  # zeros: no gradient would pass
+        init_lora_weights=False,  # with zeros, no gradient would pass
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(2)
@@ -232,7 +232,7 @@ def test_lora(build: Callable[[], nn.Module], convert_first: bool) -> None:
     names = [row.layer for row in sdgp.report(model) if row.pattern]
     in_base = [name for name in names if "lora_" not in name]
     assert len(in_base) == (9 if build is gpt2 else 15)
-    assert (len(in_base) < len(names)) == (not convert_first)  # adapters that come later are plain
+    assert (len(in_base) < len(names)) == (not convert_first)  # adapters that are added later stay plain
     batch = tokens()
     assert torch.equal(logits(model, batch), logits(plain, batch))
     actual = gradients(copy.deepcopy(model), batch)
@@ -260,7 +260,7 @@ def test_lora_merges(build: Callable[[], nn.Module], convert_first: bool) -> Non
     assert [type(module) for module in merged.modules()] == [type(module) for module in base.modules()]
 
 
-# accelerate.
+# Models of accelerate.
 
 
 @pytest.fixture
@@ -283,7 +283,7 @@ def test_accelerate(accelerate: Any, mixed_precision: str) -> None:
     model = convert(copy.deepcopy(plain))
     actual = step(model)
     assert not torch.allclose(actual["transformer.wte.weight"], step(copy.deepcopy(plain))["transformer.wte.weight"])
-    if mixed_precision == "no":  # else rounding decides on what is pruned
+    if mixed_precision == "no":  # otherwise rounding changes what is pruned
         assert_same(actual, step(simulated(plain, model)))
     with sdgp.paused(model):
         model.zero_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What stands beside a measurement: the machine, the versions and the commit."""
+"""Tests what is recorded with a measurement: the machine, the versions and the commit."""
 
 from __future__ import annotations
 

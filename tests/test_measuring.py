@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Products are timed only where their kernels run and the clock may decide; elsewhere a static rule does."""
+"""Tests that products are timed only if their kernels run and a clock may decide. Otherwise a static rule decides."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import sdgp
 
 
 class Clock:
-    """A timer that counts how often it is asked."""
+    """A timer that counts its calls."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -63,7 +63,7 @@ def test_nothing_is_timed_or_kept(place: str, backend: str) -> None:
         assert clock.count == len(chooser) == 0
         assert all("static rule" in row.why for row in sdgp.report(model))
         model = make(backend=backend)
-        step(model)  # for real
+        step(model)  # a real step
         assert clock.count > 0
         assert all(row.ms == 1.0 for row in sdgp.report(model))
         known = clock.count
@@ -90,7 +90,7 @@ def test_deterministic_algorithms_take_the_static_rule(pattern: str, backend: st
     def gradient(sparse_wins: bool) -> Tensor:
         times = iter((1.0, 9.0) * 99 if sparse_wins else (9.0, 1.0) * 99)
         with sdgp.Chooser(timer=lambda call, device: next(times)) as chooser:
-            step(make(pattern, backend))  # measured before the rule holds
+            step(make(pattern, backend))  # measured before determinism is on
             assert len(chooser) == 1
             torch.use_deterministic_algorithms(True)
             try:
@@ -110,7 +110,7 @@ def test_deterministic_algorithms_take_the_static_rule(pattern: str, backend: st
 
 @pytest.mark.filterwarnings(
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)  # compiled autograd's
+)  # a warning of compiled autograd
 @pytest.mark.parametrize("backend", ["auto", "pruned", "sparse"])
 def test_compiled_autograd_times_nothing(backend: str) -> None:
     clock, x = Clock(), torch.randn(512, 512, requires_grad=True)

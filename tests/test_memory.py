@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Memory: tensors of more than 2^31 elements, that nothing is allocated but what a product needs, that nothing is kept
-from step to step, and what happens where there is no more."""
+"""Tests memory: tensors of more than 2^31 elements, allocations, leaks, and running out of memory."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from torch import Tensor
 import sdgp
 from sdgp._autograd import LinearProducts
 
-# More than 2^31 elements.
+# Tensors of more than 2^31 elements.
 
 
 class Large(NamedTuple):
@@ -29,7 +28,7 @@ class Large(NamedTuple):
     dim: int
     m: int
     method: str
-    ends: tuple[Any, ...]  # indexes the first and the last group's neighbourhood
+    ends: tuple[Any, ...]  # indexes the values around the first and the last group
 
 
 ALL, ENDS = slice(None), [0, -1]
@@ -48,7 +47,7 @@ def available() -> int:
 
 
 def zeros_without_memory(shape: tuple[int, ...]) -> Tensor:
-    """bfloat16 zeros: pages that are read but never written take no memory."""
+    """Returns bfloat16 zeros. Pages that are read but never written take no memory."""
     return torch.frombuffer(mmap.mmap(-1, 2 * math.prod(shape)), dtype=torch.bfloat16).view(shape)
 
 
@@ -67,7 +66,7 @@ def test_more_than_2_to_the_31_elements(large: Large) -> None:
     assert pruned.count_nonzero() == expected.count_nonzero()
 
 
-# Nothing but the output.
+# Only the output is allocated.
 
 
 def test_allocates_nothing_but_the_output() -> None:
@@ -79,7 +78,7 @@ def test_allocates_nothing_but_the_output() -> None:
     assert sum(event.self_cpu_memory_usage for event in profile.events()) == x.nbytes
 
 
-# What the kernels take, the allocator does not see: the high-water mark of the process tells.
+# The allocator does not see the memory of the kernels, but the process's high-water mark does.
 PEAK = """
 import re, sys, torch, sdgp
 def status(field):
@@ -102,11 +101,11 @@ def test_the_kernels_take_no_memory(method: str) -> None:
     result = subprocess.run([sys.executable, "-c", PEAK, method], capture_output=True, text=True, check=True)
     beyond = [int(line) for line in result.stdout.split()]
     assert len(beyond) == 16
-    assert max(beyond) < 2 << 20  # of 64 MiB: a block's sums, a stack
+    assert max(beyond) < 2 << 20  # of 64 MiB: one block's sums and a stack
 
 
-# The sparse product: the packed weight, and for each thread what it has pruned and summed of a chunk. rescale is left
-# out: its sums run across rows, so that it prunes into a tensor of its own first.
+# The sparse product takes memory for the packed weight, and each thread for the pruned values and the sums of a chunk.
+# rescale is left out, because its sums run across rows, so it first prunes into a separate tensor.
 SPARSE_PEAK = """
 import re, sys, torch, sdgp
 def status(field):
@@ -141,14 +140,14 @@ print(beyond, layer.weight.nbytes)
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "channels_last"])
 def test_the_sparse_product_takes_a_weight(layer: str, method: str) -> None:
     command = [sys.executable, "-c", SPARSE_PEAK, layer, method]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is not resident
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # returns freed memory to the system
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     beyond, weight = map(int, result.stdout.split())
     assert beyond <= weight + 2 * (2 << 20)  # two threads
 
 
-# The weight gradient: each thread holds a slab of what it has pruned, and the float32 sums of what it works on. Nothing
-# is unfolded: a convolution's input, each pixel under nine taps, would be 116 MB.
+# In the weight gradient, each thread holds a slab of pruned values and the float32 sums of its unit. Nothing is
+# unfolded: unfolding the input for a convolution's nine taps would take 116 MB.
 WEIGHT_PEAK = """
 import re, sys, torch, sdgp
 from sdgp._autograd import Conv2dWeightProducts, Geometry, LinearWeightProducts
@@ -182,14 +181,14 @@ print(beyond, result.nbytes)
 
 @pytest.mark.parametrize("layer", ["linear", "conv2d", "channels_last"])
 def test_the_weight_gradient_takes_its_sums(layer: str) -> None:
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed is not resident
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # returns freed memory to the system
     command = [sys.executable, "-c", WEIGHT_PEAK, layer]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     beyond, sums = map(int, result.stdout.split())
     assert beyond <= sums + 2 * (2 << 20)  # two threads
 
 
-# Over many steps.
+# Many steps.
 
 STEPS = """
 import gc, sys, torch, sdgp
@@ -216,12 +215,12 @@ print(resident_bytes() - before)
 
 @pytest.mark.parametrize("method", ["mvue", "rescale"])
 def test_steps_keep_nothing(method: str) -> None:
-    """benchmarks/soak.py does so for ten thousand."""
+    """Training steps must not leak memory. benchmarks/soak.py runs ten thousand."""
     done = subprocess.run([sys.executable, "-c", STEPS, method], capture_output=True, text=True, check=True)
     assert int(done.stdout) < 2 << 20
 
 
-# Where there is no more.
+# Running out of memory.
 
 NO_MEMORY = """
 import resource, torch, sdgp
@@ -256,13 +255,13 @@ def test_out_of_memory_in_a_backward_is_an_error_and_passes() -> None:
         line.split(" ")[0] for line in done.stdout.splitlines() if line.startswith(("dense", "sparse", "True"))
     ]
     assert first_words == ["dense", "sparse", "True"]
-    # The stable ABI of torch 2.10 passes no text of an error on: there the reason is on stderr alone.
+    # The stable ABI of torch 2.10 does not pass on an error's text, so the reason appears only on stderr.
     told = done.stderr if torch.__version__.startswith("2.10.") else done.stdout
     assert told.count("can't allocate memory") >= 2
 
 
 def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As PyTorch raises it there; here from where the sparse product would."""
+    """A GPU's out-of-memory error must pass through. Here the sparse product raises it."""
     layer = sdgp.Linear(64, 64, backend="sparse")
     x = torch.randn(8, 64, requires_grad=True)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What keeps a layer from being pruned: told at conversion where it can be known then, else at the call."""
+"""Tests what keeps a layer from being pruned. Conversion reports it if it is known by then, otherwise the call does."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FORCED = ("pruned", "dense", "sparse")
 
 
 class Marked(Tensor):
-    """A subclass with PyTorch's default behaviour, as torchvision's images have it."""
+    """A subclass with PyTorch's default behaviour, like torchvision's images."""
 
 
 class Logged(Tensor):
-    """A wrapper subclass that dispatches in Python, as torchao's quantized weights do."""
+    """A wrapper subclass that dispatches in Python, like torchao's quantized weights."""
 
     inner: Tensor
 
@@ -195,7 +195,7 @@ def test_inputs_that_are_not_plain(kind: str) -> None:
 def test_images_of_a_subclass() -> None:
     layer = sdgp.Conv2d(3, 8, 3, backend="pruned")
     images = torch.randn(2, 3, 8, 8).as_subclass(Marked)
-    layer(images).sum().backward()  # without a data gradient nothing is pruned, and nothing stands in the way
+    layer(images).sum().backward()  # without a data gradient nothing is pruned, so there is no error
     with pytest.raises(ValueError, match=r'conv2d: backend="pruned" expected plain tensors, got input of type Marked'):
         layer(images.requires_grad_())
 

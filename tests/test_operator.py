@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops as citizens of PyTorch: registration, gradient, TorchScript, torch.compile, meta, inference mode."""
+"""Tests the ops inside PyTorch: registration, gradient, TorchScript, torch.compile, meta, inference mode."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sdgp import _ops, reference
 OP = torch.ops.sdgp.prune_nm.default
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # opcheck's own
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # a warning of opcheck
 @pytest.mark.parametrize("method", METHODS)
 @each_sample("vector", "rows_tail", "nchw", "channels_last", "transposed", "empty", "every_other")
 def test_opcheck(sample: Sample, method: str) -> None:
@@ -49,9 +49,9 @@ CALLS: dict[str, Callable[..., Any]] = {
 
 
 def products(channels_last: bool = False, apart: bool = False) -> dict[str, tuple[Any, ...]]:
-    """Arguments of each of them."""
+    """Returns the arguments of each op in CALLS."""
     values, indices = sdgp.compress_nm(torch.randn(3, 22), 2, 4)
-    out = 6 if apart else 8  # 6: no whole number of groups of 4 in each of the convolution's groups
+    out = 6 if apart else 8  # with 6, a convolution group has no whole number of groups of 4
     image, weight = torch.randn(3, 2 * out, 5, 5), torch.randn(2 * out, 3, 3, 3)
     geometry = ([9, 10], [2, 2], [1, 1], [1, 1], 2, channels_last)
     return {
@@ -66,7 +66,7 @@ def products(channels_last: bool = False, apart: bool = False) -> dict[str, tupl
 
 
 class _Called(TorchDispatchMode):
-    """Notes the last op of sdgp that a call comes to, and its arguments."""
+    """Records the last op of sdgp that a call reaches, and its arguments."""
 
     op: Any
     arguments: tuple[Any, ...]
@@ -94,7 +94,7 @@ def test_opcheck_compress(sample: Sample, method: str) -> None:
 
 
 def both(call: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """The results on the CPU and on the meta device."""
+    """Returns the results on the CPU and on the meta device."""
     on_meta = tuple(x.to("meta") if isinstance(x, Tensor) else x for x in arguments)
     actual, meta = call(*arguments), call(*on_meta)
     return (actual, meta) if isinstance(actual, tuple) else ((actual,), (meta,))
@@ -171,7 +171,7 @@ def test_compile_without_gradient(dynamic: bool) -> None:
             torch.testing.assert_close(actual, expected)
 
 
-# The gradient: the same mask and factor on the incoming one.
+# The gradient applies the same mask and factor to the incoming gradient.
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -187,7 +187,7 @@ def test_gradient_is_the_mask_and_factor(sample: Sample, method: str) -> None:
 
 
 def test_gradient_of_a_kept_zero() -> None:
-    # A weight that starts at zero must be able to leave it.
+    # A weight that starts at zero must be able to change.
     x = torch.zeros(4, requires_grad=True)
     sdgp.prune_nm(x, 2, 4).sum().backward()
     assert x.grad is not None

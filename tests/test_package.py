@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The installed package: what the library links to, what CMake finds, that every fact is said once."""
+"""Tests the installed package: the libraries it links, what CMake finds, and that every fact is stated once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ needs_cuda_library = pytest.mark.skipif(
     not CUDA_LIBRARY.exists() and not shutil.which("nvcc"), reason="built where there was no nvcc"
 )
 
-# All that a library on LibTorch's stable ABI may ask of it: the C shims.
+# A library on LibTorch's stable ABI may use only the C shims.
 STABLE = re.compile(r"^(aoti_torch_|torch_)[a-zA-Z0-9_]+$")
 
 
@@ -38,7 +38,7 @@ def defined_by(library: Path) -> set[str]:
 
 def needed_of_torch(library: Path) -> set[str]:
     undefined = {line.split()[-1] for line in output("nm", "-D", "--undefined-only", str(library)).splitlines()}
-    # A symbol with a version comes from glibc, libstdc++ or libgcc; `w` is weak (ITM, gmon).
+    # A symbol with a version comes from glibc, libstdc++ or libgcc. The other two prefixes are weak symbols.
     return {name for name in undefined if "@" not in name and not name.startswith(("_ITM_", "__gmon_start__"))}
 
 
@@ -48,7 +48,7 @@ def test_no_symbol_outside_the_stable_abi(library: Path) -> None:
     needed = needed_of_torch(library)
     assert needed, "expected the library to use torch"
     assert {name for name in needed if not STABLE.match(name)} == set()
-    # And each of them is there in the torch that runs; one of them only where it has CUDA.
+    # The running torch must define each shim. One shim exists only in a torch with CUDA.
     shims = defined_by(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")
     of_cuda = {"aoti_torch_get_current_cuda_stream"} if library == CUDA_LIBRARY else set()
     assert needed - shims == of_cuda
@@ -57,7 +57,7 @@ def test_no_symbol_outside_the_stable_abi(library: Path) -> None:
 
 
 def architectures(library: Path) -> set[tuple[str, int]]:
-    """("elf" or "ptx", compute capability x 10) of all device code, read from the fatbinaries' headers."""
+    """Reads ("elf" or "ptx", compute capability x 10) of all device code from the headers of the fatbinaries."""
     data, at = library.read_bytes(), 0
     found = set()
     while (at := data.find(struct.pack("<IHH", 0xBA55ED50, 1, 16), at)) >= 0:
@@ -84,7 +84,7 @@ def test_cuda_ops_are_there_where_torch_has_cuda() -> None:
         found = torch._C._dispatch_has_kernel_for_dispatch_key(f"sdgp::{op}", "CUDA")
         assert found == (torch.version.cuda is not None)
     needed = re.findall(r"NEEDED.*\[(.*)\]", output("readelf", "-d", str(CUDA_LIBRARY)))
-    assert {name for name in needed if "cu" in name} == {"libtorch_cuda.so"}  # the CUDA runtime is inside
+    assert {name for name in needed if "cu" in name} == {"libtorch_cuda.so"}  # the CUDA runtime is linked statically
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs binutils")
@@ -123,7 +123,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_wheel_holds_what_it_should_and_nothing_else() -> None:
-    """As pip recorded it at the installation; what pip itself adds, the command `sdgp` included, is left out."""
+    """The installed files must be those of the wheel. Files that pip adds, such as the command `sdgp`, are left out."""
     files = importlib.metadata.files("sdgp")
     assert files is not None
     if any(file.suffix == ".pth" for file in files):

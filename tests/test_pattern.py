@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.Pattern: what it reads, what it refuses, and which patterns are 2:4 too."""
+"""Tests sdgp.Pattern: what it parses, what it refuses, and which patterns also fit 2:4."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_refuses(given: Any) -> None:
 
 
 def test_fits_24() -> None:
-    """Groups of a whole number of fours that keep two at most, and 1:2, whose pairs make fours."""
+    """A pattern fits 2:4 if m is a multiple of 4 and n <= 2, or if it is 1:2, because two pairs make four values."""
     for m in range(1, 13):
         for n in range(1, m + 1):
             whole_fours = m in (4, 8, 12) and n in (1, 2)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.plot: what stands in its pictures."""
+"""Tests the contents of the pictures of sdgp.plot."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from matplotlib.image import AxesImage
 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Of every picture that is saved."""
+    """Collects the figure of every saved picture."""
     saved = []
     save = Figure.savefig
 
@@ -43,7 +43,7 @@ def watched(path: Path) -> sdgp.Watch:
         x = torch.randn(2, 8, requires_grad=True)
         (model if number else model[1:])(x).square().sum().backward()
         if number == 0:
-            watch.step += 1  # as though the whole model had been called
+            watch.step += 1  # as if the whole model had been called
     return watch
 
 
@@ -107,7 +107,7 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "watch.jsonl"
     for text, message in {
         "": "one record, got none",
-        '{"step": 1, "la': "one record, got none",  # half written: the run that writes it may still go on
+        '{"step": 1, "la': "one record, got none",  # half written, since the run may still be writing
         "{}\n": f"sdgp.watch wrote, got {path}:1: {{}}",
         "x\n": f"sdgp.watch wrote, got {path}:1: x",
     }.items():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The sparse product of a layer's data or weight gradient equals the dense one of the same draws, to rounding."""
+"""Tests that the sparse product of a data or weight gradient equals the dense product up to rounding."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import sdgp
 
 
 def of_each(call: Callable[[str], list[Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """The gradients by the dense and by the sparse product, drawn alike; and both leave the generator alike."""
+    """Returns the gradients of the dense and the sparse product. Both must leave the generator in the same state."""
     results, states = [], []
     for backend in ("dense", "sparse"):
         torch.manual_seed(3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.profile: which rows it gives, that they add up, and that the model is afterwards as it was."""
+"""Tests sdgp.profile: its rows, that they add up, and that it leaves the model unchanged."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BATCH = (2, 3, 8, 8)
 
 def test_rows() -> None:
     result = sdgp.profile(sdgp.convert(small(), "1:4", backend="sparse"), torch.randn(BATCH), rounds=2)
-    # The first layer's input needs no gradient: it has no data gradient to prune.
+    # The first layer's input needs no gradient, so this layer has no data gradient to prune.
     assert [(row.layer, row.shape, row.pattern) for row in result] == [
         ("3", "(2, 8, 4, 4)", "1:4"),
         ("5", "(2, 12)", "1:4"),
@@ -68,7 +68,7 @@ def test_a_row_for_each_call() -> None:
             self.layer = nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.layer(input=self.layer(x)[:1])  # the second time with a keyword, and another shape
+            return self.layer(input=self.layer(x)[:1])  # the second call uses a keyword and another shape
 
     result = sdgp.profile(sdgp.convert(Twice()), torch.randn(3, 8, requires_grad=True), rounds=1)
     assert sorted((row.layer, row.shape) for row in result) == [("layer", "(1, 8)"), ("layer", "(3, 8)")]
@@ -154,7 +154,7 @@ def test_the_output_s_own_loss() -> None:
     assert len(sdgp.profile(sdgp.convert(Model()), torch.ones(4, 8), rounds=1)) == 1
 
 
-# The model is as it was.
+# The model is left unchanged.
 
 
 def test_state_is_kept() -> None:
@@ -201,7 +201,7 @@ def test_a_device_without_a_sparse_product() -> None:
     assert row.product == "dense"
 
 
-# What it prints, and what it refuses.
+# The printed table and the errors.
 
 
 def test_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""prune_nm: what it computes. Its errors stand in test_errors.py, what its random methods draw in
-test_statistics.py, its place in PyTorch in test_operator.py."""
+"""Tests what prune_nm computes.
+
+Other files test its errors (test_errors.py), its random draws (test_statistics.py) and its use in PyTorch
+(test_operator.py).
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def prune(values: list[float], n: int, m: int, method: str = "magnitude") -> lis
     return sdgp.prune_nm(torch.tensor(values, dtype=torch.float32), n, m, method=method).tolist()
 
 
-# By hand.
+# Cases worked out by hand.
 
 
 def test_magnitude_by_hand() -> None:
@@ -31,11 +34,11 @@ def test_magnitude_by_hand() -> None:
 
 
 def test_rescale_by_hand() -> None:
-    # One factor per row of a matrix: 8 / 7 and 10 / 7.
+    # A matrix has one factor per row: 8 / 7 and 10 / 7.
     x = torch.tensor([[3.0, -1.0, 0.0, -4.0], [1.0, 2.0, -3.0, 4.0]])
     expected = torch.tensor([[3 * 8 / 7, 0, 0, -4 * 8 / 7], [0, 0, -3 * 10 / 7, 4 * 10 / 7]])
     torch.testing.assert_close(sdgp.prune_nm(x, 2, 4, method="rescale"), expected)
-    # One factor per (sample, channel) of a sequence: channel 0 keeps both of its values, channel 1 half of its sum.
+    # A sequence has one factor per (sample, channel). Channel 0 keeps 8 of its sum of 10, channel 1 keeps 4 of 8.
     x = torch.tensor([[[3.0, 1.0], [2.0, 4.0], [5.0, 3.0]]])
     expected = torch.tensor([[[3 * 10 / 8, 0.0], [0.0, 4 * 8 / 4], [5 * 10 / 8, 0.0]]])
     torch.testing.assert_close(sdgp.prune_nm(x, 1, 2, method="rescale"), expected)
@@ -46,7 +49,7 @@ def test_rescale_group_by_hand() -> None:
 
 
 def test_mvue_by_hand() -> None:
-    # Mean 6 / 2 = 3 keeps the 4 as it is; one place is left for the two ones, each then worth 2.
+    # The threshold 6 / 2 = 3 keeps the 4 unchanged. One place is left for the two ones, and either is then worth 2.
     outcomes = {tuple(prune([4, 1, -1, 0], 2, 4, "mvue")) for _ in range(50)}
     assert outcomes == {(4, 2, 0, 0), (4, 0, -2, 0)}
     assert prune([0, 5, 0, -3], 2, 4, "mvue") == [0, 5, 0, -3]
@@ -74,7 +77,7 @@ def test_groups_of_a_convolution_follow_channels() -> None:
         same(sdgp.prune_nm(x.contiguous(memory_format=memory_format), 2, 4, dim=1), expected)
 
 
-# Against the reference.
+# Comparison with the reference.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,7 +155,7 @@ def test_scale_invariant(method: str, power: int) -> None:
 def test_mvue_has_no_absolute_epsilon() -> None:
     x = torch.randn(256, 64)
     seed = draw_seed()
-    powers = torch.tensor(2.0) ** torch.tensor([-100, -40, 40, 90])  # exact, so that the draws are the same
+    powers = torch.tensor(2.0) ** torch.tensor([-100, -40, 40, 90])  # exact, so the draws stay the same
     for scale in powers:
         same(sdgp.prune_nm(x * scale, 4, 16, -1, "mvue", seed), sdgp.prune_nm(x, 4, 16, -1, "mvue", seed) * scale)
 
@@ -167,7 +170,7 @@ def test_rescale_keeps_the_sum() -> None:
 def test_rescale_sums_16_bit_values_in_float32() -> None:
     x = torch.full((1, 4, 512, 512), 1.0, dtype=torch.float16)  # the sum, 262144, is inf in float16
     assert torch.equal(sdgp.prune_nm(x, 4, 4, 1, "rescale"), x)
-    assert sdgp.prune_nm(x, 2, 4, 1, "rescale").amax() == 1  # channels that keep all keep their scale
+    assert sdgp.prune_nm(x, 2, 4, 1, "rescale").amax() == 1  # a channel that keeps all its values has factor 1
 
 
 # Edge cases.

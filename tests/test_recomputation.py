@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Activation checkpointing repeats forwards: gradients are those of the same run without it, in every state of a layer.
+"""Tests that activation checkpointing, which repeats forwards, changes no gradient in any state of a layer.
 
-Layers are square, so that a product with a transposed weight would show in the values alone.
+Layers are square, so that a product with a transposed weight changes only the values.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from torch.utils.checkpoint import checkpoint
 
 import sdgp
 
-WIDTH = 256  # with as many rows a data gradient is just large enough for auto to measure it
+WIDTH = 256  # with WIDTH rows, the data gradient just reaches the size that auto measures
 
 MODES = {"none": None, "reentrant": True, "non-reentrant": False}
 
 
 def timer(sparse_wins: bool) -> Callable[[Callable[[], object], torch.device], float]:
-    """Says which product is the faster; the chooser times sparse first, then the other, in turn."""
+    """Returns a timer that makes one product faster. The chooser times sparse and the other product alternately."""
     times = itertools.cycle((1.0, 9.0) if sparse_wins else (9.0, 1.0))
     return lambda call, device: next(times)
 
@@ -60,8 +60,10 @@ def gradients(
     sparse_wins: bool = True,
     steps: int = 2,
 ) -> list[Tensor]:
-    """Of parameters and input, from some steps in a chooser of their own; ``around`` the forward and ``between`` it and
-    the backward the state of the layers may change."""
+    """Returns the gradients of parameters and input after some steps with a new chooser.
+
+    The state of the layers may change ``around`` the forward and ``between`` it and the backward.
+    """
     reentrant, x = MODES[mode], draw_input(kind)
     torch.manual_seed(2)
     with sdgp.Chooser(timer=timer(sparse_wins), rounds=1):
@@ -113,7 +115,7 @@ def test_paused_forward_is_exact_however_it_is_repeated(kind: str, backend: str,
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_that_prunes_is_pruned_however_it_is_repeated(backend: str, mode: str) -> None:
-    """Paused after the forward, until its backward is over."""
+    """A forward that prunes must stay pruned when repeated, even if layers are paused after it."""
     settings: Any = {"method": "magnitude", "backend": backend, "weight_grad": ("4:16", "magnitude")}
     expected = gradients(make("linear", **settings), "linear", "none", steps=1)
     blocks = make("linear", **settings)
@@ -122,7 +124,7 @@ def test_forward_that_prunes_is_pruned_however_it_is_repeated(backend: str, mode
     assert all(map(torch.equal, expected, found))
     plain = gradients(sdgp.revert(make("linear")), "linear", "none", steps=1)
     assert not torch.equal(plain[-1], found[-1])
-    assert not torch.equal(plain[-3], found[-3])  # of the last weight
+    assert not torch.equal(plain[-3], found[-3])  # the last weight's gradient
 
 
 @pytest.mark.parametrize("patterns", [{}, {0: "1:4", 1: "4:4", 2: "4:32"}])
@@ -159,7 +161,7 @@ def test_converted_again_between_forward_and_backward(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_layer_that_is_known_to_be_exact_is_the_plain_one(kind: str) -> None:
-    """Except where hooks on saved tensors tell that its forward may be repeated."""
+    """A layer known to be exact must be the plain one, unless saved-tensor hooks show that it may be repeated."""
     blocks = make(kind)
     layer, x = blocks[0].layer, draw_input(kind)
     plain = type(sdgp.revert(copy.deepcopy(layer))(x).grad_fn).__name__
@@ -187,7 +189,7 @@ def test_pause_changes_nothing_that_was_decided() -> None:
 
 
 def test_call_that_differs_from_the_last_one_is_decided_anew() -> None:
-    """The quick way to the plain operator is for calls like the last one alone."""
+    """The fast path to the plain operator must only serve calls that equal the last call."""
     layer, x = sdgp.Linear(WIDTH, WIDTH), torch.randn(WIDTH, WIDTH, requires_grad=True)
     larger = torch.randn(2 * WIDTH, WIDTH, requires_grad=True)
 
@@ -234,7 +236,10 @@ def test_recomputation_under_autocast_saves_and_computes_the_same() -> None:
 
 
 def test_gradient_penalty_through_checkpoints_under_auto_is_that_of_the_plain_model() -> None:
-    """The first backward, which is recorded, is exact; the last one may prune, if that is found faster."""
+    """A gradient penalty under auto must be the plain model's, since the first, recorded backward is exact.
+
+    The last backward may prune if that is found to be faster.
+    """
 
     def penalty(blocks: nn.ModuleList, mode: str) -> Tensor:
         reentrant, x = MODES[mode], draw_input("linear")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.Schedule: which units are exact, which pattern holds, what it leaves alone, and going on from a state_dict."""
+"""Tests sdgp.Schedule: exact units, patterns, what it leaves unchanged, and resuming from a state_dict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def products(model: nn.Module) -> list[str]:
 
 
 def reasons(model: nn.Module) -> set[str]:
-    """Why layers are held, nothing where they are not."""
+    """Returns why layers are held, with "" for layers that are not."""
     return {row.why if row.product == "exact" else "" for row in sdgp.report(model)}
 
 
@@ -48,13 +48,13 @@ def course(schedule: sdgp.Schedule, see: Callable[[], object], units: int) -> li
     [
         ({}, "0000000000"),
         ({"exact_first": 3}, "1110000000"),
-        ({"total": 8, "exact_first": 2, "exact_last": 3}, "1100011111"),  # beyond the total as at its end
+        ({"total": 8, "exact_first": 2, "exact_last": 3}, "1100011111"),  # beyond the total: as at the end
         ({"total": 8, "exact_first": 5, "exact_last": 3}, "1111111111"),
         ({"total": 10, "exact_first": 0.3, "exact_last": 0.19}, "1110000001"),
         ({"total": 100, "exact_first": 0.07}, "1111111000"),  # 0.07 * 100 > 7, 0.29 * 100 < 29
         ({"total": 3, "exact_first": 0.5, "exact_last": 0.5}, "1011111111"),
         ({"total": 10, "exact_first": 0.0}, "0000000000"),
-        ({"exact_first": 0.0}, "0000000000"),  # no share of anything
+        ({"exact_first": 0.0}, "0000000000"),  # a share of no total
         ({"total": 1, "exact_last": 1}, "1111111111"),
     ],
     ids=str,
@@ -111,7 +111,7 @@ def test_too_narrow_a_layer_is_exact_while_the_pattern_lasts() -> None:
     assert course(schedule, lambda: products(model)[1], 3) == ["dense", "exact", "dense"]
     schedule.seek(1)
     assert "6 output channels" in sdgp.report(model)[1].why
-    # What convert would have refused, but the caller built, goes on pruning.
+    # A layer that convert would refuse, but that the caller built, must continue to prune.
     layer = sdgp.Linear(8, 3, backend="pruned")
     sdgp.Schedule(layer).step()
     assert layer.is_pruning
@@ -126,7 +126,7 @@ def test_report() -> None:
     schedule.seek(6)
     assert reasons(model) == {"scheduled, exact_last=3 of 9"}
     with sdgp.paused(model):
-        assert len(reasons(model) & {"paused", "scheduled, exact_last=3 of 9"}) == 1  # both hold it
+        assert len(reasons(model) & {"paused", "scheduled, exact_last=3 of 9"}) == 1  # both hold the layer
     schedule.seek(2)
     with sdgp.paused(model):
         assert reasons(model) == {"paused"}
@@ -153,7 +153,7 @@ def test_convert_and_revert_on_the_way() -> None:
     sdgp.convert(model, "1:4", backend="pruned")
     assert reasons(model) == {"scheduled, exact_first=1"}
     schedule.step()
-    assert [row.pattern for row in sdgp.report(model)] == ["1:4", "1:4"]  # no patterns: those are convert's
+    assert [row.pattern for row in sdgp.report(model)] == ["1:4", "1:4"]  # no patterns in the schedule: convert's stay
     schedule.seek(0)
     sdgp.revert(model)
     schedule.step()
@@ -176,7 +176,7 @@ def test_copies_and_saved_models_keep_the_phase() -> None:
     twin = copy.deepcopy(model)
     schedule.step()
     assert reasons(twin) == {"scheduled, exact_first=1"}
-    sdgp.Schedule(twin)  # a new one takes over
+    sdgp.Schedule(twin)  # a new schedule takes over
     assert reasons(twin) == {""}
 
 
@@ -207,7 +207,7 @@ def test_compiled() -> None:
     model = small()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(gradient(compiled), gradient(model))
-    schedule = sdgp.Schedule(model, exact_first=1, patterns={2: "1:4"})  # of a model that is compiled already
+    schedule = sdgp.Schedule(model, exact_first=1, patterns={2: "1:4"})  # the model is already compiled
     phases = []
     for _ in range(3):
         phases.append(gradient(model))
@@ -224,7 +224,7 @@ def test_old_names_warn_and_work() -> None:
     with pytest.warns(FutureWarning, match="exact_last"):
         schedule = sdgp.Schedule(model, total=9, dense_last=0.5)
     assert repr(schedule) == repr(sdgp.Schedule(model, total=9, exact_last=0.5))
-    assert first[0].filename == __file__  # where the old name is
+    assert first[0].filename == __file__  # the caller that uses the old name
 
 
 @pytest.mark.parametrize(

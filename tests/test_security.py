@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What SECURITY.md promises: no network, no shell, no pickle, in what runs and in the sources."""
+"""Tests the promises of SECURITY.md for running code and for sources: no network, no shell, no pickle."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import sdgp
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(sdgp.cmake_prefix_path)
 
-# Python tells of each of these before it happens. An exception could be caught, an exit cannot. `uname -p` is Python's
-# own platform.platform().
+# Python raises an audit event before each of these actions. Exit, because code could catch an exception. Python's
+# platform.platform() runs `uname -p`.
 REFUSE = """
 import os, sys, traceback
 
@@ -35,7 +35,7 @@ def refuse(event, arguments):
 sys.addaudithook(refuse)
 """
 
-# What torch does as it is imported is torch's.
+# Imports torch first: its actions during import are not sdgp's.
 PROGRAM = f"""
 import sys, torch, torch._dynamo
 from pathlib import Path
@@ -104,7 +104,7 @@ def test_the_libraries_call_neither_network_nor_programs() -> None:
         assert {name for name in called if re.fullmatch(forbidden, name)} == set()
 
 
-# In the sources of what is installed and of the recipes.
+# The sources of the installed package and of the recipes.
 
 MODULES = {
     *("pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "yaml"),
@@ -117,8 +117,8 @@ CALLS = {
     *("subprocess.getoutput", "subprocess.getstatusoutput", "numpy.load", "np.load"),
 }
 ALLOWED = {
-    ("python/sdgp/_machine.py", "import of subprocess"),  # git, for the commit beside a measurement
-    ("recipes/cifar10/data.py", "import of pickle"),  # an exception's name; torchvision compares the files' hashes
+    ("python/sdgp/_machine.py", "import of subprocess"),  # reads the git commit for a measurement
+    ("recipes/cifar10/data.py", "import of pickle"),  # for an exception; torchvision compares the hashes
 }
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The product on 2:4 tensor cores: what can be told without a GPU. The rest stands in test_cuda.py."""
+"""Tests the product on 2:4 tensor cores as far as possible without a GPU. test_cuda.py has the other tests."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_dtypes_that_do_not(dtype: torch.dtype) -> None:
         (False, (9, 0), True, "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"),
         (True, (7, 5), True, "a GPU of compute capability 8.0 or newer, got 7.5"),
         (True, (9, 0), False, f"a torch with cuSPARSELt, got {torch.__version__} without"),
-        (True, (8, 6), False, None),  # CUTLASS's
+        (True, (8, 6), False, None),  # uses CUTLASS
         (True, (9, 0), True, None),
     ],
 )
@@ -60,7 +60,7 @@ def test_devices(
 
 
 def decide(backend: str) -> sdgp.Decision:
-    """What a backward in float32 on CUDA takes, which has no sparse product."""
+    """Returns the decision for a backward in float32 on CUDA, which has no sparse product."""
     pruning = Pruning.parse("op", "2:4", "mvue", backend)
     site = Site("linear", CUDA, torch.float32, 1, pruning, (32, 16), True, 10)
     with torch.no_grad():
@@ -90,7 +90,7 @@ def test_the_obstacles_of_a_device() -> None:
 @pytest.mark.parametrize("layout", ["cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80"])
 @pytest.mark.parametrize("shape", [(256, 128, 64), (200, 100, 50), (1, 1, 1), (0, 64, 8), (64, 64, 0)])
 def test_shapes_of_a_product(layout: str, shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """On fake tensors, whose operators check what the real ones take: the packed operand has a row for each row."""
+    """The packed operand must have a row for each padded row. Fake tensors check the shapes as real operators do."""
     monkeypatch.setattr(semi_structured, "metadata_layout", lambda index, dtype: layout)
     rows, size, columns = shape
     with FakeTensorMode():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""spmm_nm and the convolution's product: against the reference in float64, within the error that their dtype allows."""
+"""Tests spmm_nm and the convolution's product against the float64 reference, within the error of their dtype."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOME_PATTERNS = ((2, 4), (1, 2), (3, 7), (4, 4), (8, 32), (31, 64), (1, 64), (1,
 
 
 def by_reference(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact product, and that of absolute values."""
+    """Returns the exact product and the product of absolute values."""
     values, dense = values.double(), dense.double()
     return tuple(reference.spmm_nm(v, indices, m, d) for v, d in ((values, dense), (values.abs(), dense.abs())))  # type: ignore[return-value]
 
@@ -31,7 +31,7 @@ def compressed(shape: tuple[int, ...], n: int, m: int, dtype: torch.dtype) -> tu
     return sdgp.compress_nm(torch.randn(shape).to(dtype), n, m)
 
 
-# By hand.
+# Cases worked out by hand.
 
 
 def test_by_hand() -> None:
@@ -49,7 +49,7 @@ def test_pruned_places_do_not_matter() -> None:
         assert product(values, indices, 4, torch.tensor([[nan], [0.0], [0.0], [2.0]])).isnan().all()
 
 
-# Against the reference.
+# Comparison with the reference.
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -184,7 +184,7 @@ def test_convolution_of_many_channels(stride: int, channels_last: bool) -> None:
 def convolutions(
     grad: Tensor, weight: Tensor, n: int, m: int, method: str, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The data gradient, the exact one of what was pruned, and that of the magnitudes."""
+    """Returns the data gradient, its exact value for the pruned gradient, and the product of absolute values."""
     seed = draw_seed()
     actual = conv2d_input_grad_nm(grad, weight, n, m, method, seed, *arguments)
     groups = arguments[4]
@@ -200,7 +200,7 @@ def convolutions(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: "{}:{}".format(*pattern))
 def test_linear_prunes_as_prune_nm_does(pattern: tuple[int, int], dtype: torch.dtype) -> None:
-    # Long rows that are read in several slabs, few that fill no chunk, tails.
+    # Long rows that are read in several slabs, few rows that do not fill a chunk, and remainders.
     for method in ("magnitude", "random", "rescale_group", "mvue"):
         for rows, size, cols in ((300, 2100, 33), (5, 70, 260), (1, 3, 1)):
             grad, weight, seed = torch.randn(rows, size).to(dtype), torch.randn(size, cols).to(dtype), draw_seed()
@@ -231,7 +231,7 @@ def test_linear_of_any_strides(grad: Tensor, data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue"])
 def test_matmul_of_transposed_operands(method: str, dtype: torch.dtype) -> None:
-    """Bit for bit as of contiguous ones: rows side by side, rows far apart, leading dimensions out of order."""
+    """Adjacent rows, rows far apart and reordered leading dimensions must give the bits of contiguous operands."""
     inputs = [torch.randn(130, 300).t(), torch.randn(66, 5, 40).movedim(0, -1), torch.randn(600, 130)[::2]]
     inputs += [torch.randn(5, 7, 130).transpose(0, 1), torch.randn(7, 260)[:, ::2], torch.randn(130).expand(300, 130)]
     for x in inputs:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the random methods draw: every subset alike, unbiased, with the least variance, independently of everything but
-the seed, and the same wherever the seed is the same.
+"""Tests the distribution of what the random methods draw.
 
-Seeds are fixed, so that a test passes always or never; limits are those that chance exceeds once in 10^4 to 10^5 times.
+Draws must give every subset equally often, be unbiased with the least variance, and depend only on the seed. Seeds are
+fixed, so a test always passes or always fails. Chance would exceed the limits once in 10^4 to 10^5 times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def seed(value: int) -> Tensor:
 
 
 def subsets(n: int, m: int, value: int, groups: int = DRAWS) -> Tensor:
-    """Which of the C(m, n) subsets each group keeps, as an index."""
+    """Returns the index of the subset that each group keeps, out of C(m, n) subsets."""
     kept = sdgp.prune_nm(torch.ones(groups, m), n, m, method="random", seed=seed(value)) != 0
     codes = (kept * 2 ** torch.arange(m)).sum(1)
     index = torch.full((2**m,), -1)
@@ -37,7 +37,7 @@ def subsets(n: int, m: int, value: int, groups: int = DRAWS) -> Tensor:
 
 
 def looks_uniform(counts: Tensor) -> bool:
-    """Pearson's chi-squared of cells that should be alike, below its quantile of 1 - 10^-4 (Wilson and Hilferty)."""
+    """Says whether Pearson's chi-squared of equal cells is below its 1 - 10^-4 quantile (Wilson and Hilferty)."""
     expected = counts.double().mean()
     chi_squared = float(((counts - expected) ** 2 / expected).sum())
     freedom = counts.numel() - 1
@@ -96,7 +96,7 @@ def test_over_many_seeds_one_group_draws_equally() -> None:
 
 
 def keeping_probabilities(values: Tensor, n: int) -> Tensor:
-    """min(1, c |x|) with c such that they add up to n."""
+    """Returns min(1, c |x|) with the c for which the probabilities sum to n."""
     low, high = 0.0, 1e9
     for _ in range(200):
         c = (low + high) / 2
@@ -110,7 +110,7 @@ def test_mvue_is_unbiased_with_the_least_variance(n: int, m: int) -> None:
     x = group.float()
     drawn = sdgp.prune_nm(x.expand(DRAWS, -1), n, m, method="mvue", seed=seed(5))
     probability = keeping_probabilities(group, n)
-    # x / p with probability p, else 0.
+    # The drawn value is x / p with probability p, else 0.
     variance = group.square() * (1 / probability - 1)
     error = (drawn.double().mean(0) - group).abs()
     assert (error <= 4 * (variance / DRAWS).sqrt() + 1e-6 * group.abs()).all()
@@ -122,10 +122,10 @@ def test_mvue_is_unbiased_with_the_least_variance(n: int, m: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 32)])
 def test_mvue_is_unbiased_in_every_dtype(n: int, m: int, dtype: torch.dtype) -> None:
-    group = torch.randn(2 * m + m // 2).to(dtype)  # with a tail
+    group = torch.randn(2 * m + m // 2).to(dtype)  # with a remainder
     draws = 40_000
     total = sdgp.prune_nm(group.expand(draws, -1), n, m, method="mvue").double()
-    # The standard error of each mean bounds what chance may do; rounding of the kept value adds the dtype's own.
+    # Chance is bounded by the standard error of each mean. Rounding the kept value adds the dtype's own error.
     error = (total.mean(0) - group.double()).abs()
     assert (error <= 4 * total.std(0) / draws**0.5 + torch.finfo(dtype).eps * total.abs().amax(0) + 1e-12).all()
 

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What users wrap around layers: torch.func, batched gradients, forward mode, in-place operators, torch.fx, autocast's
-cache, gradients of a subset, released weights, FLOP counting."""
+"""Tests what users wrap around layers.
+
+The cases are torch.func, batched gradients, forward mode, in-place operators, torch.fx, autocast's cache, gradients of
+a subset, released weights and FLOP counting.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,7 @@ def loss_of(model: nn.Module) -> Callable[[dict[str, Tensor], Tensor], Tensor]:
 
 
 def eager(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """The gradients of the loss, by autograd."""
+    """Returns the gradients of the loss by autograd."""
     values = parameters(model)
     found = torch.autograd.grad(loss_of(model)(values, x), list(values.values()))
     return dict(zip(values, found, strict=True))
@@ -90,7 +93,7 @@ def test_per_sample_gradients_of_a_method_that_draws(backend: str) -> None:
     per_sample = vmap(grad(loss_of(model)), in_dims=(None, 0), randomness="different")
     found = per_sample(parameters(model), x.unsqueeze(1))
     assert all(torch.isfinite(value).all() for value in found.values())
-    torch.testing.assert_close(found["4.weight"].mean(0), eager(model, x)["4.weight"])  # needs no data gradient
+    torch.testing.assert_close(found["4.weight"].mean(0), eager(model, x)["4.weight"])  # depends on no data gradient
     if backend != "auto":
         with pytest.raises(RuntimeError, match="randomness"):
             vmap(grad(loss_of(model)), in_dims=(None, 0))(parameters(model), x.unsqueeze(1))
@@ -145,7 +148,7 @@ def test_forward_mode_is_exact(net: str, backend: str) -> None:
 @nets
 @backends
 def test_second_derivatives(net: str, backend: str) -> None:
-    """Those of the plain model under auto; a pruned gradient refuses, whichever way it is differentiated."""
+    """Second derivatives must be the plain model's under auto. Differentiating a pruned gradient must be an error."""
     model, x = make(net, backend)
     plain, _ = make(net, None)
 
@@ -172,7 +175,7 @@ def test_second_derivatives(net: str, backend: str) -> None:
 
 
 def test_weight_gradients_may_be_differentiated_again() -> None:
-    """They are exact: only what flows through a pruned data gradient is refused."""
+    """Weight gradients are exact, so they may be differentiated again. Only a pruned data gradient refuses."""
     layer = sdgp.Linear(8, 8, pattern="2:4", method="magnitude", backend="pruned")
     x = torch.randn(4, 8, requires_grad=True)
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), layer.weight, create_graph=True)
@@ -258,7 +261,7 @@ def test_feature_extraction(backend: str) -> None:
 
 
 def saved_bytes(run: Callable[[], Tensor]) -> int:
-    """Of the distinct memory that a forward keeps for its backward."""
+    """Returns the bytes of distinct memory that a forward keeps for its backward."""
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -322,7 +325,7 @@ def test_layers_shared_by_albert_are_cast_once(backend: str) -> None:
 
 
 def test_casts_live_as_long_as_autocast_region() -> None:
-    """A weight that is changed in a way that bumps no version is cast anew in the next region."""
+    """A weight that changes without a new version must be cast again in the next autocast region."""
     layer = sdgp.Linear(8, 8, bias=False, backend="dense")
     x = torch.randn(4, 8, requires_grad=True)
 
@@ -352,7 +355,7 @@ def test_cast_under_autocast_leaves_the_plain_use_of_a_weight_its_gradient() -> 
 
 
 class Counted(TorchDispatchMode):
-    """Counts prunings: one per data gradient of the dense product."""
+    """Counts calls of prune_nm: one for each data gradient of the dense product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -396,7 +399,7 @@ def test_gradients_of_a_subset_are_those_of_all() -> None:
 
 @pytest.mark.parametrize("backend", ["dense", "sparse"])
 def test_released_weight_is_not_kept_alive(backend: str) -> None:
-    """ZeRO points a Parameter's data elsewhere between forward and backward, to free the gathered weight."""
+    """A layer must not keep a released weight alive: ZeRO replaces a Parameter's data after the forward to free it."""
     layer = sdgp.Linear(16, 32, method="magnitude", backend=backend)
     full = layer.weight.detach().clone()
     gathered = full.numpy().copy()

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""sdgp.watch: what it records against plain PyTorch, when it does, what it writes and sets aside, and that training
-does not notice."""
+"""Tests sdgp.watch: its records against plain PyTorch, when it records, and what it writes and sets aside.
+
+Watching must not change the training.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def last(watch: sdgp.Watch, layer: str) -> dict[str, float]:
 def test_example() -> None:
     model = converted(nn.Linear(4, 4, bias=False))
     with torch.no_grad():
-        model.weight.copy_(torch.eye(4))  # so that the data gradient is what prune_nm leaves
+        model.weight.copy_(torch.eye(4))  # so that the data gradient is the output of prune_nm
     watch = sdgp.watch(model, every=1)
     x = torch.zeros(1, 4, requires_grad=True)
     model(x).backward(torch.tensor([[4.0, -3.0, 0.0, 1.0]]))
@@ -56,7 +58,7 @@ def test_example() -> None:
 
 
 def plainly(grad_output: Tensor, kept: Tensor, exact: Tensor, pruned: Tensor) -> dict[str, float]:
-    """What the docstring of sdgp.watch says, with torch's own functions."""
+    """Computes the metrics as the docstring of sdgp.watch defines them, with torch's own functions."""
     grad_output, kept, exact, pruned = (tensor.double() for tensor in (grad_output, kept, exact, pruned))
     stays = kept != 0
     return {
@@ -98,7 +100,7 @@ def test_matches_plain_pytorch(name: str, method: str) -> None:
     kept = model.prune(grad_output, None)
     expected = plainly(grad_output[:samples], kept[:samples], exact[:samples], pruned[:samples])
     found = last(watch, "(model)")
-    if name == "circular":  # g and p are those of the padded input
+    if name == "circular":  # g and p belong to the padded input
         for key in ("cosine", "error"):
             assert found[key] == pytest.approx(expected.pop(key), rel=0.5)
     assert {key: found[key] for key in expected} == pytest.approx(expected, rel=1e-4)
@@ -223,7 +225,7 @@ def test_gradients_without_a_direction(value: float, tmp_path: Path) -> None:
 def test_writes_json_lines(tmp_path: Path) -> None:
     model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     path = tmp_path / "watch.jsonl"
-    for _ in range(2):  # the second goes on in the same file
+    for _ in range(2):  # the second watch appends to the same file
         with sdgp.watch(model, every=1, to=path) as watch:
             step(model, torch.randn(2, 8))
     rows = [json.loads(line) for line in path.read_text().splitlines()]

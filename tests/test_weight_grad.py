@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A pruned weight gradient: the closed form, where it is exact all the same, and what it leaves alone."""
+"""Tests the pruned weight gradient: the closed form, when it is exact anyway, and what it leaves unchanged."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ forced = pytest.mark.parametrize("backend", FORCED)
 
 
 def make(name: str, *settings: Any, **more: Any) -> tuple[Any, Any, Tensor]:
-    """A plain layer, its converted twin, and an input."""
+    """Makes a plain layer, its converted twin and an input."""
     build, shape = LAYERS[name]
     plain = build()
     return plain, sdgp.convert(copy.deepcopy(plain), *settings, **more), torch.randn(shape, requires_grad=True)
 
 
 def prune_rows(grad_output: Tensor, n: int, m: int, method: str) -> Tensor:
-    """Along the rows of a linear layer; draws."""
+    """Prunes along the rows of a linear layer's gradient. May draw."""
     rows = grad_output.reshape(-1, grad_output.shape[-1])
     return sdgp.prune_nm(rows.t(), n, m, -1, method).t().reshape(grad_output.shape)
 
 
 def prune_pixels(grad_output: Tensor, n: int, m: int, method: str) -> Tensor:
-    """Along the output pixels of a convolution; draws."""
+    """Prunes along the output pixels of a convolution's gradient. May draw."""
     return sdgp.prune_nm(grad_output.flatten(2), n, m, -1, method).view_as(grad_output)
 
 
 def exact(plain: nn.Module, x: Tensor, grad_output: Tensor) -> dict[str, Tensor]:
-    """Of the plain layer."""
+    """Returns the gradients of the plain layer."""
     x = x.detach().requires_grad_()
     named = {"input": x, **dict(plain.named_parameters())}
     return dict(zip(named, gradients(plain(x), grad_output, *named.values()), strict=True))
@@ -74,7 +74,7 @@ def test_linear(shape: tuple[int, ...], method: str, bias: bool, backend: str) -
     torch.manual_seed(1)
     actual = gradients(output, grad_output, x, weight, b)
     expected = gradients(plain, grad_output, x, weight, b)
-    torch.manual_seed(1)  # the data gradient draws first, and the weight gradient by itself
+    torch.manual_seed(1)  # the data gradient draws first, then the weight gradient
     expected[0] = sdgp.prune_nm(grad_output, 2, 8, -1, "mvue") @ weight
     if x.numel() // 16 >= 4:
         pruned = prune_rows(grad_output, 2, 4, method).reshape(-1, 20)
@@ -84,7 +84,7 @@ def test_linear(shape: tuple[int, ...], method: str, bias: bool, backend: str) -
 
 
 def laid_out(image: Tensor) -> list[bool]:
-    """Its memory format, whatever the strides of dimensions of size 1."""
+    """Returns the memory formats that an image has, whatever the strides of dimensions of size 1."""
     return [image.is_contiguous(memory_format=each) for each in (torch.contiguous_format, torch.channels_last)]
 
 
@@ -166,7 +166,7 @@ def test_result_is_laid_out_as_the_weight(transposed: bool, backend: str) -> Non
 @layers
 @forced
 def test_random_methods_draw_for_each_product(name: str, backend: str) -> None:
-    """A product that is not asked for draws nothing."""
+    """A product that is not asked for must draw nothing."""
     _, layer, x = make(name, "2:4", backend=backend, weight_grad="2:4")
     grad_output = torch.randn_like(layer(x))
     torch.manual_seed(1)
@@ -180,7 +180,7 @@ def test_random_methods_draw_for_each_product(name: str, backend: str) -> None:
     assert not torch.equal(gradients(layer(x), grad_output, layer.weight)[0], of_weight)
 
 
-# Beside a data gradient of any kind.
+# Together with any data gradient.
 
 
 @layers
@@ -228,13 +228,13 @@ def test_forward_saves_what_it_saves_without(name: str, frozen: bool) -> None:
     _, layer, x = make(name, "2:4", backend="dense", weight_grad="4:16")
     layer.weight.requires_grad_(not frozen)
     without = sdgp.convert(copy.deepcopy(layer), "2:4", backend="dense")
-    outputs = [each(x) for each in (layer, without)]  # kept: older versions of torch free what their outputs saved
+    outputs = [each(x) for each in (layer, without)]  # keep these: older versions of torch free their saved tensors
     kept = [[None if tensor is None else tensor.shape for tensor in y.grad_fn.saved_tensors] for y in outputs]
     assert kept[0] == kept[1]
     assert (None in kept[0]) == frozen
 
 
-# Where it is exact.
+# When it is exact.
 
 
 @pytest.mark.parametrize("backend", ["auto", *FORCED])
@@ -293,11 +293,11 @@ def test_paused_and_identity(name: str, backend: str) -> None:
     assert not layer.is_pruning
 
 
-# Chosen for each product.
+# How each product is chosen.
 
 
 def large(name: str, *settings: Any, **more: Any) -> tuple[Any, Tensor, Tensor]:
-    """A layer at the size from which products are measured, its input and its output's gradient."""
+    """Makes a layer that is large enough to be measured, its input and its output's gradient."""
     if name == "linear":
         layer: nn.Module = sdgp.Linear(256, 256)
         x, grad_output = torch.randn(256, 256), torch.randn(256, 256)
@@ -308,7 +308,7 @@ def large(name: str, *settings: Any, **more: Any) -> tuple[Any, Tensor, Tensor]:
 
 
 class Told:
-    """A timer by which one of the two sparse products wins; the data gradient's is measured first."""
+    """A timer that decides which of the two sparse products wins. The data gradient is measured first."""
 
     def __init__(self, data_wins: bool, weight_wins: bool) -> None:
         times = [(1.0, 9.0) if wins else (9.0, 1.0) for wins in (data_wins, weight_wins)]
@@ -355,7 +355,7 @@ def test_layer_that_is_known_to_be_exact_is_the_plain_one() -> None:
     with sdgp.Chooser(timer=Told(False, False), rounds=1):
         assert layer(x).grad_fn.name() != plain  # not measured yet
         gradients(layer(x), grad_output, x)
-        assert layer(x).grad_fn.name() != plain  # the weight gradient is not
+        assert layer(x).grad_fn.name() != plain  # the weight gradient is not measured yet
         gradients(layer(x), grad_output, layer.weight)
         assert layer(x).grad_fn.name() == plain
         assert layer.plain_for is not None
@@ -363,7 +363,7 @@ def test_layer_that_is_known_to_be_exact_is_the_plain_one() -> None:
 
 @pytest.mark.parametrize("first", ["data", "weight"])
 def test_call_that_needs_other_gradients_is_decided_anew(first: str) -> None:
-    """What is known of one gradient's calls says nothing about the other's."""
+    """A call that needs the other gradient must be decided anew: its own calls are still unknown."""
     layer, x, grad_output = large("linear", "2:4", weight_grad="4:16")
     with sdgp.Chooser(timer=Told(False, False), rounds=1):
         for gradient in (first, *({"data", "weight"} - {first})):
@@ -403,7 +403,7 @@ def test_chooser_state_with_both_gradients_and_of_before() -> None:
 
 
 def site_of(layer: Any, x: Tensor) -> Site:
-    """Of its data gradient."""
+    """Returns the site of a layer's data gradient."""
     return Site("linear", x.device, x.dtype, torch.get_num_threads(), layer.pruning.data, layer.weight.shape, True, 16)
 
 
@@ -435,7 +435,7 @@ def test_double_backward_is_refused(name: str, backend: str) -> None:
 
 @layers
 def test_auto_may_be_differentiated_twice(name: str) -> None:
-    """Exactly, although the sparse products win and a first differentiation prunes."""
+    """A second differentiation must be exact, even if the sparse products win and the first one prunes."""
     layer, x, _ = large(name, "1:4", weight_grad="1:4")
     plain = sdgp.revert(copy.deepcopy(layer))
 
@@ -454,7 +454,7 @@ def test_auto_may_be_differentiated_twice(name: str) -> None:
 @layers
 @forced
 def test_functional_gradients(name: str, backend: str) -> None:
-    """Those of eager mode; under vmap of each sample alone."""
+    """Functional gradients must be those of eager mode, and vmap must give those of each sample."""
     _, layer, x = make(name, "2:4", "magnitude", backend=backend, weight_grad=("1:4", "magnitude"))
 
     def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
@@ -507,7 +507,7 @@ def test_autocast(name: str, method: str, dtype: torch.dtype, backend: str) -> N
 @layers
 @pytest.mark.parametrize("backend", ["dense", "sparse"])
 def test_compiled(name: str, backend: str, dynamic: bool) -> None:
-    """The data gradient being exact, and the first input needing none."""
+    """A compiled layer must match eager mode if its data gradient is exact or its input needs none."""
     torch._dynamo.reset()
     _, layer, x = make(name, "4:4", backend=backend, weight_grad=("2:4", "magnitude"))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -550,13 +550,13 @@ def test_flops_of_the_sparse_product() -> None:
     x = torch.randn(30, 16)
     with FlopCounterMode(display=False) as counter:
         layer(x).sum().backward()
-    assert counter.get_total_flops() == 2 * 30 * 16 * 64 + 2 * 16 * 16 * 64  # of 30 rows 16 stay
+    assert counter.get_total_flops() == 2 * 30 * 16 * 64 + 2 * 16 * 16 * 64  # 16 of 30 rows stay
     conv = sdgp.Conv2d(8, 12, 3, groups=2, bias=False, backend="sparse", weight_grad=("2:4", "magnitude"))
     images = torch.randn(5, 8, 7, 5)
     with FlopCounterMode(display=False) as counter:
         conv(images).sum().backward()
     forward = 2 * 5 * 12 * 15 * 4 * 9
-    assert counter.get_total_flops() == forward + forward * 8 // 15  # of 15 pixels 8 stay
+    assert counter.get_total_flops() == forward + forward * 8 // 15  # 8 of 15 pixels stay
 
 
 # Settings.
@@ -637,7 +637,7 @@ def test_converting_again_changes_it() -> None:
 def test_report_tells_of_bias(method: str) -> None:
     _, layer, x = make("linear", "2:4", "magnitude", backend="dense", weight_grad=("4:16", method))
     phrase = f"; biased: the error of {method} does not average out"
-    for _ in range(2):  # before a backward and after one
+    for _ in range(2):  # before a backward and after it
         data, weight = sdgp.report(layer)
         assert "biased" not in data.why
         assert weight.why == 'backend="dense"' + ("" if method == "mvue" else phrase)
@@ -657,7 +657,7 @@ def test_schedule() -> None:
     assert {product for _, product in seen()} == {"exact"}
     schedule.step()
     assert seen() == [("2:4", "dense"), ("4:16", "dense")] * 2
-    schedule.step()  # 12 output channels have no group of 16, which does not concern the weight gradient
+    schedule.step()  # 12 output channels are too few for m = 16; the weight gradient groups rows
     assert seen() == [("8:16", "dense"), ("4:16", "dense"), ("1:1", "exact"), ("4:16", "dense")]
     schedule.step()
     assert {product for _, product in seen()} == {"exact"}
@@ -678,10 +678,10 @@ def test_profile_counts_each_call_once() -> None:
     model = sdgp.convert(nn.Sequential(nn.Linear(64, 64)), "2:4", backend="dense", weight_grad="1:1")
     (row,) = sdgp.profile(model, torch.randn(32, 64, requires_grad=True), rounds=1)
     assert (row.layer, row.pattern, row.product) == ("0", "2:4", "dense")
-    assert model[0].weight_decision is None  # as before
+    assert model[0].weight_decision is None  # as before the profile
 
 
-# The hint of the report.
+# The hint in the report.
 
 
 @pytest.mark.parametrize(
@@ -714,7 +714,7 @@ def test_report_names_wider_groups_once() -> None:
     *_, last = str(sdgp.report(sdgp.convert(model, plan))).splitlines()
     assert last == (
         "on a CPU a wider group of the same density takes the same time and adds less noise: "
-        "8:16 in place of 2:4, 4:16 in place of 1:4"  # 8 output channels have no group of 16
+        "8:16 in place of 2:4, 4:16 in place of 1:4"  # 8 output channels are too few for m = 16
     )
     assert "on a CPU" not in str(sdgp.report(sdgp.convert(model, "8:16")))
     assert "on a CPU" not in str(sdgp.report(sdgp.convert(nn.Linear(32, 32, device="meta"), "2:4")))

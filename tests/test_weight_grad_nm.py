@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The products of weight gradients: a convolution's, and that of a matrix whose rows lie side by side, against the
-reference in float64, within the error that their dtype allows."""
+"""Tests the products of weight gradients against the float64 reference, within the error of their dtype.
+
+The products are a convolution's, and that of a matrix with adjacent rows.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ class Window(NamedTuple):
 
 
 def check(grad: Tensor, x: Tensor, n: int, m: int, method: str, window: Window, channels_last: bool = False) -> Tensor:
-    """The op's result, which is near the exact one of what prune_nm keeps of each channel's pixels."""
+    """Returns the op's result, and checks it against the exact result for the pruned pixels of each channel."""
     seed = draw_seed()
     actual = conv2d_weight_grad_nm(grad, x, n, m, method, seed, *window, channels_last)
     pruned = sdgp.prune_nm(grad.flatten(2), n, m, -1, method, seed).reshape(grad.shape).double()
@@ -52,7 +54,7 @@ def check(grad: Tensor, x: Tensor, n: int, m: int, method: str, window: Window, 
     return actual
 
 
-# By hand.
+# Cases worked out by hand.
 
 
 def test_by_hand() -> None:
@@ -67,7 +69,7 @@ def test_by_hand() -> None:
     assert prune_nm_matmul(rows.t(), dense, 2, 4, "magnitude").tolist() == [[-13], [11]]
 
 
-# Against the reference.
+# Comparison with the reference.
 
 
 SHAPES: dict[str, tuple[tuple[int, ...], int, Window]] = {
@@ -202,7 +204,7 @@ def test_rows_side_by_side(
 
 
 def test_pixels_far_apart() -> None:
-    """The last two lie beyond 2^31 elements: pages that nobody writes take no memory."""
+    """The kernel must reach the last two pixels, beyond 2^31 elements. Unwritten pages take no memory."""
     memory = mmap.mmap(-1, 2 * (2**20 * 2049 + 16))
     x = torch.frombuffer(memory, dtype=torch.bfloat16).as_strided((1, 16, 1, 2050), (0, 1, 1, 2**20))
     grad = torch.zeros(1, 3, 1, 2050, dtype=torch.bfloat16)
@@ -213,7 +215,7 @@ def test_pixels_far_apart() -> None:
 
 
 def test_one_row_repeated() -> None:
-    """Rows side by side whose columns are one: a step of zero."""
+    """Adjacent rows must also work if all columns are one, with stride zero."""
     x, dense = torch.randn(40).expand(50, 40).t(), torch.randn(50, 9)
     pruned = sdgp.prune_nm(x, 2, 8).double()
     near(prune_nm_matmul(x, dense, 2, 8, "magnitude"), pruned @ dense.double(), pruned.abs() @ dense.double().abs(), 50)
@@ -235,7 +237,7 @@ def test_every_instruction_set(isa: str) -> None:
 
 
 def of_threads(call: Callable[[], Tensor]) -> None:
-    """Bit for bit the same from any number of threads, each of which has other units."""
+    """Any number of threads must give the same bits, although each thread has other units."""
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -292,7 +294,7 @@ def test_16_bit_values_are_summed_in_float32(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_zeros_of_the_gradient(dtype: torch.dtype) -> None:
-    """Groups that keep fewer than n, of zeros with either sign."""
+    """Groups with fewer than n nonzeros, and zeros of either sign, must be handled."""
     x = torch.randn(3, 20, 9, 9).to(dtype)
     grad = (torch.randn(3, 18, 9, 9) - 1).relu().to(dtype)
     grad = torch.where(torch.rand(grad.shape) < 0.3, -grad, grad)

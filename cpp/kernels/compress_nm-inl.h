@@ -1,26 +1,26 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// compress_nm and its inverse. Pruning is prune_nm's own: a block of rows is pruned into a buffer in the cache and
-// packed from there, so that every method, type and layout selects what prune_nm selects. Compiled once per
-// instruction set.
+// compress_nm and its inverse. prune_nm prunes some rows into a buffer in the cache, and they are packed from there. So
+// compression selects what prune_nm selects, for every method, type and layout. Compiled once per instruction set.
 //
 // Note [Packing]
-// What prune_nm kept is what is not +0 afterwards, at most n per group; pruned places with the lowest indices make up
-// the rest. Eight elements at a time: their bits select one of 256 permutations that brings the kept ones to the
-// front; whole vectors are stored, and what they write beyond the kept ones the next store overwrites.
+// After prune_nm, the kept values are the elements that are not +0, at most n per group. Pruned elements with the
+// lowest indices fill the group up to n. Eight elements are packed at a time: their mask bits select one of 256
+// permutations, which moves the kept elements to the front. Whole vectors are stored; the next store overwrites what
+// lies beyond the kept elements.
 #pragma once
 
 #include "pruned_rows-inl.h"
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kCompressElements = 4096;  // per block: its buffer stays in the first-level cache
+constexpr int64_t kCompressElements = 4096;  // per buffer, so that it stays in the L1 cache
 
 struct PackTable {
-  uint64_t order[256];  // byte i: where the i-th kept element was
+  uint64_t order[256];  // byte i: the position of the i-th kept element
 };
 
-// Each run of m of the eight bits is a group (m divides 8), filled up to n bits.
+// m divides 8. Each m consecutive bits of the eight are a group, which is filled up to n bits.
 inline void make_pack_table(PackTable& table, int n, int m) {
   for (int bits = 0; bits < 256; ++bits) {
     uint64_t order = 0;
@@ -38,7 +38,7 @@ inline void make_pack_table(PackTable& table, int n, int m) {
   }
 }
 
-// The bits of those of eight elements that are not +0.
+// Returns one bit per element of eight: 1 if the element is not +0.
 template <class T>
 SDGP_INLINE uint32_t kept_bits(const T* x) {
 #if defined(__AVX2__)
@@ -61,7 +61,7 @@ SDGP_INLINE uint32_t kept_bits(const T* x) {
 #endif
 }
 
-// Stores the eight elements in the order that the bytes of `order` name.
+// Stores the eight elements in the order that the bytes of `order` give.
 template <class T>
 SDGP_INLINE void store_in_order(const T* x, uint64_t order, T* out) {
 #if defined(__AVX2__)
@@ -77,7 +77,7 @@ SDGP_INLINE void store_in_order(const T* x, uint64_t order, T* out) {
   for (int i = 0; i < kPack; ++i) out[i] = x[order >> (8 * i) & 7];
 }
 
-// Sets the lowest `count` bits that are not set.
+// Sets the lowest `count` bits that are 0.
 SDGP_INLINE uint64_t fill_bits(uint64_t bits, int count) {
   for (; count > 0; --count) bits |= bits + 1;
   return bits;
@@ -87,14 +87,14 @@ template <class T>
 struct Packer {
   const int n;
   const int m;
-  const bool whole;  // eight elements are whole groups
+  const bool whole;  // eight elements are a whole number of groups
   PackTable table;
 
   explicit Packer(const Pruning& pruning) : n(pruning.n), m(pruning.m), whole(kPack % m == 0) {
     make_pack_table(table, whole ? n : 0, whole ? m : kPack);
   }
 
-  // One group of `length` elements, exactly.
+  // Packs one group of `length` elements. Reads and writes nothing beyond it.
   void pack_group(const T* x, int64_t length, T* values, uint8_t* indices) const {
     int64_t missing = n < length ? n : length;
     for (int64_t j = 0; j < length; ++j) missing -= x[j] != 0;
@@ -110,7 +110,7 @@ struct Packer {
     }
   }
 
-  // One row. Reads up to kPack - 1 elements beyond it; writes nothing beyond its kept values.
+  // Packs one row. Reads up to kPack - 1 elements beyond it, but writes nothing beyond its kept values.
   void pack_row(const T* x, int64_t size, T* values, uint8_t* indices) const {
     const int64_t full = size / m;
     const int64_t kept = ceil_div(size, m) * n;
@@ -135,11 +135,11 @@ struct Packer {
     }
   }
 
-  // Whether place_block takes blocks of `rows` elements.
+  // Returns whether place_block accepts `rows` elements at a time.
   bool places(int64_t rows) const { return whole ? rows % kPack == 0 : m % kPack == 0; }
 
-  // Some whole groups, and for indices the byte offsets of rows of a dense operand. Writes up to kPack elements beyond
-  // what they keep.
+  // Packs whole groups. Instead of indices, writes the byte offsets of the rows of a dense operand. Writes up to kPack
+  // elements beyond the kept values.
   void place_block(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
     if (whole) {
       const int kept = kPack / m * n;
@@ -169,7 +169,7 @@ struct Packer {
     store_bits(offsets, (lanes + static_cast<uint16_t>(first)) * row_bytes);
   }
 
-  // The bits of what a full group keeps, filled up.
+  // Returns the bits of the kept elements of a full group, filled up to n bits.
   SDGP_INLINE uint64_t group_bits(const T* x) const {
     uint64_t bits = 0;
     for (int j = 0; j < m; j += kPack) bits |= static_cast<uint64_t>(kept_bits(x + j)) << j;
@@ -177,7 +177,7 @@ struct Packer {
     return fill_bits(bits, n - __builtin_popcountll(bits));
   }
 
-  // One full group, in blocks of eight. Writes up to kPack elements beyond it.
+  // Packs one full group, eight elements at a time. Writes up to kPack elements beyond it.
   SDGP_INLINE void pack_blocks(const T* x, T* values, uint8_t* indices) const {
     const uint64_t bits = group_bits(x);
     for (int j = 0; j < m; j += kPack) {
@@ -192,8 +192,8 @@ struct Packer {
   }
 };
 
-// The elements of a row that are not +0, and of each what `places` has for it, to the front; returns how many. Reads
-// and writes up to kKeep - 1 elements beyond them.
+// keep_row moves the elements of a row that are not +0 to the front, together with their entries in `places`, and
+// returns their number. It reads and writes up to kKeep - 1 elements beyond them.
 constexpr int kKeep = 16;
 
 template <class T>
@@ -223,10 +223,10 @@ SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, c
   return kept;
 }
 
-// How a call is cut: positions of the outer dimensions x pieces of the innermost.
+// How a call is divided: positions of the outer dimensions x pieces of the innermost dimension.
 struct CompressPlan {
   int64_t inner;  // rows along the innermost dimension
-  int64_t piece;  // rows in a block
+  int64_t piece;  // rows that are pruned at a time
   int64_t pieces;
   int64_t units;
 };
@@ -236,7 +236,7 @@ inline CompressPlan make_compress_plan(const PruneArgs& args) {
   int64_t rows = 1;
   for (int d = 0; d < args.ndim; ++d) rows *= args.dims[d].size;
   plan.inner = args.ndim ? args.dims[args.ndim - 1].size : 1;
-  // Where rows lie side by side, a block wants some of them for its loads.
+  // If rows lie side by side, vector loads need several of them.
   const int64_t least = args.in_stride == 1 ? 1 : 64;
   plan.piece = kCompressElements / args.size > least ? kCompressElements / args.size : least;
   plan.pieces = ceil_div(plan.inner, plan.piece);
@@ -286,7 +286,7 @@ inline void compress_nm(const CompressArgs& args, int64_t begin, int64_t end) {
         [&]<DType kDType>(Constant<kDType>) { compress_range<WordOf<kDType>>(args, begin, end); });
 }
 
-// Where an index occurs twice in a group, its first value counts: the others fill a short group.
+// If an index occurs twice in a group, the first value counts; the later ones only fill a short group.
 template <class T>
 bool decompress_range(const DecompressArgs& args, int64_t begin, int64_t end) {
   const int64_t groups = ceil_div(args.size, args.m);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Which N:M rows a chunk of result rows is summed from: one per tap where the tap meets the gradient, for any stride,
-// padding and dilation. Compiled once per instruction set.
+// Finds the N:M rows whose products form each result row: one per tap that meets the gradient. Any stride, padding and
+// dilation. Compiled once per instruction set.
 #pragma once
 
 #include "pack_dense-inl.h"
@@ -9,14 +9,14 @@
 
 namespace sdgp::SDGP_ISA {
 
-// Which position of the gradient a position of the result meets at tap `k`; -1: none.
+// Returns the position of the gradient that position `at` of the result meets at tap `k`, or -1 if there is none.
 SDGP_INLINE int64_t source_of(const Axis2d& axis, int64_t at, int64_t k) {
   const int64_t padded = at + axis.padding - k * axis.dilation;
   if (padded < 0 || padded % axis.stride != 0) return -1;
   return padded / axis.stride < axis.out ? padded / axis.stride : -1;
 }
 
-// Whether result rows are rows of the gradient, in the same order.
+// Returns whether result rows are rows of the gradient, in the same order.
 inline bool is_plain_product(const SpmmArgs& args) {
   const auto is_point = [](const Axis2d& axis) {
     return axis.kernel == 1 && axis.stride == 1 && axis.padding == 0 && axis.in == axis.out;
@@ -24,9 +24,9 @@ inline bool is_plain_product(const SpmmArgs& args) {
   return is_point(args.height) && is_point(args.width);
 }
 
-// What one set of taps, those that share the first-level cache, adds to a chunk.
+// What one set of taps adds to a chunk. The taps of a set share the L1 cache.
 struct EntryList {
-  // Per result row that has something to add: its number in the chunk, then for each tap which N:M row, -1: none.
+  // Per result row that receives a sum: its number in the chunk, then the N:M row of each tap, or -1 if there is none.
   const int32_t* entries;
   int64_t count;
   int64_t taps;
@@ -37,7 +37,7 @@ class Gather {
   const int64_t sets;
   Scratch<EntryList> lists;  // (sets)
   int64_t first_source = 0;  // the first N:M row that the chunk needs, over all samples
-  int64_t sources = 0;       // how many from there on
+  int64_t sources = 0;       // the number of N:M rows from there on
 
   Gather(const SpmmArgs& args, const DensePlan& dense, int64_t most_rows)
       : sets(ceil_div(dense.taps, dense.tap_set)), args_(args), dense_(dense) {
@@ -52,14 +52,14 @@ class Gather {
     lists.reserve(sets);
   }
 
-  // For the result rows from `first_row` on, counted over all samples.
+  // Fills the lists for the result rows from `first_row` on, counted over all samples.
   void find(int64_t first_row, int64_t rows) {
     find_sources(first_row, rows);
     list_entries(rows);
   }
 
  private:
-  // The table of (result row, tap) -> N:M row, counted from the first that the chunk needs.
+  // Fills the table of (result row, tap) -> N:M row. N:M rows are counted from the first one that the chunk needs.
   void find_sources(int64_t first_row, int64_t rows) {
     const Axis2d& h = args_.height;
     const Axis2d& w = args_.width;
@@ -102,7 +102,7 @@ class Gather {
     }
   }
 
-  // The rows that each set of taps adds to; the first set begins all of them.
+  // Lists the rows that each set of taps adds to. The first set lists all rows because it also initializes their sums.
   void list_entries(int64_t rows) {
     int32_t* entry = entries_.data;
     for (int64_t set = 0; set < sets; ++set) {
@@ -126,7 +126,7 @@ class Gather {
   const SpmmArgs& args_;
   const DensePlan& dense_;
   Scratch<int32_t> columns_;  // (width, kernel width)
-  Scratch<int64_t> line_;     // (kernel height): of the current line of the result
+  Scratch<int64_t> line_;     // (kernel height), for the current line of the result
   Scratch<int32_t> table_;    // (rows, taps)
   Scratch<int32_t> entries_;
 };

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernel tables of one instruction set: what isa_<name>.cpp compiles, with that set's flags and SDGP_ISA = <name>.
-// Everything here lives in namespace SDGP_ISA and calls no inline function of the standard library: the linker would
-// keep one copy of it for all, perhaps the one with instructions that this CPU lacks.
+// The kernel tables of one instruction set. isa_<name>.cpp compiles this file with the flags of that instruction set
+// and SDGP_ISA = <name>. Everything here is in namespace SDGP_ISA and calls no inline function of the standard library:
+// the linker would keep a single copy of that function, perhaps one with instructions that this CPU lacks.
 #include "compress_nm-inl.h"
 #include "permute_nm-inl.h"
 #include "permute_weight_grad-inl.h"
@@ -11,7 +11,7 @@
 #include "weight_grad_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
-// kPermutes: products of bfloat16 go to the permute kernel where it takes them.
+// kPermutes: the permute kernel computes the bfloat16 products that it supports.
 template <bool kPermutes>
 constexpr Kernels make_table(const char* isa) {
   Kernels made{

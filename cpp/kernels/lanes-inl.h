@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Which lanes (vec-inl.h) each element type takes: a type's one row on the CPU. Compiled once per instruction set.
+// The lanes (vec-inl.h) of each element type. Each type has one entry here. Compiled once per instruction set.
 #pragma once
 
 #include "pruning.h"
@@ -8,8 +8,7 @@
 
 namespace sdgp::SDGP_ISA {
 
-// What the kernels make of a stored type: lanes to compute in, and, for methods that look at magnitudes alone, to
-// compare.
+// The lanes of a stored type: one lane type for computation, and one for methods that only compare magnitudes.
 template <DType kDType>
 struct LaneTypes;
 template <>
@@ -38,7 +37,7 @@ template <DType kDType, Method kMethod>
 using LanesFor =
     std::conditional_t<kMethod == Method::kMagnitude, typename LaneTypes<kDType>::Compared, LanesOf<kDType>>;
 
-// The word that holds an element, to move it.
+// The integer type that moves an element without a conversion.
 template <int kBytes>
 using Word = std::conditional_t<kBytes == 2, uint16_t, std::conditional_t<kBytes == 4, uint32_t, uint64_t>>;
 template <DType kDType>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The dense operand of a sparse product: how it is cut into blocks that fit the first-level cache, and packed so that a
-// block is consecutive. Compiled once per instruction set.
+// Packs the dense operand of a sparse product into blocks that fit the L1 cache. Each block is contiguous. Compiled
+// once per instruction set.
 #pragma once
 
 #include "lanes-inl.h"
@@ -10,9 +10,9 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int kMaxPanel = 8;  // vectors: 2 FMA ports x 4 cycles of latency are in flight
+constexpr int kMaxPanel = 8;  // vectors: enough to keep 2 FMA ports x 4 cycles of latency busy
 
-// Of the dense operand in the first-level cache; the rest is for what streams past.
+// The bytes of the L1 cache for the dense operand. The rest is for data that is read once.
 inline int64_t block_bytes() {
   const int64_t wanted = first_level_cache_bytes() / 3 * 2;
   return wanted < 49152 ? wanted : 49152;
@@ -20,16 +20,16 @@ inline int64_t block_bytes() {
 
 static_assert(kMaxGroupSize * kMaxPanel * kVectorBytes <= 65536, "an offset into a block has 16 bits");
 
-// How the dense operand is cut and packed: [group][panel][block][tap][row][panel's columns], all of E, the last
-// panel's missing columns zero.
+// The layout of the packed operand: [group][panel][block][tap][row][column of the panel], all of type E. Missing
+// columns of the last panel are zero.
 struct DensePlan {
   int64_t taps;
-  int64_t panel;  // vectors
+  int64_t panel;  // in vectors
   int64_t panels;
-  int64_t width;  // columns of a panel
-  int64_t rows;   // of the reduction in a block, a multiple of m; the last block may have fewer
+  int64_t width;  // in columns
+  int64_t rows;   // reduction rows of a block, a multiple of m; the last block may have fewer
   int64_t blocks;
-  int64_t tap_set;  // taps that share the first-level cache
+  int64_t tap_set;  // number of taps that share the L1 cache
 
   int64_t row_bytes(int64_t element_size) const { return width * element_size; }
   int64_t block_rows(const SpmmArgs& args, int64_t block) const {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The input that a block of output pixels meets, packed so that a position's columns are consecutive and every tap is
-// at the same distance from every pixel (Note [Patches]). Compiled once per instruction set.
+// Packs the input that a block of output pixels reads. The columns of a position are contiguous, and the distance from
+// a pixel to each of its taps is the same for all pixels (Note [Patches]). Compiled once per instruction set.
 #pragma once
 
 #include "patches-inl.h"
@@ -9,7 +9,7 @@
 
 namespace sdgp::SDGP_ISA {
 
-// Pixels [begin, end) of each of some samples.
+// Pixels [begin, end) of each of `samples` samples.
 struct PixelBlock {
   int64_t sample;
   int64_t samples;
@@ -19,7 +19,7 @@ struct PixelBlock {
   int64_t size() const { return samples * (end - begin); }
 };
 
-// Some columns of the input: the first, counted over all convolution groups, and how many.
+// Consecutive columns of the input. `first` counts over all convolution groups.
 struct Columns {
   int64_t first;
   int64_t count;
@@ -31,12 +31,12 @@ class PackedInput {
   using E = typename C::E;
 
  public:
-  int64_t pitch = 0;  // positions from line to line of what was packed last
+  int64_t pitch = 0;  // positions from one line to the next in the last result of pack()
 
-  // `width`: columns of a packed position; what is missing is zero.
+  // `width` is the number of columns of a packed position. Missing columns are zero.
   PackedInput(const WeightGradArgs& args, int64_t width) : args_(args), width_(width), patches_(args) {}
 
-  // [sample][patch][line][position][column], valid until the next call.
+  // Returns [sample][patch][line][position][column], valid until the next call.
   const E* pack(const PixelBlock& block, const Columns& columns) {
     patches_.find(block.begin, block.end);
     pitch = patches_.pitch;
@@ -54,7 +54,7 @@ class PackedInput {
     return packed_.data;
   }
 
-  // What packing such a block will read; valid until the next call.
+  // Returns the memory that packing this block will read. The result is valid until the next call.
   Ahead ahead(const PixelBlock& block, const Columns& columns) {
     patches_.find(block.begin, block.end);
     int64_t most = 0;
@@ -78,24 +78,25 @@ class PackedInput {
   }
 
  private:
-  // What a packed line of a patch takes from a line of the input; around it are zeros.
+  // The positions that a packed line of a patch takes from a line of the input. Zeros surround them.
   struct Strip {
-    int64_t before;  // zeros
-    int64_t count;   // positions of the input
-    int64_t length;  // of the packed line
-    int64_t first;   // position of the input
+    int64_t before;  // number of zeros before them
+    int64_t count;   // number of positions of the input
+    int64_t length;  // positions of the packed line
+    int64_t first;   // first position of the input
   };
 
   Strip strip_of(const Patch& patch) const {
     const int64_t length = patches_.width.packed(patch.columns), jump = patches_.width.jump;
     const int64_t first = patch.column * args_.width.stride - args_.width.padding;
     const int64_t before = first < 0 ? at_most(ceil_div(-first, jump), length) : 0;
-    const int64_t inside = args_.width.in - first;  // positions from `first` on
+    const int64_t inside = args_.width.in - first;  // number of positions from `first` on
     const int64_t stop = inside > 0 ? at_most(ceil_div(inside, jump), length) : 0;
     return {before, at_least(stop - before, 0), length, first + before * jump};
   }
 
-  // The input's line that a patch's packed line `y` holds, where the strip begins; null: outside.
+  // Returns where the strip begins in the input line that packed line `y` of a patch holds, or null if the line is
+  // outside the input.
   const T* line_of(const Patch& patch, const Strip& strip, int64_t y, int64_t first_col, int64_t sample) const {
     const int64_t at = patch.line * args_.height.stride - args_.height.padding + y * patches_.height.jump;
     if (at < 0 || at >= args_.height.in) return nullptr;
@@ -103,7 +104,7 @@ class PackedInput {
            at * args_.line_stride + strip.first * args_.pixel_stride;
   }
 
-  // One packed line; `from`: where its strip of the input begins, null: outside of it.
+  // Packs one line. `from` is where its strip begins in the input, or null if the line is outside the input.
   void pack_line(const Strip& strip, const T* from, int64_t cols, E* to) {
     if (from == nullptr || strip.count == 0) return clear(to, strip.length * width_);
     clear(to, strip.before * width_);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Pruned rows of bfloat16 as the permute kernel reads them (Note [Permute kernel]): lanes are rows, and a row's kept
-// values come in pairs.
+// Prunes rows of bfloat16 and packs them for the permute kernel (Note [Permute kernel]): lanes are rows, and the kept
+// values of a row come in pairs.
 #pragma once
 
 #include "permute_kernel-inl.h"
@@ -11,11 +11,12 @@
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kTileElements = 8192;  // pruned at a time, in the first-level cache
+constexpr int64_t kTileElements = 8192;  // elements that are pruned at a time, in the L1 cache
 constexpr int kSlots = 8;                // kept values that are collected at a time
 
-// Of one group in each of kPairRows rows side by side: the values that are not +0 move to the end of the kN slots, in
-// ascending order, and their indices, from `index` on, likewise. kRanked: only kN values, from number `first` on.
+// Collects one group of each of kPairRows rows that lie side by side. The values that are not +0 move to the end of the
+// kN slots, in ascending order. Their indices, which start at `index`, move the same way. kRanked: collects only kN
+// values, starting with kept value number `first`.
 template <int kN, bool kRanked, int... kI>
 SDGP_INLINE void collect(const uint16_t* group, int64_t pitch, int64_t length, uint16_t index, int first,
                          Vec<uint16_t>* values, Vec<uint16_t>* indices, std::integer_sequence<int, kI...>) {
@@ -39,18 +40,18 @@ SDGP_INLINE void collect(const uint16_t* group, int64_t pitch, int64_t length, u
   ((indices[kI] = position[kI]), ...);
 }
 
-// Some rows of a gradient, which may begin inside each.
+// Rows of a gradient. They may start inside the gradient's rows.
 struct RowBlock {
-  const void* data;  // of the first element
+  const void* data;  // the first element
   int64_t rows;
   int64_t row_stride;
-  int64_t size;  // whole windows, or what is left
+  int64_t size;  // whole windows, or the rest of the row
   int64_t element_stride;
   uint64_t first_group;  // logical index
   int64_t row_groups;
 };
 
-// Where the words of two vectors of rows go, and how far it is from word to word.
+// Where the words of two vectors of rows are stored, and the step in bytes from one word to the next.
 struct WordPlace {
   char* lower;
   char* upper;
@@ -61,8 +62,8 @@ class PairedRows {
  public:
   explicit PairedRows(const Pruning& pruning) : pruning_(pruning), window_(pruning) {}
 
-  // Prunes a block and packs what is kept. place_of(window, row): where that window's words of the kPairRows rows from
-  // `row` on go; both count from the block's first. Rows that do not exist keep nothing.
+  // Prunes the rows and packs the kept values. place_of(window, row) returns where to store the words of the kPairRows
+  // rows from `row` on; `window` and `row` count from the start of `block`. Missing rows keep nothing.
   template <class PlaceOf>
   void read(const RowBlock& block, const PlaceOf& place_of) {
     const bool side_by_side = block.element_stride != 1 && block.row_stride == 1;
@@ -90,7 +91,7 @@ class PairedRows {
  private:
   using V = Vec<uint16_t>;
 
-  // A tile in the form (reduction row, row), pruned; zero in rows that do not exist.
+  // Returns the pruned elements as (reduction row, row). Missing rows are zero.
   const uint16_t* prune(const RowBlock& tile, int64_t pitch, bool side_by_side) {
     uint16_t* elements = elements_.reserve(tile.size * pitch);
     if (tile.rows < pitch) std::memset(elements, 0, static_cast<size_t>(tile.size * pitch) * sizeof *elements);
@@ -119,7 +120,7 @@ class PairedRows {
     return elements;
   }
 
-  // At most kPairRows rows to (reduction row, row).
+  // Transposes at most kPairRows rows to (reduction row, row).
   static void transpose_rows(const RowBlock& tile, uint16_t* to) {
     const auto* from = static_cast<const uint16_t*>(tile.data);
     int64_t k = 0;
@@ -140,7 +141,7 @@ class PairedRows {
     }
   }
 
-  // One window of kPairRows rows.
+  // Packs one window of kPairRows rows.
   void pack(const uint16_t* elements, int64_t pitch, int64_t size, WordPlace to) const {
     V values[kTable + 4], indices[kTable + 4];
     const int n = pruning_.n, m = pruning_.m;
@@ -168,7 +169,7 @@ class PairedRows {
     }
   }
 
-  // A word of each row: elements of `a` and `b` by turns.
+  // Stores one word per row: the row's element of `a`, then its element of `b`.
   static SDGP_INLINE void store_pairs(V a, V b, WordPlace& to) {
     [&]<int... kI>(std::integer_sequence<int, kI...>) {
       store_bits(to.lower, __builtin_shufflevector(a, b, (kI / 2 + kI % 2 * kPairRows)...));

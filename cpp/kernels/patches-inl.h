@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A weight gradient in blocks of output pixels: which part of the layer's input a block meets, how that is packed, and
-// how many pixels a block has so that it fits the first-level cache. Compiled once per instruction set.
+// Divides a weight gradient into blocks of output pixels. Finds the input that a block reads, how that input is packed,
+// and how many pixels a block may have to fit the L1 cache. Compiled once per instruction set.
 //
 // Note [Patches]
-// A block's pixels are whole groups of one sample, or whole samples. Their input is packed as patches, each a rectangle
-// with its surroundings: whole lines of the image, or one patch per line where that takes less room. Lines of all
-// patches of a block are `pitch` positions long, so that a tap is the same distance from every pixel.
+// The pixels of a block are whole groups of one sample, or whole samples. Their input is packed as patches. A patch is
+// a rectangle of pixels and their surroundings: whole lines of the image, or a single line if that needs less memory.
+// The lines of all patches of a block are `pitch` positions long, so the distance to a tap is the same for every pixel.
 #pragma once
 
 #include "pack_dense-inl.h"
@@ -14,11 +14,12 @@
 
 namespace sdgp::SDGP_ISA {
 
-// One spatial dimension as it is packed. Where there is one tap, only what the output meets.
+// The packed form of one spatial dimension. If there is only one tap, only the positions that the output reads are
+// packed.
 struct PackedAxis {
-  int64_t step;   // packed positions between two output positions
-  int64_t jump;   // input positions between two packed ones
-  int64_t reach;  // packed positions that one output position meets
+  int64_t step;   // packed positions from one output position to the next
+  int64_t jump;   // input positions from one packed position to the next
+  int64_t reach;  // packed positions that one output position reads
 
   explicit PackedAxis(const Axis2d& axis)
       : step(axis.kernel == 1 ? 1 : axis.stride),
@@ -29,11 +30,11 @@ struct PackedAxis {
 };
 
 struct Patch {
-  int64_t line;  // the first output position
+  int64_t line;  // first line of the output
   int64_t column;
-  int64_t lines;  // of the output
+  int64_t lines;  // number of lines of the output
   int64_t columns;
-  int64_t at;  // packed positions before it, in its sample
+  int64_t at;  // packed positions of the sample before this patch
 };
 
 // The patches of output pixels [begin, end) of a sample.
@@ -42,8 +43,8 @@ class Patches {
   const PackedAxis height;
   const PackedAxis width;
   int64_t pitch = 0;
-  int64_t size = 0;   // packed positions
-  int64_t count = 0;  // of patches, where they are listed
+  int64_t size = 0;   // in packed positions
+  int64_t count = 0;  // number of patches in `list`
   Scratch<Patch> list;
 
   explicit Patches(const WeightGradArgs& args) : height(args.height), width(args.width), args_(args) {}
@@ -63,7 +64,7 @@ class Patches {
     size = by_line_ ? by_line : whole;
   }
 
-  // Lists the patches too.
+  // Also lists the patches.
   void find(int64_t begin, int64_t end) {
     measure(begin, end);
     const int64_t columns = args_.width.out;
@@ -81,7 +82,8 @@ class Patches {
     }
   }
 
-  // Where the first tap of each pixel reads, in units of `bytes` per packed position.
+  // Writes the byte offset at which the first tap of each pixel reads. A packed position has `bytes` bytes, and the
+  // sample starts at packed position `first`.
   void find_places(int64_t begin, int64_t end, int64_t first, int64_t bytes, uint32_t* places) const {
     const int64_t columns = args_.width.out;
     const Patch* patch = list.data;
@@ -103,14 +105,14 @@ class Patches {
   bool by_line_ = false;
 };
 
-// How the reduction is cut. Blocks are whole samples, `samples` of them, or, where that is 1, `pixels` of one sample;
-// the last of either may be smaller.
+// How the reduction is divided into blocks: `samples` whole samples each or, if `samples` is 1, `pixels` pixels of one
+// sample. The last block may be smaller.
 struct Cut {
   int64_t samples;
   int64_t pixels;
 };
 
-// The largest blocks whose input fits `room` packed positions; at least one group each.
+// Returns the largest blocks whose input fits `room` packed positions, but at least one group.
 inline Cut cut_pixels(const WeightGradArgs& args, Patches& patches, int64_t room) {
   const int64_t pixels = args.height.out * args.width.out;
   const int64_t m = args.pruning.m;

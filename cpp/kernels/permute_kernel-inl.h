@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The inner loop of sparse products in bfloat16 on CPUs that have AVX512-BF16.
+// The inner loop of sparse products in bfloat16 on CPUs with AVX512-BF16.
 //
 // Note [Permute kernel]
-// Lanes are result rows. For one column of the dense operand, the values of a window of up to 32 reduction rows lie in
-// one register as a lookup table. Each lane has two kept values of its row, as a pair of 16-bit floats, and their two
-// positions in the window, as a pair of 16-bit indices: one vpermw looks up what 16 rows' pairs are multiplied with,
-// one vdpbf16ps multiplies and adds them. No sum leaves its register while a block of windows passes, and every pattern
-// whose group fits a window runs at the same rate per kept value.
+// Lanes are result rows. For one column of the dense operand, one register holds the values of a window of up to 32
+// reduction rows and serves as a lookup table. Each lane has two kept values of its row as a pair of 16-bit floats, and
+// their positions in the window as a pair of 16-bit indices. One vpermw looks up the values that the pairs of 16 rows
+// are multiplied with; one vdpbf16ps multiplies and adds them. Sums stay in registers throughout a block of windows.
+// Every pattern whose group fits a window runs at the same rate per kept value.
 //
 // Limits, in cycles for 16 lanes x 2 products:
 //   Zen 4         4/3; the row kernel takes 2
-//   Golden Cove   3, of which vdpbf16ps alone takes 2; the row kernel takes 1 and stays the better one on Intel
+//   Golden Cove   3, of which vdpbf16ps takes 2; the row kernel takes 1, so it is the better kernel on Intel
 #pragma once
 
 #include "plan-inl.h"
@@ -19,19 +19,19 @@
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
-constexpr int kTable = 32;         // reduction rows of a window, at most: 16-bit elements of a register
+constexpr int kTable = 32;         // maximum number of reduction rows of a window (16-bit elements of a register)
 constexpr int kTableColumns = 16;  // columns whose sums stay in registers
-constexpr int kWindowTableBytes = kTableColumns * kVectorBytes;  // the tables of a window: [column][reduction row]
-constexpr int kResident = 10;                                    // tables that stay in registers as well
-constexpr int kLaneRows = 16;                                    // result rows of a vector of sums
-constexpr int kPairRows = 2 * kLaneRows;                         // result rows of a vector of 16-bit elements
-constexpr int64_t kBlockWindows = 16;  // windows whose tables stay in the first-level cache: 16 KiB
+constexpr int kWindowTableBytes = kTableColumns * kVectorBytes;  // tables of a window: [column][reduction row]
+constexpr int kResident = 10;                                    // tables that also stay in registers
+constexpr int kLaneRows = 16;                                    // result rows in a vector of sums
+constexpr int kPairRows = 2 * kLaneRows;                         // result rows in a vector of 16-bit elements
+constexpr int64_t kBlockWindows = 16;                            // windows whose tables stay in the L1 cache: 16 KiB
 
-// What a result row keeps of a window.
+// The size of a window, and of what a result row keeps of it.
 struct Window {
-  int64_t size;   // reduction rows: as many whole groups as a table holds
-  int64_t pairs;  // of kept values
-  int64_t bytes;  // of a vector of rows: per two pairs one vector of indices, then the pairs
+  int64_t size;   // reduction rows: as many whole groups as fit a table
+  int64_t pairs;  // pairs of kept values
+  int64_t bytes;  // per vector of rows: one vector of indices for each two pairs, then the pairs
 
   explicit Window(const Pruning& pruning)
       : size(kTable / pruning.m * pruning.m),
@@ -39,14 +39,14 @@ struct Window {
         bytes((pairs + ceil_div(pairs, 2)) * kVectorBytes) {}
 };
 
-// How a chunk's kept values lie: [block of kBlockWindows windows][vector of rows][window][pairs and indices].
+// The layout of a chunk's kept values: [block of kBlockWindows windows][vector of rows][window][pairs and indices].
 struct KeptLayout {
   int64_t windows;
   int64_t vectors;
-  int64_t window_bytes;  // of a vector of rows
+  int64_t window_bytes;  // per vector of rows
 
   int64_t bytes() const { return windows * vectors * window_bytes; }
-  // Of all windows of a block, of one vector of rows.
+  // Returns the bytes of one vector of rows, for all windows of the block that contains `window`.
   int64_t vector_bytes(int64_t window) const {
     return at_most(windows - window / kBlockWindows * kBlockWindows, kBlockWindows) * window_bytes;
   }
@@ -56,7 +56,7 @@ struct KeptLayout {
   }
 };
 
-// Whether 32 bits hold every position that is computed along an axis, inside or outside of it.
+// Returns whether 32 bits hold every position that is computed along the axis, inside the image or outside.
 inline bool is_short(const Axis2d& axis) {
   constexpr int64_t kMost = int64_t{1} << 28;
   const bool each = axis.in < kMost && axis.out < kMost && axis.padding < kMost && axis.kernel < kMost &&
@@ -64,7 +64,7 @@ inline bool is_short(const Axis2d& axis) {
   return each && axis.kernel * axis.dilation < kMost && axis.out * axis.stride < kMost;
 }
 
-// A column block and a block of windows, for all vectors of rows.
+// One multiplication: kTableColumns columns and a block of windows, for all vectors of rows.
 struct PermuteCall {
   const char* tables;  // [window][column]
   const char* kept;    // [vector][window][pairs and indices]
@@ -72,15 +72,17 @@ struct PermuteCall {
   int64_t pairs;
   int64_t vectors;
   float* sums;         // [vector][column][row]
-  const char* next;    // the tables that follow, fetched into the second-level cache meanwhile
-  int64_t next_lines;  // per vector
+  const char* next;    // the next tables, prefetched into the L2 cache during the call
+  int64_t next_lines;  // cache lines to prefetch per vector
 };
 
 template <int... kI>
 __attribute__((target("avx512bf16"))) SDGP_INLINE void multiply_pair(__m512* sum, __m512i values, __m512i indices,
                                                                      const __m512i* resident, const char* tables,
                                                                      std::integer_sequence<int, kI...>) {
-  asm("" : "+r"(tables));  // what is not resident is vpermw's memory operand, not a register's that is then spilled
+  // Tables that are not resident must be memory operands of vpermw. Without this, the compiler loads them into
+  // registers and spills those.
+  asm("" : "+r"(tables));
   ((sum[kI] = _mm512_dpbf16_ps(
         sum[kI], (__m512bh)values,
         (__m512bh)_mm512_permutexvar_epi16(
@@ -113,7 +115,7 @@ __attribute__((target("avx512bf16"))) SDGP_INLINE void multiply_vector(const Per
 
 template <bool kFirst>
 __attribute__((noinline, target("avx512bf16"))) void multiply_windows(const PermuteCall& block) {
-  const PermuteCall call = block;  // a copy: nothing that is stored can change it
+  const PermuteCall call = block;  // a local copy: no store can alias it
   const char* kept = call.kept;
   const char* next = call.next;
   float* sums = call.sums;

@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The product of bfloat16 N:M rows with a dense matrix by the permute kernel (Note [Permute kernel]): a linear layer's
-// data gradient, its weight gradient, and in gather form a convolution's data gradient.
+// The product of bfloat16 N:M rows with a dense matrix by the permute kernel (Note [Permute kernel]). It computes the
+// data gradient and the weight gradient of a linear layer and, in gather form, the data gradient of a convolution.
 //
-// A convolution's result rows are input pixels, and its reduction goes through all taps: for each tap, the kept values
-// of the output pixels that 16 input pixels meet there are copied side by side. That is done once for all columns.
+// The result rows of a convolution are input pixels, and the reduction runs over all taps. For each tap, 16 input
+// pixels meet certain output pixels, whose kept values are copied side by side. These copies are made once for all
+// columns.
 #pragma once
 
 #include "gather-inl.h"
@@ -13,18 +14,18 @@
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kPermuteRows = 256;    // result rows that share a trip of the tables to the first-level cache
-constexpr int64_t kKeptBytes = 1 << 20;  // of kept values and indices of a chunk of rows
+constexpr int64_t kPermuteRows = 256;    // result rows per load of the tables into the L1 cache
+constexpr int64_t kKeptBytes = 1 << 20;  // kept values and indices of a chunk
 
-// Work is cut into chunks of result rows x parts of the column blocks. No result depends on the cut: each is summed in
-// the order of the windows.
+// Units are chunks of result rows x parts of the columns. The division changes no result: every sum runs in the order
+// of the windows.
 struct PermutePlan {
   Window window;
-  int64_t windows = 0;  // of a tap
+  int64_t windows = 0;  // per tap
   int64_t steps = 0;    // windows of all taps
-  int64_t rows = 0;     // of a chunk
+  int64_t rows = 0;     // per chunk
   int64_t chunks = 0;
-  int64_t columns = 0;  // blocks of kTableColumns
+  int64_t columns = 0;  // in blocks of kTableColumns
   int64_t parts = 0;
   int64_t units = 0;
 };
@@ -44,7 +45,7 @@ inline PermutePlan make_permute_plan(const SpmmArgs& args) {
   return plan;
 }
 
-// What the permute kernel takes; other products are the row kernel's.
+// Returns whether the permute kernel supports this product. The row kernel computes the others.
 inline bool permutes(const SpmmArgs& args) {
   const Gradient* gradient = args.gradient;
   if (args.dtype != DType::kBFloat16 || args.pruning.m > kTable || gradient == nullptr) return false;
@@ -52,13 +53,13 @@ inline bool permutes(const SpmmArgs& args) {
   const int64_t pixels = args.height.out * args.width.out;
   if (args.samples > 1 && gradient->sample_stride != pixels * gradient->pixel_stride) return false;
   if (is_plain_product(args)) return true;
-  // Whole rows of the gradient are packed and then copied. Where it has many more pixels than the result, most would be
-  // packed for nothing. Rows are counted in 32 bits.
+  // Whole rows of the gradient are packed and then copied. If the gradient has many more pixels than the result, most
+  // of this would be wasted. Rows are counted in 32 bits.
   return is_short(args.height) && is_short(args.width) && args.height.stride == 1 && args.width.stride == 1 &&
          gradient->channel_stride == 1 && pixels <= 4 * args.height.in * args.width.in && pixels < int64_t{1} << 20;
 }
 
-// The tables: [column block][tap][window][column][reduction row], zeros where there is none.
+// The tables are [column block][tap][window][column][reduction row]. Missing elements are zero.
 inline int64_t table_bytes(const SpmmArgs& args) {
   const PermutePlan plan = make_permute_plan(args);
   return plan.columns * plan.steps * kWindowTableBytes;
@@ -69,7 +70,7 @@ inline int64_t table_units(const SpmmArgs& args) {
   return ceil_div(plan.columns, 2) * plan.steps;
 }
 
-// A unit is the tables of two column blocks in one window.
+// A unit is the tables of two column blocks for one window.
 inline void make_tables(const SpmmArgs& args, int64_t begin, int64_t end) {
   const PermutePlan plan = make_permute_plan(args);
   const DenseOperand& dense = args.dense;
@@ -84,7 +85,7 @@ inline void make_tables(const SpmmArgs& args, int64_t begin, int64_t end) {
     const auto* from = static_cast<const uint16_t*>(dense.data) + window * plan.window.size * dense.row_stride +
                        block * kTableColumns * dense.col_stride + tap / args.width.kernel * dense.height_stride +
                        tap % args.width.kernel * dense.width_stride;
-    uint16_t elements[kTable * kCols] = {};  // row after row, or, where that is how they lie, column after column
+    uint16_t elements[kTable * kCols] = {};  // row by row, or column by column if the operand lies that way
     const bool by_column = dense.row_stride == 1;
     const int64_t lines = by_column ? cols : rows, length = by_column ? rows : cols;
     const int64_t line_stride = by_column ? dense.col_stride : dense.row_stride;
@@ -123,7 +124,7 @@ class PermuteProduct {
       : args_(args), gradient_(*args.gradient), plan_(make_permute_plan(args)), paired_(args.pruning) {}
 
   void run_unit(int64_t unit) {
-    if (unit / plan_.parts != chunk_) {  // else the unit before left its kept values
+    if (unit / plan_.parts != chunk_) {  // otherwise the previous unit has left the kept values of this chunk
       chunk_ = unit / plan_.parts;
       first_row_ = chunk_ * plan_.rows;
       rows_ = at_most(args_.samples * args_.height.in * args_.width.in - first_row_, plan_.rows);
@@ -178,7 +179,7 @@ class PermuteProduct {
     }
   }
 
-  // Prunes what a chunk of rows meets and packs what is kept; a window of KeptLayout is a step.
+  // Prunes the rows that a chunk meets and packs their kept values. A window of KeptLayout is a step.
   void read_kept() {
     layout_ = {plan_.steps, vectors_, plan_.window.bytes};
     kept_.reserve(layout_.bytes());
@@ -190,21 +191,22 @@ class PermuteProduct {
     }
   }
 
-  // Of each tap and each result row of the chunk: which row of the gradient it meets, counted from the first one that
-  // any of them meets; -1: none.
+  // For each tap and each result row of the chunk, finds the row of the gradient that they meet, or -1 if there is
+  // none. Counts from the first row that any of them meets.
   void find_sources() {
     const Axis2d &height = args_.height, &width = args_.width;
     const int64_t pitch = vectors_ * kLaneRows;
     const int64_t per_sample = height.in * width.in;
     const auto lines = static_cast<int32_t>(height.out), columns = static_cast<int32_t>(width.out);
-    int32_t* before = before_.reserve(3 * pitch);  // the sample's first row, from the chunk's first sample on
+    // Per result row: the first gradient row of its sample, counted from the chunk's first sample.
+    int32_t* before = before_.reserve(3 * pitch);
     int32_t* y = before + pitch;
     int32_t* x = y + pitch;
     const int64_t first_sample = first_row_ / per_sample;
     for (int64_t i = 0; i < pitch; ++i) {
       const int64_t row = first_row_ + i;
       before[i] = static_cast<int32_t>((row / per_sample - first_sample) * height.out * width.out);
-      // What is beyond the chunk meets nothing: taps lead to smaller lines.
+      // Rows beyond the chunk meet nothing: every tap leads to a smaller, negative line.
       y[i] = i < rows_ ? static_cast<int32_t>(row % per_sample / width.in + height.padding) : -1;
       x[i] = static_cast<int32_t>(row % width.in + width.padding);
     }
@@ -230,8 +232,8 @@ class PermuteProduct {
     sources_kept_.reserve(plan_.windows * plan_.window.bytes / kVectorBytes * source_pitch_);
   }
 
-  // Copies what a vector of result rows meets at a tap. Where its rows meet consecutive rows of the gradient, or none,
-  // that is one load a word.
+  // Copies what a vector of result rows meets at a tap. If the rows meet consecutive rows of the gradient, or none,
+  // this takes one load per word.
   void copy_sources(int64_t tap, int64_t vector) {
     const auto source = load_bits<Vec<int32_t>>(source_.data + (tap * vectors_ + vector) * kLaneRows);
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
@@ -264,7 +266,8 @@ class PermuteProduct {
                  [&](int64_t window, int64_t row) { return place_of_rows(window, row); });
   }
 
-  // Of a plain product to their last place, else first to the rows of the gradient: [window][word][row].
+  // Rows of a plain product go to their final place. Otherwise they first go to the rows of the gradient, as
+  // [window][word][row].
   WordPlace place_of_rows(int64_t window, int64_t row) const {
     if (is_plain_product(args_)) {
       char* lower = kept_.data + layout_.offset(window, row / kLaneRows);

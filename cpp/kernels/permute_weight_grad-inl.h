@@ -2,9 +2,9 @@
 //
 // The weight gradient of a convolution in bfloat16, channels last, by the permute kernel (Note [Permute kernel]).
 //
-// Lanes are output channels, and a window is up to 32 output pixels of one sample. A tap's table of a column, an input
-// channel, is what that tap meets there at the window's pixels. A block of windows' tables are made where they are
-// used, in the first-level cache, and serve all output channels of a chunk.
+// Lanes are output channels, and a window is up to 32 output pixels of one sample. The table of a tap and a column (an
+// input channel) holds what the tap meets in that column at the pixels of the window. The tables of a block of windows
+// are made in the L1 cache just before they are used, and serve all output channels of a chunk.
 #pragma once
 
 #include "paired_rows-inl.h"
@@ -12,22 +12,23 @@
 #if defined(__AVX512F__)
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kPermuteChannels = 512;   // output channels of a chunk, at most
-constexpr int64_t kChannelBytes = 1 << 20;  // of kept values, indices and places of pixels of a slab of windows
-constexpr int64_t kFewestChannels = 64;     // of a chunk, where threads want more of them
+constexpr int64_t kPermuteChannels = 512;   // maximum number of output channels of a chunk
+constexpr int64_t kChannelBytes = 1 << 20;  // kept values, indices and pixel positions of a slab
+constexpr int64_t kFewestChannels =
+    64;  // minimum number of output channels of a chunk that is divided for more threads
 
-// Work is cut into chunks of output channels x parts of the column blocks. No result depends on the cut: each is summed
-// in the order of the windows.
+// Units are chunks of output channels x parts of the columns. The division changes no result: every sum runs in the
+// order of the windows.
 struct PermuteWeightPlan {
   Window window;
-  int64_t pixels = 0;      // of a sample
-  int64_t per_sample = 0;  // windows
-  int64_t windows = 0;     // of all samples
+  int64_t pixels = 0;      // per sample
+  int64_t per_sample = 0;  // windows per sample
+  int64_t windows = 0;     // windows of all samples
   int64_t taps = 0;
-  int64_t rows = 0;  // of a chunk
+  int64_t rows = 0;  // per chunk
   int64_t chunks = 0;
   int64_t slab = 0;     // windows that are packed at a time
-  int64_t columns = 0;  // blocks of kTableColumns
+  int64_t columns = 0;  // in blocks of kTableColumns
   int64_t parts = 0;
   int64_t units = 0;
 };
@@ -53,7 +54,7 @@ inline PermuteWeightPlan make_permute_weight_plan(const WeightGradArgs& args) {
   return plan;
 }
 
-// What the permute kernel takes; other weight gradients are the tap kernel's.
+// Returns whether the permute kernel supports this weight gradient. The tap kernel computes the others.
 inline bool permutes_weight(const WeightGradArgs& args) {
   return args.dtype == DType::kBFloat16 && args.pruning.m <= kTable && args.groups == 1 && args.col_stride == 1 &&
          is_short(args.height) && is_short(args.width) &&
@@ -95,7 +96,7 @@ class PermuteWeightGrad {
     }
   }
 
-  // Prunes a slab of the chunk's rows and packs what they keep.
+  // Prunes the chunk's rows in one slab of windows and packs the kept values.
   void read_kept() {
     layout_ = {windows_, vectors_, plan_.window.bytes};
     kept_.reserve(layout_.bytes());
@@ -124,8 +125,8 @@ class PermuteWeightGrad {
     }
   }
 
-  // Of each tap and each pixel of the slab's windows, where in its sample of the input that tap meets it; -1: outside,
-  // or no pixel.
+  // For each tap and each pixel of the slab, finds the element offset of the input that the tap meets, within its
+  // sample. -1: the tap is outside the image, or the pixel does not exist.
   void find_pixels() {
     const Axis2d &height = args_.height, &width = args_.width;
     const int64_t pitch = windows_ * kTable;
@@ -175,7 +176,7 @@ class PermuteWeightGrad {
     }
   }
 
-  // The tables of a column block for one tap and window.
+  // Makes the tables of a column block for one tap and one window.
   void make_tables_at(int64_t block, int64_t tap, int64_t window, char* to) const {
     constexpr int kHalf = kTable / 2;
     static_assert(kHalf == kTableColumns);
@@ -221,7 +222,7 @@ class PermuteWeightGrad {
   int64_t first_row_ = 0;
   int64_t rows_ = 0;
   int64_t vectors_ = 0;
-  int64_t first_window_ = 0;  // of the slab
+  int64_t first_window_ = 0;  // of the current slab
   int64_t windows_ = 0;
   KeptLayout layout_{};
   Scratch<char> kept_;

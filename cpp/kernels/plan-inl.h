@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How one call of prune_nm is cut into units of work, and which way its groups reach the lanes. Depends on the
-// arguments alone; moves no data.
+// Divides one call of prune_nm into units and chooses how groups reach the lanes. The plan depends only on the
+// arguments. No data is moved here.
 #pragma once
 
 #include "args.h"
@@ -10,30 +10,30 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kUnitElements = 32768;  // about 1/10 ms of work: ample for a thread, small beside a layer's gradient
+constexpr int64_t kUnitElements = 32768;  // about 0.1 ms: long enough for a thread, short compared with a gradient
 
 SDGP_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 SDGP_INLINE int64_t at_most(int64_t a, int64_t limit) { return a < limit ? a : limit; }
 SDGP_INLINE int64_t at_least(int64_t a, int64_t limit) { return a > limit ? a : limit; }
 
-// Three ways to fill a tile, by where memory is consecutive:
+// Three ways to fill a tile. The choice depends on what is contiguous in memory:
 //   rows    consecutive rows, the same group of each (NCHW pruned along C): vector j is one load.
 //   groups  consecutive groups of one row (channels_last, or the last dimension): kM loads, then a transpose.
-//   staged  what fills no vector: pieces of either kind are copied side by side into a buffer, and tiles read that.
+//   staged  neither fills a vector: pieces of either kind are copied side by side into a buffer, which tiles read.
 enum class Layout { kRows, kGroups, kStaged };
 
-// Groups of a row are `full` ones and perhaps a shorter last.
+// A row has `full` full groups and possibly a shorter last group.
 struct Plan {
   Layout layout;
   int64_t rows;        // all positions of the other dimensions
   int64_t groups;      // per row
-  int64_t row_groups;  // per row of the tensor that this is a part of
+  int64_t row_groups;  // per row of the larger tensor that these rows belong to
   int64_t full;
   int64_t inner;     // positions along the innermost of the other dimensions
-  int64_t chunks;    // kRows: pieces of `inner`; kGroups: pieces of a row
-  bool rows_inside;  // rows lie closer together in the output than the elements of a group
+  int64_t chunks;    // per `inner` (kRows) or per row (kGroups)
+  bool rows_inside;  // in the output, rows are closer together than the elements of a group
   int64_t units;
-  Pruning mixed;  // its seed mixed (Note [Random numbers])
+  Pruning mixed;  // the settings with a mixed seed (Note [Random numbers])
 };
 
 inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
@@ -65,7 +65,7 @@ inline Plan make_plan(const PruneArgs& args, int64_t lanes) {
   return plan;
 }
 
-// Dimensions that step through memory together are one, whatever rescale's factors; one of size 1 is none.
+// Merges dimensions that step through memory together, whatever the factors of rescale are. Drops dimensions of size 1.
 inline void merge_dims(PruneArgs& args) {
   int kept = 0;
   for (int d = 0; d < args.ndim; ++d) {
@@ -82,8 +82,8 @@ inline void merge_dims(PruneArgs& args) {
   args.ndim = kept;
 }
 
-// Rows that follow each other in memory, each a whole number of groups, are one long row: the group index, row-major
-// over (row, group), stays the same.
+// Merges rows that are contiguous and consist of whole groups into one long row. The group index is row-major over
+// (row, group), so it does not change.
 inline void flatten_rows(PruneArgs& args) {
   merge_dims(args);
   while (args.ndim > 0) {
@@ -99,12 +99,12 @@ inline void flatten_rows(PruneArgs& args) {
 }
 
 struct Row {
-  int64_t in = 0;  // element offset of its first element
+  int64_t in = 0;  // element offset of the row's first element
   int64_t out = 0;
-  uint64_t index = 0;  // logical
+  uint64_t index = 0;  // logical row index
 };
 
-// The `position`-th row in memory order, over the first `ndim` dimensions.
+// Returns the `position`-th row in memory order, over the first `ndim` dimensions.
 inline Row find_row(const PruneArgs& args, int ndim, int64_t position) {
   Row row;
   for (int d = ndim - 1; d >= 0; --d) {

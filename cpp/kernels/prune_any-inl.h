@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// prune_nm of whatever method: the entry that the kernel table and compress_nm share.
+// prune_nm for every method. The kernel table and compress_nm call these functions.
 #pragma once
 
 #include "rescale-inl.h"
 
 namespace sdgp::SDGP_ISA {
 
-// What prunes nothing: a copy.
+// Prunes nothing, so prune_nm copies.
 constexpr Pruning kKeepAll{.method = Method::kMagnitude, .n = 4, .m = 4, .seed = 0, .scale = false};
 
 inline PruneArgs flattened(const PruneArgs& args) {

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// prune_nm over whole tensors: brings groups into lanes, prunes a tile, writes it back. Compiled once per instruction
-// set; not in here: what happens inside a group (select_nm-inl.h) and the sums of rescale (rescale-inl.h).
+// prune_nm over whole tensors: loads groups into lanes, prunes a tile and stores it. Compiled once per instruction set.
+// select_nm-inl.h prunes inside a group; rescale-inl.h computes the sums of rescale.
 //
-// A tile is kLanes groups, one a lane. What is consecutive in memory (Layout, plan-inl.h) says how it is filled.
+// A tile is kLanes groups, one per lane. Layout (plan-inl.h) says how it is filled.
 #pragma once
 
 #include "select_nm-inl.h"
@@ -34,14 +34,15 @@ struct LaneOffsets {
     LaneGroups<C> group;
     const U base = static_cast<U>(first & 0xffffffffu);
     group.lo = word<C>(lo + base);
-    group.hi = hi + static_cast<U>(first >> 32) - (Unsigned<C>)(group.lo < base);  // a true lane is -1: the carry
+    // A true lane is -1, so the comparison adds the carry.
+    group.hi = hi + static_cast<U>(first >> 32) - (Unsigned<C>)(group.lo < base);
     group.length = splat(static_cast<U>(length));
     group.padded = padded;
     return group;
   }
 };
 
-// One compiled kernel: element type, method, group size.
+// One compiled kernel: element type, method and group size.
 template <class C, Method kMethod, int kM>
 struct PruneKernel {
   using T = typename C::T;
@@ -59,7 +60,7 @@ struct PruneKernel {
   }
 
  private:
-  // The paths that are not worth their own copy of the tile's code.
+  // The rare paths share this copy of prune_tile instead of inlining it.
   __attribute__((noinline)) static void prune_slow(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
     prune_tile<C, kMethod, kM>(x, mixed, group);
   }
@@ -78,7 +79,7 @@ struct PruneKernel {
       const T* in = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
       T* out = static_cast<T*>(args.out) + row.out + first * args.out_stride;
       const int64_t stop = plan.inner * (chunk + 1) / plan.chunks;
-      // The last tile of a chunk steps back to stay inside it; what it prunes twice comes out the same.
+      // The last tile of a chunk moves back to stay inside the chunk. What it prunes twice gets the same result.
       for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kL) {
         const int64_t p = at + kL <= stop ? at : stop - kL;
         const uint64_t index =
@@ -89,7 +90,7 @@ struct PruneKernel {
         if (length == kM) {
 #pragma GCC unroll 64
           for (int j = 0; j < kM; ++j) x[j] = C::load(in + p + j * args.in_stride);
-          // The next group of these rows: where they are few, their pieces are too short for the hardware's prefetcher.
+          // Prefetches the next group of these rows. Few rows give runs that are too short for the hardware prefetcher.
 #pragma GCC unroll 64
           for (int j = 0; j < kM; ++j) __builtin_prefetch(in + p + (kM + j) * args.in_stride);
           prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
@@ -104,7 +105,7 @@ struct PruneKernel {
     }
   }
 
-  // Lane that the group at position `group` of a tile lands in, as its inverse: the group of each lane.
+  // Returns the position in the tile of the group that load_groups puts into lane `lane`.
   static constexpr int group_of_lane(int lane) { return kM <= kL ? (lane % kM) * (kL / kM) + lane / kM : lane; }
 
   static SDGP_INLINE void load_groups(const T* in, Elem<C>* x) {
@@ -149,7 +150,7 @@ struct PruneKernel {
       T* out = static_cast<T*>(args.out) + row.out;
       const int64_t stop = plan.full * (chunk + 1) / plan.chunks;
       for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kL) {
-        const int64_t g = at + kL <= stop ? at : stop - kL;  // steps back as in run_rows
+        const int64_t g = at + kL <= stop ? at : stop - kL;  // moves back as in run_rows
         Elem<C> x[kM];
         load_groups(in + g * kM, x);
         const uint64_t index =
@@ -157,7 +158,8 @@ struct PruneKernel {
         prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
         store_groups(out + g * kM, x);
       }
-      // A row's tail belongs to its last unit. Several rows' make a tile; they are still in the cache.
+      // The last unit of a row also prunes the row's tail. The tails of several rows fill a tile while they are in the
+      // cache.
       const int64_t done = (unit + 1) / plan.chunks;
       if (tails && done > tail_row && (done - tail_row == kL || unit + 1 == end)) {
         run_staged(args, plan, Pieces(args, plan, plan.full, tail_row, done));
@@ -168,7 +170,7 @@ struct PruneKernel {
 
   static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time
 
-  // Where, inside a tile of the buffer, the group at position `at` is described.
+  // Returns the lane of the group at position `at` of a tile in the buffer: the inverse of group_of_lane.
   static constexpr int lane_of_group(int at) {
     if (kM > kL) return at;
     return at % (kL / kM) * kM + at / (kL / kM);
@@ -214,7 +216,7 @@ struct PruneKernel {
   }
 
   static void run_staged(const PruneArgs& args, const Plan& plan, Pieces pieces) {
-    constexpr int kMost = 64;  // pieces at a time
+    constexpr int kMost = 64;  // pieces that are staged at a time
     const Dim* const inner = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
     alignas(kVectorBytes) T in[kM * kStaged] = {};
     alignas(kVectorBytes) T out[kM * kStaged];
@@ -254,7 +256,7 @@ struct PruneKernel {
   }
 };
 
-// The group sizes that kernels are compiled for; a group of another one is padded.
+// The group sizes that kernels are compiled for. Groups of any other size are padded.
 using GroupSizes = Values<2, 4, 8, 16, 32, 64>;
 static_assert(contains(GroupSizes{}, kMaxGroupSize));
 
@@ -265,10 +267,10 @@ void prune_range(const PruneArgs& args, int64_t begin, int64_t end) {
                  [&]<int kM>(Constant<kM>) { PruneKernel<C, kMethod, kM>::run(args, plan, begin, end); });
 }
 
-// What one call runs, for a method that prunes group by group.
+// The kernel of one call, for a method that prunes group by group.
 struct Range {
   void (*run)(const PruneArgs&, int64_t begin, int64_t end);
-  int64_t lanes;  // of a tile
+  int64_t lanes;  // groups per tile
 };
 
 inline Range range_of(DType dtype, Method method) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Pruned rows in a buffer, one after the other, whatever the tensor's layout: what packs or multiplies them reads that.
-// Compiled once per instruction set.
+// Copies pruned rows of a tensor of any layout into a buffer, one after the other. Compression and products read this
+// buffer. Compiled once per instruction set.
 #pragma once
 
 #include "prune_any-inl.h"
@@ -11,7 +11,7 @@ namespace sdgp::SDGP_ISA {
 
 constexpr int kPack = 8;  // elements that are packed at a time
 
-// (size, rows) -> (rows, size), the latter's rows `pitch` apart.
+// Transposes (size, rows) to (rows, size). The rows of the result are `pitch` elements apart.
 template <class T>
 void transpose_block(const T* from, int64_t size, int64_t rows, T* to, int64_t pitch) {
   constexpr int kL = kLanes<T>;
@@ -31,20 +31,19 @@ void transpose_block(const T* from, int64_t size, int64_t rows, T* to, int64_t p
   }
 }
 
-// A block of rows as a buffer has them, row after row, pruned or, where `copy` says so, as they are. Values are moved
-// as the words that hold them. Of `part`, the input, the size, the pattern and the seed are used; its one dimension is
-// the rows.
+// A buffer of rows, one after the other, that are pruned or, if `copy` is set, only copied. Values are moved as
+// integers. Only the input, the size, the pattern and the seed of `rows_of` are used. Its only dimension is the rows.
 template <class T>
 class PrunedRows {
  public:
-  // Readable kPack - 1 elements beyond its end; valid until the next call.
+  // Returns the rows, valid until the next call. kPack - 1 elements beyond the end are readable.
   const T* read(const PruneArgs& rows_of, bool copy) {
     T* to = rows_.reserve(rows_of.dims[0].size * rows_of.size + kPack);
     read_into(rows_of, copy, to, rows_of.size);
     return to;
   }
 
-  // Into rows that are `pitch` elements apart.
+  // Writes rows that are `pitch` elements apart.
   void read_into(const PruneArgs& rows_of, bool copy, T* to, int64_t pitch) {
     PruneArgs part = rows_of;
     Dim& rows = part.dims[0];

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What is pruned and how, in the words that the ops and the kernels of every device share: element types, methods and
-// what is known of each, the settings of a call. No torch here.
+// The settings of pruning, shared by the ops and the kernels of every device: element types, methods with their
+// properties, and the settings of a call. This header does not use torch.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +15,9 @@ enum class DType { kFloat32, kFloat64, kFloat16, kBFloat16 };
 
 struct DTypeTraits {
   DType value;
-  const char* name;  // PyTorch's
+  const char* name;  // PyTorch's name
   int size;          // bytes of an element
-  int sum_size;      // of the type that its sums run in
+  int sum_size;      // bytes of the type of its sums
 };
 inline constexpr DTypeTraits kDTypes[] = {{DType::kFloat32, "float32", 4, 4},
                                           {DType::kFloat64, "float64", 8, 8},
@@ -32,8 +32,8 @@ enum class Method { kMagnitude, kRandom, kRescale, kRescaleGroup, kMvue };
 struct MethodTraits {
   Method value;
   const char* name;
-  bool draws;     // random numbers: it takes a seed
-  bool by_group;  // pruning a group needs that group alone, no sums over all of the tensor
+  bool draws;     // draws random numbers, so it takes a seed
+  bool by_group;  // pruning a group needs only that group, no sums over the tensor
 };
 inline constexpr MethodTraits kMethods[] = {{Method::kMagnitude, "magnitude", false, true},
                                             {Method::kRandom, "random", true, true},
@@ -48,7 +48,7 @@ constexpr bool prunes_by_group(Method method) { return traits(method).by_group; 
 using Methods = EnumValues<Method, std::size(kMethods)>;
 using GroupMethods = Filtered<Methods, prunes_by_group>;
 
-// A table lists its enum's values in their order.
+// A table lists the values of its enum in their order.
 template <class Table>
 constexpr bool is_in_order(const Table& table) {
   int count = 0;
@@ -61,15 +61,16 @@ static_assert(is_in_order(kDTypes) && is_in_order(kMethods));
 
 constexpr int kMaxGroupSize = 64;
 
-// How a call prunes. It travels whole from the op to the kernel.
+// How a call prunes. Ops pass this struct to the kernel unchanged.
 struct Pruning {
   Method method;
   int n;
   int m;
-  uint64_t seed;  // for methods that draw; on CUDA it is read on the device
-  bool scale;     // write the multipliers (0 where pruned), not the pruned values
+  uint64_t seed;  // for methods that draw; CUDA kernels read it on the device
+  bool scale;     // write the multipliers (0 where pruned) instead of the pruned values
 
-  // Inlined without optimization too: code that instruction sets share may be compiled for one that the CPU lacks.
+  // Inlined even in builds without optimization: the linker may keep one shared copy, compiled for an instruction set
+  // that this CPU lacks.
   __attribute__((always_inline)) constexpr bool keeps_all() const { return n == m; }
 };
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// rescale: magnitude, then each kept value times sum |x| / sum |kept|, the sums over all dimensions that share a
-// factor. The tensor is cut into blocks that hold whole sums and, where the shape allows, fit the second-level cache:
-// prune, sum and scale then cost one trip to memory, and a block's sums need no other thread.
+// rescale: prunes by magnitude, then multiplies each kept value by sum |x| / sum |kept|. The sums run over all
+// dimensions that share a factor. The tensor is divided into blocks that hold whole sums and, if the shape allows, fit
+// the L2 cache. Then pruning, summing and scaling cost one pass over memory, and no sum needs a second thread.
 #pragma once
 
 #include "prune_nm-inl.h"
@@ -11,12 +11,12 @@
 namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kBlockElements = 131072;  // 1 MiB of float32, input and output together
-constexpr int64_t kNarrowest = 64;          // columns of a block, if there are as many
+constexpr int64_t kNarrowest = 64;          // minimum number of columns of a block, if there are as many
 
-// Blocks: some indices of the outermost dimension that has factors of its own ("samples": at most one such dimension
-// besides the pruned one), times some groups of the pruned one.
+// A block is some indices of the outermost dimension that has its own factors (the "samples") times some groups of the
+// pruned dimension. Besides the pruned dimension, at most one dimension has its own factors.
 struct BlockPlan {
-  int sample_dim;  // -1: none
+  int sample_dim;  // -1 if there is none
   int64_t samples;
   int64_t sample_step;
   int64_t groups;
@@ -40,11 +40,12 @@ inline BlockPlan make_block_plan(const PruneArgs& args) {
   plan.groups = ceil_div(args.size, args.pruning.m);
   plan.group_step = plan.groups;
   const int64_t tile = range_of(args.dtype, Method::kMagnitude).lanes;
-  // Small samples share a block. Where they are neighbours in memory, a narrow block reads parts of cache lines.
+  // Small samples share a block. If samples are neighbours in memory, a narrow block would read only parts of cache
+  // lines.
   const bool neighbours = plan.sample_dim >= 0 && args.dims[plan.sample_dim].out_stride == 1;
   plan.sample_step = at_least(kUnitElements / at_least(per_sample, 1), neighbours ? kNarrowest : 1);
   if (args.dim_per_factor && per_sample > kBlockElements) {
-    // Narrow blocks, but not so narrow that a row's groups no longer fill a tile.
+    // Narrow blocks, but wide enough that the groups of a row still fill a tile.
     const int64_t wanted = 1 + kBlockElements / (per_sample / plan.groups + 1);
     const int64_t pieces = plan.groups / at_least(wanted, args.in_stride == 1 ? tile : 1);
     plan.group_step = pieces > 1 ? ceil_div(plan.groups, pieces) : plan.groups;
@@ -58,13 +59,14 @@ struct Block {
   Axis axes[kMaxDims + 2];
 
   void add(const Axis& axis) {
-    // Kept sorted by output stride, the smallest last; an axis of one element is out of the way at the front.
+    // Axes are sorted by output stride, the smallest last. Axes of one element go to the front, where they do not
+    // matter.
     int at = ndim++;
     for (; at > 0 && (axes[at - 1].out_stride < axis.out_stride || axis.size == 1); --at) axes[at] = axes[at - 1];
     axes[at] = axis;
   }
 
-  // Calls slab(in offset, out offset, factor offset) for each triple of innermost axes.
+  // Calls slab(in offset, out offset, factor offset) for every position of the axes outside the three innermost ones.
   template <class Slab>
   SDGP_INLINE void for_each_slab(Slab slab) const {
     int64_t at[kMaxDims + 1] = {};

@@ -4,11 +4,11 @@
 // set.
 //
 // Note [Row kernel]
-// A result row's panel of kP vectors stays in registers while the row's kept values pass: each is broadcast and
-// multiplied with the row of the dense block that its offset names, one FMA with a memory operand per vector. The block
-// (some taps x some reduction rows x the panel) must sit in the first-level cache, so it is small and many result
-// rows pass before the next; partial sums wait in the second-level cache. Limits: two loads a cycle, one of which per
-// kP is the broadcast's.
+// A panel of kP vectors of a result row stays in registers while the kernel goes through the row's kept values. It
+// broadcasts each kept value and multiplies it with the row of the dense block that its offset gives: one FMA with a
+// memory operand per vector. The block (some taps x some reduction rows x the panel) must fit the L1 cache. So it is
+// small, and many result rows use it before the next block; partial sums wait in the L2 cache. The limit is two loads
+// per cycle; the broadcast adds one load to each kP.
 #pragma once
 
 #include "pack_dense-inl.h"
@@ -36,17 +36,18 @@ SDGP_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c
 #endif
 }
 
-// N:M rows of one block of the reduction, as the row kernel reads them: consecutive, with offsets for indices.
+// N:M rows of one block of the reduction in the form that the row kernel reads: contiguous, with offsets instead of
+// indices.
 template <class E, class Offset = uint16_t>
 struct KeptBlock {
   const E* values;        // (sources, count)
-  const Offset* offsets;  // bytes from the beginning of the tap's rows in the dense block
+  const Offset* offsets;  // in bytes from the start of the tap's rows in the dense block
   int64_t count;
 };
 
 template <class E>
 struct BlockCall {
-  // Per result row that has something to add: its number, then for each tap which N:M row it reads, -1: none.
+  // Per result row that receives a sum: its number, then the N:M row that each tap reads, or -1 if there is none.
   const int32_t* entries;
   int64_t count;
   int64_t taps;
@@ -57,7 +58,7 @@ struct BlockCall {
   int64_t in_stride;
   E* out;
   int64_t out_stride;
-  const char* next;  // the following block, fetched into the second-level cache meanwhile
+  const char* next;  // the next block, prefetched into the L2 cache during the call
   int64_t next_lines;
 };
 
@@ -65,7 +66,7 @@ template <class E, int kP, bool kFirst, int... kI>
 SDGP_INLINE void multiply_row(const BlockCall<E>& call, const int32_t* entry, std::integer_sequence<int, kI...>) {
   constexpr int kL = kLanes<E>;
   const E* in = call.in + entry[0] * call.in_stride;
-  // An array that is not unrolled everywhere would live on the stack: hence the pack expansions.
+  // The pack expansions keep the array in registers. An array with any loop that is not unrolled would be on the stack.
   Vec<E> sum[kP] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(in + kI * kL))...};
   const char* dense = call.dense;
   for (int64_t tap = 1; tap <= call.taps; ++tap, dense += call.tap_bytes) {
@@ -85,7 +86,7 @@ SDGP_INLINE void multiply_row(const BlockCall<E>& call, const int32_t* entry, st
 template <class E, int kP, bool kFirst>
 __attribute__((noinline)) void multiply_block(const BlockCall<E>& block) {
   constexpr auto kVectors = std::make_integer_sequence<int, kP>{};
-  const BlockCall<E> call = block;  // a copy: nothing that is stored can change it
+  const BlockCall<E> call = block;  // a local copy: no store can alias it
   const int32_t* entry = call.entries;
   const char* next = call.next;
   for (int64_t i = 0; i < call.count; ++i, entry += 1 + call.taps) {
@@ -94,7 +95,7 @@ __attribute__((noinline)) void multiply_block(const BlockCall<E>& block) {
   }
 }
 
-// Memory that will be read next: some strips, each of `pieces` equally spaced pieces of `bytes`.
+// Memory that will be read next: strips, each of `pieces` pieces of `bytes` bytes that are `step` bytes apart.
 struct Ahead {
   const char* const* strips;
   int64_t count;
@@ -107,7 +108,7 @@ struct Ahead {
 
   int64_t total() const { return count * pieces; }
 
-  // Fetches the next piece into the second-level cache.
+  // Prefetches the next piece into the L2 cache.
   SDGP_INLINE void fetch() {
     if (strip >= count) return;
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(next + at, 0, 2);
@@ -119,21 +120,21 @@ struct Ahead {
 };
 
 // Note [Tap kernel]
-// Where all result rows are sums over kept values of their own, which all taps read, each at its own distance from
-// where an offset leads: a plain product, which has one tap, and a weight gradient. One broadcast serves kT taps x kP
-// vectors, whose sums stay in registers.
+// The tap kernel is used if every result row has its own kept values and all taps read all of them: for a plain
+// product, which has one tap, and for a weight gradient. Each tap reads at its own fixed distance from the address that
+// an offset gives. One broadcast serves kT taps x kP vectors, whose sums stay in registers.
 template <class E, class Offset>
 struct TapsCall {
   KeptBlock<E, Offset> kept;
   int64_t rows;
-  const char* dense;  // of the first tap
+  const char* dense;  // for the first tap
   int64_t tap_bytes;
   const E* in;  // partial sums: (rows, taps, panel)
   int64_t in_stride;
   E* out;
   int64_t out_stride;
   Ahead* ahead;
-  int64_t fetches;  // meanwhile
+  int64_t fetches;  // number of calls of ahead->fetch() meanwhile
 };
 
 template <class E, class Offset, int kP, int kT, bool kFirst, int... kI>
@@ -171,8 +172,8 @@ __attribute__((noinline)) void multiply_taps(const TapsCall<E, Offset>& block) {
   }
 }
 
-constexpr int kMaxTaps = 3;                             // in one call
-constexpr int kMaxSums = kVectorBytes == 64 ? 24 : 12;  // of 32 registers, or 16
+constexpr int kMaxTaps = 3;                             // per call
+constexpr int kMaxSums = kVectorBytes == 64 ? 24 : 12;  // of 32 or 16 registers
 
 template <class E, class Offset>
 void multiply_taps_of(int64_t panel, int64_t taps, bool first, const TapsCall<E, Offset>& call) {

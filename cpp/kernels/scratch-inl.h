@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A buffer that a kernel keeps from one unit of work to the next.
+// A buffer that a kernel reuses from one unit to the next.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@
 
 namespace sdgp::SDGP_ISA {
 
-// Only grows; what it held is lost then. Aligned to a cache line.
+// The buffer only grows, and growing loses its content. It is aligned to a cache line.
 template <class T>
 struct Scratch {
   T* data = nullptr;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Which of the compiled kernel tables this process uses, and on what cache.
+// Chooses the kernel table of this process and reads the size of the L1 cache.
 #include <unistd.h>
 
 #include <cstdlib>
@@ -26,9 +26,9 @@ const Kernels& choose() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
-  // Intel's CPUs multiply pairs of bfloat16 at half the rate: there the row kernel is faster (Note [Permute kernel]).
+  // Intel CPUs multiply pairs of bfloat16 at half the rate, so the row kernel is faster there (Note [Permute kernel]).
   const bool fast_bfloat16 = __builtin_cpu_is("amd");
-  // The best first.
+  // From best to worst.
   const Candidate candidates[] = {{&avx512::bfloat16_table, has_bfloat16, fast_bfloat16},
                                   {&avx512::table, has_avx512, true},
                                   {&avx2::table, has_avx2, true},

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What happens inside one group, for a vector of groups at once: element j of every group lies in vector x[j], one
-// group per lane. kM is the compiled group size; a smaller group is padded with zeros at its end, which changes no
-// result: a zero loses every tie to an element with a lower index, weighs nothing and adds nothing.
+// Prunes inside a group, for a vector of groups at once: element j of every group is in vector x[j], one group per
+// lane. kM is the compiled group size. A smaller group is padded with zeros at its end. This changes no result: a
+// padding zero loses every tie to an element with a lower index, has no weight in a draw, and adds nothing to a sum.
 #pragma once
 
 #include "pruning.h"
@@ -18,19 +18,20 @@ using Key = Vec<typename C::K>;
 template <class C>
 using Unsigned = Vec<typename C::U>;
 
-// The group that each lane holds, as a 64-bit index in two halves (both < 2^32, whatever the width of U), and how many
-// of its elements are real.
+// The group in each lane: its 64-bit index in two halves (both < 2^32, whatever the width of U), and the number of its
+// elements that are not padding.
 template <class C>
 struct LaneGroups {
   Unsigned<C> lo;
   Unsigned<C> hi;
   Unsigned<C> length;
-  bool padded;  // some length is below kM
+  bool padded;  // some length is less than kM
 };
 
 // Note [Magnitude order]
-// |x| is compared as the integer that its bits form without the sign. That is the order of the finite values, -0 equals
-// 0, inf is above them and every NaN above inf (among NaNs, by payload); and it is the same on every device.
+// |x| is compared as an integer: the bits of x without the sign. This orders finite values by magnitude; -0 equals 0,
+// inf is above all finite values, and every NaN is above inf (NaNs are ordered by payload). The order is the same on
+// every device.
 template <class C>
 SDGP_INLINE Key<C> magnitude_key(Elem<C> x) {
   using K = typename C::K;
@@ -38,12 +39,12 @@ SDGP_INLINE Key<C> magnitude_key(Elem<C> x) {
   return (Key<C>)x & kNotSign;
 }
 
-// Sets keep[j] to all ones where key j is among the n largest of its lane; ties go to the lower index. Keys are not
+// Sets keep[j] to all ones if key j is among the n largest of its lane. Ties go to the lower index. Keys must not be
 // negative.
 template <class K, int kM>
 SDGP_INLINE void select_by_rank(const Vec<K>* key, int n, Vec<K>* keep) {
-  // Each pair is compared once: 3 operations per pair, all in registers. rank[j] starts at j, as if every earlier
-  // element were at least as large, and gives back one for each that is not.
+  // Compares each pair once: 3 operations per pair, all in registers. rank[j] starts at j, as if every earlier element
+  // were at least as large. It decreases by one for each earlier element that is smaller.
   Vec<K> rank[kM];
 #pragma GCC unroll 8
   for (int j = 0; j < kM; ++j) rank[j] = splat<K>(static_cast<K>(j));
@@ -60,8 +61,8 @@ SDGP_INLINE void select_by_rank(const Vec<K>* key, int n, Vec<K>* keep) {
   for (int j = 0; j < kM; ++j) keep[j] = rank[j] < static_cast<K>(n);
 }
 
-// The same for large groups, where O(m log^2 m) comparators beat O(m^2) pairs: sort, read the n-th largest, keep what
-// is above it and the first of those equal to it.
+// The same for large groups, where O(m log^2 m) comparators are faster than O(m^2) pairs. Sorts the keys, reads the
+// n-th largest, and keeps all keys above it and the first of the keys equal to it.
 template <class K, int kM>
 __attribute__((noinline)) void select_by_threshold(const Vec<K>* key, int n, Vec<K>* keep) {
   constexpr auto kNetwork = SortingNetwork<kM>::list();
@@ -95,11 +96,11 @@ SDGP_INLINE void select_largest(const Vec<K>* key, int n, Vec<K>* keep) {
 }
 
 // Note [Random numbers]
-// Counter-based: everything is a hash of (seed, group index), so no order of work and no device changes a draw.
-// seed -> splitmix64 -> two 32-bit words k0, k1. A group's state is two words, a = mix(lo ^ k0) and
-// b = mix(a + (hi ^ k1)). mvue takes one uniform number from b; random gives each element the key
-// finish(start(b + j * golden) ^ a), where mix(x) = finish(start(x)) is C. Wellons' "lowbias32" (public domain).
-// Lanes hold 32-bit words even where U has 64 bits.
+// Numbers are counter-based: each is a hash of (seed, group index). So neither the order of work nor the device changes
+// them. splitmix64 turns the seed into two 32-bit words k0, k1. The state of a group is two words, a = mix(lo ^ k0) and
+// b = mix(a + (hi ^ k1)). mvue takes one uniform number from b. random gives each element the key finish(start(b + j *
+// golden) ^ a), where mix(x) = finish(start(x)) is C. Wellons' "lowbias32" (public domain). Lanes hold 32-bit words
+// even if U has 64 bits.
 inline uint64_t mix_seed(uint64_t seed) {
   uint64_t z = seed + 0x9e3779b97f4a7c15u;
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
@@ -107,7 +108,7 @@ inline uint64_t mix_seed(uint64_t seed) {
   return z ^ (z >> 31);
 }
 
-// What the functions below take: a Pruning whose seed is mixed, once per call.
+// Returns the settings that the functions below take: the seed is mixed once per call.
 inline Pruning with_mixed_seed(Pruning pruning) {
   pruning.seed = mix_seed(pruning.seed);
   return pruning;
@@ -144,20 +145,21 @@ struct RandomState {
     b = mix_finish<C>(mix_start<C>(word<C>(a + (group.hi ^ k1))));
   }
 
-  // 31 bits, so that the key is not negative.
+  // Returns 31 bits, so that the key is not negative.
   SDGP_INLINE Key<C> key(int j) const {
     const auto step = static_cast<typename C::U>(static_cast<uint32_t>(j) * 0x9e3779b9u);
     return (Key<C>)(mix_finish<C>(mix_start<C>(word<C>(b + step)) ^ a) >> 1);
   }
 
-  // Uniform on the 2^23 midpoints of (0, 1): exact in float32, and its mean is exactly one half.
+  // Returns a number that is uniform on the 2^23 midpoints of (0, 1). It is exact in float32, and its mean is exactly
+  // 0.5.
   SDGP_INLINE Elem<C> uniform() const {
     const auto odd = (Key<C>)(((b >> 9) << 1) | 1);
     return __builtin_convertvector(odd, Elem<C>) * static_cast<typename C::E>(0x1p-24);
   }
 };
 
-// x[j] = keep[j] ? x[j] : 0, or the multiplier that does the same.
+// Sets x[j] to keep[j] ? x[j] : 0, or to the multiplier that has this effect.
 template <class C, int kM>
 SDGP_INLINE void apply_mask(Elem<C>* x, const Key<C>* keep, bool scale) {
   if (scale) [[unlikely]] {
@@ -209,12 +211,12 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, const Pruning& mixed) {
 }
 
 // Note [mvue]
-// Element i is kept with probability min(1, |x_i| / step), where step is chosen so that these add up to n. An element
-// with |x_i| >= step is kept as it is; of the others, a systematic sample keeps some, each with the value
-// sign(x_i) * step: x_i divided by its probability. step is found by taking the mean over the n places, then setting
-// the elements above it aside with one place each, until none is above: at most n rounds.
-// The sample: with the elements below step laid end to end, each |x_i| long, those are kept that hold one of the points
-// (u + k) * step. `left` enforces "at most n" where rounding would place a point too many.
+// Element i is kept with probability min(1, |x_i| / step); step makes these probabilities add up to n. An element with
+// |x_i| >= step is kept unchanged. A systematic sample keeps some of the other elements and gives each the value
+// sign(x_i) * step, which is x_i divided by its probability. To find step, take the mean over the n places. Elements of
+// at least this mean take one place each and leave the sum. This repeats while the mean falls, at most n rounds. The
+// sample: lay the elements below step end to end, each |x_i| long, and keep those that contain one of the points (u +
+// k) * step. `left` enforces "at most n" if rounding would place one point too many.
 template <class C, int kM>
 SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
   const int n = mixed.n;
@@ -233,7 +235,7 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C
   Elem<C> rest = total;
   Key<C> places = splat(static_cast<K>(n));
   for (int round = 1;; ++round) {
-    // kSmallest where it underflowed; `rest > 0` decides about the others.
+    // If the mean underflows, kSmallest replaces it. `rest > 0` excludes the lanes where it is really 0.
     const Elem<C> mean = vmax(rest / __builtin_convertvector(places, Elem<C>), splat(kSmallest));
     const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
     step = lower ? mean : step;

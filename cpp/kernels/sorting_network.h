@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Batcher's odd-even merge sort for kM inputs, a power of two, as a list of comparators that a compiler unrolls.
+// Batcher's odd-even merge sort for kM inputs (a power of two), as a list of comparators that the compiler unrolls.
 #pragma once
 
 namespace sdgp {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The product of N:M rows with a dense matrix, and its gather form for convolutions: every result row is a sum, over
-// taps, of one N:M row times that tap's matrix. A plain product has one tap. Here is how the work is cut and in what
-// order it goes through the caches; the loops are row_kernel-inl.h's. Compiled once per instruction set.
+// The product of N:M rows with a dense matrix, and its gather form for convolutions: each result row is a sum, over
+// taps, of one N:M row times the matrix of the tap. A plain product has one tap. This file divides the work and orders
+// it for the caches; row_kernel-inl.h has the inner loops. Compiled once per instruction set.
 #pragma once
 
 #include "compress_nm-inl.h"
@@ -11,16 +11,16 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kChunkRows = 256;        // result rows that share a trip of the dense operand to that cache
-constexpr int64_t kSlabBytes = 3 << 18;    // of kept values and offsets in the second-level cache
-constexpr int64_t kResultBytes = 1 << 20;  // of partial sums that wait for the next slab
+constexpr int64_t kChunkRows = 256;        // result rows per load of the dense operand into the L1 cache
+constexpr int64_t kSlabBytes = 3 << 18;    // kept values and offsets in the L2 cache
+constexpr int64_t kResultBytes = 1 << 20;  // partial sums that wait for the next slab
 constexpr int64_t kUnitsPerThread = 4;
 
-// Work is cut into chunks of result rows x convolution groups x parts of the panels. No result depends on the cut: each
-// is summed in the order of the blocks.
+// Units are chunks of result rows x convolution groups x parts of the panels. The division changes no result: every sum
+// runs in the order of the blocks.
 struct SpmmPlan {
   DensePlan dense;
-  int64_t rows;  // of the result, over all samples
+  int64_t rows;  // rows of the result, over all samples
   int64_t chunks;
   int64_t parts;
   int64_t units;
@@ -33,10 +33,10 @@ SpmmPlan make_spmm_plan(const SpmmArgs& args) {
   plan.rows = args.samples * args.height.in * args.width.in;
   plan.chunks = ceil_div(plan.rows, kChunkRows);
   const int64_t panel_bytes = kChunkRows * plan.dense.width * static_cast<int64_t>(sizeof(E));
-  // What each part has to do again is more where it has to prune.
+  // Each part repeats some work. It repeats more if it has to prune, so parts are larger then.
   plan.parts = ceil_div(plan.dense.panels * panel_bytes, args.gradient ? 4 * kResultBytes : kResultBytes);
   const int64_t wanted = args.threads > 1 ? ceil_div(kUnitsPerThread * args.threads, plan.chunks * args.groups) : 1;
-  const int64_t most = ceil_div(plan.dense.panels, 3);  // each part reads all of the N:M rows again
+  const int64_t most = ceil_div(plan.dense.panels, 3);  // each part reads all N:M rows again
   const int64_t split = wanted < most ? wanted : most;
   if (plan.parts < split) plan.parts = split;
   plan.units = plan.chunks * args.groups * plan.parts;
@@ -57,9 +57,10 @@ class Spmm {
   }
 
  private:
-  // Kept values are read this many at a time.
+  // The number of kept values that are read at a time.
   static constexpr int64_t kStep = 16;
-  static constexpr int64_t kAhead = 4;  // rows: a slab's piece of one is too short for the hardware's prefetcher
+  // In rows. A slab has too little of one row for the hardware prefetcher.
+  static constexpr int64_t kAhead = 4;
   using Step = VecType<uint8_t, kStep>::type;
   using WideStep = VecType<uint16_t, 2 * kStep>::type;
   static constexpr VecType<int8_t, kStep>::type kStepLanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -75,7 +76,8 @@ class Spmm {
     const int64_t part = unit % plan_.parts;
     panel_begin_ = dense_.panels * part / plan_.parts;
     panel_end_ = dense_.panels * (part + 1) / plan_.parts;
-    if (unit / plan_.parts != chunk_and_group_) {  // else the unit before left its sources, perhaps its kept values too
+    // Otherwise the previous unit has left its sources and possibly its kept values.
+    if (unit / plan_.parts != chunk_and_group_) {
       chunk_and_group_ = unit / plan_.parts;
       group_ = chunk_and_group_ % args_.groups;
       first_row_ = chunk_and_group_ / args_.groups * kChunkRows;
@@ -109,11 +111,11 @@ class Spmm {
     return (before < groups ? before : groups) * args_.pruning.n;
   }
 
-  // Brings a slab's kept values and offsets into the order of the row kernel: [block][source][kept].
+  // Brings the kept values and offsets of a slab into the order of the row kernel: [block][source][kept].
   void read_kept(int64_t block_begin, int64_t block_end) {
     const int64_t begin = kept_before(block_begin);
     const int64_t count = kept_before(block_end) - begin;
-    // Whole steps are written: what is too much falls to the next row, which is written later, or to a gap.
+    // Stores write whole steps. The excess falls into the next row, which is written later, or into a gap.
     const int64_t blocks = block_end - block_begin;
     offsets_.reserve(count * gather_.sources + blocks * kStep);
     values_.reserve(count * gather_.sources + blocks * kStep);
@@ -127,8 +129,8 @@ class Spmm {
     }
   }
 
-  // For place_row: of each of a row's kept values from `begin` on, where its group begins in the block, and its group's
-  // last index.
+  // For place_row: for each kept value of a row from `begin` on, finds where its group begins in the block, and the
+  // last valid index of its group.
   void find_bases(int64_t begin, int64_t count) {
     uint16_t* base = base_.reserve(count + kStep);
     uint8_t* last = last_.reserve(count + kStep);
@@ -141,7 +143,7 @@ class Spmm {
     }
   }
 
-  // The same from the gradient itself: some rows at a time are pruned and packed, in the first-level cache.
+  // Does the same from an uncompressed gradient: prunes and packs some rows at a time, in the L1 cache.
   void compress_rows(int64_t block_begin, int64_t block_end, int64_t count) {
     const Gradient& gradient = *args_.gradient;
     const int64_t first = block_begin * dense_.rows;
@@ -191,7 +193,7 @@ class Spmm {
     }
   }
 
-  // The `rows` rows after those of `part`: a slab's pieces of them are too short for the hardware's prefetcher.
+  // Prefetches the `rows` rows after those of `part`. A slab has too little of each row for the hardware prefetcher.
   static void prefetch_rows(const PruneArgs& part, int64_t rows) {
     const T* row = static_cast<const T*>(part.in) + part.dims[0].size * part.dims[0].in_stride;
     for (int64_t r = 0; r < rows; ++r, row += part.dims[0].in_stride) {
@@ -199,7 +201,7 @@ class Spmm {
     }
   }
 
-  // One row's pruned elements, whole groups, to their places.
+  // Stores the pruned elements of one row (whole groups) at their places.
   SDGP_INLINE void place_pruned(int64_t s, const Word* row, int64_t size) {
     const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
@@ -212,8 +214,8 @@ class Spmm {
     }
   }
 
-  // One row's kept values to their places. Indices out of range are noted, and read as the last one in it. From `end`
-  // on nothing may be read.
+  // Stores the kept values of one row at their places. An index out of range clears `valid_` and is replaced by the
+  // last index in range. Nothing may be read from `end` on.
   SDGP_INLINE void place_row(int64_t s, const T* row, const uint8_t* row_indices, int64_t count, const T* end) {
     const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
@@ -335,7 +337,7 @@ class Spmm {
       return;
     }
     const int64_t per_sample = args_.height.in * args_.width.in;
-    for (int64_t r = 0; r < rows_;) {  // the rows of one sample are consecutive in every channel
+    for (int64_t r = 0; r < rows_;) {  // the rows of one sample are contiguous in every channel
       const int64_t left = per_sample - (first_row_ + r) % per_sample;
       const int64_t run = left < rows_ - r ? left : rows_ - r;
       E* column = column_.reserve(kChunkRows);
@@ -353,7 +355,7 @@ class Spmm {
   Gather gather_;
   bool valid_ = true;
   int64_t chunk_and_group_ = -1;
-  int64_t kept_begin_ = 0;  // blocks
+  int64_t kept_begin_ = 0;  // in blocks
   int64_t kept_end_ = 0;
   int64_t group_ = 0;
   int64_t first_row_ = 0;

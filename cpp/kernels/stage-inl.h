@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Staging: what is too short to fill vectors where it lies is copied, piece by piece, into a buffer that does, and
-// back. Here are the pieces and the copies; the tiles in between are prune_nm-inl.h's.
+// Staging copies data that is too short to fill vectors in place into a buffer where it fills them, and copies the
+// results back. This file defines the pieces and the copies; prune_nm-inl.h processes the tiles in between.
 //
-// Two layouts of the buffer, as in memory: where rows lie inside groups (NCHW maps smaller than a vector), element j of
-// every group in buffer row j; else each group's elements together, padded to the compiled size. Both sides of a copy
-// are then runs, moved with vectors and exactly: nothing beside a run is read or written.
+// The buffer has two layouts, as memory does. If rows lie inside groups (NCHW maps smaller than a vector), buffer row j
+// holds element j of every group. Otherwise the elements of a group are together, padded to the compiled size. So both
+// sides of a copy are runs, which vectors move exactly: nothing outside a run is read or written.
 #pragma once
 
 #include "plan-inl.h"
@@ -29,7 +29,7 @@ struct BlockType<2> {
   using type = uint16_t;
 };
 
-// Three nested loops over elements, the innermost axis last.
+// Three nested loops over elements. The innermost axis is last.
 struct Box {
   int64_t size[3];
 
@@ -39,8 +39,9 @@ struct Strides {
   int64_t axis[3];
 };
 
-// Runs of `bytes`: in vectors, the last of which ends with the run and may overlap the one before it; or, where a run
-// is shorter than a vector, in two moves of the widest block that fits. Strides in bytes, and by value: `to` may alias.
+// Copies runs of `bytes` bytes in vectors. The last vector ends with the run and may overlap the one before it. A run
+// shorter than a vector takes two moves of the widest type that fits. Strides are in bytes, and are passed by value
+// because `to` may alias them.
 template <int kBytes, int kSmallest>
 SDGP_INLINE void copy_runs(char* to, const Strides to_strides, const char* from, const Strides from_strides,
                            const Box box, const int64_t bytes) {
@@ -85,18 +86,18 @@ __attribute__((noinline)) void copy_box(T* to, const Strides& to_strides, const 
   }
 }
 
-// Some neighbouring rows (along the innermost of the other dimensions) times some consecutive groups of each. Its lanes
-// are numbered in memory order.
+// Neighbouring rows (along the innermost of the other dimensions) times consecutive groups of each. Lanes are numbered
+// in memory order.
 struct Piece {
-  Row first;  // element offsets and group index of its first group
+  Row first;  // element offsets and group index of the first group
   int64_t rows;
   int64_t groups;
-  int64_t tail;  // length of the last group where that is shorter, else 0
+  int64_t tail;  // length of the last group if it is shorter, otherwise 0
 
   int64_t lanes() const { return rows * groups; }
 };
 
-// Cuts a range of the (row, group) pairs, in memory order, into pieces. Only groups from `first_group` on count.
+// Divides a range of (row, group) pairs, in memory order, into pieces. Only groups from `first_group` on are included.
 class Pieces {
  public:
   Pieces(const PruneArgs& args, const Plan& plan, int64_t first_group, int64_t begin, int64_t end)
@@ -110,8 +111,8 @@ class Pieces {
     base_ = find_row(args_, args_.ndim - 1, outer_);
   }
 
-  // The next piece, where one is left and fits into `room` lanes of a buffer of `capacity`. A run is cut where it is
-  // longer than half of the buffer.
+  // Sets the next piece and returns true, if one is left and fits into `room` lanes of a buffer of `capacity`. Only a
+  // run that is longer than half of the buffer is divided.
   bool next(int64_t room, int64_t capacity, Piece& piece) {
     if (left_ == 0 || room == 0) return false;
     int64_t count = 1;
@@ -155,7 +156,7 @@ class Pieces {
   int64_t first_group_;
   int64_t left_;
   int64_t outer_;
-  int64_t majors_;  // of the two axes of a piece, the one with the larger strides
+  int64_t majors_;  // size of the axis with the larger strides, of the two axes of a piece
   int64_t minors_;
   int64_t major_;
   int64_t minor_;
@@ -163,7 +164,7 @@ class Pieces {
 };
 
 // Calls copy(box, buffer offset, buffer strides, tensor offset, tensor strides) for the full groups of a piece and for
-// its tails. `padded` is the compiled group size, the tensor's strides are the input's or the output's.
+// its tails. `padded` is the compiled group size. The tensor's strides are those of the input or those of the output.
 template <class Copy>
 SDGP_INLINE void for_each_box(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t capacity,
                               int64_t padded, int64_t row_stride, int64_t stride, Copy copy) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The sums of rescale and the multiplication by its factors, over three nested axes of which some share a factor. Knows
-// memory and factors, not groups.
+// Computes the sums of rescale and multiplies by its factors, over three nested axes, some of which share a factor.
+// This file deals with memory and factors, not with groups.
 #pragma once
 
 #include "select_nm-inl.h"
@@ -9,25 +9,25 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kPartialSum = 1024;  // rows summed before they join the total: keeps the rounding error small
+constexpr int64_t kPartialSum = 1024;  // rows per partial sum, to keep the rounding error small
 
-// A block's dimensions, the pruned one among them, for the sums.
+// A dimension of a block, the pruned one included, as the sums see it.
 struct Axis {
   int64_t size;
   int64_t in_stride;
   int64_t out_stride;
-  int64_t factor_stride;  // 0: shares its factor
+  int64_t factor_stride;  // 0: all elements share a factor
 };
 
-// The sums run in vectors of E: float, or double for double. Sums and factors are arrays with room for a vector more
-// than they hold.
+// Sums run in vectors of E: double for double, otherwise float. Arrays of sums and factors have room for one more
+// vector than they hold.
 template <class C>
 struct FactorSums {
   using T = typename C::T;
   using E = typename C::E;
   static constexpr int kL = kLanes<E>;
 
-  // True in the last `count` lanes.
+  // Returns true in the last `count` lanes.
   static SDGP_INLINE Key<C> last_lanes(int64_t count) {
     Key<C> lane{};
     for (int i = 0; i < kL; ++i) lane[i] = static_cast<typename C::K>(i);
@@ -38,11 +38,11 @@ struct FactorSums {
 
   static SDGP_INLINE Elem<C> ratio(Elem<C> all, Elem<C> kept) { return kept == 0 ? splat<E>(1) : all / kept; }
 
-  // A pruned place stays 0 where its factor is inf or NaN.
+  // A pruned element stays 0 even if its factor is inf or NaN.
   static SDGP_INLINE Elem<C> times(Elem<C> x, Elem<C> factor) { return keep_if(x != 0, C::round(x * factor)); }
 
-  // Lines of at least kL consecutive elements are summed and multiplied where they lie. The last vector of a line ends
-  // with it; of what it shares with the one before it, nothing counts twice.
+  // Lines of at least kL contiguous elements are summed and multiplied in place. The last vector ends with the line. It
+  // may overlap the one before it, but no element counts twice.
 
   static E sum_line(const T* p, int64_t size) {
     Elem<C> sum[2] = {};  // two chains hide the latency of the additions
@@ -59,7 +59,8 @@ struct FactorSums {
     return sum_lanes(sum[0] + sum[1]);
   }
 
-  // Adds up kChains vectors of columns, one factor a column, in the lanes of `mask`: `rows` rows, `row_stride` apart.
+  // Adds `rows` rows, `row_stride` apart, to the sums of kChains vectors of columns, in the lanes of `mask`. Each
+  // column has its own factor.
   template <int kChains>
   static SDGP_INLINE void sum_vectors(const T* p, int64_t rows, int64_t row_stride, Key<C> mask, E* sums) {
     Elem<C> sum[kChains];
@@ -119,14 +120,14 @@ struct FactorSums {
     }
   }
 
-  // All else (short lines, strides that leave gaps) is copied to a buffer, as many whole lines as it holds.
+  // Everything else (short lines, strides with gaps) goes through a buffer, as many whole lines at a time as it holds.
   struct Buffer {
     static constexpr int64_t kSize = 2048;
     T raw[kSize + kL];
-    E value[kSize + kL];  // what was read, or the factor of each element
+    E value[kSize + kL];  // the magnitudes, or the factor of each element
   };
 
-  // Calls part(element offset, factor offset, sizes) for each buffer's worth of a slab.
+  // Calls part(element offset, factor offset, sizes) for each part of a slab. A part fits the buffer.
   template <class Part>
   static SDGP_INLINE void for_each_part(const int64_t* stride, const Axis* axes, Part part) {
     Box box;
@@ -149,7 +150,7 @@ struct FactorSums {
     }
   }
 
-  // Copies between a part and the buffer, in as few runs as the strides allow.
+  // Copies a part from or to the buffer, in as few runs as the strides allow.
   template <class Copy>
   static SDGP_INLINE void copy_part(const int64_t* stride, Box box, Copy copy) {
     Strides tensor{{stride[0], stride[1], stride[2]}};
@@ -208,7 +209,8 @@ struct FactorSums {
     });
   }
 
-  // The factor of each element of a part. Vectors overlap, in ascending order: what one wrote too far, the next mends.
+  // Writes the factor of each element of a part. Vectors overlap in ascending order: the next line overwrites the
+  // excess.
   static void spread(const E* factors, const Box& box, const Axis* axes, E* value) {
     const int64_t size = box.size[2];
     const int64_t stride = axes[2].factor_stride;
@@ -249,7 +251,7 @@ struct FactorSums {
     return stride[2] == 1 && axes[2].size >= kL && axes[2].factor_stride <= 1;
   }
 
-  // sums[f] += the sum of |x| over what shares factor f, in three axes.
+  // sums[f] += the sum of |x| over all elements that share factor f, in three axes.
   static void sum(const T* p, const int64_t* stride, const Axis* axes, E* sums) {
     if (!lies_in_lines(stride, axes)) return sum_slab(p, stride, axes, sums);
     for (int64_t i = 0; i < axes[0].size; ++i) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Fixed-width vectors over the compiler's vector extensions (GCC, Clang), compiled once per instruction set inside
-// namespace SDGP_ISA. Arithmetic, comparisons (-1 / 0 lanes) and `mask ? a : b` are the language's own; here is only
-// what the language lacks: load, store, 16-bit float conversions, "any lane", and the tile transpose.
+// Fixed-width vectors based on the compiler's vector extensions (GCC, Clang), compiled once per instruction set inside
+// namespace SDGP_ISA. The language has arithmetic, comparisons (-1 / 0 lanes) and `mask ? a : b`. This file adds load,
+// store, 16-bit float conversions, "any lane" and the transpose of a tile.
 #pragma once
 
 #include <cstdint>
@@ -39,7 +39,7 @@ using HalfVec = VecType<uint16_t, kVectorBytes / 2>::type;
 
 template <class E>
 SDGP_INLINE Vec<E> splat(E value) {
-  return value - Vec<E>{};  // not `+`: 0 + -0 is +0
+  return value - Vec<E>{};  // not `+`, because 0 + -0 is +0
 }
 
 template <class V>
@@ -66,8 +66,9 @@ SDGP_INLINE bool any(M mask) {
 #endif
 }
 
-// Masked forms of x, a + x (where the mask is true, or where it is not) and count - 1. With AVX-512 a comparison lands
-// in a mask register that the operation takes as it is; before, it is a vector of ones and zeros, good for an `and`.
+// Masked forms of x, of a + x (if the mask is true, or if it is false) and of count - 1. With AVX-512, a comparison
+// returns a mask register, which the operation takes directly. Before AVX-512, it returns a vector for an `and`, whose
+// lanes are all ones or zero.
 #if defined(__AVX512F__)
 template <class M, class V>
 SDGP_INLINE V keep_if(M mask, V x) {
@@ -97,7 +98,8 @@ SDGP_INLINE V add_if(M mask, V a, V x) {
 template <class M, class V>
 SDGP_INLINE V add_unless(M mask, V a, V x) {
 #if defined(__AVX2__)
-  return a + (V)_mm256_andnot_si256((__m256i)mask, (__m256i)x);  // GCC 12 makes a blend of `& ~mask`: three times it
+  // GCC 12 turns `& ~mask` into a blend, which costs three times as much.
+  return a + (V)_mm256_andnot_si256((__m256i)mask, (__m256i)x);
 #else
   return a + (V)((M)x & ~mask);
 #endif
@@ -117,10 +119,11 @@ SDGP_INLINE V vmin(V a, V b) {
   return a > b ? b : a;
 }
 #if defined(__AVX2__) && !defined(__AVX512F__)
-SDGP_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }  // GCC 12: a blend, as above
+// GCC 12 would make a blend here, too.
+SDGP_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
 #endif
 
-// Adds the upper half of the lanes to the lower until one is left.
+// Adds the upper half of the lanes to the lower half until one lane is left.
 template <class V>
 SDGP_INLINE auto sum_lanes(V v) {
   constexpr int kN = sizeof(V) / sizeof(v[0]);
@@ -133,7 +136,7 @@ SDGP_INLINE auto sum_lanes(V v) {
   }
 }
 
-// GCC 12 splits the conversion of a whole vector in two.
+// An intrinsic, because GCC 12 splits the conversion of a whole vector in two.
 SDGP_INLINE Vec<uint32_t> widen(HalfVec h) {
 #if defined(__AVX512F__)
   return (Vec<uint32_t>)_mm512_cvtepu16_epi32((__m256i)h);
@@ -144,7 +147,7 @@ SDGP_INLINE Vec<uint32_t> widen(HalfVec h) {
 #endif
 }
 
-// 32-bit lanes to 16: values below 2^16.
+// Converts 32-bit lanes to 16-bit lanes. Values must be below 2^16.
 SDGP_INLINE HalfVec narrow(Vec<uint32_t> v) {
 #if defined(__AVX512F__)
   return (HalfVec)_mm512_cvtepi32_epi16((__m512i)v);
@@ -160,8 +163,8 @@ SDGP_INLINE Vec<float> float_from_bfloat16(HalfVec h) { return (Vec<float>)(wide
 
 SDGP_INLINE HalfVec bfloat16_from_float(Vec<float> f) { return narrow((Vec<uint32_t>)f >> 16); }
 
-// To nearest, ties to even. A NaN stays one: those that reach here came from a bfloat16 or out of an operation, so
-// their low half is zero and the addition carries nothing into the upper.
+// Rounds to nearest, ties to even. A NaN stays a NaN: every NaN here came from a bfloat16 or from an operation, so its
+// low half is zero and the addition carries nothing into the upper half.
 SDGP_INLINE Vec<float> round_to_bfloat16(Vec<float> f) {
   const auto bits = (Vec<uint32_t>)f;
   return (Vec<float>)((bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u);
@@ -175,9 +178,9 @@ SDGP_INLINE Vec<float> float_from_float16(HalfVec h) {
 #else
   const Vec<uint32_t> bits = widen(h);
   const Vec<uint32_t> magnitude = bits & 0x7fff;
-  // The float with these exponent and fraction bits is 2^112 too small, subnormals included.
+  // A float with these exponent and fraction bits is too small by a factor of 2^112. This is also true for subnormals.
   const auto scaled = (Vec<uint32_t>)((Vec<float>)(magnitude << 13) * 0x1p112f);
-  // A signalling NaN turns quiet, as in hardware: mvue and rescale_group order NaNs by their bits.
+  // A signalling NaN becomes quiet, as in hardware: mvue and rescale_group order NaNs by their bits.
   const Vec<uint32_t> quiet = magnitude > 0x7c00 ? splat<uint32_t>(0x400000) : Vec<uint32_t>{};
   const Vec<uint32_t> special = (magnitude << 13) | 0x7f800000 | quiet;
   return (Vec<float>)((magnitude >= 0x7c00 ? special : scaled) | ((bits & 0x8000) << 16));
@@ -193,7 +196,7 @@ SDGP_INLINE HalfVec float16_from_float(Vec<float> f) {
   const auto bits = (Vec<uint32_t>)f;
   const Vec<uint32_t> magnitude = bits & 0x7fffffff;
   const Vec<uint32_t> normal = (magnitude - (112u << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;
-  // Adding 0.5 aligns a subnormal's last place with the last bit of the sum, so the addition does the rounding.
+  // Adding 0.5 aligns the last place of a subnormal with the last bit of the sum, so the addition rounds.
   const Vec<uint32_t> subnormal = (Vec<uint32_t>)((Vec<float>)magnitude + 0.5f) - 0x3f000000;
   Vec<uint32_t> half = magnitude < (113u << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000 ? splat<uint32_t>(0x7c00) : half;  // 65520 and above round to inf
@@ -202,8 +205,8 @@ SDGP_INLINE HalfVec float16_from_float(Vec<float> f) {
 #endif
 }
 
-// How a stored type becomes lanes and back. E: the lane; K: the signed integer of its width, in which magnitudes are
-// compared; U: its unsigned twin. What a computation yields is rounded before it is stored.
+// How a stored type becomes lanes and back. E is the lane type. K is the signed integer of the same width, in which
+// magnitudes are compared, and U is the unsigned one. A computed value is rounded before it is stored.
 template <class Lane, class Signed, class Word>
 struct Direct {
   using T = Lane;
@@ -220,7 +223,7 @@ using Float64 = Direct<double, int64_t, uint64_t>;
 
 SDGP_INLINE Vec<float> unrounded(Vec<float> v) { return v; }
 
-// A 16-bit float, widened to float lanes. kRound where kNarrow cuts off.
+// A 16-bit float, widened to float lanes. kRound rounds first if kNarrow truncates.
 template <Vec<float> (*kWiden)(HalfVec), HalfVec (*kNarrow)(Vec<float>), Vec<float> (*kRound)(Vec<float>)>
 struct Widened {
   using T = uint16_t;
@@ -235,7 +238,7 @@ struct Widened {
 using Float16 = Widened<&float_from_float16, &float16_from_float, &unrounded>;
 using BFloat16 = Widened<&float_from_bfloat16, &bfloat16_from_float, &round_to_bfloat16>;
 
-// A 16-bit float as its bits: enough for magnitude, with twice the lanes and no conversion.
+// A 16-bit float as its bits. This is enough for magnitude, with twice the lanes and no conversion.
 template <int16_t kOneBits>
 struct Bits16 {
   using T = uint16_t;
@@ -247,8 +250,8 @@ struct Bits16 {
   static SDGP_INLINE void store(T* p, Vec<E> v) { store_bits(p, v); }
 };
 
-// Exchanges bit kBit of the vector's index with bit kBit of the lane's index: after it, `a` holds what had lane bit 0
-// and `b` what had lane bit 1.
+// Exchanges bit kBit of the vector index with bit kBit of the lane index. Afterwards `a` holds the elements whose lane
+// bit was 0, and `b` those whose lane bit was 1.
 template <class E, int kBit>
 SDGP_INLINE void exchange(Vec<E>& a, Vec<E>& b) {
   constexpr int kBytes = static_cast<int>(sizeof(E)) << kBit;
@@ -273,8 +276,8 @@ SDGP_INLINE void exchange(Vec<E>& a, Vec<E>& b) {
   }
 }
 
-// Transposes kN x kN blocks of lanes across kN vectors (kN a power of two, at most the number of lanes); its own
-// inverse.
+// Transposes kN x kN squares of lanes across kN vectors. kN is a power of two and at most the number of lanes. The
+// function is its own inverse.
 template <class E, int kN, int kBit = 0>
 SDGP_INLINE void transpose(Vec<E>* x) {
   if constexpr ((1 << kBit) < kN) {

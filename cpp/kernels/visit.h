@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// From a run-time value to a compile-time one: a list of constants, and a visitor that is called with the one that a
-// value names. Host code of every device; the lists stand beside what they are of.
+// Turns a run-time value into a compile-time one: a list of constants, and a visitor that is called with the constant
+// that equals the value. Host code of every device. Each list is next to the type that it lists.
 //
 //   visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { run<kDType>(args); });
 #pragma once
@@ -17,7 +17,7 @@ struct Constant {};
 template <auto... kValues>
 struct Values {};
 
-// Calls `call` with the constant that `value` equals; it must be in the list.
+// Calls `call` with the constant that equals `value`. The list must contain it.
 template <auto kFirst, auto... kRest, class T, class Call>
 decltype(auto) visit(Values<kFirst, kRest...>, T value, const Call& call) {
   if constexpr (sizeof...(kRest) > 0) {
@@ -26,7 +26,7 @@ decltype(auto) visit(Values<kFirst, kRest...>, T value, const Call& call) {
   return call(Constant<kFirst>{});
 }
 
-// The same with the first constant of an ascending list that is no less.
+// Does the same with the first constant that is not less than `value`. The list must be ascending.
 template <auto kFirst, auto... kRest, class T, class Call>
 decltype(auto) visit_at_least(Values<kFirst, kRest...>, T value, const Call& call) {
   if constexpr (sizeof...(kRest) > 0) {
@@ -40,7 +40,7 @@ constexpr bool contains(Values<kValues...>, T value) {
   return ((value == kValues) || ...);
 }
 
-// Lists that follow from a table: an enum's values, counted from 0, and those of them that a predicate keeps.
+// Lists that follow from a table: the values of an enum, counted from 0, and the values that satisfy a predicate.
 template <class Enum, int... kI>
 Values<static_cast<Enum>(kI)...> enum_values(std::integer_sequence<int, kI...>);
 template <class Enum, int kCount>

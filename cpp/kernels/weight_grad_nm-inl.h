@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The weight gradient of a convolution, its output gradient pruned along the pixels on the way: for every output
-// channel a sum, over its kept pixels, of gradient times the input that each tap meets there. A plain product, of a
-// linear layer, has one tap, and its tokens are the pixels of one sample. Nothing is unfolded. Compiled once per
-// instruction set.
+// The weight gradient of a convolution. Its output gradient is pruned along the pixels on the way. Each output channel
+// is a sum, over its kept pixels, of gradient times the input that each tap meets there. The plain product of a linear
+// layer has one tap; its tokens are the pixels of one sample. Nothing is unfolded. Compiled once per instruction set.
 //
-// The loops, from the outside: chunks of output channels; slabs of the reduction, whose kept values fit the
-// second-level cache; panels of input channels; blocks of pixels, whose input is packed into the first-level cache;
-// taps; output channels. What is packed is used by a chunk's channels and all taps, so packing costs little and is done
-// in place of a copy of the whole input.
+// The loops, from outer to inner: chunks of output channels; slabs of the reduction, whose kept values fit the L2
+// cache; panels of input channels; blocks of pixels, whose input is packed into the L1 cache; taps; output channels.
+// All channels of a chunk and all taps use the packed input. So packing costs little, and no copy of the whole input is
+// needed.
 #pragma once
 
 #include "compress_nm-inl.h"
@@ -17,21 +16,21 @@
 
 namespace sdgp::SDGP_ISA {
 
-constexpr int64_t kPrunedElements = 8192;  // pruned at a time, into the first-level cache
-constexpr int64_t kNeighbours = 64;        // output channels at a time, where those lie side by side
+constexpr int64_t kPrunedElements = 8192;  // elements that are pruned at a time, into the L1 cache
+constexpr int64_t kNeighbours = 64;        // output channels at a time, if they lie side by side
 constexpr int64_t kWeightRows = 768;       // output channels of a chunk
 
-// Work is cut into chunks of output channels x convolution groups x parts of the panels. No result depends on the cut:
-// each is summed in the order of the blocks.
+// Units are chunks of output channels x convolution groups x parts of the panels. The division changes no result: every
+// sum runs in the order of the blocks.
 struct WeightGradPlan {
-  int64_t panel;  // vectors
+  int64_t panel;  // in vectors
   int64_t panels;
-  int64_t width;  // columns of a panel
-  int64_t taps;   // of a kernel's line in one call
+  int64_t width;  // in columns
+  int64_t taps;   // taps of one kernel line per call
   Cut cut;
-  int64_t pixels;      // of a sample
-  int64_t groups;      // of m, of a sample
-  int64_t per_sample;  // blocks, where each is of one sample
+  int64_t pixels;      // per sample
+  int64_t groups;      // groups of m, per sample
+  int64_t per_sample;  // blocks per sample, if a block belongs to one sample
   int64_t blocks;
   int64_t chunk_rows;
   int64_t chunks;
@@ -41,8 +40,8 @@ struct WeightGradPlan {
   int64_t kept(int64_t size, const Pruning& pruning) const { return ceil_div(size, pruning.m) * pruning.n; }
 };
 
-// Estimated cycles of a tap kernel per pixel of a block, for all panels: two loads a cycle, chains of additions of four
-// cycles that overlap from row to row in part, sums to and from the second-level cache.
+// Estimates the cycles of a tap kernel per pixel of a block, for all panels: two loads per cycle, chains of additions
+// with a latency of four cycles that partly overlap between rows, and the transfer of sums to and from the L2 cache.
 inline double cycles_per_pixel(int64_t vectors, int64_t panels, double kept, double pixels) {
   const double loads = kept * static_cast<double>(vectors + 2) / 2, chain = kept * 3.2;
   return ((loads > chain ? loads : chain) + 2 * static_cast<double>(vectors) + 8) * static_cast<double>(panels) /
@@ -79,7 +78,7 @@ WeightGradPlan make_weight_grad_plan(const WeightGradArgs& args) {
   const int64_t panel_bytes = kWeightRows * taps * plan.width * static_cast<int64_t>(sizeof(E));
   plan.parts = at_most(ceil_div(plan.panels * panel_bytes, 4 * kResultBytes), plan.panels);
   const int64_t wanted = args.threads > 1 ? kUnitsPerThread * args.threads : 1;
-  // Each part prunes again; each chunk packs again, which costs less.
+  // Each part prunes again. Each chunk packs again, which costs less.
   while (plan.chunks * args.groups * plan.parts < wanted && plan.chunks * 32 < args.rows) plan.chunks *= 2;
   while (plan.chunks * args.groups * plan.parts < wanted && plan.parts * 2 <= plan.panels) plan.parts *= 2;
   plan.chunk_rows = ceil_div(args.rows, plan.chunks);
@@ -102,8 +101,8 @@ class WeightGrad {
 
  private:
   struct Block : PixelBlock {
-    int64_t kept;  // values of a row
-    int64_t at;    // where the first row's begin
+    int64_t kept;  // kept values per row
+    int64_t at;    // where the kept values of the first row begin
   };
 
   explicit WeightGrad(const WeightGradArgs& args)
@@ -146,7 +145,7 @@ class WeightGrad {
     return {{index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels)}, 0, 0};
   }
 
-  // Prunes a slab of the chunk's rows and packs what they keep: [block][row][kept].
+  // Prunes a slab of the chunk's rows and packs the kept values as [block][row][kept].
   void read_kept(int64_t begin, int64_t end) {
     count_ = end - begin;
     Block* blocks = blocks_.reserve(count_);
@@ -159,7 +158,7 @@ class WeightGrad {
     }
     values_.reserve(at + kKeep);
     offsets_.reserve(at + kKeep);
-    // Where a channel's pixels lie side by side, a sample's blocks are pruned together: long runs.
+    // If the pixels of a channel lie side by side, all blocks of a sample are pruned together, in long runs.
     const bool together = args_.gradient.pixel_stride == 1 && plan_.cut.samples == 1;
     for (int64_t i = 0, next = 0; i < count_; i = next) {
       next = i + 1;
@@ -168,7 +167,7 @@ class WeightGrad {
     }
   }
 
-  // Blocks that are pruned together: of one sample, or one block.
+  // Prunes several blocks of one sample, or one block, together.
   void read_span(const Block* first, const Block* last) {
     int64_t size = 0;
     for (const Block* block = first; block < last; ++block) size += block->size();
@@ -206,7 +205,7 @@ class WeightGrad {
     }
   }
 
-  // What a row keeps, to its place in each block; where it keeps fewer than a block has room for, zeros.
+  // Stores what a row keeps at its place in each block. Fills the block with zeros if the row keeps fewer values.
   SDGP_INLINE void place_row(const Block* first, const Block* last, int64_t row, const Word* pruned) {
     const uint32_t* places = places_.data;
     for (const Block* block = first; block < last; pruned += block->size(), places += block->size(), ++block) {
@@ -252,7 +251,7 @@ class WeightGrad {
     }
   }
 
-  // What is packed after a block: the next block's input, or the next panel's of the first block.
+  // Returns what is packed after this block: the input of the next block, or of the first block for the next panel.
   Ahead find_ahead(int64_t panel, int64_t index) {
     if (index + 1 < count_) return input_.ahead(blocks_.data[index + 1], columns_of(panel));
     return panel + 1 < panel_end_ ? input_.ahead(blocks_.data[0], columns_of(panel + 1)) : Ahead{};
@@ -266,7 +265,7 @@ class WeightGrad {
   void store_panel(int64_t panel, const E* sums) {
     const int64_t first_col = panel * plan_.width;
     const int64_t cols = at_most(args_.cols - first_col, plan_.width);
-    // Where the sums of each tap begin, and from row to row.
+    // Where the sums of each tap begin, and the distance from row to row.
     const E** begin = begin_.reserve(taps_);
     int64_t* pitch = pitch_.reserve(taps_);
     int64_t tap = 0;
@@ -309,7 +308,7 @@ class WeightGrad {
   int64_t rows_ = 0;
   int64_t panel_begin_ = 0;
   int64_t panel_end_ = 0;
-  int64_t count_ = 0;  // of the slab's blocks
+  int64_t count_ = 0;  // blocks of the slab
   Scratch<Block> blocks_;
   Scratch<uint32_t> places_;
   Scratch<Word> pruned_;

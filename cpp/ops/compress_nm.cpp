@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// compress_nm and decompress_nm. Compressed tensors lie in memory with the pruned dimension innermost, whatever the
-// input's strides: products read whole rows of them.
+// compress_nm and decompress_nm. The pruned dimension of a compressed tensor is innermost in memory for any strides of
+// the input, because products read whole rows.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -18,7 +18,7 @@
 namespace sdgp {
 namespace {
 
-// A tensor of `like`'s shape but for `dim`, which has `size` and lies innermost.
+// Returns a tensor with `like`'s shape, except that `dim` has the size `size` and is innermost in memory.
 Tensor empty_innermost(const Tensor& like, int64_t dim, int64_t size, ScalarType dtype) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < like.dim(); ++d) {
@@ -40,7 +40,7 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& 
 
   CompressArgs args{};
   Tensor source = input;
-  if (!traits(call.pruning.method).by_group && n != m) {  // it sums across rows, in an order that the whole decides
+  if (!traits(call.pruning.method).by_group && n != m) {  // the order of its sums depends on the whole tensor
     source = torch::stable::empty_like(input);
     prune_into_cpu(input, source, call);
     args.pruned = true;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the two gradients of a convolution share: the checks of its geometry, and the output gradient as kernels read
-// it.
+// Code that the two gradients of a convolution share: it checks the geometry and describes the output gradient to the
+// kernels.
 #pragma once
 
 #include <vector>
@@ -10,7 +10,7 @@
 
 namespace sdgp {
 
-// What a convolution was called with beside its tensors; pairs of height and width.
+// The arguments of a convolution other than its tensors. Each vector is a pair of height and width.
 struct Window {
   const std::vector<int64_t>& stride;
   const std::vector<int64_t>& padding;
@@ -31,7 +31,7 @@ inline void check_window(const char* op, const Window& window, int64_t channels)
   check_pair(op, "dilation", window.dilation, 1);
 }
 
-// The output gradient (N, C, H, W) with one step from pixel to pixel; a copy where it has none.
+// Returns the output gradient (N, C, H, W) with one stride from pixel to pixel. Copies it if it has no such stride.
 inline Tensor with_pixel_stride(const Tensor& grad_output) {
   const bool has_one = grad_output.size(2) == 1 || grad_output.size(3) == 1 ||
                        grad_output.stride(2) == grad_output.size(3) * grad_output.stride(3);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _conv2d_input_grad_nm: the data gradient of a convolution, its output gradient pruned on the way, nothing unfolded.
+// _conv2d_input_grad_nm computes the data gradient of a convolution. It prunes the output gradient on the way and does
+// not unfold it.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

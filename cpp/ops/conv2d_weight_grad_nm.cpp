@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _conv2d_weight_grad_nm: the weight gradient of a convolution, its output gradient pruned along the pixels of each
-// sample on the way, nothing unfolded.
+// _conv2d_weight_grad_nm computes the weight gradient of a convolution. It prunes the output gradient on the way, along
+// the pixels of each sample, and does not unfold the input.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Note [Huge pages]
-// An allocation of 32 MiB or more comes fresh from the system (glibc's largest mmap threshold): its first use takes a
-// page fault per 4 KiB, which costs more than writing the page. Asking for huge pages makes that one per 2 MiB. The
-// allocation is a mapping of its own, so nothing else changes, and it is a hint: a system may ignore it.
+// glibc maps an allocation of 32 MiB or more (its largest mmap threshold) fresh from the system. The first use of this
+// memory takes one page fault per 4 KiB, which costs more than writing the page. With huge pages, it is one page fault
+// per 2 MiB. The allocation is a mapping of its own, so nothing else changes. A system may ignore this hint.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -35,7 +35,7 @@ SpmmArgs describe(const Product& product, const Tensor& dense, Tensor& output) {
           .threads = torch::stable::get_num_threads()};
 }
 
-// Packs the dense operand, then multiplies.
+// Packs the dense operand and then multiplies.
 void run(const char* op, const Tensor& like, SpmmArgs& args) {
   constexpr int64_t kAlignment = 64;
   const Kernels& table = kernels();

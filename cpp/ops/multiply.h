@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the sparse products on the CPU share: their checks, their output, and the call of the kernel.
+// Code that the sparse products on the CPU share: it checks arguments, allocates the output and calls the kernel.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,8 @@ namespace sdgp {
 
 constexpr Axis2d kPoint{1, 1, 1, 1, 0, 1};
 
-// A product as the kernel knows it, a convolution's data gradient; a plain one has 1 x 1 pixels and taps.
+// A product as the kernel sees it: the data gradient of a convolution. A matrix product has one pixel per sample and
+// one tap.
 struct Product {
   const char* op;  // begins the message about an index out of range
   DType dtype;
@@ -23,28 +24,29 @@ struct Product {
   bool channels_first = false;
 };
 
-// What the messages of an op call its operands.
+// The names of an op's operands in messages.
 struct OperandNames {
   const char* like;  // "the input is"
   const char* dense;
 };
 
-// The arguments of a product whose left operand is pruned on the way, checked as far as they are alike.
+// Checks the arguments that are common to all products that prune their left operand on the way.
 PruneCall validate_product(const char* op, const OperandNames& names, const Tensor& input, const Tensor& dense,
                            const Settings& settings);
 
-// (..., cols), with the leading dimensions of `rows`.
+// Allocates a tensor (..., cols) with the leading dimensions of `rows`.
 Tensor empty_rows(const Tensor& rows, int64_t cols);
 int64_t count_rows(const Tensor& rows);
 
-// Makes an output ready to be written to. False where nothing is left to do: it is empty, or every sum in it is.
+// Prepares an output for writing. Returns false if nothing is left to do: either the output is empty, or its sums have
+// no terms and it is now zero.
 bool begin_output(Tensor& output, bool has_terms);
 
-// `dense`: (groups x size, cols) or, of a convolution, (groups x size, cols, height, width), any strides.
+// `dense` is (groups x size, cols) or, for a convolution, (groups x size, cols, height, width), with any strides.
 void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
 
-// Whether `multiply` takes the permute kernel, which is as fast for gradients whose rows lie side by side.
+// Returns whether `multiply` uses the permute kernel. Gradients whose rows lie side by side do not slow it down.
 bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

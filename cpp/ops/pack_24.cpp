@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _pack_24 has a kernel on CUDA alone (cuda/ops/pack_24.cpp); here are its checks for the other devices.
+// _pack_24 has a kernel only on CUDA (cuda/ops/pack_24.cpp). This file checks its arguments on other devices.
 #include "pack_24.h"
 
 #include <torch/csrc/stable/library.h>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _pack_24's arguments, checked alike on every device.
+// Checks the arguments of _pack_24 in the same way on every device.
 #pragma once
 
 #include "../kernels/layout_24.h"

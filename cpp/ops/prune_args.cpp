@@ -11,12 +11,12 @@
 namespace sdgp {
 namespace {
 
-// The dimensions other than the pruned one, by descending output stride, those that step through memory together
-// merged.
+// Describes the dimensions other than the pruned one, by descending output stride. Merges dimensions that step through
+// memory together.
 void describe_dims(const Tensor& input, const Tensor& output, int64_t pruned, PruneArgs& args) {
   const int64_t ndim = input.dim();
-  // rescale: one factor per (sample, channel), where the sample is the first other dimension; with no further
-  // dimension to sum over, the sums run along the pruned one.
+  // rescale has one factor per (sample, channel). The sample is the first dimension other than the pruned one. If no
+  // dimension is left to sum over, the sums run along the pruned one.
   args.dim_per_factor = ndim > 2;
   const int64_t sample = pruned == 0 ? 1 : 0;
   std::vector<Dim> dims;

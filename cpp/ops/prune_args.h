@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What every op that prunes shares: its arguments checked, and described to the kernels.
+// Code that every pruning op shares: it checks the arguments and describes them to the kernels.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,7 +13,7 @@
 
 namespace sdgp {
 
-// The Settings of a call, checked; of its Pruning the seed is open until the tensor that holds it is read.
+// The checked Settings of a call. `pruning` has no seed until the tensor that holds the seed is read.
 struct PruneCall {
   DType dtype;
   int64_t dim;  // counted from the front
@@ -25,13 +25,14 @@ struct PruneCall {
 
 PruneCall validate_prune(const char* op, const Tensor& input, const Settings& settings);
 
-// `output` gives the strides; of a tensor with elements. The pointer to write to stays open.
+// `input` must not be empty. `output` gives only the strides: the caller sets the pointer to write to.
 PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call);
 
-// Fills `output` where every element stays, or there is none; whether it did.
+// Returns whether there is nothing to choose: no element exists, or every element stays. `output` is then complete.
 bool nothing_to_choose(const Tensor& input, Tensor& output, const Pruning& pruning);
 
-// The seed that the caller gave, or one that the generator of the input's device draws there, as sdgp's Python does.
+// Returns the caller's seed. If there is none, the generator of the input's device draws one on that device, as in
+// sdgp's Python code.
 Tensor seed_of(const Tensor& input, const PruneCall& call);
 
 }  // namespace sdgp

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// prune_nm and _prune_nm_scale: one host function validates for every device; what differs is who fills the output.
+// prune_nm and _prune_nm_scale. One host function checks the arguments for every device. Only the function that fills
+// the output differs.
 #include "prune_nm.h"
 
 #include <torch/csrc/stable/library.h>
@@ -12,7 +13,7 @@
 namespace sdgp {
 namespace {
 
-// The output has the input's strides where those leave no holes and do not overlap, else those that clone() would give.
+// The output has the input's strides if these leave no holes and do not overlap, otherwise the strides of clone().
 Tensor allocate(const Tensor& input) { return torch::stable::empty_like(input); }
 
 template <bool kScale>
@@ -29,7 +30,8 @@ Tensor prune_nm_meta(const Tensor& input, const Settings& settings) {
   return allocate(input);
 }
 
-// Whatever has no kernel: quantized and sparse tensors fail the checks, a device without one is named.
+// Handles tensors for which there is no kernel. Quantized and sparse tensors fail the checks. For other tensors, the
+// message names the device.
 template <bool kScale>
 Tensor prune_nm_unsupported(const Tensor& input, const Settings& settings) {
   validate_prune_nm<kScale>(input, settings);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The arguments of prune_nm and of _prune_nm_scale, which returns the multipliers, checked alike on every device.
+// Checks the arguments of prune_nm and of _prune_nm_scale (it returns the multipliers) in the same way on every device.
 #pragma once
 
 #include "prune_args.h"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _prune_nm_matmul: prune_nm(input, n, m, -1) @ dense, the input pruned on the way. A linear layer's data gradient, and
-// of a transposed input its weight gradient.
+// _prune_nm_matmul computes prune_nm(input, n, m, -1) @ dense and prunes the input on the way. This is a linear layer's
+// data gradient or, with a transposed input, its weight gradient.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -23,11 +23,11 @@ PruneCall validate(const Tensor& input, const Tensor& dense, const SettingsAlong
   return call;
 }
 
-// The step from row to row, where one leads through all of them and each lies consecutive in memory.
+// Returns the stride from row to row if one stride leads through all rows and each row is contiguous.
 std::optional<int64_t> find_row_stride(const Tensor& input) {
   if (input.stride(input.dim() - 1) != 1) return std::nullopt;
   std::optional<int64_t> step;
-  int64_t next = 0;  // the stride that the next dimension outwards must have
+  int64_t next = 0;  // the stride that the next outer dimension must have
   for (int64_t d = input.dim() - 2; d >= 0; --d) {
     if (input.size(d) == 1) continue;
     if (step && input.stride(d) != next) return std::nullopt;
@@ -37,7 +37,8 @@ std::optional<int64_t> find_row_stride(const Tensor& input) {
   return step.value_or(input.size(input.dim() - 1));
 }
 
-// A matrix whose rows lie side by side, as those of a linear layer's output gradient do in its weight gradient.
+// Returns whether the rows of a matrix lie side by side in memory, like the transposed output gradient of a linear
+// layer's weight gradient.
 bool is_transposed(const Tensor& input) {
   return input.dim() == 2 && input.size(0) > 1 && input.stride(0) == 1 && input.stride(1) != 1;
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How a call wants to prune, as one value. A schema lists it in a row, `n, m, dim, method, seed`; a host function takes
-// a Settings, or, where the schema has no `dim`, a SettingsAlong<dim>, and SDGP_BOX registers it.
+// The pruning settings of a call as one value. A schema lists them one by one: `n, m, dim, method, seed`. A host
+// function takes a Settings, or a SettingsAlong<dim> if the schema has no `dim`. SDGP_BOX registers the function.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -16,7 +16,7 @@
 
 namespace sdgp {
 
-// Unchecked: see validate_prune.
+// validate_prune checks these settings.
 struct Settings {
   int64_t n;
   int64_t m;
@@ -37,7 +37,7 @@ struct Types {
 template <class... A, class... B>
 Types<A..., B...> operator+(Types<A...>, Types<B...>);
 
-// What a parameter of a host function is in the schema, and how it is made of that.
+// Tells which schema arguments a parameter of a host function stands for, and makes the parameter from them.
 template <class Parameter>
 struct Argument {
   using InSchema = Types<Parameter>;
@@ -64,7 +64,7 @@ template <auto kFunction, class Signature, class InSchema>
 struct Unroll;
 template <auto kFunction, class R, class... Parameters, class... Arguments>
 struct Unroll<kFunction, R (*)(Parameters...), Types<Arguments...>> {
-  // Where the arguments of each parameter begin.
+  // The index of each parameter's first argument.
   static constexpr auto kBegin = [] {
     std::array<size_t, sizeof...(Parameters)> begin{};
     size_t parameter = 0, next = 0;

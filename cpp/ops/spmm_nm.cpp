@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// spmm_nm: compressed rows times a dense matrix.
+// spmm_nm multiplies compressed rows by a dense matrix.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr const char* kOp = "spmm_nm";
 
-// Returns n.
+// Checks the arguments and returns n.
 int64_t validate(const Tensor& values, const Tensor& indices, int64_t m, const Tensor& dense) {
   check_strided(kOp, dense);
   check(dense.dim() == 2, kOp, ": expected dense (size, cols), got ", name_of_shape(dense));
@@ -30,7 +30,7 @@ Tensor spmm_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m, const
   const Tensor kept = torch::stable::contiguous(values);
   const Tensor kept_indices = torch::stable::contiguous(indices);
   const int64_t kept_size = values.size(values.dim() - 1);
-  const Pruning pruning{.method = Method::kMagnitude,  // whatever pruned them
+  const Pruning pruning{.method = Method::kMagnitude,  // whatever method pruned the values
                         .n = static_cast<int>(n),
                         .m = static_cast<int>(m),
                         .seed = 0,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Views that the stable ABI's headers lack before torch 2.14.
+// Views that the headers of the stable ABI lack before torch 2.14.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

@@ -9,7 +9,7 @@ namespace sdgp {
 
 void multiply(const WeightProduct& product, const Gradient& gradient, const Tensor& input, Tensor& output) {
   const bool has_taps = input.dim() == 4;
-  // Of one tap the kernel knows no strides.
+  // The kernel takes one stride from tap to tap. If a row has only one tap, this is the stride along the height.
   const bool one_column = has_taps && output.size(3) == 1;
   const WeightGradArgs args{.dtype = product.dtype,
                             .pruning = product.pruning,

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The call of the weight-gradient kernel, for the ops that are one.
+// Calls the weight-gradient kernel for the ops that compute a weight gradient.
 #pragma once
 
 #include "multiply.h"
 
 namespace sdgp {
 
-// A convolution's weight gradient as the kernel knows it; a plain product has 1 x 1 taps and the pixels of one sample.
+// A convolution's weight gradient as the kernel sees it. A matrix product has one tap, and its reduction runs over the
+// pixels of one sample.
 struct WeightProduct {
   DType dtype;
   Pruning pruning;
@@ -19,8 +20,8 @@ struct WeightProduct {
   Axis2d width = kPoint;
 };
 
-// `input`: (samples, groups x cols, height, width), `output`: (groups x rows, cols, kernel height, kernel width); or
-// (pixels, cols) and (rows, cols).
+// `input` is (samples, groups x cols, height, width), `output` is (groups x rows, cols, kernel height, kernel width).
+// For a matrix product, they are (pixels, cols) and (rows, cols).
 void multiply(const WeightProduct& product, const Gradient& gradient, const Tensor& input, Tensor& output);
 
 }  // namespace sdgp

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Each kernel by dtype: every dtype's are compiled in a file of their own.
+// Calls each kernel for the dtype of its arguments. The kernels of each dtype are compiled in a separate file.
 #include "cuda_kernels.h"
 
 #include "element.cuh"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How a stored element becomes a number and back. Bits: the stored word; E: what arithmetic runs in; K: magnitudes as
-// integers (Note [Magnitude order] in cpp/kernels/select_nm-inl.h).
+// Converts a stored element to a number and back. Bits is the stored word. E is the type for arithmetic. K is the
+// integer type for magnitudes (Note [Magnitude order] in cpp/kernels/select_nm-inl.h).
 #pragma once
 
 #if defined(__CUDACC__)
@@ -49,7 +49,7 @@ struct BFloat16 {
 #if defined(__CUDACC__)
   static SDGP_HOST_DEVICE Bits narrow(E x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 #else
-  static Bits narrow(E x) {  // to nearest, ties to even
+  static Bits narrow(E x) {  // rounds to nearest, ties to even
     const auto word = bits_of<uint32_t>(x);
     if (x != x) return static_cast<Bits>(word >> 16 | 0x40);
     return static_cast<Bits>((word + 0x7fff + (word >> 16 & 1)) >> 16);
@@ -89,7 +89,7 @@ SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
   return C::widen(without_sign<C>(x));
 }
 
-// To the precision that is stored.
+// Rounds to the stored precision.
 template <class C>
 SDGP_HOST_DEVICE typename C::E rounded(typename C::E x) {
   return C::widen(C::narrow(x));

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What lets a device function run on the host too: everything that a kernel's thread computes is such a function, and
-// the tests run it without a GPU.
+// Macros and helpers for device functions that also run on the host. Everything that a kernel's thread computes is in
+// these functions, so the tests can run it without a GPU.
 #pragma once
 
 #include <cstdint>

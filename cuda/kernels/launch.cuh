@@ -12,7 +12,7 @@ namespace sdgp::cuda {
 constexpr int kThreads = 256;
 constexpr uint64_t kMostBlocks = 0x7fffffff;
 
-// An array that the threads of a block share.
+// Declares an array that the threads of a block share.
 #if defined(__CUDACC__)
 #define SDGP_SHARED(type, name, count) __shared__ type name[count]
 #else
@@ -20,7 +20,7 @@ constexpr uint64_t kMostBlocks = 0x7fffffff;
   type* const name = cuda_stand_in::shared<type, static_cast<size_t>(count), decltype([] {})>()
 #endif
 
-// The one place where a kernel is launched: elsewhere than on a GPU, the tests stand in for it.
+// Launches a kernel. Every launch goes through this function, so that the tests can replace it on the host.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), uint64_t blocks, unsigned threads, void* stream,
             const Arguments&... arguments) {

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Prunes a matrix of 16-bit floats along its rows and packs it as the 2:4 operand of a sparse tensor core product, in
-// one pass: [kept values (rows, cols / 2)][metadata].
+// Prunes a matrix of 16-bit floats along its rows and packs it, in one pass, as the 2:4 operand of a sparse tensor core
+// product: [kept values (rows, cols / 2)][metadata].
 //
 // Note [Pack tile]
-// A block of 256 threads takes kTileRows x kTileCols elements: whole words of metadata in every layout. A thread takes
-// one row's 16 bytes or, for larger groups, its group at a time: values go straight to memory; nibbles to a table in
-// shared memory, a byte each, which the threads then put together to words in the layout's order.
-// What lies beyond the matrix, up to whole tiles, counts as zeros.
+// A block of 256 threads takes kTileRows x kTileCols elements, which are whole words of metadata in every layout. A
+// thread takes 16 bytes of a row at a time or, if a group is larger, one group. It writes the values straight to memory
+// and the nibbles to a table in shared memory, one byte each. The threads then combine the nibbles into words in the
+// order of the layout. Elements beyond the matrix, up to whole tiles, count as zeros.
 #pragma once
 
 #include "metadata.cuh"
@@ -18,7 +18,7 @@ namespace sdgp::cuda {
 constexpr int kTileThreads = 256;
 static_assert(kTileWords == kTileThreads, "one word of metadata a thread");
 
-// Which two of a quad are kept: those that are not +0, or the lowest. The places as a nibble.
+// Returns, as a nibble, the places of the two kept elements of a quad: those that are not +0, else the lowest places.
 template <class Bits>
 SDGP_HOST_DEVICE int places_of(const Bits* quad) {
   int kept[2] = {-1, -1};
@@ -31,12 +31,12 @@ SDGP_HOST_DEVICE int places_of(const Bits* quad) {
       kept[1] = j;
     }
   }
-  if (kept[0] < 0) return 0b0100;                                // none: 0 and 1
-  if (kept[1] < 0) return kept[0] == 0 ? 0b0100 : kept[0] << 2;  // one: with 0, or 0 with 1
+  if (kept[0] < 0) return 0b0100;                                // none: places 0 and 1
+  if (kept[1] < 0) return kept[0] == 0 ? 0b0100 : kept[0] << 2;  // one: it and the lowest other place
   return kept[0] | kept[1] << 2;
 }
 
-// kM elements pruned: their values to memory, their nibbles to the tile's table. `quad` counts in the tile's row.
+// Writes kM pruned elements: the values to memory, the nibbles to the tile's table.
 template <class Bits, int kM>
 SDGP_HOST_DEVICE void pack_group(const Bits* x, Bits* values, uint8_t* nibbles) {
   Bits kept[kM / 2];
@@ -60,7 +60,7 @@ SDGP_HOST_DEVICE void pack_group(const Bits* x, Bits* values, uint8_t* nibbles) 
   }
 }
 
-// Prunes kSpan elements, one or several groups of kM, kM <= kSpan.
+// Prunes kSpan elements, which are one or more groups of kM <= kSpan elements.
 template <class C, Method kMethod, int kM, int kSpan>
 SDGP_HOST_DEVICE void prune_span(typename C::Bits* x, const PackArgs& args, const Pruning& mixed, int64_t row,
                                  int64_t col) {
@@ -78,7 +78,7 @@ SDGP_HOST_DEVICE bool rows_lie_in_vectors(const PackArgs& args) {
   return reinterpret_cast<uintptr_t>(args.in) % 16 == 0 && args.row_stride % 8 == 0;
 }
 
-// First half of a block's work, by one of its threads; `nibbles` is (kTileRows, kTileQuads).
+// Does one thread's share of the first half of a block's work. `nibbles` is (kTileRows, kTileQuads).
 template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
                                   uint8_t* nibbles) {
@@ -87,7 +87,7 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
   constexpr int kSpans = kTileCols / kSpan;
   const bool vectors = rows_lie_in_vectors(args);
   Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
-  mixed.scale = false;  // known here: multipliers are no operand, and their code drops out
+  mixed.scale = false;  // an operand has no multipliers; the constant removes their code
   for (int i = thread; i < kTileRows * kSpans; i += kTileThreads) {
     const int64_t row = tile_row + i / kSpans;
     const int64_t col = tile_col + i % kSpans * kSpan;
@@ -104,7 +104,7 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
   }
 }
 
-// Second half, after all threads' first: one word of metadata.
+// Does one thread's share of the second half, after all threads finished the first: writes one word of metadata.
 SDGP_HOST_DEVICE void pack_metadata(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
                                     const uint8_t* nibbles) {
   const TileWord first = tile_word(args.layout, args.rows, args.cols, tile_row, tile_col, thread);
@@ -117,7 +117,7 @@ SDGP_HOST_DEVICE void pack_metadata(const PackArgs& args, int64_t tile_row, int6
   static_cast<uint32_t*>(args.packed)[args.rows * args.cols / 4 + first.at] = word;
 }
 
-// Calls `call` with what one of the compiled kernels is compiled for, that of these arguments.
+// Calls `call` with the method and the group size of the compiled kernel for these arguments.
 template <class Call>
 void visit_pack(const PackArgs& args, const Call& call) {
   visit(GroupMethods{}, args.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {

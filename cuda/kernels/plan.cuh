@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How a pruning kernel finds its group: one thread takes one group, or kV neighbouring rows' groups, and thread
-// numbers run through the output in memory order.
+// Tells a thread of a pruning kernel where its group is. A thread takes one group, or the groups of kV neighbouring
+// rows. Thread numbers run through the output in memory order.
 #pragma once
 
 #include "../../cpp/kernels/args.h"
@@ -9,9 +9,9 @@
 
 namespace sdgp::cuda {
 
-constexpr int kMaxAxes = 8;  // more dimensions that do not merge: the op copies first
+constexpr int kMaxAxes = 8;  // if more dimensions do not merge, the op copies first
 
-// Division by a number that the host knows, of numbers below 2^63, by multiplication (Granlund, Montgomery, 1994).
+// Divides numbers below 2^63 by a number that the host knows, with a multiplication (Granlund, Montgomery, 1994).
 struct Divisor {
   uint64_t size;
   uint64_t magic;
@@ -46,16 +46,16 @@ struct ThreadAxis {
 struct PruneParams {
   const void* in;
   void* out;
-  const int64_t* seed;  // on the device, so that a captured graph draws anew
-  const void* factors;  // rescale
+  const int64_t* seed;  // on the device, so that a captured graph can draw anew
+  const void* factors;  // for rescale
   Pruning pruning;
   int64_t size;
   int64_t in_stride;
   int64_t out_stride;
   int64_t factor_step;      // from element to element
-  int64_t row_group_step;   // kV rows: from one to the next
-  int64_t row_factor_step;  // likewise
-  bool vector_in;           // a group lies in aligned vectors
+  int64_t row_group_step;   // from one of the kV rows to the next
+  int64_t row_factor_step;  // the same for factors
+  bool vector_in;           // a group consists of aligned vectors
   bool vector_out;
   uint64_t threads;
   int group_axis;
@@ -67,8 +67,8 @@ struct Place {
   int64_t in = 0;  // element offsets of the group's first element
   int64_t out = 0;
   int64_t factor = 0;
-  uint64_t group = 0;  // logical, over the tensor
-  int64_t in_row = 0;  // which group of its row
+  uint64_t group = 0;  // logical index in the tensor
+  int64_t in_row = 0;  // index of the group in its row
 };
 
 SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
@@ -87,7 +87,7 @@ SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
   return place;
 }
 
-// The group sizes that kernels are compiled for; a group of another one is padded.
+// The group sizes that kernels are compiled for. A group of another size is padded.
 using GroupSizes = Values<4, 8, 16, 32, 64>;
 static_assert(contains(GroupSizes{}, kMaxGroupSize));
 
@@ -95,7 +95,8 @@ inline int compiled_size(int m) {
   return visit_at_least(GroupSizes{}, m, []<int kM>(Constant<kM>) { return kM; });
 }
 
-// Where rows are neighbours, as many as one 4-byte access moves; of larger groups a thread's registers hold one row.
+// Returns how many neighbouring rows a thread takes: as many as one 4-byte access moves. The registers of a thread hold
+// only one row of larger groups.
 constexpr int rows_per_thread(int element_size, int compiled_m) {
   return element_size == 2 && compiled_m <= 16 ? 2 : 1;
 }
@@ -105,7 +106,7 @@ struct PrunePlan {
   int rows_per_thread;
 };
 
-// Of at most kMaxAxes - 1 dimensions besides the pruned one.
+// Supports at most kMaxAxes - 1 dimensions besides the pruned one.
 inline PrunePlan plan_prune(const PruneArgs& args) {
   PrunePlan plan{};
   PruneParams& params = plan.params;
@@ -119,7 +120,7 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   const int64_t factors_per_sample = args.dim_per_factor ? args.size : 1;
   params.factor_step = args.dim_per_factor ? 1 : 0;
 
-  // The groups' axis goes where their stride in the output puts it; the dimensions are sorted by theirs already.
+  // The output stride of the groups decides the place of their axis. The dimensions are already sorted by theirs.
   const int64_t group_stride = args.pruning.m * args.out_stride;
   const ThreadAxis group_axis{Divisor::of(static_cast<uint64_t>(groups)), args.pruning.m * args.in_stride, group_stride,
                               1, args.pruning.m * params.factor_step};
@@ -154,7 +155,7 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   params.vector_in = whole && args.in_stride == 1 && aligned(args.in, vector_bytes, true);
   params.vector_out = whole && args.out_stride == 1 && aligned(args.out, vector_bytes, false);
 
-  // Neighbouring rows share a thread where they pair up, aligned in both tensors.
+  // Neighbouring rows share a thread if they form pairs that are aligned in both tensors.
   plan.rows_per_thread = 1;
   ThreadAxis& last = params.axis[params.axes - 1];
   const auto rows = static_cast<uint64_t>(rows_per_thread(traits(args.dtype).size, compiled_m));

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// prune_nm by one thread: load the group, prune it, store it.
+// One thread's work in prune_nm: load a group, prune it, store it.
 //
 // Note [Thread layout]
-// A thread owns one group, so no thread waits for another. Where groups are neighbours in memory (the last dimension,
-// channels_last) a group is read in vectors of up to 16 bytes and a warp's accesses are consecutive; where rows are
-// (NCHW along C), element j of 32 neighbouring rows is one access, of two rows a thread for 16-bit types.
+// A thread owns one group, so no thread waits for another. If groups are neighbours in memory (the last dimension,
+// channels_last), a thread reads its group in vectors of up to 16 bytes, and a warp's accesses are consecutive. If rows
+// are neighbours in memory (NCHW along C), one access of a warp takes element j of 32 neighbouring rows. For 16-bit
+// types, each thread takes two rows.
 #pragma once
 
 #include "plan.cuh"
@@ -17,7 +18,7 @@ struct alignas(16) Vector16 {
   uint32_t word[4];
 };
 
-// kM elements that begin aligned.
+// Loads kM elements from an aligned address.
 template <class Bits, int kM>
 SDGP_HOST_DEVICE void load_vectors(const Bits* from, Bits* x) {
   constexpr int kBytes = kM * sizeof(Bits) < 16 ? kM * sizeof(Bits) : 16;
@@ -43,7 +44,7 @@ SDGP_HOST_DEVICE void store_vectors(const Bits* x, Bits* to) {
   }
 }
 
-// x[v][j]: element j of row v.
+// x[v][j] is element j of row v.
 template <class Bits, int kM, int kV>
 SDGP_HOST_DEVICE void load_group(const Bits* from, int64_t stride, int length, bool vectors, Bits (*x)[kM]) {
   if (kV == 1 && vectors) return load_vectors<Bits, kM>(from, x[0]);
@@ -109,8 +110,7 @@ SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
                             params.vector_out);
 }
 
-// Calls `call` with what one of the compiled kernels is compiled for, that of this plan: method, group size, rows per
-// thread.
+// Calls `call` with the method, the group size and the rows per thread of the compiled kernel for this plan.
 template <class C, class Call>
 void visit_prune(const PrunePlan& plan, const Call& call) {
   visit(Methods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {

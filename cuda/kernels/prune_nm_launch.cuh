@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels of prune_nm and of rescale's factors, and which of them a call takes. Included once per dtype, so that
-// they compile side by side.
+// The kernels of prune_nm and of rescale's factors, and the code that selects them for a call. Each dtype includes this
+// file in its own source file, so that the dtypes compile in parallel.
 #pragma once
 
 #include "launch.cuh"
@@ -31,7 +31,7 @@ template <class C, int kM>
 __global__ void __launch_bounds__(kThreads) partial_sums_kernel(const __grid_constant__ SumParams params) {
   const int64_t warp = (int64_t{blockIdx.x} * kThreads + threadIdx.x) / kWarp;
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  if (warp >= params.samples * params.stretches * params.tiles) return;  // whole warps
+  if (warp >= params.samples * params.stretches * params.tiles) return;  // whole warps return
   const WarpShare share(params, warp);
   LaneSums<C, kM> sums;
   sums.sum(params, share, lane);

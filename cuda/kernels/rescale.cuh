@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The factors of rescale: sum |x| / sum |kept|, the sums over all that shares a factor. Three kernels: partial sums,
-// the factors from them, and prune_nm's with the factors applied. No atomics: the order of additions depends on the
-// shape alone, so a result does not depend on the device.
+// The factors of rescale: sum |x| / sum |kept|. The sums run over all elements that share a factor. There are three
+// kernels: the first computes partial sums, the second computes the factors from them, and the kernel of prune_nm
+// applies the factors. Without atomics, the order of additions depends only on the shape and the strides. A result does
+// therefore not depend on the GPU.
 //
 // Note [Partial sums]
-// A warp takes one sample and a stretch of what its sums run over. With a factor per channel, its lanes are 32
-// neighbouring groups and each runs through the stretch's positions, or, where rows are neighbours in memory, its lanes
-// are 32 neighbouring positions of one group and are added up at the end. With one factor per row, its lanes are
-// neighbouring groups of the row, added up at the end.
+// A warp takes one sample and a stretch of the positions or groups that its sums run over. With one factor per channel,
+// the 32 lanes are neighbouring groups, and each lane runs through the positions of the stretch. If rows are neighbours
+// in memory, the lanes are instead neighbouring positions of one group, and their sums are added at the end. With one
+// factor per row, the lanes are neighbouring groups of the row, and their sums are added at the end.
 #pragma once
 
 #include "prune_nm.cuh"
@@ -16,13 +17,13 @@
 namespace sdgp::cuda {
 
 constexpr int kWarp = 32;
-constexpr int64_t kStretch = 512;  // positions or groups that a warp sums; more warps than that fill a GPU
+constexpr int64_t kStretch = 512;  // positions or groups that a warp sums; few enough to fill a GPU with warps
 
 enum class Lanes { kGroupsOfPosition, kPositionsOfGroup, kGroupsOfRow };
 
 struct SumParams {
   const void* in;
-  void* partial;  // (2, stretches, factors): of all, of the kept
+  void* partial;  // (2, stretches, factors): sums of all, then of the kept elements
   void* factor;   // (factors)
   Lanes lanes;
   Pruning pruning;
@@ -34,8 +35,8 @@ struct SumParams {
   int64_t samples;
   int64_t sample_stride;
   int64_t stretches;
-  int64_t tiles;    // warps side by side on one stretch
-  int64_t factors;  // all of them
+  int64_t tiles;    // warps that share one stretch
+  int64_t factors;  // in total
   int64_t factors_per_sample;
   int axes;
   ThreadAxis axis[kMaxAxes];  // of a sample's rows
@@ -101,7 +102,7 @@ SDGP_HOST_DEVICE int64_t position_offset(const SumParams& params, int64_t positi
   return offset;
 }
 
-// What one warp sums, and where it goes.
+// The share of one warp: which elements it sums, and where it stores the sums.
 struct WarpShare {
   int64_t sample;
   int64_t tile;
@@ -114,7 +115,7 @@ struct WarpShare {
   }
 };
 
-// One lane's sums: of each element of its group, or, for one factor per row, all in element 0.
+// The sums of one lane, one for each element of its group. With one factor per row, element 0 holds the only sum.
 template <class C, int kM>
 struct LaneSums {
   using E = typename C::E;
@@ -164,7 +165,7 @@ struct LaneSums {
     }
   }
 
-  // From a lane whose sums are whole.
+  // Stores the sums of a lane. They must be complete.
   SDGP_HOST_DEVICE void store(const SumParams& params, const WarpShare& share, int lane) const {
     E* partial =
         static_cast<E*>(params.partial) + share.stretch * params.factors + share.sample * params.factors_per_sample;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What happens inside one group, by one thread: the same positions, bit for bit, as cpp/kernels/select_nm-inl.h, whose
-// notes hold here. kM is the compiled group size; a smaller group is padded with zeros at its end. Compiled without
-// contraction of multiply and add (-fmad=false).
+// Prunes one group in one thread. It selects exactly the same positions as cpp/kernels/select_nm-inl.h, and the notes
+// there hold here too. kM is the compiled group size. A smaller group is padded with zeros at its end. The code is
+// compiled without contraction of multiply and add (-fmad=false).
 #pragma once
 
 #include <limits>
@@ -18,7 +18,7 @@ namespace sdgp::cuda {
 template <int kM>
 using Mask = std::conditional_t<(kM <= 32), uint32_t, uint64_t>;
 
-// One bit per element.
+// A mask has one bit per element.
 template <int kM>
 SDGP_HOST_DEVICE bool has(Mask<kM> mask, int j) {
   return mask >> j & 1;
@@ -37,8 +37,9 @@ SDGP_HOST_DEVICE void sort(K* key, std::integer_sequence<int, kI...>) {
   (compare_exchange(key[kNetwork.at[kI].low], key[kNetwork.at[kI].high]), ...);
 }
 
-// The n largest keys; ties go to the lower index. Up to 8, and for the sizes that are not worth a network: each
-// element's rank. Else: sort, read the n-th largest, keep what is above it and the first of those equal to it.
+// Selects the n largest keys. Ties go to the lower index. For up to 8 keys, and for sizes where a sorting network does
+// not pay, it computes the rank of each key. Otherwise it sorts the keys, reads the n-th largest, and keeps the keys
+// above it and the first keys that equal it.
 template <class K, int kM>
 SDGP_HOST_DEVICE Mask<kM> select_largest(const K* key, int n) {
   Mask<kM> keep = 0;
@@ -64,7 +65,7 @@ SDGP_HOST_DEVICE Mask<kM> select_largest(const K* key, int n) {
     sort<K, kM>(sorted, std::make_integer_sequence<int, SortingNetwork<kM>::count()>{});
     K threshold = 0;
     SDGP_UNROLL
-    for (int j = 0; j < kM; ++j) threshold = j == kM - n ? sorted[j] : threshold;  // an index would go through memory
+    for (int j = 0; j < kM; ++j) threshold = j == kM - n ? sorted[j] : threshold;  // an index would need memory
     int left = n;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) left -= key[j] > threshold;
@@ -92,7 +93,7 @@ SDGP_HOST_DEVICE Mask<kM> select_magnitude(const typename C::Bits* x, int n) {
   return select_largest<typename C::K, kM>(key, n);
 }
 
-// x[j] = keep[j] ? x[j] : 0, or the multiplier that does the same.
+// Sets x[j] to keep[j] ? x[j] : 0 or, with `scale`, to the multiplier that does the same.
 template <class C, int kM>
 SDGP_HOST_DEVICE void apply_mask(typename C::Bits* x, Mask<kM> keep, bool scale) {
   SDGP_UNROLL
@@ -117,14 +118,14 @@ SDGP_HOST_DEVICE uint64_t mix_seed(uint64_t seed) {
   return z ^ (z >> 31);
 }
 
-// What the functions below take: a Pruning whose seed is mixed. `seed`: read where the method draws.
+// Returns a Pruning with a mixed seed, as the functions below expect. Reads `seed` only if the method draws.
 template <Method kMethod>
 SDGP_HOST_DEVICE Pruning with_mixed_seed(Pruning pruning, const int64_t* seed) {
   if constexpr (traits(kMethod).draws) pruning.seed = mix_seed(static_cast<uint64_t>(*seed));
   return pruning;
 }
 
-// Note [Random numbers]
+// See Note [Random numbers].
 struct RandomState {
   uint32_t a;
   uint32_t b;
@@ -171,7 +172,7 @@ SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, const Pruning& mi
   }
 }
 
-// rescale, where the factors are known: factor[j * step].
+// Prunes by rescale with known factors. factor[j * step] belongs to element j.
 template <class C, int kM>
 SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning, int length,
                                     const typename C::E* factor, int64_t step) {
@@ -179,7 +180,7 @@ SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning,
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
     const typename C::E value = C::widen(x[j]);
-    if (value == 0 || j >= length) {  // a pruned place stays 0 where its factor is inf or NaN
+    if (value == 0 || j >= length) {  // a pruned place stays 0 even if its factor is inf or NaN
       x[j] = 0;
     } else {
       x[j] = C::narrow(value * factor[j * step]);
@@ -187,7 +188,7 @@ SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning,
   }
 }
 
-// Note [mvue]
+// See Note [mvue].
 template <class C, int kM>
 SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
   const int n = mixed.n;
@@ -207,7 +208,7 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint
   for (int round = 0; round < n; ++round) {
     if (places <= 0 || !(rest > 0)) break;
     const E quotient = rest / static_cast<E>(places);
-    const E mean = quotient > kSmallest ? quotient : kSmallest;  // where it underflowed
+    const E mean = quotient > kSmallest ? quotient : kSmallest;  // if it underflowed
     if (!(mean < step)) break;
     step = mean;
     rest = 0;
@@ -240,7 +241,7 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint
   }
 }
 
-// One group: its elements (those from `length` on are zeros), its logical index.
+// Prunes one group. Its elements are `x`, which are zeros from `length` on. Its logical index is `group`.
 template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void prune_group(typename C::Bits* x, const Pruning& mixed, int length, uint64_t group) {
   if constexpr (kMethod == Method::kMagnitude) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// _pack_24: a matrix pruned along its rows, as the operand of PyTorch's semi-structured product. One dimension of
-// [kept values (rows, cols / 2)][metadata], rows and cols rounded up to whole tiles, the missing elements zero.
+// _pack_24 prunes a matrix along its rows and returns the operand of PyTorch's semi-structured product. The result has
+// one dimension: [kept values (rows, cols / 2)][metadata]. Rows and cols are rounded up to whole tiles with zeros.
 #include "../../cpp/ops/pack_24.h"
 
 #include <torch/csrc/stable/accelerator.h>
@@ -21,11 +21,11 @@ Tensor pack_24_cuda(const Tensor& input, const SettingsAlong<-1>& settings, std:
   const torch::stable::accelerator::DeviceGuard guard(device_of(input).index);
   const int64_t rows = round_up(input.size(0), kTileRows);
   const int64_t cols = round_up(input.size(1), kTileCols);
-  const int64_t size = rows * cols / 16 * 9;  // half the values, and two bits for each of them
+  const int64_t size = rows * cols / 16 * 9;  // half of the values, and 2 bits for each of these
   Tensor packed = torch::stable::new_empty(input, {&size, 1});
   if (size == 0) return packed;
 
-  // What one pass cannot do is pruned first; packing then keeps what is left.
+  // If one pass cannot do it, the input is pruned first. Packing then keeps all that is left.
   Tensor source = input;
   if (!traits(call.pruning.method).by_group || !contains(PackedSizes{}, call.pruning.m)) {
     source = torch::stable::empty_like(input);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Runs a model that torch.export and AOTInductor compiled, and that calls torch.ops.sdgp.prune_nm:
-// run_aot_inductor MODEL.pt2 EXAMPLE.pt, the second a scripted module with an input and the output expected of it.
+// Runs a model that torch.export and AOTInductor compiled and that calls torch.ops.sdgp.prune_nm:
+// run_aot_inductor MODEL.pt2 EXAMPLE.pt. EXAMPLE.pt is a scripted module with an input and the expected output.
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/script.h>
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Loads a TorchScript model that calls torch.ops.sdgp.prune_nm and runs it on the input saved with it.
+// Loads a TorchScript model that calls torch.ops.sdgp.prune_nm, and runs it on the input that was saved with it.
 #include <sdgp/build_info.h>
 #include <torch/script.h>
 

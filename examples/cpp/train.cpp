@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Trains a small network whose data and weight gradients are pruned: train DATA.pt METHOD WEIGHT_GRAD, the last the
-// pattern of the weight gradients; 1:1 leaves them exact. DATA.pt is a dictionary that Python's torch.save wrote:
-// "images" (steps, batch, 3, 8, 8), "labels" (steps, batch) and the initial weights by name. Prints the loss of each
-// step, and writes the weights after the last, a tuple, to DATA.pt.trained, for torch.load.
+// Trains a small network with pruned data and weight gradients: train DATA.pt METHOD WEIGHT_GRAD. WEIGHT_GRAD is the
+// pattern of the weight gradients; 1:1 leaves them exact. DATA.pt is a dictionary that Python's torch.save wrote. It
+// holds "images" (steps, batch, 3, 8, 8), "labels" (steps, batch) and the initial weights by name. The program prints
+// the loss of each step. Finally it writes the weights as a tuple to DATA.pt.trained, for torch.load.
 #include <sdgp/modules.h>
 #include <torch/nn/functional/loss.h>
 #include <torch/optim/sgd.h>

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch; the forward stays exact, and by default the
-weight gradient does."""
+"""Structured Data Gradient Pruning: N:M sparse data gradients for PyTorch.
 
-# First of all: it tells what is wrong with an installation before anything else fails.
+The forward stays exact. By default the weight gradient stays exact too.
+"""
+
+# This import comes first: it reports a broken installation before anything else fails.
 from ._load import cmake_prefix_path as cmake_prefix_path
 from ._load import version as __version__
 

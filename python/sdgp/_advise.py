@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whether pruning pays for a model and a batch on this machine, and what to prune: a plan with a verdict."""
+"""Measures whether pruning pays for a model on this machine, and proposes what to prune: a plan with a verdict."""
 
 from __future__ import annotations
 
@@ -37,42 +37,44 @@ def advise(
     rounds: int = 3,
     progress: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Says whether pruning pays for ``model`` on these batches and this machine, and what to prune.
+    """Measures whether pruning pays for ``model`` on these batches and this machine, and proposes what to prune.
 
-    Pruning saves a share S of a step's time, and adds noise to the gradient: τ times the noise that the choice of the
-    batch brings anyway. The same loss then takes 1 + c τ times the steps, so that the net saving is
+    Pruning saves a share S of a step's time. It also adds noise to the gradient: τ times the noise that the choice of
+    the minibatch brings anyway. The model then needs 1 + c τ times the steps for the same loss. The net saving is
 
         net = 1 - (1 - S) (1 + c τ)
 
-    ``advise`` times the sparse product of each layer's data and weight gradient beside the exact one, measures the
-    noise that each would add to the gradient of *all* parameters, and chooses the patterns that make ``net`` largest.
-    "Nothing pays here" is an answer: the plan is empty then. The model, its gradients, buffers and PyTorch's generators
-    are left as they were.
+    ``advise`` times the sparse and the exact product of each layer's data and weight gradient. It measures the noise
+    that each pruned gradient would add to the gradient of *all* parameters, and chooses the patterns with the largest
+    ``net``. If nothing pays, the plan is empty. ``advise`` leaves the model, its gradients and buffers and PyTorch's
+    random number generators unchanged.
 
-    Gradients change in training, and those of an untrained model bear pruning worst: run some hundred steps first. The
-    model is measured in the mode it is in: call ``model.train()`` before. A step is its forward and backward; the
-    optimizer and the loading of data come on top.
+    Gradients change during training, and an untrained model tolerates pruning worst: train for a few hundred steps
+    first. The model is measured in its current mode: call ``model.train()`` before. A step is a forward and a backward;
+    it does not include the optimizer or the loading of data.
 
     Args:
-        model: plain or converted.
-        batches: of the data that the model trains on; the first dimension of each tensor is the sample. With one batch,
-            its halves are compared; four tell more. Those of another size than the first are left out.
-        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
-        optimizer: the one that trains the model. If it is Adam or similar and has made steps, noise is measured as it
-            scales its steps. Parameters that it does not train are ignored.
-        patterns: to try. Default: 16:32, 8:32 and 4:32 on a CPU, where wide groups take no longer than narrow ones and
-            add less noise, and half as wide groups where a layer is too narrow; elsewhere 2:4 and 1:4.
-        methods: to try. Only ``"mvue"`` is unbiased. Errors of other methods do not average out, and together they are
-            larger than the sum of the candidates' noise; that of the whole plan is measured.
-        filter: ``filter(module, name) -> bool``: False leaves that layer plain.
-        rounds: of timing; the median counts.
-        progress: called with the name of each stage as it begins.
+        model: a plain or converted model.
+        batches: batches of the training data. The first dimension of each tensor is the sample. A single batch is split
+            into halves, which are compared; four batches give a better estimate. Batches with another number of samples
+            than the first are ignored.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: the default of ``sdgp.profile``.
+        optimizer: the optimizer that trains the model. If it is Adam or similar and has made steps, the noise of each
+            coordinate is scaled as the optimizer scales its steps. Parameters that it does not train are ignored.
+        patterns: the patterns to try. Default on a CPU: 16:32, 8:32 and 4:32, because wide groups take no longer than
+            narrow ones there and add less noise; groups half as wide where a layer is too narrow. Default on other
+            devices: 2:4 and 1:4.
+        methods: the methods to try. Only ``"mvue"`` is unbiased. The errors of the other methods do not average out,
+            and their total is larger than the sum of the candidates' noise; the noise of the whole plan is measured.
+        filter: ``filter(module, name) -> bool``. A layer for which it returns False stays plain.
+        rounds: the number of timing rounds. The result is their median.
+        progress: a function that is called with the name of each stage when the stage begins.
 
     Returns:
-        A ``Plan``, for ``sdgp.convert(model, plan)``; ``sdgp.plot`` draws what it was chosen from.
+        A ``Plan`` for ``sdgp.convert(model, plan)``. ``sdgp.plot`` draws the plan and its candidates.
 
     Raises:
-        ValueError: ``advise: requirement, got actual``.
+        ValueError: if an argument is invalid. The message reads ``advise: requirement, got actual``.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -101,14 +103,14 @@ def advised(
     say: Callable[[str], None],
     memory: Memory,
 ) -> Plan:
-    """``advise``, with a memory of earlier calls."""
+    """Does the work of ``advise``, and reuses the times that earlier calls left in ``memory``."""
     check_module("advise", model)
     if not batches:
         raise ValueError("advise: expected at least one batch, got none")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ValueError("advise: expected the model itself, got what torch.compile made of it, which runs no hooks")
+        raise ValueError("advise: expected the model itself, got a compiled one, which runs no hooks")
     norm = Norm.of("advise", model, optimizer)
     if any(parameter._post_accumulate_grad_hooks for parameter in norm.scales):
         raise ValueError("advise: expected an optimizer that steps after backward, got hooks that may step within it")
@@ -172,13 +174,13 @@ def _half_as_wide(pattern: Pattern) -> Pattern:
 
 @contextmanager
 def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
-    """Within it, the layers of ``plan`` prune, whatever their products would cost."""
+    """Makes the layers of ``plan`` prune inside the context, even where the sparse product is slower."""
     modules = dict(layers_of(model))
     before = [(modules[name], type(modules[name]), dict(vars(modules[name]))) for name in plan]
     for name, (pattern, method, *weight) in plan.items():
         module = modules[name]
         twin = twin_of(module)
-        assert twin is not None  # there is a candidate for it
+        assert twin is not None  # the plan holds only layers that have a candidate
         prune_in_place(module, twin, Pruning.parse("advise", pattern, method, "dense", *weight))
         module.holds = {}  # type: ignore[assignment]
     try:
@@ -193,7 +195,11 @@ def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]]) -> Iterator[N
 def _twins(
     model: nn.Module, settings: list[Pruning], filter: Callable[[nn.Module, str], bool] | None
 ) -> tuple[dict[nn.Module, list[PruningLayer]], dict[str, str]]:
-    """Makes a twin of each layer for every setting, which shares its Parameters; or says why there is none."""
+    """Makes a converted twin of each layer for every setting. The twins share the layer's Parameters.
+
+    Returns:
+        The twins of each layer, and for each layer without twins the reason, by name.
+    """
     twins, reasons = {}, {}
     for name, module in layers_of(model):
         why = why_plain(module, name, Pruning.parse("advise", "1:1", "mvue", "auto"), filter)

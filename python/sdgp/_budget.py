@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Pruning that is kept worth it while a model trains: the advice, asked again and again."""
+"""Asks for advice again and again during training, so that a model prunes only while that pays."""
 
 from __future__ import annotations
 
@@ -24,41 +24,44 @@ from ._step import Loss
 from ._study import Memory, UnusableBatch
 from ._watch import check_writable
 
-# Of `state_dict`.
+# The keys of `state_dict`.
 _KEYS = {"step", "next", "plan", "verdict", "step_ms", "decisions", "values"}
 
 
 class Budget:
-    """Prunes a model as it trains, where that pays, and as much as pays.
+    """Prunes a model during training wherever pruning pays.
 
-    ``sdgp.advise`` weighs the time that pruning saves against the steps that its noise costs. Both change in training:
-    an untrained model bears pruning worst. So a budget leaves the first steps exact. Then, at every ``every``-th step,
-    it asks for advice on that step's batch, and converts the model to the plan; an empty plan makes it plain again.
+    ``sdgp.advise`` weighs the time that pruning saves against the extra steps that its noise costs. Both change during
+    training, and an untrained model tolerates pruning worst. A budget therefore keeps the first steps exact. After
+    that, at every ``every``-th step, it asks for advice on the batch of that step and converts the model to the plan.
+    An empty plan makes the model plain again.
 
-    An advice takes as long as six to ten steps, and once, to time the products, some twenty more. A batch of one sample
-    or with a loss that is not finite is of no use: the next step's is asked about then.
+    Each call for advice takes as long as six to ten steps. The first one takes some twenty steps more, because it times
+    the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then asks
+    again after ``max(every // 50, 1)`` steps.
 
-    Under ``torch.distributed`` the first process is asked, and all get its plan. The others wait meanwhile, so that
-    neither the forward nor the loss may communicate.
+    Under ``torch.distributed`` only the first process computes the advice, and all processes receive its plan. The
+    other processes wait meanwhile, so neither the forward nor the loss may communicate.
 
     Args:
-        model: the model itself, not what DistributedDataParallel or torch.compile made of it. If it is converted, it
-            becomes plain until the first advice.
-        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: see ``sdgp.profile``.
-        optimizer: that trains the model, see ``sdgp.advise``.
-        every: how many steps lie between advices.
-        first: how many steps are exact before the first advice. Default: ``every``.
-        net: the least net saving; plans that save less are not used.
-        patterns, methods, filter: see ``sdgp.advise``.
-        to: the path of a file that a JSON line is appended to at every advice.
+        model: the original model, not the wrapper that DistributedDataParallel or torch.compile made of it. A converted
+            model becomes plain until the first plan.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: the default of ``sdgp.profile``.
+        optimizer: the optimizer that trains the model, as ``sdgp.advise`` takes it.
+        every: the number of steps from one call for advice to the next.
+        first: the number of exact steps before the first call for advice. Default: ``every``.
+        net: the smallest net saving that counts. Plans that save less are not used.
+        patterns, methods, filter: as ``sdgp.advise`` takes them.
+        to: the path of a file. Every plan appends one JSON line to it.
 
     Attributes:
-        step_count: how many steps were made.
-        plan: what the model is converted to now, as ``sdgp.convert`` takes it.
-        verdict: of the last advice, one sentence; ``""`` before the first.
+        step_count: the number of steps so far.
+        plan: the plan that the model is converted to now, in the form that ``sdgp.convert`` takes.
+        verdict: the last verdict, one sentence; ``""`` before the first one.
 
     Raises:
-        ValueError: ``Budget: requirement, got actual``; from ``step``, what ``advise`` raises.
+        ValueError: if an argument is invalid. The message reads ``Budget: requirement, got actual``. ``step`` also
+            raises the errors of ``advise``.
 
     Examples:
         >>> model = torch.nn.Linear(64, 64)
@@ -110,7 +113,10 @@ class Budget:
         convert(model, {})
 
     def step(self, batch: Any) -> None:
-        """Counts a step of the optimizer, after it was made; from time to time asks for advice on its ``batch``."""
+        """Counts one step of the optimizer, and asks for advice on its ``batch`` when advice is due.
+
+        Call this method after each step of the optimizer.
+        """
         self.step_count += 1
         if self.step_count < self._next:
             return
@@ -127,7 +133,7 @@ class Budget:
         if failed is not None:
             raise failed
         if isinstance(found[0], str):
-            raise ValueError(f"Budget: expected an advice from the first process, got: {found[0]}")
+            raise ValueError(f"Budget: expected advice from the first process, got: {found[0]}")
         plan, self.verdict = found[0]
         if plan is None:
             self._next = self.step_count + max(self._every // 50, 1)
@@ -137,7 +143,7 @@ class Budget:
         convert(self._model, plan)
 
     def _ask(self, batch: Any) -> tuple[dict[str, tuple[Any, ...]] | None, str]:
-        """A plan and its verdict; None: this batch is of no use, such as one whose loss overflowed."""
+        """Returns a plan and its verdict. The plan is None if this batch gives no advice, e.g. its loss overflowed."""
         asked = self._loss, self._optimizer, self._patterns, self._methods, self._filter
         try:
             plan = advised(self._model, [batch], *asked, 3, lambda stage: None, self._memory)
@@ -154,13 +160,16 @@ class Budget:
         try:
             with Path(self._to).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
-        except OSError as error:  # a full disk ends no training
+        except OSError as error:  # a full disk must not end the training
             warnings.warn(f"Budget: {self._to} cannot be written any more: {error}", stacklevel=4)
             self._to = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The step, the plan and what was measured, in types that JSON holds: with it, and the state of
-        ``sdgp.chooser``, a run goes on from a checkpoint as it would have without the break."""
+        """Returns the step, the plan and the measurements, in types that JSON can store.
+
+        A run that restores this state and the state of ``sdgp.chooser`` from a checkpoint continues exactly as it would
+        have without the interruption.
+        """
         memory = self._memory
         decisions = {key: asdict(decision) for key, decision in memory.decisions.items()}
         step_ms = memory.step_ms if math.isfinite(memory.step_ms) else None
@@ -169,10 +178,10 @@ class Budget:
         return {"step": self.step_count, "next": self._next, **taken, **measured}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken, and converts the model to its plan.
+        """Restores the state that ``state_dict`` returned, and converts the model to its plan.
 
         Raises:
-            ValueError: where it is something else, or of another model.
+            ValueError: if ``state`` is not the state of a budget, or belongs to another model.
         """
         if set(state) != _KEYS:
             raise ValueError(f"Budget: expected a state_dict with {', '.join(sorted(_KEYS))}, got {sorted(state)}")
@@ -188,7 +197,7 @@ class Budget:
 
 
 def _check_alone(model: nn.Module) -> None:
-    """Whether one process can run the model without the others."""
+    """Raises ValueError if one process cannot run the model without the others."""
     for name, module in model.named_modules():
         if isinstance(module, nn.SyncBatchNorm) or type(module).__name__.startswith("FSDP"):
             kind = type(module).__name__

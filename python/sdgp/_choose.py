@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The chooser: measures which product computes a gradient fastest, and remembers it."""
+"""The chooser: it measures which product computes a gradient fastest, and remembers the result."""
 
 from __future__ import annotations
 
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-# Multiply-adds of a gradient whose dense product takes some 0.2 ms. Below, the calls of the sparse product would
-# cost most of what pruning saves. Under `auto` the path of a forward depends on it, see Note [One path]: a constant.
+# The multiply-adds of a gradient whose dense product takes about 0.2 ms. Below it, the call overhead of the sparse
+# product would cost most of what pruning saves. This is a constant, because under `auto` the path of a forward depends
+# on it (Note [One path] in _autograd/_call.py).
 LEAST_WORK = 16 * 2**20
 
-# The same on a GPU: a dense product of this size takes some 0.1 ms, as long as the launches of the sparse one.
+# The same on a GPU: a dense product of this size takes about 0.1 ms, as long as the launches of the sparse product.
 _LEAST_WORK_CUDA = 2**35
 
 IDENTITY = Decision("exact", "n == m: nothing is pruned")
@@ -43,10 +44,10 @@ _FORCED = {product: Decision(product, f'backend="{product}"') for product in ("d
 def obstacle(
     pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1, gradient: str = "data"
 ) -> str | None:
-    """Why there is no sparse product for a gradient, as "requirement, got actual"; None: there is one.
+    """Returns why a gradient has no sparse product, as "requirement, got actual", or None if it has one.
 
     Args:
-        groups: of a convolution.
+        groups: the number of groups of a convolution.
         gradient: ``"data"`` or ``"weight"``.
     """
     if device.type == "cpu":
@@ -61,8 +62,10 @@ def obstacle(
 
 
 def kernels_run(gradient: Tensor) -> bool:
-    """Whether a product called now really computes, so that a clock may be read: not under fake tensors, tracers,
-    dispatch modes, transforms or the capture of a CUDA graph."""
+    """Returns whether a product that is called now really computes, so that it can be timed.
+
+    It does not compute under fake tensors, tracers, dispatch modes, transforms or the capture of a CUDA graph.
+    """
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -82,12 +85,13 @@ def static_rule(
     weight_shape: Sequence[int],
     values: int,
 ) -> bool:
-    """Whether the sparse product has won with a margin wherever it was measured: the rule where nothing is measured. On
-    GPUs others have measured it, for linear layers of at least 4096 rows.
+    """Returns whether the sparse product won clearly wherever it was measured: the rule if nothing can be measured.
+
+    On GPUs the rule rests on measurements by others, of linear layers with at least 4096 rows.
 
     Args:
         gradient: ``"data"`` or ``"weight"``.
-        values: the number of the input's values.
+        values: the number of values of the input.
     """
     n, m = pruning.pattern
     if device.type == "cuda":
@@ -98,18 +102,20 @@ def static_rule(
 
 
 class Chooser:
-    """Decides which product computes a data or a weight gradient: measures each site once and remembers the result.
+    """Decides which product computes a data or a weight gradient.
 
-    ``with chooser:`` makes it the one that forwards within use, in this thread; others use ``sdgp.chooser``.
+    It measures each site (op, settings, shapes, dtype and device) once and remembers the result. Forwards inside
+    ``with chooser:`` use this chooser, in this thread only. All other forwards use ``sdgp.chooser``.
 
     Args:
-        margin: the sparse product must take less than this share of the other's time; the rest is measuring noise.
-        calls_ms: what a pruned backward adds in calls, in milliseconds, where the exact product is the other one (CPU).
-        rounds: how often each product is timed; the median counts.
-        limit: how many sites are remembered. The oldest is forgotten, and measured again when it comes back.
-        least_work, least_work_cuda: multiply-adds below which nothing is measured, on a CPU and on a GPU, and no sparse
-            product is taken. Under ``"auto"`` a CPU's is at least 16 M.
-        timer: ``timer(call, device) -> milliseconds`` of one call.
+        margin: the sparse product must take less than this share of the other product's time; the rest is noise.
+        calls_ms: the call overhead of a pruned backward, in milliseconds. It counts on a CPU if the other product is
+            the exact one.
+        rounds: how many times each product is timed; the median counts.
+        limit: how many sites are remembered. The oldest is forgotten first, and measured again when it is needed.
+        least_work, least_work_cuda: below this number of multiply-adds, on a CPU and on a GPU, nothing is measured and
+            no sparse product is chosen. Under ``"auto"`` both are at least 16 M.
+        timer: ``timer(call, device)`` returns the milliseconds of one call.
 
     Examples:
         >>> chooser = sdgp.Chooser(rounds=3)
@@ -137,7 +143,7 @@ class Chooser:
         self._least_work, self._least_work_cuda = least_work, least_work_cuda
         self._timer = timer or elapsed_ms
         self._decisions: OrderedDict[Site, Decision] = OrderedDict()
-        self.epoch = time.time_ns()  # another one when what was decided may no longer hold
+        self.epoch = time.time_ns()  # changes when earlier decisions may no longer hold
         self._tokens: list[Token[Chooser]] = []
 
     def __len__(self) -> int:
@@ -153,10 +159,10 @@ class Chooser:
         _current.reset(self._tokens.pop())
 
     def foresee(self, site: Site, work: int) -> Decision | None:
-        """The decision where it is known without measuring; None: the products have to be timed.
+        """Returns the decision if it is known without measuring, or None if the products must be timed.
 
         Args:
-            work: multiply-adds of the exact product.
+            work: the multiply-adds of the exact product.
         """
         pruning = site.pruning
         if pruning.is_identity:
@@ -174,18 +180,18 @@ class Chooser:
         if (missing := _obstacle(site)) is not None:
             return Decision(other, f"a sparse product needs {missing}")
         if deterministic:
-            return _static(site, "torch.use_deterministic_algorithms asks for no choice by the clock")
+            return _static(site, "torch.use_deterministic_algorithms forbids a choice by time")
         return None
 
     def least_work(self, device: torch.device) -> int:
-        """The multiply-adds below which no sparse product is taken."""
+        """Returns the number of multiply-adds below which no sparse product is chosen."""
         return self._least_work if device.type == "cpu" else self._least_work_cuda
 
     def decide(self, site: Site, products: Products) -> Decision:
-        """The decision for one gradient, in its backward.
+        """Returns the decision for one gradient, in its backward.
 
         Raises:
-            ValueError: ``op: requirement, got actual``, where ``sparse`` is forced and there is no such product.
+            ValueError: If ``sparse`` is forced and there is no sparse product: ``op: requirement, got actual``.
         """
         pruning = site.pruning
         if pruning.backend == "auto" and torch.is_grad_enabled():
@@ -202,23 +208,23 @@ class Chooser:
             if missing is not None:
                 raise ValueError(
                     f'{site.op}: backend="sparse" expected {missing}; '
-                    'use "pruned" for the same gradients through the faster product there is'
+                    'use "pruned" for the same gradients by the faster product'
                 )
         return decision
 
     def _measured(self, products: Products, pruning: Pruning) -> Decision:
         try:
             return self.measure(products, pruning)
-        except RuntimeError as error:  # out of memory, or a library that refuses this size: the step goes on without
+        except RuntimeError as error:  # out of memory, or a library refuses this size: the step continues
             message = str(error).partition("\n")[0]
             return Decision(_other(pruning), f"the sparse product failed when it was measured: {message}")
 
     def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> Decision:
-        """Times the products that compete under ``pruning.backend``, in turn. PyTorch's generators are left alone."""
+        """Times the products that compete under ``pruning.backend``. It draws nothing from PyTorch's generators."""
         other = _other(pruning)
         device = products.grad_output.device
         ms = self.measure_all(products, ("sparse", other), rounds)
-        calls = self._calls_ms if other == "exact" and device.type == "cpu" else 0.0  # a GPU runs behind its calls
+        calls = self._calls_ms if other == "exact" and device.type == "cpu" else 0.0  # a GPU hides this overhead
         if ms["sparse"] + calls < self._margin * ms[other]:
             product, why = "sparse", f"faster than {other}: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"
         else:
@@ -226,7 +232,7 @@ class Chooser:
         return Decision(product, why, **{f"{name}_ms": value for name, value in ms.items()})
 
     def measure_all(self, products: Products, names: Iterable[str], rounds: int | None = None) -> dict[str, float]:
-        """The median milliseconds of each named product, measured in turn."""
+        """Returns the median milliseconds of each named product. Each round times every product once."""
         device = products.grad_output.device
         seed = torch.zeros(1, dtype=torch.int64, device=device)
         ways: dict[str, Callable[[], Tensor]] = {
@@ -237,20 +243,23 @@ class Chooser:
         times: dict[str, list[float]] = {name: [] for name in names}
         with torch.no_grad():
             for name in times:
-                ways[name]()  # warms up
+                ways[name]()  # warm-up
             for _ in range(rounds or self._rounds):
                 for name, milliseconds in times.items():
                     milliseconds.append(self._timer(ways[name], device))
         return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
 
     def forget(self) -> None:
-        """Drops all that was measured, so that it is measured again: after the machine has become busier, say."""
+        """Drops all measurements, so that they are repeated, for example after the machine has become busier."""
         self._decisions.clear()
         self.epoch = time.time_ns()
 
     def state_dict(self) -> dict[str, Any]:
-        """All that was measured, by name and in types that JSON holds. A training run that goes on from a checkpoint
-        with it takes the same products, and so rounds alike, bit for bit."""
+        """Returns all measurements in a dictionary that can be stored as JSON.
+
+        A training run that resumes from a checkpoint with this dictionary uses the same products, so it rounds in the
+        same way, bit for bit.
+        """
         return {
             json.dumps(site._asdict() | {"pruning": _named(site.pruning)}, sort_keys=True, default=str): asdict(
                 decision
@@ -259,10 +268,10 @@ class Chooser:
         }
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Any]]) -> None:
-        """Takes over what ``state_dict`` returned, perhaps in another process.
+        """Loads what ``state_dict`` returned, possibly in another process.
 
         Raises:
-            ValueError: where it is something else.
+            ValueError: If ``state`` is something else.
         """
         try:
             loaded = {_site(json.loads(key)): _decision(value) for key, value in state.items()}
@@ -277,7 +286,7 @@ class Chooser:
 
 
 def _other(pruning: Pruning) -> str:
-    """The product that the sparse one must beat."""
+    """Returns the product that the sparse one must beat."""
     return "dense" if pruning.backend == "pruned" else "exact"
 
 
@@ -292,7 +301,7 @@ def _static(site: Site, why: str) -> Decision:
     return Decision("sparse" if sparse else _other(site.pruning), f"static rule: {why}")
 
 
-# Those of one product, which has no other beside it.
+# The settings of one product: ``weight_grad`` belongs only to the settings of a layer.
 _SETTINGS = [field.name for field in fields(Pruning) if field.name != "weight_grad"]
 
 
@@ -301,7 +310,7 @@ def _named(pruning: Pruning) -> dict[str, Any]:
 
 
 def _site(named: dict[str, Any]) -> Site:
-    """Reads a site from a state_dict of this or another version, and drops fields that this version does not know."""
+    """Reads a site from a state_dict of any version. It drops fields that this version does not know."""
     pruning = {name: named["pruning"][name] for name in _SETTINGS if name in named["pruning"]}
     pruning["pattern"] = Pattern(*pruning["pattern"])
     known = {name: named[name] for name in Site._fields if name in named}
@@ -316,7 +325,7 @@ def _decision(named: Mapping[str, Any]) -> Decision:
     return replace(Decision("exact", ""), **{name: value for name, value in named.items() if name in known})
 
 
-#: The chooser of every forward outside ``with Chooser():``.
+#: The chooser that every forward outside ``with Chooser():`` uses.
 chooser = Chooser()
 
 _current: ContextVar[Chooser] = ContextVar("chooser", default=chooser)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Reading a clock around a call."""
+"""Measures the time of a call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
-    """Milliseconds of one call; on a GPU by its own clock, in the state it has between the kernels of a step."""
+    """Returns the milliseconds of one call. A GPU is timed by its own events, and is as busy as in a training step."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -28,6 +28,6 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for what was asked of a device, so that a clock may be read."""
+    """Waits until a device has finished its work, so that a clock can be read."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

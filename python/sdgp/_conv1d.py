@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""transformers' Conv1D (GPT-2's linear layer, its weight transposed) with pruned gradients.
+"""``Conv1D`` with pruned gradients.
 
-Imported only where such a layer is converted or unpickled: sdgp works without transformers.
+``Conv1D`` is the class of the transformers library that GPT-2 uses as its linear layer. Its weight is transposed. This
+module is imported only when a Conv1D layer is converted or unpickled: sdgp works without transformers.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from ._pattern import PatternLike, Pruning, WeightGradLike
 
 
 class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
-    """``transformers.pytorch_utils.Conv1D``: y = x W + b with weight (in, out), dx = prune_nm(dy) Wᵀ, and with
-    ``weight_grad`` dW = xᵀ prune_nm(dyᵀ)ᵀ."""
+    """``transformers.pytorch_utils.Conv1D`` with pruned gradients.
+
+    y = x W + b with weight (in, out), and dx = prune_nm(dy) Wᵀ. With ``weight_grad``, dW = xᵀ prune_nm(dyᵀ)ᵀ.
+    """
 
     nf: int
     nx: int
@@ -47,7 +50,7 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         if calls_plain(self, x):
             plain: Tensor = call_plain(self, x)
             return plain
-        # In at most three dimensions and without gaps, a linear layer calls the addmm that Conv1D calls.
+        # For a contiguous input with at most three dimensions, F.linear calls the same addmm as Conv1D.
         samples = x.reshape(-1, x.shape[-1]) if x.ndim < 3 else x.flatten(1, -2).contiguous()
         output = pruned_linear(samples, self.weight, self.bias, *self._settings(), self, transposed=True)
         return output.view(*x.shape[:-1], self.nf)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Turns the layers of a model into pruning ones and back."""
+"""Turns the layers of a model into pruning layers and back."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from ._twins import transformers_conv1d, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
-#: Pattern, method and perhaps weight_grad by the name of a layer.
+#: Maps the name of a layer to its pattern, its method and optionally its weight_grad.
 PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
 
-# A layer that stays plain keeps the reason under this name, for report().
+# A layer that stays plain stores the reason under this name, for report().
 _REASON = "_sdgp_plain"
 
 
 class _Reason(NamedTuple):
-    kind: type[nn.Module]  # that the layer had then
+    kind: type[nn.Module]  # the class of the layer at that time
     why: str
 
 
@@ -39,29 +39,30 @@ def convert(
     backend: str = "auto",
     weight_grad: WeightGradLike | None = None,
 ) -> _Model:
-    """Makes every ``nn.Linear`` and ``nn.Conv2d`` of ``model`` prune its data gradient, and every ``Conv1D`` of
-    transformers (GPT-2's linear layers). In place; returns ``model``. Weight gradients stay exact, unless
-    ``weight_grad`` is given.
+    """Makes the ``nn.Linear``, ``nn.Conv2d`` and transformers ``Conv1D`` layers of ``model`` prune their data gradient.
 
-    A layer stays the same object with the same Parameters, hooks, mode, device and dtype; only its class changes, so
-    that optimizers, ``state_dict`` and wrappers (DDP, PEFT) made before go on working. These layers stay plain, each
-    with its reason in ``report``: depthwise convolutions, layers with fewer output channels per group than the m of
-    ``pattern``, whatever ``weight_grad``, subclasses that sdgp does not know, layers whose forward was replaced on the
-    instance, weights that are complex, integer or of a tensor subclass. Converting again replaces the settings.
+    The model is changed in place and returned. Weight gradients stay exact unless ``weight_grad`` is given.
+
+    A layer stays the same object with the same Parameters, hooks, mode, device and dtype. Only its class changes, so
+    optimizers, ``state_dict`` and wrappers (DDP, PEFT) that were made before still work. Converting a model again
+    replaces the settings. These layers stay plain, and ``report`` gives the reason: depthwise convolutions, layers with
+    fewer output channels per group than the m of ``pattern`` (for any ``weight_grad``), subclasses that sdgp does not
+    know, layers whose forward was replaced on the instance, and layers whose weight is complex, integer or a tensor
+    subclass.
 
     Args:
-        model: any module, a single layer included.
-        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``; or a plan, ``{layer: (pattern, method)}``, as
-            ``sdgp.advise`` proposes it: layers that are not in it stay plain. Where an entry is ``(pattern, method,
-            weight_grad)``, that counts for the layer, in place of the keyword.
-        method: see ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan has methods of its own.
-        filter: ``filter(module, name) -> bool``: False leaves that layer plain.
-        backend: see ``sdgp.linear``.
-        weight_grad: how the gradient that enters the weight gradients is pruned, along rows or output pixels: a
-            pattern, or (pattern, method); see ``sdgp.linear`` and ``sdgp.conv2d``. None: they are exact.
+        model: any module; it may be a single layer.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``. Or a plan ``{layer: (pattern, method)}``, such as
+            ``sdgp.advise`` proposes; layers that are not in the plan stay plain. An entry ``(pattern, method,
+            weight_grad)`` overrides the argument ``weight_grad`` for its layer.
+        method: a method of ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan contains its own methods.
+        filter: ``filter(module, name) -> bool``; False leaves that layer plain.
+        backend: as in ``sdgp.linear``.
+        weight_grad: how to prune the gradient that enters the weight gradients, along rows or output pixels: a
+            pattern or (pattern, method), as in ``sdgp.linear`` and ``sdgp.conv2d``. None: weight gradients are exact.
 
     Raises:
-        ValueError: ``convert: requirement, got actual``; the model is unchanged.
+        ValueError: If an argument is not valid: ``convert: requirement, got actual``. The model is then unchanged.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -92,10 +93,10 @@ def convert(
 
 
 def revert(model: _Model) -> _Model:
-    """Makes every converted layer of ``model`` a plain one again. In place; returns ``model``.
+    """Turns every converted layer of ``model`` back into a plain layer, in place, and returns ``model``.
 
     Raises:
-        ValueError: ``revert: requirement, got actual``; the model is unchanged.
+        ValueError: If ``model`` is not valid: ``revert: requirement, got actual``. The model is then unchanged.
 
     Examples:
         >>> type(sdgp.revert(sdgp.convert(torch.nn.Linear(64, 64)))).__module__
@@ -112,7 +113,7 @@ def revert(model: _Model) -> _Model:
 
 @contextmanager
 def paused(model: nn.Module) -> Iterator[None]:
-    """Within it, forwards of ``model`` record exact gradients: for warm-up steps, or the last epochs.
+    """Makes forwards of ``model`` inside the block record exact gradients, for warm-up steps or the last epochs.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
@@ -129,12 +130,12 @@ def paused(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for layer, why in zip(layers, before, strict=True):
-            if isinstance(layer, PruningLayer):  # not reverted within
+            if isinstance(layer, PruningLayer):  # it was not reverted inside the block
                 layer.hold("paused", why)
 
 
 def _check_classes(op: str, model: nn.Module) -> None:
-    """A parametrization or a wrapper that replaced the class of a converted layer stands in the way."""
+    """Raises an error if a parametrization or a wrapper replaced the class of a converted layer."""
     for name, module in layers_of(model):
         if isinstance(module, PruningLayer) and twin_of(module) is None:
             raise ValueError(
@@ -165,7 +166,7 @@ def _planned(model: nn.Module, plan: PlanLike, backend: str, weight_grad: Weight
 def why_plain(
     module: nn.Module, name: str, pruning: Pruning | None, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
-    """The reason to leave a layer plain, or None; ``pruning``: None where a plan leaves it out."""
+    """Returns the reason to leave a layer plain, or None. ``pruning`` is None if a plan does not contain the layer."""
     if pruning is None:
         return "not in the plan"
     twin = twin_of(module)
@@ -183,7 +184,7 @@ def why_plain(
 
 
 def stated_reason(module: nn.Module) -> str:
-    """Why a layer is plain, as ``convert`` found it."""
+    """Returns why a layer is plain, as ``convert`` stored it."""
     reason: _Reason | None = vars(module).get(_REASON)
     if reason is None:
         return "not converted"
@@ -193,7 +194,7 @@ def stated_reason(module: nn.Module) -> str:
 
 
 def _why_replaced(module: nn.Module) -> str | None:
-    """A forward on the instance runs instead of the class's, which is all that conversion changes."""
+    """Returns a reason if the instance has its own forward, which conversion cannot change: it changes the class."""
     for name in ("forward", "_conv_forward"):
         if name in vars(module) and not _is_own_method(module, name) and not isinstance(module, PruningLayer):
             return f"its {name} was replaced on the instance (by a hook of accelerate, say): convert before that"
@@ -201,7 +202,7 @@ def _why_replaced(module: nn.Module) -> str | None:
 
 
 def _is_own_method(module: nn.Module, name: str) -> bool:
-    """Whether the attribute is the class's own method all the same, as a removed hook leaves it behind."""
+    """Returns whether the attribute is the class's own method. A library leaves it there when it removes a hook."""
     method = vars(module).get(name)
     own = getattr(type(module), name, None)
     return getattr(method, "__self__", None) is module and getattr(method, "__func__", None) is own
@@ -214,7 +215,7 @@ def _drop_own_forward(module: nn.Module) -> None:
 
 
 def _why_unusual(weight: Any) -> str | None:
-    """A weight that the kernels cannot read. What FSDP and tensor parallelism make of it is known at the call only."""
+    """Returns a reason if the kernels cannot read the weight. Sharded weights can be checked only at the call."""
     kind = type(weight)
     if kind not in (Tensor, nn.Parameter) and not isinstance(weight, FakeTensor) and not hasattr(weight, "placements"):
         return f"its weight is a {kind.__name__}, a subclass of Tensor"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which product computes a data or a weight gradient, as data.
+"""The types that describe which product computes a data or a weight gradient.
 
-Three products compete. ``exact`` multiplies the gradient as it is; ``dense`` prunes it and multiplies the result with
-PyTorch's dense product; ``sparse`` prunes it and skips the zeros. ``plain`` is the original layer's own backward.
+Three products compete. ``exact`` multiplies the gradient as it is. ``dense`` prunes it and multiplies the result with
+PyTorch's dense product. ``sparse`` prunes it and skips the zeros. ``plain`` is the original layer's own backward.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from ._pattern import Pruning
 
 
 class Site(NamedTuple):
-    """What a choice depends on: the gradients of one kind on one machine. Gradients of similar size share a site.
+    """All that a choice of a product depends on. Gradients of similar size share a site.
 
     Attributes:
-        pruning: the settings of this one product.
-        dtype: that the products compute in.
-        values: the number of the input's values, as the exponent of the next power of two.
-        pixels: the pixels of one sample, likewise; 0 for a linear layer.
-        groups: of a convolution.
-        geometry: stride, padding and dilation of a convolution, flat.
-        gradient: which one: ``"data"`` or ``"weight"``.
+        pruning: the settings of this product.
+        dtype: the dtype that the products compute in.
+        values: the number of values of the input, as the exponent of the next power of two.
+        pixels: the number of pixels of one sample, in the same form; 0 for a linear layer.
+        groups: the number of groups of a convolution.
+        geometry: stride, padding and dilation of a convolution, in one flat tuple.
+        gradient: ``"data"`` or ``"weight"``.
     """
 
     op: str
@@ -46,12 +46,13 @@ class Site(NamedTuple):
 
 @dataclass(frozen=True)
 class Decision:
-    """Which product a data or a weight gradient takes, why, and the milliseconds of each product that was measured.
+    """The product that computes a data or a weight gradient, the reason, and the measured times.
 
     Attributes:
         product: ``"plain"`` (the original layer's own backward), ``"exact"``, ``"dense"`` or ``"sparse"``.
-        why: a phrase for a person.
-        exact_ms, dense_ms, sparse_ms: None where that product was not measured. Pruning and packing are included.
+        why: the reason, as a phrase for people.
+        exact_ms, dense_ms, sparse_ms: the milliseconds of each product, with pruning and packing. None if that product
+            was not measured.
 
     Examples:
         >>> layer = sdgp.Linear(16, 16, backend="dense")
@@ -72,23 +73,23 @@ class Decision:
 
     @property
     def ms(self) -> float | None:
-        """The milliseconds of the product that was taken."""
+        """The milliseconds of the chosen product, or None."""
         ms: float | None = getattr(self, f"{self.product}_ms", None)
         return ms
 
 
 class Products(Protocol):
-    """One data or weight gradient, computed in three ways. ``seed`` is that of random methods; None: it is drawn."""
+    """One data or weight gradient, computed in three ways. Random methods draw a seed if ``seed`` is None."""
 
     @property
     def grad_output(self) -> Tensor: ...
 
     @property
     def work(self) -> int:
-        """Multiply-adds of the exact product, of a convolution as if its stride were 1."""
+        """The multiply-adds of the exact product. A convolution counts as if its stride were 1."""
 
     def obstacle(self) -> str | None:
-        """Why there is no sparse product, as "requirement, got actual"; None: there is one."""
+        """Returns why there is no sparse product, as "requirement, got actual", or None if there is one."""
 
     def exact(self) -> Tensor: ...
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The shapes, strides and dtypes of what the ops return, for fake and meta tensors.
+"""The shapes, strides and dtypes of the results of the ops, for fake and meta tensors.
 
-In Python, because the stable ABI cannot compute with symbolic sizes; prune_nm needs no arithmetic and has its own in
-C++. These check only what the shapes and dtypes of a result need; the real ops check everything and write the messages.
+They are in Python because the stable ABI cannot compute with symbolic sizes. prune_nm needs no arithmetic, so its fake
+is in C++. The fakes check only what the shape and dtype of a result depend on. The real ops check everything.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> Tensor:
-    """A tensor like another but of ``size`` along ``dim``, which lies innermost."""
+    """Returns a tensor like ``like``, except ``size`` along ``dim``, which is innermost in memory."""
     shape = list(like.shape)
     del shape[dim]
     return like.new_empty(*shape, size, dtype=dtype).movedim(-1, dim)

@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What pruning does to one layer's data gradient, as sums that add up over calls and steps, and what follows from them.
+"""Measures what pruning does to one layer's data gradient.
 
-With g the exact data gradient, p and p' two independent draws of the pruned one, x the output gradient:
+The measurements are sums that can be added over calls and steps. The metrics are computed from the sums. Let g be the
+exact data gradient, p and p' two independent draws of the pruned one, and x the output gradient:
 
     cosine   <p, g> / |p| |g|
     error    |p - g| / |g|
-    bias     sqrt(<p - g, p' - g> / |g|²): what would be left of the error if draws were averaged for ever; the error
-             itself where the method draws nothing, about 0 where it is unbiased
-    l1_kept  Σ|x| over the values that stay / Σ|x|;  l2_kept: the same of the Euclidean norm
+    bias     sqrt(<p - g, p' - g> / |g|²): the error that remains after averaging over infinitely many draws. It equals
+             the error if the method draws no random numbers, and is about 0 if the method is unbiased.
+    l1_kept  Σ|x| over the values that stay / Σ|x|;  l2_kept: the same for the Euclidean norm
     zeros    the share of zeros in x
     density  the share of nonzeros in the pruned x
 """
@@ -44,13 +45,13 @@ class Sums(NamedTuple):
 
 
 def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) -> Tensor:
-    """``Sums`` of one call, as a tensor on the gradient's device: nothing waits for it.
+    """Returns the ``Sums`` of one call as a tensor on the gradient's device, without synchronizing with the device.
 
     Args:
-        layer: with the settings to be judged.
-        grad_output: of the call.
-        shape: a tensor on the meta device like the call's input.
-        seed: of the draws, below 2^62; PyTorch's generators are left alone.
+        layer: the layer whose settings are judged.
+        grad_output: the output gradient of the call.
+        shape: a tensor on the meta device with the shape and strides of the call's input.
+        seed: the seed of the draws, below 2^62. PyTorch's generators are not used.
     """
     samples = _samples(layer, grad_output)
     grad_output, shape = grad_output[:samples], shape[:samples]
@@ -90,12 +91,12 @@ def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) 
 
 
 def add(calls: Sequence[Sequence[float]]) -> Sums:
-    """The sums of several calls of a layer."""
+    """Adds the sums of several calls of a layer."""
     return Sums(*(math.fsum(column) for column in zip(*calls, strict=True)))
 
 
 def metrics(sums: Sums) -> dict[str, float]:
-    """The metrics by name, see above. NaN stands for 0 / 0, as for a gradient that is all zeros."""
+    """Returns the metrics by name, as the module docstring defines them. A metric that would be 0 / 0 is NaN."""
     return {
         "cosine": _ratio(sums.both, math.sqrt(sums.pruned2) * math.sqrt(sums.exact2)),
         "error": math.sqrt(_ratio(sums.error2, sums.exact2)),
@@ -108,10 +109,10 @@ def metrics(sums: Sums) -> dict[str, float]:
 
 
 def _samples(layer: PruningLayer, grad_output: Tensor) -> int:
-    """How many of the first samples are looked at: a quarter of the batch, for more would tell little more."""
+    """Returns how many of the first samples to measure: a quarter of the batch, because more would add little."""
     samples = grad_output.shape[0]
     if grad_output.ndim == (3 if isinstance(layer, nn.Conv2d) else 1):
-        return samples  # not batched: these are channels or features
+        return samples  # without a batch dimension: these are channels or features
     return max(-(-samples // 4), min(samples, 64 if grad_output.ndim == 2 else 1))
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What all pruning layers share: the settings, and the way to and from the plain layer."""
+"""The base class of the pruning layers, and the conversion to and from the plain layer."""
 
 from __future__ import annotations
 
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
 _Module = TypeVar("_Module", bound=nn.Module)
 
 # Note [Settings of a recomputation]
-# Reentrant checkpointing repeats a forward and forgets the first run: what was paused or scheduled then may not be now.
-# So each change of a layer's settings is kept for a while, with the number that autograd's next node was to get. In a
-# backward, a forward looks up the settings by the number of the node that is running, which is the checkpoint's, made
-# in the first run. A checkpoint inside another is made in the outer one's recomputation, and gets today's settings.
+# Reentrant checkpointing repeats a forward and stores nothing about the first run. A pause or a schedule may have ended
+# since then. So each change of a layer's settings is kept for a while, with the sequence number that autograd's next
+# node was to get. A forward inside a backward looks up the settings by the sequence number of the running node. This
+# node belongs to the checkpoint and was made in the first run. A checkpoint inside another checkpoint is made in the
+# recomputation of the outer one, so it gets the current settings.
 _CHANGES_KEPT = 64
 _past: WeakKeyDictionary[PruningLayer, deque[tuple[int, Pruning, str]]] = WeakKeyDictionary()
 
 
 class PruningLayer(nn.Module):
-    """What the layers share: the settings, and the way to and from the plain layer.
+    """The base class of the pruning layers: the settings, and the conversion to and from the plain layer.
 
     Attributes:
         pruning: the settings.
-        holds: why the gradients are exact now whatever the settings say, by who holds it (``"paused"``, ``"schedule"``,
-            ``"watch"``); empty: nobody does.
-        decision: of the last backward, for the data gradient.
-        weight_decision: the same for the weight gradient, where ``pruning.weight_grad`` is set.
-        plain_for: the kind of calls that the plain operator computes at once, see ``is_plain_again``.
+        holds: why the gradients are exact now in spite of the settings, for each holder (``"paused"``, ``"schedule"``,
+            ``"watch"``); empty if there is no holder.
+        decision: the decision of the last backward for the data gradient.
+        weight_decision: the same for the weight gradient, if ``pruning.weight_grad`` is set.
+        plain_for: the ``signature`` of calls that the plain operator computes directly (``is_plain_again``).
     """
 
     weight: Tensor
@@ -59,10 +60,10 @@ class PruningLayer(nn.Module):
         *,
         weight_grad: WeightGradLike | None = None,
     ) -> Self:
-        """A pruning twin of the plain layer that shares its Parameters, buffers and hooks.
+        """Returns a pruning layer that shares the Parameters, buffers and hooks of the plain layer ``dense``.
 
         Raises:
-            ValueError: ``from_dense: requirement, got actual``; a subclass is another class.
+            ValueError: If ``dense`` is of another class (also a subclass): ``from_dense: requirement, got actual``.
         """
         if type(dense) is not cls._plain:
             raise ValueError(f"from_dense: expected an nn.{cls._plain.__name__}, got {type(dense).__name__}")
@@ -71,27 +72,27 @@ class PruningLayer(nn.Module):
         return layer
 
     def to_dense(self) -> nn.Module:
-        """The plain layer with the same Parameters, buffers and hooks."""
+        """Returns a plain layer that shares the Parameters, buffers and hooks of this layer."""
         plain = _share(self, self._plain)
         _drop_settings(plain)
         return plain
 
     def __prepare_scriptable__(self) -> nn.Module:
-        # Called by torch.jit.script, which would put what is returned into the model for good.
+        # torch.jit.script calls this method and would keep the returned module in the model permanently.
         raise RuntimeError(
             f"torch.jit.script: expected a plain model, got a {type(self).__name__} of sdgp: script "
             "sdgp.revert(copy.deepcopy(model)), whose forward is the same, or trace this one"
         )
 
     def hold(self, who: str, why: str) -> None:
-        """Keeps the gradients of the forwards from now on exact, until ``who`` lets go with an empty ``why``."""
+        """Keeps the gradients of all later forwards exact, until ``who`` calls this again with an empty ``why``."""
         if self.holds.get(who, "") != why:
             self._remember()
             self.holds = {name: reason for name, reason in {**self.holds, who: why}.items() if reason}
             self.plain_for = None
 
     def use(self, pruning: Pruning) -> None:
-        """Takes new settings from the next forward on."""
+        """Replaces the settings, from the next forward on."""
         if self.pruning != pruning:
             self._remember()
             self.pruning = pruning
@@ -99,22 +100,22 @@ class PruningLayer(nn.Module):
 
     @property
     def held(self) -> str:
-        """Why the next forward records an exact gradient whatever the settings say; empty: nobody holds it."""
+        """Why the next forward records an exact gradient in spite of the settings; empty if there is no holder."""
         return self.holds.get("paused") or next(iter(self.holds.values()), "")
 
     @property
     def is_pruning(self) -> bool:
-        """Whether gradients like those of the last backward are pruned, data or weight, as far as is known."""
+        """Whether the data or the weight gradient is pruned, as far as the last backward tells."""
         return self.prunes_data or self.prunes_weight
 
     @property
     def prunes_data(self) -> bool:
-        """``is_pruning`` of the data gradient alone."""
+        """``is_pruning`` for the data gradient only."""
         return self._prunes(self.pruning.data, self.decision)
 
     @property
     def prunes_weight(self) -> bool:
-        """``is_pruning`` of the weight gradient alone."""
+        """``is_pruning`` for the weight gradient only."""
         pruning = self.pruning.weight
         return pruning is not None and self.weight.requires_grad and self._prunes(pruning, self.weight_decision)
 
@@ -125,26 +126,26 @@ class PruningLayer(nn.Module):
 
     @classmethod
     def too_narrow(cls, layer: nn.Module, pattern: Pattern) -> str | None:
-        """Why a layer, this or its plain twin, has no whole group of the pattern; None: it has."""
+        """Returns why a pruning or plain layer has no complete group of the pattern, or None if it has one."""
         channels = cls._channels(layer)
         return f"{channels} output channels per group, fewer than m = {pattern.m}" if channels < pattern.m else None
 
     @staticmethod
     def _channels(layer: Any) -> int:
-        """The output channels, per group of a convolution."""
+        """Returns the number of output channels, per group for a convolution."""
         channels: int = layer.weight.shape[0]
         return channels
 
     def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The data gradient of a call, for those who measure it. Of ``input`` only shape and strides count."""
+        """Returns the data gradient of a call, to measure it. Only the shape and strides of ``input`` matter."""
         raise NotImplementedError
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """The weight gradient of a call, pruned as ``pruning.weight`` says, for those who measure it."""
+        """Returns the weight gradient of a call, pruned as ``pruning.weight`` says, to measure it."""
         raise NotImplementedError
 
     def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
-        """The output gradient as it enters the data-gradient product: pruned along the output features."""
+        """Returns the output gradient as it enters the data-gradient product: pruned along the output features."""
         n, m = self.pruning.pattern
         return prune_nm(grad_output, n, m, -1, self.pruning.method, seed)
 
@@ -156,7 +157,7 @@ class PruningLayer(nn.Module):
         self._forget()
 
     def _forget(self) -> None:
-        """What was decided under other settings."""
+        """Drops what was decided under other settings."""
         self.decision = self.weight_decision = self.plain_for = None
 
     def _remember(self) -> None:
@@ -164,7 +165,7 @@ class PruningLayer(nn.Module):
         changes.append((torch._C._autograd._get_sequence_nr(), self.pruning, self.held))
 
     def _settings(self) -> tuple[Pruning, str]:
-        """The settings of a forward, and why it is held exact: those of its first run where this is a repetition."""
+        """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and self in _past:
             node = torch._C._current_autograd_node()
             began = node._sequence_nr() if node is not None else None
@@ -174,28 +175,30 @@ class PruningLayer(nn.Module):
         return self.pruning, self.held
 
     def _traced(self, input: torch.fx.Proxy) -> Any:
-        """The node of a call under torch.fx: the layer as a whole, so that the traced model prunes too. None: the plain
-        layer's operators are to be traced."""
+        """Returns the node of a call under torch.fx, or None if torch.fx must trace the plain layer's operators.
+
+        The node is the whole layer, so the traced model prunes too.
+        """
         tracer: Any = input.tracer
         try:
             target = tracer.path_of_module(self)
-        except NameError:  # some tracers do not know the module that they were given
+        except NameError:  # some tracers do not know the module that they trace
             return None
         return tracer.create_proxy("call_module", target, (input,), {}) if target else None
 
 
 def calls_plain(layer: nn.Module, input: object) -> bool:
-    """Whether a call is no pruning layer's: a tracer's, or that of a hook that kept this forward over sdgp.revert."""
+    """Returns whether a tracer makes this call, or a hook that kept this forward after sdgp.revert."""
     return is_traced(input) or not isinstance(layer, PruningLayer)
 
 
 def is_traced(input: object) -> bool:
-    """Whether torch.fx records this call: its argument stands for a tensor."""
+    """Returns whether torch.fx records this call: its argument stands for a tensor."""
     return isinstance(input, torch.fx.Proxy)
 
 
 def call_plain(layer: Any, input: Any) -> Any:
-    """The call for which ``calls_plain`` holds."""
+    """Computes a call for which ``calls_plain`` is true."""
     if not isinstance(layer, PruningLayer):
         return type(layer).forward(layer, input)
     traced = layer._traced(input)
@@ -203,8 +206,11 @@ def call_plain(layer: Any, input: Any) -> Any:
 
 
 def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning) -> None:
-    """Makes a plain layer its pruning twin, or gives a twin new settings: the same object, so that every reference,
-    hook and wrapper keeps it. A watch's hold ends; others stay."""
+    """Turns a plain layer into its pruning twin, or gives a twin new settings.
+
+    The layer stays the same object, so every reference, hook and wrapper keeps it. The hold of a watch ends; other
+    holds stay.
+    """
     if isinstance(module, PruningLayer):
         module.use(pruning)
         module.hold("watch", "")
@@ -215,7 +221,7 @@ def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning
 
 
 def unprune_in_place(module: PruningLayer) -> None:
-    """The inverse of ``prune_in_place``."""
+    """Turns a pruning layer back into the plain layer: the inverse of ``prune_in_place``."""
     module.__class__ = module._plain  # type: ignore[assignment]
     _drop_settings(module)
 
@@ -226,7 +232,7 @@ def _drop_settings(module: nn.Module) -> None:
 
 
 def _share(module: nn.Module, cls: type[_Module]) -> _Module:
-    """A module of class ``cls`` with the attributes of ``module``, its dictionaries copied, their contents shared."""
+    """Returns a ``cls`` with the attributes of ``module``. It copies dictionaries and shares their contents."""
     twin = cls.__new__(cls)
     twin.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
     return twin

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""nn.Linear and nn.Conv2d with pruned gradients: same Parameters, same state_dict."""
+"""nn.Linear and nn.Conv2d with pruned gradients. Parameters and state_dict stay the same."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ from ._pattern import Pattern, PatternLike, Pruning, WeightGrad, WeightGradLike
 
 
 class Linear(PruningLayer, nn.Linear):
-    """``nn.Linear`` through ``sdgp.linear``: (..., in) to (..., out), with the same Parameters and ``state_dict``.
+    """Applies ``sdgp.linear``: an ``nn.Linear`` whose data gradient is computed from a pruned output gradient.
+
+    The input is (..., in), the output (..., out). Parameters and ``state_dict`` are those of ``nn.Linear``.
 
     Args:
         in_features, out_features, bias, device, dtype: as in ``nn.Linear``.
-        pattern, method, backend, weight_grad: see ``sdgp.linear``.
+        pattern, method, backend, weight_grad: as in ``sdgp.linear``.
 
     Raises:
-        ValueError: ``Linear: requirement, got actual``.
+        ValueError: If a setting is not valid: ``Linear: requirement, got actual``.
 
     Examples:
         >>> layer = sdgp.Linear(16, 32, pattern="2:4", backend="pruned")
@@ -80,14 +82,16 @@ class Linear(PruningLayer, nn.Linear):
 
 
 class Conv2d(PruningLayer, nn.Conv2d):
-    """``nn.Conv2d`` through ``sdgp.conv2d``: (N, C, H, W) to (N, out, H', W'), with the same ``state_dict``.
+    """Applies ``sdgp.conv2d``: an ``nn.Conv2d`` whose data gradient is computed from a pruned output gradient.
+
+    The input is (N, C, H, W), the output (N, out, H', W'). Parameters and ``state_dict`` are those of ``nn.Conv2d``.
 
     Args:
-        in_channels, …, dtype: as in ``nn.Conv2d``, every padding mode included.
-        pattern, method, backend, weight_grad: see ``sdgp.conv2d``.
+        in_channels, …, dtype: as in ``nn.Conv2d``, with every padding mode.
+        pattern, method, backend, weight_grad: as in ``sdgp.conv2d``.
 
     Raises:
-        ValueError: ``Conv2d: requirement, got actual``.
+        ValueError: If a setting is not valid: ``Conv2d: requirement, got actual``.
 
     Examples:
         >>> layer = sdgp.Conv2d(3, 16, 3, padding=1, pattern="2:4", backend="pruned")
@@ -168,7 +172,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         return grad_output, input, weight.to(input.dtype), geometry
 
     def _pad(self, input: Tensor) -> tuple[Tensor, Any]:
-        """Pads beforehand what is not padded with zeros."""
+        """Pads the input in advance if the padding mode is not ``"zeros"``."""
         if self.padding_mode == "zeros":
             return input, self.padding
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
@@ -178,6 +182,6 @@ class Conv2d(PruningLayer, nn.Conv2d):
         return prune_conv2d_grad(batched, self.groups, self.pruning, seed).view_as(grad_output)
 
 
-# Pickles and messages name the public class; torch.load(weights_only=True) may load it with its settings.
+# Pickles and messages name the public class. torch.load(weights_only=True) may load it with its settings.
 Linear.__module__ = Conv2d.__module__ = "sdgp"
 torch.serialization.add_safe_globals([Linear, Conv2d, Pattern, Pruning, WeightGrad, Decision])

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Loads the op library, or raises one ImportError that says what was found and what was expected."""
+"""Loads the op library, or raises an ImportError that says what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _load() -> ModuleType:
         raise ImportError(
             f"sdgp is installed as {installed}, found a compiled library of {compiled.version}: reinstall sdgp"
         )
-    compiled.isa()  # an unusable SDGP_FORCE_ISA fails here, not in some backward pass
+    compiled.isa()  # an invalid SDGP_FORCE_ISA must fail here, not in a backward
     cuda = Path(compiled.__file__ or "").parent / "lib" / "libsdgp_cuda.so"
     if torch.version.cuda is not None and cuda.exists():
         _load_cuda(cuda, f"torch {torch.__version__}")
@@ -32,7 +32,7 @@ def _load() -> ModuleType:
 
 
 def _installed_version() -> str | None:
-    """The version that the installer noted; None without metadata, as in a frozen application."""
+    """Returns the version that the installer recorded, or None without metadata, as in a frozen application."""
     try:
         return importlib.metadata.version("sdgp")
     except importlib.metadata.PackageNotFoundError:
@@ -81,8 +81,11 @@ def _load_cuda(path: Path, torch: str) -> None:
 
 
 def check_driver(runtime: int, driver: int, torch: str) -> None:
-    """Refuses a driver of an older major version of CUDA than the library's: it could run none of its kernels. torch's
-    own CUDA may be another; the two meet in the driver alone. Versions as CUDA writes them, 0: there is no driver."""
+    """Raises an ImportError if the driver's major CUDA version is too old to run any kernel of the library.
+
+    torch may have another CUDA version: the two share only the driver. Versions are numbers as CUDA writes them; 0
+    means that there is no driver.
+    """
     if 0 < driver < runtime // 1000 * 1000:
         raise ImportError(
             f"sdgp's CUDA library was built with CUDA {_dotted(runtime)} and needs a driver for CUDA "

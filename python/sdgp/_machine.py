@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Describes the machine and the versions that a result was measured with, for benchmarks, examples and the command
-line. Not API."""
+"""Describes the machine and the versions with which a result was measured.
+
+Benchmarks, examples and the command line use it. It is not public API.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,13 @@ from ._load import C, version
 
 
 def machine(repository: Path, *measured: str) -> dict[str, str | int]:
-    """CPU, threads, versions and commit; the commit is marked where one of the ``measured`` paths differs from it."""
+    """Returns CPU, threads, versions and commit. The commit gets a mark if a path of ``measured`` differs from it."""
     commit = _git(repository, "rev-parse", "--short", "HEAD") or "unknown"
     return environment() | {"commit": commit + ("-dirty" if changes(repository, *measured) else "")}
 
 
 def environment() -> dict[str, str | int]:
-    """CPU, threads, versions and date."""
+    """Returns CPU, threads, versions and date."""
     return {
         "cpu": cpu_name(),
         "isa": C.isa(),
@@ -34,7 +36,7 @@ def environment() -> dict[str, str | int]:
 
 
 def changes(repository: Path, *measured: str) -> str:
-    """What of ``measured`` is not as the last commit has it, a path a line."""
+    """Returns the paths among ``measured`` that differ from the last commit, one per line."""
     return _git(repository, "status", "--porcelain", "--", *measured)
 
 
@@ -42,14 +44,14 @@ def _git(repository: Path, *arguments: str) -> str:
     command = ["git", "-C", str(repository), *arguments]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.rstrip()
-    except OSError:  # no git
+    except OSError:  # git is not installed
         return ""
 
 
 def cpu_fields() -> dict[str, str]:
-    """What Linux tells of the first CPU; empty elsewhere."""
+    """Returns what Linux reports about the first CPU. The result is empty on other systems."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return {}
     first = lines[: lines.index("")] if "" in lines else lines

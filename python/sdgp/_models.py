@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What all functions that take a model share."""
+"""Helpers that all functions with a model argument share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 from ._layer import PruningLayer
 from ._twins import transformers_conv1d
 
-# Modules that multiply by weights: what sdgp.report lists.
+# The modules that multiply by weights. sdgp.report lists them.
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
@@ -20,7 +20,7 @@ def check_module(op: str, model: object) -> None:
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that multiply by weights, each once, under its first name."""
+    """Yields each module that multiplies by weights once, with its first name."""
     kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())
     for name, module in model.named_modules():
         if isinstance(module, kinds):
@@ -28,10 +28,10 @@ def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def pruning_layers(op: str, model: object) -> dict[PruningLayer, str]:
-    """The converted layers of a model, and their names.
+    """Returns the converted layers of a model and their names.
 
     Raises:
-        ValueError: ``op: requirement, got actual``, where there are none.
+        ValueError: if the model has no converted layer. The message reads ``op: requirement, got actual``.
     """
     check_module(op, model)
     assert isinstance(model, nn.Module)
@@ -42,7 +42,7 @@ def pruning_layers(op: str, model: object) -> dict[PruningLayer, str]:
 
 
 def format_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a table, its columns aligned."""
+    """Returns the lines of a table with aligned columns."""
     table = [head, *rows]
     widths = [max(len(row[column]) for row in table) for column in range(len(head))]
     lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How noisy a gradient is: by the choice of the batch, and by pruning.
+"""Measures the noise of a gradient: the noise from the choice of the minibatch, and the noise from pruning.
 
-Noise is a variance: E |g - E g|², summed over the coordinates of the gradient g of all trained parameters, each
-coordinate scaled as the optimizer scales its steps (see ``Norm``). McCandlish et al., "An Empirical Model of
-Large-Batch Training", 2018: the number of steps to a loss grows with the noise of the gradient.
+Noise is a variance: E |g - E g|², summed over the coordinates of the gradient g of all trained parameters. Each
+coordinate is scaled as the optimizer scales its steps, see ``Norm``. The number of steps to reach a loss grows with the
+noise of the gradient (McCandlish et al., "An Empirical Model of Large-Batch Training", 2018).
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ Gradients = Mapping[nn.Parameter, Tensor]
 
 
 class Norm(NamedTuple):
-    """The squared norm of a gradient of all trained parameters.
+    """The norm in which noise is measured, for a gradient of all trained parameters.
 
     Attributes:
-        kind: ``"euclidean"``; or ``"adam"``: each coordinate is divided by sqrt(v) + eps, as Adam's steps are.
-        scales: what each trained parameter's gradient is multiplied with; None: nothing.
+        kind: ``"euclidean"`` or ``"adam"``. With ``"adam"``, each coordinate is divided by sqrt(v) + eps, as in Adam's
+            steps.
+        scales: the factor for the gradient of each trained parameter; None stands for 1.
     """
 
     kind: str
@@ -38,10 +39,11 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, op: str, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Norm:
-        """That of the model's parameters which require a gradient, and which ``optimizer`` trains if one is given.
+        """Returns the norm over the model's parameters that require a gradient and, if given, ``optimizer`` trains.
 
         Raises:
-            ValueError: ``op: requirement, got actual``, where there is none, or the optimizer has others.
+            ValueError: if there is no such parameter, or the optimizer has parameters of another model. The message
+                reads ``op: requirement, got actual``.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         if not parameters:
@@ -57,7 +59,7 @@ class Norm(NamedTuple):
             raise ValueError(f"{op}: expected an optimizer of trainable parameters, got none that requires a gradient")
         states = {parameter: optimizer.state.get(parameter, {}) for parameter in trained}
         stepped = [parameter for parameter, state in states.items() if "exp_avg_sq" in state and "step" in state]
-        if not stepped:  # of another kind, or without a step so far
+        if not stepped:  # the optimizer is not similar to Adam, or has made no step yet
             return cls("euclidean", dict.fromkeys(trained))
         return cls("adam", {parameter: _adam_scale(states[parameter], groups[parameter]) for parameter in stepped})
 
@@ -65,7 +67,7 @@ class Norm(NamedTuple):
         return math.fsum(self.squared_of(parameter, gradient) for parameter, gradient in gradients.items())
 
     def squared_of(self, parameter: nn.Parameter, gradient: Tensor) -> float:
-        """The part of one parameter; 0 where nothing trains it."""
+        """Returns the squared norm of one parameter's gradient; 0 if the parameter is not trained."""
         if parameter not in self.scales:
             return 0.0
         scale = self.scales[parameter]
@@ -82,17 +84,17 @@ def _adam_scale(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
 
 
 class Estimate(NamedTuple):
-    """A mean, and its relative standard error."""
+    """A mean and its relative standard error."""
 
     mean: float
     error: float
 
 
 def batch_noise(gradients: Iterable[Gradients], norm: Norm) -> Estimate:
-    """The noise that the choice of the batch brings: half of |g - g'|², over neighbouring batches.
+    """Estimates the noise from the choice of the batch: the mean of |g - g'|² / 2 over neighboring batches.
 
     Args:
-        gradients: of one batch after another; two are kept at a time.
+        gradients: the gradients of one batch after another. At most two are in memory at a time.
     """
     values: list[float] = []
     last: Gradients | None = None
@@ -101,13 +103,16 @@ def batch_noise(gradients: Iterable[Gradients], norm: Norm) -> Estimate:
             values.append(norm.squared(difference(gradient, last)) / 2)
         last = gradient
     mean = statistics.fmean(values)
-    # The coordinates are many but not independent: of one pair of batches, half up or down is what was seen.
+    # The coordinates are many but not independent: estimates from one pair of batches were seen to be off by half.
     spread = statistics.stdev(values) / mean if len(values) > 1 and mean > 0 else 0.0
     return Estimate(mean, max(spread, 0.5) / math.sqrt(len(values)))
 
 
 def noise_of_halves(whole: Gradients, one: Gradients, other: Gradients, norm: Norm) -> Estimate:
-    """The same from one batch and its two halves: |h - h'|² |g|² / |h + h'|², whether losses are means or sums."""
+    """Estimates the same noise from one batch and its two halves: |h - h'|² |g|² / |h + h'|².
+
+    The estimate holds for losses that are means and for losses that are sums over the samples.
+    """
     together = norm.squared({parameter: gradient + other[parameter] for parameter, gradient in one.items()})
     scale = norm.squared(whole) / together if together else 0.25
     return Estimate(scale * norm.squared(difference(one, other)), 0.5)
@@ -118,24 +123,24 @@ def difference(one: Gradients, other: Gradients) -> dict[nn.Parameter, Tensor]:
 
 
 class Errors(NamedTuple):
-    """The squared errors of a pruned gradient p, and of another draw p', against the exact g, summed over calls."""
+    """The squared errors of a pruned gradient p and another draw p' against the exact gradient g, summed over calls."""
 
     error2: float = 0.0  # |p - g|²
-    bias2: float = 0.0  # <p - g, p' - g>; 0 of an unbiased method, |p - g|² of one that draws nothing
+    bias2: float = 0.0  # <p - g, p' - g>; 0 for an unbiased method, |p - g|² for a method without random draws
     exact2: float = 0.0  # |g|²
-    noise: float = 0.0  # |p - g|² in the norm of a weight's gradient
+    noise: float = 0.0  # |p - g|² in the norm of the weight gradient
 
     def __add__(self, other: tuple[float, ...]) -> Errors:  # type: ignore[override]
         return Errors(*(one + another for one, another in zip(self, other, strict=True)))
 
     @property
     def error(self) -> float:
-        """|p - g| / |g|"""
+        """The relative error |p - g| / |g|."""
         return math.sqrt(self.error2 / self.exact2) if self.exact2 else math.nan
 
     @property
     def bias(self) -> float:
-        """|E p - g| / |g|, estimated."""
+        """An estimate of the relative bias |E p - g| / |g|."""
         return math.sqrt(max(self.bias2, 0.0) / self.exact2) if self.exact2 else math.nan
 
 
@@ -145,10 +150,10 @@ def errors(
     """Measures the errors of several prunings of one gradient, one after the other.
 
     Args:
-        ways: the products, alike but for their pruning.
-        methods: the method of each.
-        seed: of the draws; PyTorch's generators are left alone.
-        squared: the norm for ``Errors.noise``; None: it is 0.
+        ways: the products, which differ only in their pruning.
+        methods: the method of each of them.
+        seed: the seed of the draws. PyTorch's generators are not used.
+        squared: the squared norm for ``Errors.noise``. With None, the noise is 0.
     """
     with torch.no_grad():
         exact = ways[0].exact()
@@ -172,18 +177,19 @@ def _squared(values: Tensor) -> float:
 def amplifications(
     layers: Iterable[nn.Module], norm: Norm, loss: Callable[[], Tensor], make_error: Callable[[Any, Tensor], Tensor]
 ) -> dict[nn.Module, float]:
-    """How much noise in each layer's data gradient becomes noise of the gradient of all parameters.
+    """Measures how much the noise in each layer's data gradient adds to the noise of the gradient of all parameters.
 
-    An error e of a data gradient travels on through the rest of the backward, which is linear in it. So one such
-    backward from the layer's input gives |J e|² / |e|², which is the same for a batch and for a part of it.
+    An error e of a data gradient passes through the rest of the backward, which is a linear map J. So one backward that
+    starts with e at the layer's input gives |J e|² / |e|². This ratio is the same for a batch and for a part of it.
 
     Args:
-        loss: runs the forward.
-        make_error: from the layer and its output gradient to an error of the data gradient, shaped like the input.
+        loss: a function that runs the forward and returns the loss.
+        make_error: a function of the layer and its output gradient that returns an error of the data gradient, with the
+            shape of the input.
 
     Returns:
-        |J e|² / |e|² of every layer that was called; 0: its data gradient reaches no trained parameter; NaN: there was
-        no error.
+        |J e|² / |e|² of every layer that was called. It is 0 if the data gradient reaches no trained parameter, and NaN
+        if the error was zero.
     """
     edges: list[tuple[nn.Module, GradientEdge]] = []
     found: dict[int, Tensor] = {}
@@ -197,7 +203,7 @@ def amplifications(
         shape, dtype = input.shape, input.dtype
 
         def receive(gradient: Tensor) -> None:
-            if index not in found:  # the backwards below come by again
+            if index not in found:  # the backwards below run this hook again
                 found[index] = cropped(make_error(layer, gradient.detach()), shape).to(dtype)
 
         hook: Any = output.register_hook
@@ -222,7 +228,7 @@ def amplifications(
 
 
 def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """A gradient of an input that the layer pads by itself (``padding_mode="circular"``), without the padding."""
+    """Crops the padding from a data gradient if the layer pads its input itself (``padding_mode="circular"``)."""
     if gradient.shape != shape and gradient.numel() != math.prod(shape):
         for dim, size in enumerate(shape[-2:], gradient.ndim - 2):
             gradient = gradient.narrow(dim, (gradient.shape[dim] - size) // 2, size)
@@ -230,20 +236,20 @@ def cropped(gradient: Tensor, shape: torch.Size) -> Tensor:
 
 
 def samples_of(batch: Any) -> int | None:
-    """The samples in a batch: the length that its tensors have in common, scalars aside; None: they have none."""
+    """Returns the number of samples in a batch, or None if its tensors, except scalars, differ in their first size."""
     lengths = {tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim}
     return lengths.pop() if len(lengths) == 1 else None
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
-    """Some of the samples of a batch, however nested; what is no tensor stays."""
+    """Returns the samples from ``start`` to ``stop`` of a nested batch. Values that are not tensors stay unchanged."""
     if isinstance(batch, Tensor):
         return batch[start:stop].detach().requires_grad_(batch.requires_grad) if batch.ndim else batch
     if isinstance(batch, Mapping):
         parts = {key: part_of(value, start, stop) for key, value in batch.items()}
         if type(batch) is dict or not hasattr(batch, "update"):
             return parts
-        part: Any = copy.copy(batch)  # such as a tokenizer's, with attributes
+        part: Any = copy.copy(batch)  # keeps the attributes of a tokenizer's batch
         part.update(parts)
         return part
     if isinstance(batch, (tuple, list)):

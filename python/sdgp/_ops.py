@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops, and their gradients: the only file that names ``torch.ops.sdgp``."""
+"""The ops and their gradients. This is the only file that names ``torch.ops.sdgp``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from . import _fakes as _fakes
 from . import _load as _load  # registers the ops
 from ._pattern import METHODS_THAT_DRAW
 
-#: What the kernels compute with.
+#: The dtypes that the kernels support.
 PRUNED_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 
 
@@ -24,41 +24,41 @@ def prune_nm(
 ) -> Tensor:
     """Prunes ``input`` to N:M sparsity: at most ``n`` of every ``m`` consecutive values along ``dim`` stay.
 
-    Groups are consecutive by logical index, whatever the strides. Where the size is no multiple of ``m``, the last
-    group is shorter and keeps ``min(n, its length)``. ``n == m`` is the identity.
+    The values of a group are consecutive by logical index, for any strides. If the size is not a multiple of ``m``, the
+    last group is shorter and keeps ``min(n, its length)`` values. With ``n == m`` every value stays.
 
-    What each ``method`` keeps:
+    Each ``method`` keeps these values of a group:
 
-    - ``magnitude``: the n largest |x|. Ties go to the lower index; NaN > inf > finite.
-    - ``random``: a uniformly random n-subset.
-    - ``rescale``: magnitude, times Σ|x| / Σ|kept|: one factor per (sample, index along ``dim``), the sums over all
-      other dimensions; for 2-D input one factor per row, summed along ``dim``.
-    - ``rescale_group``: magnitude, times the same ratio within the group.
-    - ``mvue``: unbiased: x_i stays with probability π_i = min(1, c·|x_i|), Σπ = n, as x_i / π_i.
+    - ``magnitude``: the n values with the largest |x|. On a tie the lower index stays; NaN > inf > finite.
+    - ``random``: a uniformly random subset of n values.
+    - ``rescale``: those of magnitude, times Σ|x| / Σ|kept|. Each (sample, index along ``dim``) has one factor, with
+      sums over all other dimensions. In a 2-D input each row has one factor, with sums along ``dim``.
+    - ``rescale_group``: those of magnitude, times the same ratio within the group.
+    - ``mvue``: unbiased. x_i stays with probability π_i = min(1, c·|x_i|), where Σπ = n, and becomes x_i / π_i.
 
-    Equivalent to (magnitude, ``dim=-1``, no tail):
+    For magnitude, ``dim=-1`` and a size that is a multiple of m, this is equivalent to:
 
         groups = input.unflatten(-1, (-1, m))
         kept = groups.abs().topk(n, dim=-1).indices
         torch.zeros_like(groups).scatter(-1, kept, groups.gather(-1, kept)).flatten(-2)
 
     Args:
-        input: float32, float64, float16 or bfloat16; any shape but a scalar, any strides.
-        n: how many of each group stay, ``1 <= n <= m``.
-        m: the size of a group, up to 64.
-        dim: the dimension that groups run along.
-        method: see above.
-        seed: for ``random`` and ``mvue``: int64, one element, on the input's device. Default: drawn from PyTorch's
-            generator of that device, so that ``torch.manual_seed`` reproduces the result. The other methods never
-            touch the generator.
+        input: float32, float64, float16 or bfloat16; any shape except a scalar, any strides.
+        n: how many values of each group stay, ``1 <= n <= m``.
+        m: the size of a group, at most 64.
+        dim: the dimension along which the groups run.
+        method: one of the methods above.
+        seed: the seed of ``random`` and ``mvue``: int64, one element, on the input's device. By default it is drawn
+            from PyTorch's generator of that device, so ``torch.manual_seed`` reproduces the result. The other methods
+            do not use the generator.
 
     Returns:
-        A tensor of the input's shape, dtype and strides.
+        A tensor with the shape, dtype and strides of the input.
 
     Raises:
-        RuntimeError: ``prune_nm: requirement, got actual``.
+        RuntimeError: If an argument is not valid: ``prune_nm: requirement, got actual``.
 
-    The gradient is the incoming one times the same mask and factor.
+    The gradient of the input is the gradient of the output times the same mask and factor.
 
     Source: McDanel, Dinh, Magallanes, "Accelerating DNN Training with Structured Data Gradient Pruning", 2022
     (magnitude, rescale); Chmiel et al., "Minimum Variance Unbiased N:M Sparsity for the Neural Gradients", 2023 (mvue).
@@ -74,22 +74,24 @@ def prune_nm(
 def compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Prunes ``input`` as ``prune_nm`` does and keeps only what stays: n values and n indices per group.
+    """Prunes ``input`` as ``prune_nm`` does and returns only what stays: n values and n indices per group.
 
-    A group's values are in ascending order of their index within it. Where fewer than n stay, pruned places with the
-    lowest indices fill up, with the value 0; what a shorter last group cannot fill is value 0 at index 0.
+    The values of a group are in ascending order of their index within the group. If fewer than n values stay, pruned
+    places with the lowest indices fill the group, with value 0. Slots that a shorter last group cannot fill get value 0
+    and index 0.
 
     Args:
-        input, n, m, dim, method, seed: see ``prune_nm``.
+        input, n, m, dim, method, seed: as in ``prune_nm``.
 
     Returns:
-        ``values``, of the input's dtype, and ``indices``, uint8: the input's shape, but for
-        ceil(size / m) * n along ``dim``, which lies innermost in memory.
+        ``values`` with the dtype of the input, and ``indices`` with dtype uint8. Both have the shape of the input,
+        except ceil(size / m) * n along ``dim``, which is innermost in memory.
 
     Raises:
-        RuntimeError: ``compress_nm: requirement, got actual``. There is no gradient: see ``prune_nm``.
+        RuntimeError: If an argument is not valid: ``compress_nm: requirement, got actual``. This function has no
+            gradient, but ``prune_nm`` has one.
 
-    Equivalent to (magnitude, ``dim=-1``, no tail):
+    For magnitude, ``dim=-1`` and a size that is a multiple of m, this is equivalent to:
 
         groups = input.unflatten(-1, (-1, m))
         indices = groups.abs().topk(n, dim=-1).indices.sort(dim=-1).values
@@ -104,19 +106,19 @@ def compress_nm(
 
 
 def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
-    """The dense tensor that ``compress_nm`` came from, pruned: bit for bit ``prune_nm(input, ...)``.
+    """Expands the result of ``compress_nm`` to the pruned dense tensor: bit for bit ``prune_nm(input, ...)``.
 
     Args:
-        values, indices: as ``compress_nm`` returns them. Where a group names an index twice, the first counts.
+        values, indices: the results of ``compress_nm``. If a group contains an index twice, the first one counts.
         m: the size of a group.
-        size: of the result along ``dim``.
-        dim: the dimension that groups run along.
+        size: the size of the result along ``dim``.
+        dim: the dimension along which the groups run.
 
     Returns:
-        A tensor of the values' shape, but for ``size`` along ``dim``, which lies innermost in memory.
+        A tensor with the shape of ``values``, except ``size`` along ``dim``, which is innermost in memory.
 
     Raises:
-        RuntimeError: ``decompress_nm: requirement, got actual``.
+        RuntimeError: If an argument is not valid: ``decompress_nm: requirement, got actual``.
 
     Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
@@ -128,21 +130,21 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
 
 
 def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
-    """The product of a compressed matrix, or a batch of rows, with a dense one; pruned places cost nothing.
+    """Multiplies a compressed matrix, or a batch of rows, by a dense matrix. Pruned places cost nothing.
 
-    Equivalent to ``decompress_nm(values, indices, m, dense.shape[0]) @ dense``, to rounding; 16-bit types are summed in
-    float32.
+    Equivalent to ``decompress_nm(values, indices, m, dense.shape[0]) @ dense``, except for rounding. 16-bit dtypes are
+    accumulated in float32.
 
     Args:
-        values, indices: (..., ceil(size / m) * n), as ``compress_nm`` returns them for ``dim=-1``.
+        values, indices: (..., ceil(size / m) * n), the results of ``compress_nm`` with ``dim=-1``.
         m: the size of a group.
-        dense: (size, cols), of the values' dtype, any strides.
+        dense: (size, cols), with the dtype of ``values`` and any strides.
 
     Returns:
-        (..., cols), contiguous. It does not depend on the number of threads.
+        (..., cols), contiguous. The result does not depend on the number of threads.
 
     Raises:
-        RuntimeError: ``spmm_nm: requirement, got actual``.
+        RuntimeError: If an argument is not valid: ``spmm_nm: requirement, got actual``.
 
     Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), 2, 4)
@@ -156,15 +158,15 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """``prune_nm(input, n, m, -1, method, seed) @ dense``: the data or weight gradient of a linear layer.
+    """Computes ``prune_nm(input, n, m, -1, method, seed) @ dense``: the data or weight gradient of a linear layer.
 
-    The pruned matrix is never stored: some rows at a time are pruned, packed and multiplied in the caches.
+    The pruned matrix is never stored: a few rows at a time are pruned, packed and multiplied in the caches.
 
     Args:
         input: (..., size), any strides.
         dense: (size, cols), any strides.
-        n, m, method, seed: see ``prune_nm``. Not ``rescale``, whose sums need the whole input first: prune by it, then
-            call this with ``magnitude``.
+        n, m, method, seed: as in ``prune_nm``, without ``rescale``, whose sums need the whole input first. Prune with
+            ``rescale``, then call this function with ``magnitude``.
 
     Returns:
         (..., cols).
@@ -187,15 +189,15 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """The data gradient of a 2-D convolution, from its output gradient, pruned on the way.
+    """Computes the data gradient of a 2-D convolution from its output gradient, and prunes that on the way.
 
     Args:
         grad_output: (N, out, H', W').
         weight: (out, in / groups, kH, kW), any strides.
-        n, m, method, seed: as in ``prune_nm_matmul``. No group of m crosses two of the convolution: where its
-            groups' channels are no multiple of m, what is pruned is (N * groups, out / groups, H', W').
+        n, m, method, seed: as in ``prune_nm_matmul``. No group of m values crosses two convolution groups: if these
+            do not have a multiple of m channels, (N * groups, out / groups, H', W') is pruned.
         input_size: (H, W).
-        stride, padding, dilation, groups: of the convolution.
+        stride, padding, dilation, groups: the settings of the convolution.
         channels_last: the memory format of the result.
 
     Returns:
@@ -222,15 +224,15 @@ def conv2d_weight_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """The weight gradient of a 2-D convolution, from its output gradient, pruned on the way.
+    """Computes the weight gradient of a 2-D convolution from its output gradient, and prunes that on the way.
 
     Args:
         grad_output: (N, out, H', W').
         input: (N, in, H, W), any strides.
-        n, m, method, seed: as in ``prune_nm_matmul``. Groups of m are consecutive output pixels, row by row, of one
-            channel of one sample: what is pruned is (N, out, H' * W').
+        n, m, method, seed: as in ``prune_nm_matmul``. A group is m consecutive output pixels, row by row, of one
+            channel of one sample: (N, out, H' * W') is pruned.
         kernel_size: (kH, kW).
-        stride, padding, dilation, groups: of the convolution.
+        stride, padding, dilation, groups: the settings of the convolution.
         channels_last: the memory format of the result.
 
     Returns:
@@ -256,12 +258,12 @@ def pack_24(
     Args:
         input: (rows, cols), float16 or bfloat16.
         n, m: n <= 2 and m a multiple of 4, or 1:2.
-        method, seed: see ``prune_nm``.
-        layout: of the metadata: ``cusparselt_sm80``, ``cusparselt_sm90`` or ``cutlass_sm80``.
+        method, seed: as in ``prune_nm``.
+        layout: the layout of the metadata: ``cusparselt_sm80``, ``cusparselt_sm90`` or ``cutlass_sm80``.
 
     Returns:
-        One dimension: the kept values, (rows, cols / 2), then the metadata; rows rounded up to a multiple of 128, cols
-        of 64, the missing elements zero.
+        A 1-D tensor: the kept values, (rows, cols / 2), then the metadata. Here rows is rounded up to a multiple of
+        128 and cols to a multiple of 64; the padding is zero.
     """
     packed: Tensor = torch.ops.sdgp._pack_24(input, n, m, method, _seed(input, method, seed), layout)
     return packed
@@ -284,7 +286,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, seed = ctx.saved_tensors
     scale = torch.ops.sdgp._prune_nm_scale(input.detach(), *ctx.settings, seed)
-    # Not the product alone: an inf that meets a pruned place would become NaN there.
+    # A product is not enough: at a pruned place it would turn inf into NaN.
     return torch.where(scale == 0, scale, grad_output * scale), None, None, None, None, None
 
 
@@ -292,7 +294,7 @@ torch.library.register_autograd("sdgp::prune_nm", _backward, setup_context=_setu
 
 
 def _vmap(op: Any) -> Any:
-    """The rule of torch.func.vmap: sample by sample, so that factors and draws are those of each sample alone."""
+    """Returns the rule for torch.func.vmap. It prunes each sample by itself, so no factor or draw depends on others."""
 
     def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
         def of_sample(index: int) -> Tensor:
@@ -311,7 +313,7 @@ for _op in (torch.ops.sdgp.prune_nm, torch.ops.sdgp._prune_nm_scale):
 
 
 def _kept(size: int, n: int, m: int) -> int:
-    """How many of a row's ``size`` values a sparse product multiplies."""
+    """Returns how many of the ``size`` values of a row a sparse product multiplies."""
     return size // m * n + min(size % m, n)
 
 
@@ -351,7 +353,7 @@ def _conv2d_weight_flop(
     return 2 * samples * int(kept) * input[1] // int(groups) * math.prod(kernel_size)
 
 
-# FlopCounterMode counts multiplications and additions of products. Pruning and packing have none.
+# FlopCounterMode counts the multiplications and additions of products. Pruning and packing have none.
 for _name, _formula in {
     "prune_nm": _no_flop,
     "_prune_nm_scale": _no_flop,

@@ -10,14 +10,14 @@ from ._load import C
 
 METHODS: tuple[str, ...] = C.methods
 METHODS_THAT_DRAW: tuple[str, ...] = C.methods_that_draw
-METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # a group's result depends on that group alone
+METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # the result of a group depends only on that group
 UNBIASED_METHODS = ("mvue",)
 BACKENDS = ("auto", "pruned", "sparse", "dense")
 MAX_GROUP_SIZE: int = C.max_group_size
 
 
 class Pattern(NamedTuple):
-    """At most ``n`` of every ``m`` consecutive values stay, ``1 <= n <= m <= 64``.
+    """An N:M pattern: at most ``n`` of every ``m`` consecutive values stay, ``1 <= n <= m <= 64``.
 
     Examples:
         >>> sdgp.Pattern.parse("2:4")
@@ -32,7 +32,7 @@ class Pattern(NamedTuple):
         """Reads ``"n:m"``, ``(n, m)`` or a Pattern.
 
         Raises:
-            ValueError: where it is none of these, or not ``1 <= n <= m <= 64``.
+            ValueError: If ``pattern`` is none of these, or not ``1 <= n <= m <= 64``.
         """
         read = _read(pattern)
         if read is None:
@@ -41,13 +41,15 @@ class Pattern(NamedTuple):
 
     @property
     def fits_24(self) -> bool:
-        """Whether every group of four keeps at most two values, as 2:4 tensor cores need it."""
+        """Whether every group of four values keeps at most two, as 2:4 tensor cores require."""
         return (self.n <= 2 and self.m % 4 == 0) or self == (1, 2)
 
     @property
     def wider(self) -> Pattern | None:
-        """One of the same density that takes a CPU the same time and, its groups being larger, adds less noise: 8:16
-        for 2:4, 4:16 for 1:4. None: there is none, or nobody has measured it."""
+        """A pattern with the same density and larger groups, or None if none is known.
+
+        It takes the same time on a CPU and adds less noise: 8:16 for 2:4, 4:16 for 1:4.
+        """
         n, m = self
         if n == m or m not in (2, 4, 8, 16):
             return None
@@ -64,10 +66,10 @@ _PATTERN = f'"n:m" or (n, m) with 1 <= n <= m <= {MAX_GROUP_SIZE}'
 
 
 def _read(pattern: object) -> tuple[int, int] | None:
-    """n and m; None: that is no pattern."""
+    """Returns n and m, or None if ``pattern`` is not a pattern."""
     parts = pattern
     if isinstance(pattern, str):
-        # No regular expression: torch.compile traces this, and some versions of it do not know re.
+        # No regular expression: torch.compile traces this code, and some versions of it do not support re.
         texts = pattern.split(":")
         if all(text.isascii() and text.isdigit() and len(text) <= 4 for text in texts):
             parts = tuple(int(text) for text in texts)
@@ -79,17 +81,17 @@ def _read(pattern: object) -> tuple[int, int] | None:
 
 
 class WeightGrad(NamedTuple):
-    """How the gradient that enters a weight-gradient product is pruned: along rows, or output pixels."""
+    """How to prune the gradient that enters a weight-gradient product, along rows or output pixels."""
 
     pattern: Pattern
     method: str
 
     @classmethod
     def parse(cls, op: str, weight_grad: WeightGradLike | None) -> WeightGrad | None:
-        """Reads a pattern, whose method is then mvue, or a pair (pattern, method); None stays None.
+        """Reads a pattern, which gets the method mvue, or a pair (pattern, method). None stays None.
 
         Raises:
-            ValueError: where it is none of these; the message begins with ``op``.
+            ValueError: If ``weight_grad`` is none of these. The message begins with ``op``.
         """
         if weight_grad is None:
             return None
@@ -115,14 +117,15 @@ WeightGradLike: TypeAlias = PatternLike | tuple[PatternLike, str] | WeightGrad
 
 @dataclass(frozen=True)
 class Pruning:
-    """The settings of a layer: how it prunes its data gradient and, on request, its weight gradient, and which products
-    may multiply the results. Or those of one of the two products, see ``data`` and ``weight``.
+    """The settings of a layer, or of one of its two products (``data`` and ``weight``).
+
+    They say how to prune the data gradient and, on request, the weight gradient, and which products may compute them.
 
     Attributes:
-        pattern: of the output gradient, along the output features.
-        method: one of ``METHODS``, see ``sdgp.prune_nm``.
-        backend: one of ``BACKENDS``, see ``sdgp.linear``.
-        weight_grad: of the output gradient as it enters the weight gradient; None: that is exact.
+        pattern: the pattern of the output gradient, along the output features.
+        method: one of ``METHODS``, as in ``sdgp.prune_nm``.
+        backend: one of ``BACKENDS``, as in ``sdgp.linear``.
+        weight_grad: how to prune the output gradient that enters the weight gradient. None: that gradient is exact.
     """
 
     pattern: Pattern
@@ -134,7 +137,7 @@ class Pruning:
     def parse(
         cls, op: str, pattern: PatternLike, method: str, backend: str, weight_grad: WeightGradLike | None = None
     ) -> Pruning:
-        """Checks the settings; the message of what it raises begins with ``op``."""
+        """Checks and reads the settings. Error messages begin with ``op`` or with the name of the setting."""
         if method not in METHODS:
             raise ValueError(f"{op}: expected method to be one of {', '.join(METHODS)}, got {method!r}")
         if backend not in BACKENDS:
@@ -148,17 +151,17 @@ class Pruning:
 
     @property
     def data(self) -> Pruning:
-        """The settings of the data gradient alone."""
+        """The settings of the data gradient only."""
         return self if self.weight_grad is None else Pruning(self.pattern, self.method, self.backend)
 
     @property
     def weight(self) -> Pruning | None:
-        """The settings of the weight gradient alone; None: it is exact."""
+        """The settings of the weight gradient only, or None if it is exact."""
         return None if self.weight_grad is None else Pruning(*self.weight_grad, self.backend)
 
     @property
     def is_identity(self) -> bool:
-        """Whether every value that enters the product stays: n == m. Of a layer's settings: the data gradient."""
+        """Whether every value that enters the product stays (n == m). For a layer: the product of the data gradient."""
         return self.pattern.n == self.pattern.m
 
     def __str__(self) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A plan: what to prune, chosen from what was measured, and the verdict whether that pays."""
+"""A plan: the choice of what to prune, made from measured candidates, and the verdict whether that pays."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ from ._models import format_table
 from ._pattern import UNBIASED_METHODS
 
 # Note [What noise costs]
-# With τ = noise of pruning / noise of the batch, a run that prunes needs 1 + c τ times the steps for the same loss.
-# The noise-scale model says c = 1. Measured runs needed more: see docs/method.md for how c was fitted, per norm.
+# Let τ = noise of pruning / noise of the batch. A run that prunes needs 1 + c τ times the steps for the same loss. The
+# noise-scale model predicts c = 1, but measured runs need other values. docs/method.md explains how c was fitted for
+# each norm.
 STEPS_PER_NOISE = {"euclidean": 3.0, "adam": 0.4}
 
-# A plan with a smaller net saving is within what measuring leaves open.
+# A smaller net saving is within the measurement error.
 _LEAST_NET = 0.01
 
 
@@ -24,14 +25,16 @@ class Candidate(NamedTuple):
     """One gradient of one layer under one pattern and method: the time that pruning it saves, and the noise it adds.
 
     Attributes:
-        layer: its name in the model.
+        layer: the name of the layer in the model.
         gradient: ``"data"`` or ``"weight"``.
-        shape: of the output gradient.
-        exact_ms, sparse_ms: milliseconds per step of the two products; None: the sparse one was not measured.
-        saved_ms: milliseconds per step that the sparse product saves, where it is faster by more than measuring noise.
-        noise: what it adds to the gradient of all parameters, as a share of the noise of the batch.
-        error, bias: |p - g| / |g| and |E p - g| / |g| of this gradient g and the pruned one p. NaN, as the noise, where
-            nothing is saved.
+        shape: the shape of the output gradient.
+        exact_ms, sparse_ms: milliseconds per step of the exact and the sparse product. ``sparse_ms`` is None if the
+            sparse product was not measured.
+        saved_ms: milliseconds per step that the sparse product saves; 0 unless it is faster by more than the
+            measurement noise.
+        noise: the noise that pruning adds to the gradient of all parameters, as a share of the noise of the batch.
+        error, bias: |p - g| / |g| and |E p - g| / |g| for this gradient g and the pruned gradient p. If nothing is
+            saved, ``noise``, ``error`` and ``bias`` are NaN.
     """
 
     layer: str
@@ -48,7 +51,7 @@ class Candidate(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One step of the greedy choice: the share of a step's time saved, the noise added, and the net saving."""
+    """A point of the greedy choice: the share of a step's time that is saved, the added noise, and the net saving."""
 
     saved: float
     noise: float
@@ -56,22 +59,25 @@ class Point(NamedTuple):
 
 
 class Plan(dict[str, tuple[Any, ...]]):
-    """What ``sdgp.advise`` proposes, for ``sdgp.convert``: ``{layer: (pattern, method)}`` or ``{layer: (pattern,
-    method, weight_grad)}``; a pattern of ``"1:1"`` leaves the data gradient exact. ``json`` can store it. Layers that
-    are not in it stay plain. Prints as a table with the verdict.
+    """The proposal of ``sdgp.advise`` for ``sdgp.convert``: a dictionary from layer names to settings.
+
+    The settings of a layer are ``(pattern, method)`` or ``(pattern, method, weight_grad)``. The pattern ``"1:1"``
+    leaves the data gradient exact. Layers that are not in the plan stay plain. A plan can be stored with ``json``. It
+    prints as a table with the verdict.
 
     Attributes:
-        pays: whether pruning pays here; if not, the plan is empty.
-        verdict: the same in one sentence, with its numbers.
+        pays: whether pruning pays. If it does not, the plan is empty.
+        verdict: one sentence that says whether pruning pays, with the numbers.
         saved: the share of a step's time that the chosen products save.
-        noise: what they add to the gradient's noise, as a share of the noise of the batch; measured together.
+        noise: the noise that the chosen products add together, as a share of the noise of the batch.
         net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + c noise).
-        net_low, net_high: the same at the ends of the noise's 95 % interval.
-        norm: ``"euclidean"``, or ``"adam"``: noise is measured as the optimizer scales its steps.
-        chosen, candidates: what was chosen from what was measured; lists of ``Candidate``.
-        curve: the steps of the greedy choice, a list of ``Point``.
-        notes: what else would save time, and what to doubt.
-        step_ms: milliseconds of forward and backward of the plain model.
+        net_low, net_high: the net saving at the ends of the noise's 95 % interval.
+        norm: the norm of the noise, ``"euclidean"`` or ``"adam"``. With ``"adam"``, each coordinate is scaled as the
+            optimizer scales its steps.
+        chosen, candidates: the chosen and all measured candidates, lists of ``Candidate``.
+        curve: the points of the greedy choice, a list of ``Point``.
+        notes: hints about other savings, and warnings about the measurement; a list of strings.
+        step_ms: milliseconds of a forward and backward of the plain model.
 
     Examples:
         >>> plan = sdgp.advise(torch.nn.Linear(64, 64), torch.randn(8, 64, requires_grad=True))
@@ -90,7 +96,7 @@ class Plan(dict[str, tuple[Any, ...]]):
     ) -> None:
         self.candidates, self.step_ms, self.norm, self.notes = candidates, step_ms, norm, list(notes)
         self._reasons, self._noise_error = dict(reasons), noise_error
-        self._factor = 1.0  # measured noise of the chosen together / the sum of their noises
+        self._factor = 1.0  # measured noise of all chosen candidates together / sum of their single noises
         self._choose()
 
     def _choose(self) -> None:
@@ -101,9 +107,13 @@ class Plan(dict[str, tuple[Any, ...]]):
         self.update(_settings(self.chosen))
 
     def take_measured(self, noise: float) -> bool:
-        """Takes the noise of the whole plan, measured. False: it changes the choice, whose noise is to be measured."""
+        """Takes over the measured noise of the whole plan.
+
+        Returns:
+            Whether the choice is final. If False, the choice changed and its noise must be measured again.
+        """
         total, before = math.fsum(row.noise for row in self.chosen), self.chosen
-        if total == 0 < noise:  # whatever was seen of each by itself, it was not this
+        if total == 0 < noise:  # the single measurements did not show this noise
             share = noise / len(before)
             self.candidates = [row._replace(noise=share) if row in before else row for row in self.candidates]
             self._choose()
@@ -198,19 +208,19 @@ def _cells(row: Candidate) -> tuple[str, ...]:
 
 
 def _why(rows: list[Candidate]) -> str | None:
-    """Why a gradient that was measured stays exact; None: it was not."""
+    """Returns why a gradient stays exact although it was measured, or None if it was not measured."""
     if all(row.sparse_ms is None for row in rows):
         return None
     return "noise costs more than it saves" if any(row.saved_ms > 0 for row in rows) else "sparse is not faster"
 
 
 def net_saving(saved: float, noise: float, steps_per_noise: float) -> float:
-    """See Note [What noise costs]."""
+    """Returns the net saving in time, see Note [What noise costs]."""
     return 1 - (1 - saved) * (1 + steps_per_noise * noise)
 
 
 def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[list[Candidate], list[Point]]:
-    """Changes one product at a time, the one that gains most, as long as something is gained."""
+    """Adds or replaces one candidate at a time, always the one that gains most, until no candidate gains anything."""
     options: dict[tuple[str, str], list[Candidate]] = {}
     for row in rows:
         if row.saved_ms > 0 and math.isfinite(row.noise):
@@ -236,7 +246,7 @@ def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[lis
 
 
 def _settings(rows: Iterable[Candidate]) -> dict[str, tuple[Any, ...]]:
-    """The choice as ``convert`` takes it."""
+    """Returns the choice in the form that ``convert`` takes."""
     plan: dict[str, tuple[Any, ...]] = {}
     for row in rows:
         if row.gradient == "data":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Pictures of what was watched and of what was advised. matplotlib is imported when one is drawn."""
+"""Draws the records of a ``Watch`` and the candidates of a ``Plan``. matplotlib is imported only for drawing."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from ._fidelity import METRICS
 from ._plan import STEPS_PER_NOISE, Plan
 from ._watch import Record, Watch, recent
 
-# One unit is some 0.25 inch: a line of text.
+# The height of one line of text, in inches.
 _LINE = 0.25
 
 
 def plot(
     source: Watch | str | PathLike[str] | Plan, path: str | PathLike[str], metric: str = "cosine", *, window: int = 10
 ) -> None:
-    """Draws what ``sdgp.watch`` recorded, or what ``sdgp.advise`` found, as a picture.
+    """Draws the records of ``sdgp.watch`` or the result of ``sdgp.advise``, and saves the picture.
 
-    Of a ``Watch``, or of the JSON lines it wrote: a heat map of ``metric``, layers by steps, and beside it the mean
-    over the last ``window`` records of each layer. Of a ``Plan``: the time that a step saves against the steps that the
-    added noise costs, for the plan as it was built up, and for every candidate by itself.
+    For a ``Watch`` or the JSON lines that it wrote, the picture shows a heat map of ``metric``, layers by steps, and
+    the mean over the last ``window`` records of each layer. For a ``Plan``, it shows the time that a step saves against
+    the extra steps that the added noise costs: once for the plan as it was built up, once for every single candidate.
 
     Args:
         source: a ``Watch``, the path of its JSON lines, or a ``Plan``.
-        path: of the picture; its suffix says the format.
-        metric: one of those that ``sdgp.watch`` lists.
-        window: of records, for the bars.
+        path: the path of the picture. The suffix sets the format.
+        metric: a metric of ``sdgp.watch``. A ``Plan`` ignores it.
+        window: the number of records in the mean. A ``Plan`` ignores it.
 
     Raises:
-        ValueError: ``plot: requirement, got actual``.
-        ImportError: where matplotlib is missing.
+        ValueError: if an argument is invalid. The message reads ``plot: requirement, got actual``.
+        ImportError: if matplotlib is not installed.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
@@ -65,10 +65,10 @@ def plot(
 
 
 def _read(path: str | PathLike[str]) -> dict[str, Record]:
-    """The JSON lines that a ``Watch`` wrote; of a step that was run again after a resume, the last."""
+    """Reads the JSON lines that a ``Watch`` wrote. If a resumed run repeated a step, the last line counts."""
     steps: dict[str, dict[int, dict[str, float]]] = {}
     text = Path(path).read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]  # the last line may be half written
+    complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete
     for number, line in enumerate(complete.splitlines(), 1):
         try:
             row = json.loads(line)

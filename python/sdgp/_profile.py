@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What each converted layer's data gradient costs, by each product, on a real batch."""
+"""Measures the time of each converted layer's data gradient, with each product, on a real batch."""
 
 from __future__ import annotations
 
@@ -20,16 +20,19 @@ from ._timing import seconds
 
 
 class LayerProfile(NamedTuple):
-    """One call of one converted layer in the step, and the milliseconds of its data gradient by each product.
+    """The times of the data gradient in one call of a converted layer, in milliseconds.
+
+    All three times are NaN on a device without kernels, such as the meta device.
 
     Attributes:
-        shape: of the output gradient.
-        exact_ms: not pruned.
-        dense_ms: pruned, then multiplied by PyTorch's dense product.
-        sparse_ms: pruned, packed and multiplied by the sparse product; NaN where the device has none. All three are NaN
-            where no kernels run, as on the meta device.
-        share: the part of the exact step that the exact data gradient takes.
-        product: the one that the data gradient takes in the step, see ``sdgp.report``.
+        layer: the name of the layer in the model.
+        shape: the shape of the output gradient.
+        pattern: the pattern of the layer.
+        exact_ms: the time of the exact product.
+        dense_ms: the time to prune the gradient and multiply it with PyTorch's dense product.
+        sparse_ms: the time to prune, pack and multiply it with the sparse product; NaN if the device has none.
+        share: the exact data gradient's share of the time of the exact step.
+        product: the product that the data gradient takes in the step, as in ``sdgp.report``.
     """
 
     layer: str
@@ -43,11 +46,11 @@ class LayerProfile(NamedTuple):
 
 
 class Profile(list[LayerProfile]):
-    """The rows that ``profile`` measured, and the whole step; prints as a table.
+    """The rows that ``profile`` measured, and the times of the whole step. It prints as a table.
 
     Attributes:
-        exact_ms: forward and backward of the model with every layer paused.
-        step_ms: the same as it is converted.
+        exact_ms: milliseconds of a forward and backward with every layer paused.
+        step_ms: milliseconds of a forward and backward of the converted model.
     """
 
     exact_ms: float
@@ -84,25 +87,25 @@ def profile(
     *,
     rounds: int = 10,
 ) -> Profile:
-    """Measures the data gradient of every converted layer on ``batch``, and the model's whole step, in which weight
-    gradients are pruned where ``weight_grad`` says so.
+    """Measures and prints the time of every converted layer's data gradient, and of the whole step, on ``batch``.
 
-    Runs forward and backward some dozens of times. Gradients of the parameters, buffers that a forward updates
-    (BatchNorm's) and generators are put back as they were.
+    In the step, weight gradients are pruned where ``weight_grad`` says so. The function runs forward and backward a few
+    dozen times. It restores the parameters' gradients, the buffers that a forward updates (such as BatchNorm's) and the
+    random number generators.
 
     Args:
-        model: a model that ``sdgp.convert`` went over.
-        batch: what the model is called with: a tensor, a tuple of positional or a mapping of keyword arguments.
-        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: the model is called with ``batch``,
-            and the loss is its output's ``loss`` where it has one, else the mean of the squares of its floating-point
-            tensors.
-        rounds: how often each product and each step is timed; the median counts.
+        model: a model that ``sdgp.convert`` has converted.
+        batch: the arguments of the model: a tensor, a tuple of positional or a mapping of keyword arguments.
+        loss: ``loss(model, batch)`` runs the forward and returns a scalar. Default: the model is called with ``batch``.
+            The loss is the attribute ``loss`` of the output if there is one, else the sum over its floating-point
+            tensors of the mean of their squares.
+        rounds: how often each product and each step is timed. The result is the median.
 
     Returns:
-        A ``Profile``, a list of ``LayerProfile``; also printed.
+        A ``Profile``, which is a list of ``LayerProfile``.
 
     Raises:
-        ValueError: ``profile: requirement, got actual``.
+        ValueError: if an argument is invalid. The message reads ``profile: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), "2:4")
@@ -126,7 +129,7 @@ def profile(
     gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     times: dict[Callable[[], None], list[float]] = {exact_step: [], step: []}
     with state_kept(model):
-        step()  # warms up; under auto, the choices are made here
+        step()  # warms up; with backend="auto", the layers choose their products here
         products = {row.layer: row.product for row in report(model) if row.gradient == "data"}
         with on_gradient(layers, lambda layer, grad, input: gradients[layer].append((grad, input))):
             step()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Arguments that have a new name: the old one works for one release, with a warning."""
+"""Arguments that have a new name. The old name works for one release, with a warning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 def renamed(op: str, old: str, value: _T | None, new: str, default: _T, stacklevel: int = 3) -> _T:
-    """``value``, given under the old name, else ``default``, what was given under the new one."""
+    """Returns ``value``, given under the old name, or ``default``, given under the new name, if ``value`` is None."""
     if value is None:
         return default
     warnings.warn(

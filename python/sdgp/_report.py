@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What became of each layer of a model."""
+"""The report about each layer of a model: its settings, its products and the reasons."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from ._pattern import UNBIASED_METHODS, Pruning
 
 
 class Row(NamedTuple):
-    """One layer in a ``Report``; a layer whose weight gradient may be pruned has a second row for that.
+    """One layer in a ``Report``. A layer whose weight gradient may be pruned has a second row for it.
 
     Attributes:
         gradient: ``"data"`` or ``"weight"``.
-        pattern, method, backend: empty where the layer is plain.
-        product: what that gradient takes: ``"plain"`` the original layer's, ``"exact"`` (not pruned), ``"dense"``
-            or ``"sparse"`` (pruned); empty where no backward has decided yet.
-        ms: the milliseconds of that product where it was measured, else None.
-        why: the reason, a phrase.
+        pattern, method, backend: empty if the layer is plain.
+        product: the product that computes the gradient: ``"plain"`` (the original layer's), ``"exact"`` (not pruned),
+            ``"dense"`` or ``"sparse"`` (pruned); empty if no backward has decided yet.
+        ms: the milliseconds of that product if it was measured, else None.
+        why: the reason, as a phrase.
     """
 
     layer: str
@@ -40,15 +40,15 @@ class Row(NamedTuple):
 
     @property
     def note(self) -> str:
-        """Product and reason in one phrase, for a person."""
+        """The product and the reason in one phrase, for people."""
         return f"{self.product or 'not decided'}: {self.why}"
 
 
 class Report(list[Row]):
-    """The rows of ``sdgp.report``; prints as a table.
+    """The rows of ``sdgp.report``. They print as a table.
 
     Attributes:
-        hint: what would be better for all of the model, printed below the table; empty: nothing.
+        hint: a suggestion for the whole model, printed below the table; may be empty.
     """
 
     hint: str
@@ -65,16 +65,16 @@ class Report(list[Row]):
 
 
 def report(model: nn.Module) -> Report:
-    """What became of each layer of ``model``: its settings, the product that each of its gradients takes, and why.
+    """Reports for each layer of ``model`` its settings, the product that computes each of its gradients, and why.
 
-    A layer has a row for its data gradient and, where ``weight_grad`` is set, one for its weight gradient.
+    A layer has a row for its data gradient and, if ``weight_grad`` is set, one for its weight gradient.
 
-    The product is that of the last backward, unless somebody keeps the layer exact since (``sdgp.paused``,
-    ``sdgp.Schedule``, ``sdgp.watch``). Tools that look for the exact class ``nn.Linear`` or ``nn.Conv2d``, as eager
-    quantization does, skip converted layers: ``sdgp.revert`` the model first.
+    The product is that of the last backward, unless the layer is now kept exact (``sdgp.paused``, ``sdgp.Schedule``,
+    ``sdgp.watch``). Tools that accept only the class ``nn.Linear`` or ``nn.Conv2d`` itself, such as eager
+    quantization, skip converted layers: call ``sdgp.revert`` first.
 
     Raises:
-        ValueError: where ``model`` is no ``nn.Module``.
+        ValueError: If ``model`` is not an ``nn.Module``.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.Linear(4, 8))
@@ -118,14 +118,14 @@ def _row(name: str, module: PruningLayer, gradient: str, pruning: Pruning, decis
         product, ms, why = "", None, "no backward so far"
     if gradient == "weight" and product not in ("plain", "exact") and pruning.method not in UNBIASED_METHODS:
         why += f"; biased: the error of {pruning.method} does not average out"
-    if hasattr(module, "qconfig"):  # eager quantization was asked for
+    if hasattr(module, "qconfig"):  # eager quantization was requested
         why += "; torch.ao.quantization skips what is not exactly nn.Linear or nn.Conv2d: sdgp.revert first"
     kind = type(module).__name__
     return Row(name, kind, gradient, str(pruning.pattern), pruning.method, pruning.backend, product, ms, why)
 
 
 def _hint(modules: Iterable[nn.Module]) -> str:
-    """On a CPU: which wider groups would serve in place of the patterns that layers have."""
+    """Returns a hint about wider patterns that could replace those of layers on a CPU, or an empty string."""
     pairs: dict[str, str] = {}
     for module in modules:
         if isinstance(module, PruningLayer) and module.weight.device.type == "cpu":

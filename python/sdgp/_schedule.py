@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""When a converted model prunes: exact gradients at the start and at the end of training, patterns in between."""
+"""Schedules when a converted model prunes: exact gradients at the start and at the end of training."""
 
 from __future__ import annotations
 
@@ -18,30 +18,32 @@ _EXACT = Pattern(1, 1)
 
 
 class Schedule:
-    """Exact gradients first and last, and patterns in between, in the manner of a learning-rate scheduler.
+    """Schedules exact gradients at the start and end of training, and patterns in between.
 
-    The unit is whatever one call of ``step`` ends: an epoch, or a step of the optimizer. Which layers are
-    converted, by which method and with which backend stays as ``sdgp.convert`` left it, and so does ``weight_grad``:
-    weight gradients are exact where data gradients are scheduled to be, first and last, and ``patterns`` are not
-    theirs. While a pattern's m is larger than a layer has output channels per group, that layer's data gradient is
-    exact; a layer with a ``weight_grad`` has the pattern 1:1 meanwhile. ``sdgp.paused`` is independent of it: a layer
-    prunes where neither holds it back. ``sdgp.report`` tells.
+    It is used like a learning-rate scheduler.
+    Its unit is the time between two calls of ``step``: an epoch, or a step of the optimizer. The schedule does not
+    change which layers are converted, nor their method, backend and ``weight_grad``. In the exact units at the start
+    and the end, weight gradients are exact too; ``patterns`` apply to data gradients only.
+
+    If a layer has fewer output channels per group than a pattern's m, its data gradient is exact under that pattern; a
+    layer with a ``weight_grad`` then has the pattern 1:1. ``sdgp.paused`` works independently: a layer prunes only if
+    neither the schedule nor a pause forbids it. ``sdgp.report`` shows the current state.
 
     Args:
-        model: a model that ``sdgp.convert`` went over.
-        total: how many units the training has; needed for ``exact_last`` and for shares.
-        exact_first: the number of units with exact gradients at the start, or, below 1, their share of ``total``
-            (rounded down).
-        exact_last: the same at the end.
-        patterns: of the data gradients, ``{first unit, or share of total: pattern}``. Before the first one a layer
-            keeps its own pattern.
-        dense_first, dense_last: the old names of ``exact_first`` and ``exact_last``; they warn.
+        model: a model that ``sdgp.convert`` has converted.
+        total: the number of units in the training. ``exact_last`` and shares need it.
+        exact_first: the number of units with exact gradients at the start. A float below 1 is a share of ``total``,
+            rounded down.
+        exact_last: the number or share of units with exact gradients at the end.
+        patterns: the patterns of the data gradients, ``{first unit or share of total: pattern}``. Before the first
+            entry each layer keeps its own pattern.
+        dense_first, dense_last: deprecated names of ``exact_first`` and ``exact_last``. They raise a warning.
 
     Attributes:
-        count: how many units are over.
+        count: the number of units that are over.
 
     Raises:
-        ValueError: ``Schedule: requirement, got actual``.
+        ValueError: if an argument is invalid. The message reads ``Schedule: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
@@ -66,7 +68,7 @@ class Schedule:
     ) -> None:
         exact_first = renamed("Schedule", "dense_first", dense_first, "exact_first", exact_first)
         exact_last = renamed("Schedule", "dense_last", dense_last, "exact_last", exact_last)
-        # Each with the pattern that it has until the first of ``patterns``.
+        # Each layer with its own pattern, which it keeps until the first entry of ``patterns``.
         self._layers: dict[nn.Module, Pattern] = {
             layer: layer.pruning.pattern for layer in pruning_layers("Schedule", model)
         }
@@ -90,21 +92,21 @@ class Schedule:
         self.seek(0)
 
     def step(self) -> None:
-        """One unit is over: the next forward is the next one's."""
+        """Ends the current unit. The next forward belongs to the next unit."""
         self.seek(self.count + 1)
 
     def seek(self, count: int) -> None:
-        """Goes to where ``count`` calls of ``step`` lead: for loops that know their own place."""
+        """Moves the schedule to the state after ``count`` calls of ``step``, for loops that keep their own count."""
         if count < 0:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count
         why, pattern = self._why_exact(), self.pattern
         for layer, own in self._layers.items():
             if not isinstance(layer, PruningLayer):
-                continue  # reverted since
+                continue  # the layer was reverted to the plain one
             now = pattern or own
             narrow = pattern and layer.too_narrow(layer, pattern)
-            if narrow and layer.pruning.weight_grad is not None:  # a hold would make that exact too
+            if narrow and layer.pruning.weight_grad is not None:  # a hold would make the weight gradient exact too
                 now, narrow = _EXACT, None
             if self._patterns:
                 layer.use(replace(layer.pruning, pattern=now))
@@ -112,20 +114,20 @@ class Schedule:
 
     @property
     def exact(self) -> bool:
-        """Whether all gradients are exact now."""
+        """Whether the schedule makes all gradients exact in the current unit."""
         return bool(self._why_exact())
 
     @property
     def pattern(self) -> Pattern | None:
-        """The one of ``patterns`` that holds now; None: each layer's own."""
+        """The entry of ``patterns`` for the current unit; None if each layer keeps its own pattern."""
         return next((pattern for at, pattern in reversed(self._patterns.items()) if at <= self.count), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """The place in the schedule. What was scheduled is not in it: that is the program's to say."""
+        """Returns the position in the schedule. It does not contain the arguments of the schedule."""
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken."""
+        """Restores the position that ``state_dict`` returned."""
         if set(state) != {"count"}:
             raise ValueError(f'Schedule: expected a state_dict with "count", got {sorted(state)}')
         self.seek(state["count"])
@@ -138,7 +140,7 @@ class Schedule:
         )
 
     def _units(self, name: str, value: float) -> int:
-        """A number of units as it is, a share of the total rounded down, rounding errors aside."""
+        """Returns a number of units unchanged, and converts a share of the total to units, rounded down."""
         is_share = isinstance(value, float)
         if value < 0 or (is_share and value >= 1):
             raise ValueError(f"Schedule: expected {name} as a number of units or as a share below 1.0, got {value}")

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The sparse product on CUDA: PyTorch's semi-structured (2:4) one. sdgp prunes and packs its operand in one pass.
+"""The sparse product on CUDA: PyTorch's semi-structured (2:4) product. sdgp prunes and packs its operand in one pass.
 
-``torch.sparse`` offers two: cuSPARSELt's, and CUTLASS's on GPUs of compute capability 8.x. cuSPARSELt does not document
-the order of its metadata, so sdgp's is compared with its compressor's once per device and dtype; where they differ,
-that compressor packs.
+``torch.sparse`` has two of them: cuSPARSELt, and CUTLASS on GPUs of compute capability 8.x. cuSPARSELt does not
+document the order of its metadata. So sdgp compares its own metadata with that of cuSPARSELt's compressor, once per
+device and dtype. If they differ, that compressor packs the operand.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ._load import C
 from ._ops import pack_24, prune_nm
 from ._pattern import Pattern
 
-TILE_ROWS, TILE_COLS = C.tile_24  # an operand has whole tiles
-_DENSE_MULTIPLE = 8  # of the dense operand's columns
-_ALIGNMENT = 16  # bytes, of its address
+TILE_ROWS, TILE_COLS = C.tile_24  # an operand consists of complete tiles
+_DENSE_MULTIPLE = 8  # the columns of the dense operand must be a multiple of this
+_ALIGNMENT = 16  # bytes; the address of the dense operand must be a multiple of this
 
 
 def obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern) -> str | None:
-    """What the product would need and does not have, as "requirement, got actual"; None: nothing."""
+    """Returns what the product needs and does not have, as "requirement, got actual", or None if nothing is missing."""
     if dtype not in (torch.float16, torch.bfloat16):
         return f"float16 or bfloat16 on cuda (torch.autocast), got {str(dtype).removeprefix('torch.')}"
     if not pattern.fits_24:
@@ -47,11 +47,11 @@ def _obstacle_of_device(index: int) -> str | None:
 
 
 class Operand(NamedTuple):
-    """A pruned matrix (rows, cols) as the product takes it.
+    """A pruned matrix (rows, cols) in the form that the product takes.
 
     Attributes:
-        packed: (padded rows, ...): kept values, then metadata, in one buffer.
-        layout: of the metadata; None: cuSPARSELt's own compressor wrote it.
+        packed: (padded rows, ...): the kept values, then the metadata, in one buffer.
+        layout: the layout of the metadata. None: cuSPARSELt's own compressor wrote it.
     """
 
     packed: Tensor
@@ -62,7 +62,7 @@ class Operand(NamedTuple):
 
 
 def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = None) -> Operand:
-    """Prunes (rows, cols) along its rows, as ``sdgp.prune_nm`` does, and packs it."""
+    """Prunes a matrix (rows, cols) along its rows, as ``sdgp.prune_nm`` does, and packs it."""
     n, m = pattern
     rows, cols = matrix.shape
     padded_rows, padded_cols = _round_up(rows, TILE_ROWS), _round_up(cols, TILE_COLS)
@@ -75,7 +75,7 @@ def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = No
 
 
 def multiply(operand: Operand, dense: Tensor) -> Tensor:
-    """(rows, cols) times ``dense`` (cols, columns) -> (rows, columns)."""
+    """Multiplies (rows, cols) by ``dense`` (cols, columns) and returns (rows, columns)."""
     columns = dense.shape[1]
     if operand.packed.numel() == 0 or columns == 0:
         return dense.new_zeros(operand.rows, columns)
@@ -87,7 +87,7 @@ def multiply(operand: Operand, dense: Tensor) -> Tensor:
 
 
 def _aligned(dense: Tensor) -> Tensor:
-    """Contiguous, and at an address that the libraries take: a view may begin anywhere."""
+    """Returns ``dense`` contiguous and at an address that the libraries accept. A view may begin anywhere."""
     dense = dense.contiguous()
     return dense.clone() if dense.storage_offset() * dense.element_size() % _ALIGNMENT else dense
 
@@ -100,13 +100,13 @@ def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tenso
         metadata = buffer[rows * cols // 2 :].view(torch.int16).view(rows, cols // 16)
         result = torch._sparse_semi_structured_mm(values, metadata, dense)
     else:
-        result = torch._cslt_sparse_mm(packed, dense)  # algorithm 0: others have returned wrong results
+        result = torch._cslt_sparse_mm(packed, dense)  # algorithm 0: other algorithms have returned wrong results
     return result
 
 
 @functools.cache
 def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
-    """The layout that a device's product reads, found by trying; None, told in the log, where sdgp knows none."""
+    """Finds, by trying, the layout that a device's product reads. If sdgp knows none, it logs that and returns None."""
     device = torch.device("cuda", index)
     if not torch.backends.cusparselt.is_available():
         return "cutlass_sm80"
@@ -120,7 +120,7 @@ def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
         if torch.equal(pack_24(matrix, 2, 4, "magnitude", None, layout).view(torch.int16), expected):
             return layout
     major, minor = torch.cuda.get_device_capability(index)
-    # No warning: it would end a training that turns warnings into errors.
+    # No warning, because that would end a training run that turns warnings into errors.
     logging.getLogger("sdgp").warning(
         "sdgp does not know the order of this GPU's 2:4 metadata (compute capability %d.%d, CUDA %s); PyTorch's own "
         "compressor packs instead, in a pass of its own",

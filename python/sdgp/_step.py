@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A training step of somebody's model on somebody's batch, run to be measured and then undone."""
+"""Runs a training step of a user's model on a user's batch, to measure it, and then undoes it."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from torch.utils.hooks import RemovableHandle
 _Layer = TypeVar("_Layer", bound=nn.Module)
 
 
-#: ``loss(model, batch)``: from a model and a batch to the scalar that backward begins with.
+#: ``loss(model, batch)`` returns the scalar at which backward begins.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
 
 def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
-    """The forward, by ``loss(model, batch)``, else by calling the model with ``batch``: a tensor, a tuple of positional
-    or a mapping of keyword arguments.
+    """Runs the forward and returns the loss: ``loss(model, batch)`` if ``loss`` is given.
+
+    Otherwise it calls the model with ``batch``: a tensor, a tuple of positional or a mapping of keyword arguments.
 
     Raises:
-        ValueError: ``op: requirement, got actual``, where there is nothing to differentiate.
+        ValueError: If there is nothing to differentiate: ``op: requirement, got actual``.
     """
     if loss is not None:
         value = loss(model, batch)
@@ -39,13 +40,15 @@ def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Te
 
 
 def run_step(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> None:
-    """Forward, see ``compute_loss``, and backward."""
+    """Runs a forward (``compute_loss``) and its backward."""
     torch.autograd.backward(compute_loss(op, model, batch, loss))
 
 
 class Hook:
-    """Calls a function. A copy of it, made with the module that it hangs on, calls nothing: what measures a model
-    neither follows its copies nor goes into its pickles."""
+    """A hook that calls a function. A copy of it, made when its module is copied or pickled, calls nothing.
+
+    So a measurement of a model neither follows copies of the model nor gets into its pickles.
+    """
 
     def __init__(self, call: Callable[..., Any] | None) -> None:
         self._call = call
@@ -61,7 +64,7 @@ class Hook:
 
 
 class Handles:
-    """Handles of hooks; leaving them as a context removes the hooks."""
+    """Handles of hooks. As a context manager, this removes the hooks at the end of the block."""
 
     def __init__(self, handles: Iterable[RemovableHandle] = ()) -> None:
         self._handles = list(handles)
@@ -80,13 +83,14 @@ class Handles:
 def on_gradient(
     layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None], *, weights: bool = False
 ) -> Handles:
-    """Calls ``receive(layer, grad_output, input)`` in the backward of each call of a layer that has a data gradient,
-    until the handles are removed.
+    """Calls ``receive(layer, grad_output, input)`` in the backward of each layer call that has a data gradient.
+
+    This lasts until the handles are removed.
 
     Args:
-        weights: also of each call of a layer that has only a weight gradient. ``input`` is then the detached input,
-            where there is a weight gradient and nobody changed the input in place since. Otherwise it is on the meta
-            device: its shape and strides count, and keeping its values would cost memory. Either way
+        weights: include layer calls that have only a weight gradient. ``input`` is then the detached input if there is
+            a weight gradient and nobody has changed the input in place since. Otherwise ``input`` is on the meta
+            device: only its shape and strides matter, and keeping its values would cost memory. In both cases
             ``input.requires_grad`` says whether there is a data gradient.
     """
 
@@ -98,7 +102,7 @@ def on_gradient(
         if not (output.requires_grad and (input.requires_grad or of_weight)):
             return
         shape = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
-        # No reference to the input itself: if it is changed in place, its new history leads to this hook.
+        # Keep no reference to the input itself: after a change in place, its new history would lead to this hook.
         values = input.detach().requires_grad_(input.requires_grad) if of_weight else shape
         version = input._version
 
@@ -112,7 +116,7 @@ def on_gradient(
 
 
 def stand_in(shape: Tensor, grad_output: Tensor) -> Tensor:
-    """A tensor like ``shape``, which is on the meta device, where the gradient is; its values are whatever they are."""
+    """Returns an uninitialized tensor like ``shape`` (a meta tensor), with the dtype and device of the gradient."""
     return torch.empty_strided(shape.shape, shape.stride(), dtype=grad_output.dtype, device=grad_output.device)
 
 
@@ -137,7 +141,7 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def state_kept(model: nn.Module, *others: Tensor) -> Iterator[None]:
-    """Puts gradients, those of ``others`` too, buffers, generators and the layers' decisions back as they were."""
+    """Restores gradients (also of ``others``), buffers, generators and the layers' decisions after the block."""
     parameters = [*model.parameters(), *others]
     gradients = [parameter.grad for parameter in parameters]
     buffers = [
@@ -162,8 +166,8 @@ def state_kept(model: nn.Module, *others: Tensor) -> Iterator[None]:
             parameter.grad = gradient
         with torch.no_grad():
             for place, name, buffer, before in buffers:
-                place[name] = buffer  # a forward may have put another there
+                place[name] = buffer  # a forward may have replaced it
                 buffer.copy_(before)
         for attributes, name, decision in decisions:
-            if name in attributes:  # not reverted within
+            if name in attributes:  # it was not reverted inside the block
                 attributes[name] = decision

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ``sdgp.advise`` measures: the time of each gradient's products, and the noise that pruning it adds."""
+"""The measurements of ``sdgp.advise``: the times of each gradient's products, and the noise that pruning it adds."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from ._timing import seconds
 
 
 class UnusableBatch(ValueError):
-    """This batch gives no advice; another one may."""
+    """Raised if a batch gives no advice. Another batch may give advice."""
 
 
 @dataclass
 class Memory:
-    """What one call of ``advised`` leaves for the next: what took how long, for batches of one size."""
+    """The times that one call of ``advised`` keeps for the next call. They hold for batches of one size."""
 
     step_ms: float = math.nan
-    decisions: dict[str, Decision] = field(default_factory=dict)  # what each product took, by layer, call and pruning
-    values: int = 0  # in the batch
+    decisions: dict[str, Decision] = field(default_factory=dict)  # by layer, call and pruning
+    values: int = 0  # the number of values in the batch
 
     def fit(self, batch: Any) -> None:
-        """Forgets the times if ``batch`` is of another size."""
+        """Drops the times if ``batch`` has another size."""
         values = sum(tensor.numel() for tensor in tensors_of(batch))
         if not 0.9 * self.values <= values <= 1.1 * self.values:
             self.step_ms, self.decisions, self.values = math.nan, {}, values
@@ -59,7 +59,7 @@ def sparsity(pruning: Pruning) -> float:
 
 
 class _Measured:
-    """One gradient of one layer under one setting, over the calls of a step."""
+    """The measurements of one gradient of one layer under one setting, summed over the calls in a step."""
 
     def __init__(self) -> None:
         self.errors = Errors()
@@ -68,7 +68,7 @@ class _Measured:
 
 
 class Study:
-    """What ``advise`` measures, stage by stage."""
+    """Runs the measurements of ``advise`` in stages and keeps their results."""
 
     def __init__(
         self,
@@ -87,15 +87,15 @@ class Study:
         self._found: dict[tuple[nn.Module, str], dict[PruningLayer, _Measured]] = {}
         self._calls: Counter[tuple[nn.Module, str]] = Counter()
         self._shapes: dict[nn.Module, str] = {}
-        self._largest = 0  # multiply-adds of a product
+        self._largest = 0  # multiply-adds of the largest product
         self._obstacles: dict[nn.Module, str] = {}
         self._amplified: dict[nn.Module, float] = {}
         self._without_gradient = 0
-        self._unmeasured = ""  # why the noise of data gradients is not known
+        self._unmeasured = ""  # why the noise of data gradients could not be measured
         self.exact: Gradients = {}
 
     def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
-        """The gradients of the trained parameters, with the same dropout every time."""
+        """Returns the gradients of the trained parameters. Every call draws the same dropout."""
         parameters = list(self._norm.scales)
         for parameter in parameters:
             parameter.grad = None
@@ -108,7 +108,7 @@ class Study:
         return {p: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters}
 
     def time_steps(self) -> None:
-        """What a step takes, unless an earlier call has told."""
+        """Times a step, unless ``memory`` has the time from an earlier call."""
         if math.isfinite(self._memory.step_ms):
             return
 
@@ -120,7 +120,7 @@ class Study:
         self._memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self._rounds))
 
     def batch_noise(self) -> Estimate:
-        """The noise of the batch, from several batches or from the halves of one."""
+        """Estimates the noise of the batch from several batches, or from the halves of a single one."""
         if len(self._batches) > 1:
             estimate = batch_noise((self.exact, *map(self.gradients, self._batches[1:])), self._norm)
         else:
@@ -133,7 +133,7 @@ class Study:
         return estimate
 
     def measure_products(self) -> None:
-        """Time and noise of every gradient's candidates, in a backward that also gives the exact gradients."""
+        """Measures the time and noise of all candidates, in a backward that also computes the exact gradients."""
         with on_gradient(self._twins, self._receive, weights=True):
             self.exact = self.gradients(self._batches[0])
 
@@ -153,7 +153,7 @@ class Study:
             return
         found = self._found.setdefault((module, gradient), {})
         self._calls[module, gradient] += 1
-        slower: set[str] = set()  # methods for which a sparser pattern saves nothing
+        slower: set[str] = set()  # methods whose sparser pattern saves nothing: denser ones are not timed
         for twin in twins:
             measured = found.setdefault(twin, _Measured())
             self._time(module, measured, _products(twin, gradient, grad_output, input), twin, gradient, slower)
@@ -164,7 +164,7 @@ class Study:
         part = grad_output[some]
         energy = (float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2 for values in (grad_output, part))
         whole, seen = energy
-        if seen < whole / 16:  # most of the gradient is elsewhere
+        if seen < whole / 16:  # most of the gradient is in the other samples
             some, part, seen = slice(None), grad_output, whole
         ways = [_products(twin, gradient, part, input[some]) for twin in useful]
         methods = [twin.pruning.method for twin in useful]
@@ -172,7 +172,7 @@ class Study:
         assert isinstance(weight, nn.Parameter)
         squared = (lambda error: self._norm.squared_of(weight, error)) if gradient == "weight" else None
         for twin, sums in zip(useful, errors(ways, methods, len(self._found), squared), strict=True):
-            times = whole / seen if seen else 1.0  # the squares of the samples' errors add up
+            times = whole / seen if seen else 1.0  # squared errors add up over the samples
             found[twin].errors += tuple(times * value for value in sums)
 
     def _time(
@@ -209,18 +209,21 @@ class Study:
     def _decide(self, products: Products, pruning: Pruning) -> Decision:
         try:
             return current_chooser().measure(products, pruning, self._rounds)
-        except RuntimeError as error:  # out of memory, or a library that refuses this size
+        except RuntimeError as error:  # out of memory, or a library does not support this size
             return Decision("exact", str(error))
 
     def measure_amplifications(self) -> None:
-        """On a quarter of the first batch: what an error becomes does not depend on the number of samples. Or on the
-        whole of it, where the model does not take a part."""
+        """Measures how the noise of data gradients is amplified, on a quarter of the first batch.
+
+        The amplification does not depend on the number of samples. If the model rejects a part of the batch, the whole
+        batch is used.
+        """
         batch, samples = self._batches[0], samples_of(self._batches[0])
         parts = [] if samples is None else [part_of(batch, 0, max(-(-samples // 4), min(samples, 8)))]
         for part in (*parts, batch):
             try:
                 return self._measure_amplifications(part)
-            except RuntimeError as error:  # such as of a reentrant checkpoint, or a compiled submodule
+            except RuntimeError as error:  # for example from a reentrant checkpoint or a compiled submodule
                 self._unmeasured = str(error).partition("\n")[0]
 
     def _measure_amplifications(self, batch: Any) -> None:
@@ -280,13 +283,13 @@ class Study:
         return sorted(rows, key=lambda row: (order[row.layer], row.gradient))
 
     def why_not(self, module: nn.Module) -> str:
-        """Why a layer was not measured, if it was not."""
+        """Returns why a layer was not measured."""
         if module not in self._shapes:
             return "no gradient"
         return self._obstacles.get(module, "too small to gain")
 
     def _idle(self, optimizer: torch.optim.Optimizer | None) -> int:
-        """Parameters that require a gradient and are in no group of the optimizer."""
+        """Returns the number of parameters that require a gradient and are in no group of the optimizer."""
         if optimizer is None:
             return 0
         used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
@@ -295,9 +298,9 @@ class Study:
     def notes(self, optimizer: torch.optim.Optimizer | None, rows: list[Candidate]) -> list[str]:
         notes = []
         if len(self._batches) == 1:
-            notes.append("one batch alone tells the noise to a factor of about two: pass more")
+            notes.append("one batch gives the noise only to a factor of about two: pass more batches")
         if optimizer is not None and self._norm.kind == "euclidean" and "betas" in optimizer.defaults:
-            notes.append("noise is not measured as this optimizer scales its steps: it is not Adam, or has made none")
+            notes.append("noise is measured in the Euclidean norm: the optimizer is not Adam, or has made no step")
         if self._unmeasured and not self._amplified:
             notes.append(f"the noise of data gradients could not be measured: {self._unmeasured}")
         if self._without_gradient:
@@ -311,14 +314,14 @@ class Study:
             notes.append(f"the data gradient of {listed} reaches no trained parameter: detach the input")
         if 0 < self._largest < LEAST_WORK and all(row.sparse_ms is None for row in rows):
             times = math.ceil(LEAST_WORK / self._largest)
-            notes.append(f"the largest layer is too small to gain: try a batch {times} times as large")
+            notes.append(f"the largest layer is too small to gain: use a batch {times} times as large")
         if any(row.method not in UNBIASED_METHODS for row in rows):
-            notes.append("methods other than mvue are biased: their errors do not average out as noise does")
+            notes.append("methods other than mvue are biased: their errors do not average out")
         return notes
 
 
 def alike(batches: Sequence[Any]) -> list[Any]:
-    """Those with as many samples as the first: the gradients of smaller ones are noisier."""
+    """Returns the batches with as many samples as the first one: gradients of smaller batches are noisier."""
     return [batch for batch in batches if samples_of(batch) == samples_of(batches[0])]
 
 
@@ -327,7 +330,7 @@ def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Ten
 
 
 def _fits(twin: PruningLayer, gradient: str, grad_output: Tensor) -> bool:
-    """Whether a gradient has a whole group of the twin's pattern."""
+    """Whether a gradient has at least one whole group of the twin's pattern."""
     if gradient == "data":
         return type(twin).too_narrow(twin, twin.pruning.pattern) is None
     if isinstance(twin, nn.Conv2d):
@@ -338,7 +341,7 @@ def _fits(twin: PruningLayer, gradient: str, grad_output: Tensor) -> bool:
 
 
 def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
-    """Keeps the widest pattern of each density and method."""
+    """Returns the twins with the widest pattern for each density and method."""
     widest: dict[tuple[float, str], PruningLayer] = {}
     for twin in twins:
         key = (sparsity(twin.pruning), twin.pruning.method)
@@ -348,8 +351,8 @@ def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
 
 
 def _some(module: nn.Module, grad_output: Tensor) -> slice:
-    """The samples that are looked at: every fourth, for more would tell little more."""
+    """Returns which samples to measure: every fourth one of a large batch, because more would add little."""
     if grad_output.ndim == (3 if isinstance(module, nn.Conv2d) else 1):
-        return slice(None)  # not batched: these are channels or features
+        return slice(None)  # without a batch dimension: these are channels or features
     least = 256 if grad_output.ndim == 2 else 4
     return slice(0, None, 4 if grad_output.shape[0] >= least else 1)

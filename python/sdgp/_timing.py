@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How benchmarks and ``sdgp bench`` measure: all candidates in turn, round after round, in one process; medians. Not
-API."""
+"""Timing for the benchmarks and ``sdgp bench``. This module is not public API.
+
+One process runs all candidates one after the other in every round. The result of a candidate is its median.
+"""
 
 from __future__ import annotations
 
@@ -19,24 +21,28 @@ from ._clock import synchronize
 from ._convert import PlanLike, convert
 from ._report import report
 
-#: The loss of a model on one batch, from input and target.
+#: A function of model, input and target that returns the loss.
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], Any]], rounds: int = 15, device: torch.device | None = None
 ) -> dict[str, float]:
-    """Median seconds of each candidate, see ``rounds_of``."""
+    """Returns the median seconds of each candidate, measured by ``rounds_of``."""
     return {name: statistics.median(values) for name, values in rounds_of(candidates, rounds, device).items()}
 
 
 def rounds_of(
     candidates: Mapping[str, Callable[[], Any]], rounds: int, device: torch.device | None = None, *, warm: bool = True
 ) -> dict[str, list[float]]:
-    """The seconds of each candidate in every round; each gets its turn in each, so that a slow moment hits all alike.
+    """Returns the seconds of each candidate in every round.
 
-    Where ``warm``, an untimed call comes right before the timed one: each finds caches and allocator as it leaves them
-    itself, whatever ran before. Else all candidates have one untimed call before the first round.
+    Every round runs all candidates, so that a slow phase of the machine affects all of them alike.
+
+    Args:
+        warm: if True, an untimed call of the candidate precedes every timed call. The candidate then finds the caches
+            and the allocator as it left them itself. If False, each candidate has one untimed call before the first
+            round.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     if not warm:
@@ -51,13 +57,13 @@ def rounds_of(
 
 
 def interval(count: int) -> tuple[int, int]:
-    """The places, among ``count`` sorted values, of the ends of their median's 95 % interval."""
+    """Returns the indices, among ``count`` sorted values, of the ends of the 95 % interval of their median."""
     half = 0.98 * math.sqrt(count)
     return max(0, math.floor(count / 2 - half)), min(count - 1, math.ceil(count / 2 + half))
 
 
 def seconds(call: Callable[[], Any], device: torch.device | None = None) -> float:
-    """Wall-clock seconds of one call, including the work that it started on ``device``."""
+    """Returns the wall-clock seconds of one call, including the work that it started on ``device``."""
     if device is not None:
         synchronize(device)
     start = time.perf_counter()
@@ -68,12 +74,12 @@ def seconds(call: Callable[[], Any], device: torch.device | None = None) -> floa
 
 
 def cross_entropy(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-    """The loss of a model whose output is (..., classes); ``target`` is (...)."""
+    """Returns the cross-entropy of a model with outputs of shape (..., classes) and a ``target`` of shape (...)."""
     return F.cross_entropy(model(input).flatten(0, -2), target.flatten())
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum over the parameters that need a gradient."""
+    """Returns SGD with momentum over the parameters that require a gradient."""
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
 
@@ -86,11 +92,11 @@ def training_step(
     loss: Loss = cross_entropy,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
 ) -> Callable[[], None]:
-    """Forward, backward and the optimizer's step.
+    """Returns a function that runs a training step: forward, backward and the optimizer's step.
 
     Args:
-        autocast: the dtype of the forward under ``torch.autocast``; None: as the model is.
-        loss: from the model, ``input`` and ``target``.
+        autocast: the dtype of the forward under ``torch.autocast``. With None, autocast is off.
+        loss: a function of the model, ``input`` and ``target``.
     """
     optimizer = make_optimizer(model)
 
@@ -118,13 +124,20 @@ def steps_beside_plain(
     loss: Loss = cross_entropy,
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer] = sgd,
 ) -> list[dict[str, Any]]:
-    """Training steps of the plain model beside converted copies of it: a row per pattern and backend.
+    """Times training steps of the plain model, of a plain copy under bfloat16 autocast, and of converted copies.
 
-    A pattern is that of the data gradient, or ``"n:m + n:m"``: of data and weight gradient; or plans, by name. What is
-    saved is the median over the rounds of 1 - converted / plain, with the ends of its 95 % interval; ``noise`` is what
-    a second copy of the plain model seems to save, ``bfloat16_saved`` what one under bfloat16 autocast does: the faster
-    of the two is what pruning has to beat. With ``autocast`` all others run under it too. ``filter`` is ``convert``'s;
-    ``loss`` and ``make_optimizer`` are ``training_step``'s.
+    Args:
+        patterns: ``"n:m"`` prunes the data gradient, ``"n:m + n:m"`` the data and the weight gradient. A mapping gives
+            plans by name instead.
+        autocast: the dtype of ``torch.autocast`` for all other copies. With None, autocast is off.
+        filter: as ``convert`` takes it.
+        loss, make_optimizer: as ``training_step`` takes them.
+
+    Returns:
+        A row for each pattern and backend. ``saved`` is the median over the rounds of 1 - converted / plain;
+        ``saved_low`` and ``saved_high`` are the ends of its 95 % interval. ``noise`` is what a second copy of the plain
+        model seems to save. ``bfloat16_saved`` is what a plain copy under bfloat16 autocast saves. Pruning has to beat
+        the faster of the plain model and this copy.
     """
 
     def step(net: nn.Module, dtype: torch.dtype | None = autocast) -> Callable[[], None]:
@@ -142,11 +155,11 @@ def steps_beside_plain(
     }
     once = rounds_of(candidates, 1, input.device, warm=False)
     if once["plain bfloat16"][0] > 2 * once["plain"][0]:
-        del candidates["plain bfloat16"]  # the CPU has no instruction for it, and a step takes many times as long
+        del candidates["plain bfloat16"]  # a CPU without bfloat16 instructions takes many times as long
     for (pattern, backend), twin in converted.items():
         candidates[f"{pattern} {backend}"] = step(twin)
     candidates["plain again"] = step(copy.deepcopy(model))
-    times = rounds_of(candidates, rounds, input.device, warm=False)  # a step leaves its own caches cold
+    times = rounds_of(candidates, rounds, input.device, warm=False)  # no warm-up: a step evicts its own data anyway
     plain = times["plain"]
     low, high = interval(rounds)
     noise = statistics.median(_saved(times["plain again"], plain))
@@ -195,5 +208,5 @@ def _converted(
 
 
 def _saved(own: Sequence[float], plain: Sequence[float]) -> list[float]:
-    """The share of the plain model's time that a copy saved, in each round."""
+    """Returns the share of the plain model's time that a copy saved in each round."""
     return [1 - mine / other for mine, other in zip(own, plain, strict=True)]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Which pruning layer belongs to which plain one."""
+"""Maps each plain layer to its pruning layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ._layers import Conv2d, Linear
 
 
 def twin_of(module: nn.Module) -> type[PruningLayer] | None:
-    """The class that a layer has, or gets, when it prunes; None: sdgp does not know the layer."""
+    """Returns the class that a layer has when it prunes, or None if sdgp does not know the layer."""
     kind = type(module)
     if issubclass(kind, PruningLayer):
         return kind if "_plain" in vars(kind) else None  # a parametrization makes a subclass
@@ -25,6 +25,6 @@ def twin_of(module: nn.Module) -> type[PruningLayer] | None:
 
 
 def transformers_conv1d() -> tuple[type[nn.Module], ...]:
-    """transformers' own class; nothing as long as nobody imported that module: then there are no such layers."""
+    """Returns the Conv1D of transformers, or nothing if its module is not imported: then no such layer can exist."""
     conv1d = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
     return () if conv1d is None else (conv1d,)

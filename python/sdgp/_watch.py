@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What pruning does to each layer's data gradient while a model trains."""
+"""Records what pruning does to each layer's data gradient while a model trains."""
 
 from __future__ import annotations
 
@@ -27,18 +27,20 @@ from ._step import Handles, Hook, on_gradient
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-#: Of one layer: its steps under "step", and a list of the same length under each metric's name.
+#: The records of one layer: the recorded steps under "step", and a list of the same length for each metric.
 Record: TypeAlias = dict[str, list[float]]
 
 _NO_RECORD: Record = {key: [] for key in ("step", *METRICS)}
 
 
 class Watch(Mapping[str, Record]):
-    """What ``sdgp.watch`` recorded: ``watch[layer][metric]`` is a list beside ``watch[layer]["step"]``; prints as a
-    table of means over the last ``window`` records.
+    """The records of ``sdgp.watch``, a mapping from layer names to metrics.
+
+    ``watch[layer][metric]`` is a list with one value for each step in ``watch[layer]["step"]``. A watch prints as a
+    table of the means over the last ``window`` records.
 
     Attributes:
-        step: how many training forwards were seen.
+        step: the number of training forwards so far.
 
     Examples:
         >>> watch = sdgp.watch(sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned"))
@@ -56,7 +58,7 @@ class Watch(Mapping[str, Record]):
         exact_below: float | None = None,
     ) -> None:
         if isinstance(model, torch._dynamo.OptimizedModule):
-            raise ValueError("watch: expected the model itself, got what torch.compile made of it, which runs no hooks")
+            raise ValueError("watch: expected the model itself, got a compiled one, which runs no hooks")
         if every < 1 or window < 1:
             raise ValueError(f"watch: expected every >= 1 and window >= 1, got {every} and {window}")
         if exact_below is not None and not 0 < exact_below <= 1:
@@ -72,7 +74,7 @@ class Watch(Mapping[str, Record]):
         self._window = window
         self._names = names
         self._records: dict[str, Record] = {}
-        self._last: dict[str, deque[Sums]] = {}  # the finite ones of the window
+        self._last: dict[str, deque[Sums]] = {}  # the finite records in the window
         self._pending: list[tuple[PruningLayer, Pruning, Tensor]] = []
         self._pending_step = 0
         self._layer_hooks = Handles()
@@ -95,7 +97,7 @@ class Watch(Mapping[str, Record]):
         rows = []
         for layer, name in self._names.items():
             if not isinstance(layer, PruningLayer):
-                continue  # reverted since
+                continue  # the layer was reverted to the plain one
             record = self._records.get(name, _NO_RECORD)
             records = len(record["step"])
             means = (f"{recent(record[metric], self._window):.3f}" if records else "" for metric in METRICS)
@@ -116,22 +118,26 @@ class Watch(Mapping[str, Record]):
 
     @property
     def set_aside(self) -> dict[str, str]:
-        """The layers that ``exact_below`` made exact, each with the reason."""
+        """The layers that ``exact_below`` made exact, and the reason for each."""
         self._collect()
         return dict(self._set_aside)
 
     def close(self) -> None:
-        """Ends watching. What was recorded, and what was set aside, stays."""
+        """Ends watching. The records remain available, and the layers that were set aside stay exact."""
         self._collect()
         self._model_hook.remove()
         self._rest()
 
     def state_dict(self) -> dict[str, Any]:
-        """The number of steps seen, and the layers set aside: with it a run goes on from a checkpoint as it was."""
+        """Returns the number of steps and the layers set aside, so that a run can resume from a checkpoint."""
         return {"step": self.step, "set_aside": self.set_aside}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where ``state_dict`` was taken; layers that are not in this model are an error."""
+        """Restores the state that ``state_dict`` returned.
+
+        Raises:
+            ValueError: if ``state`` is not the state of a watch, or names layers that are not in this model.
+        """
         if set(state) != {"step", "set_aside"}:
             raise ValueError(f'watch: expected a state_dict with "step" and "set_aside", got {sorted(state)}')
         unknown = sorted(set(state["set_aside"]) - set(self._names.values()))
@@ -164,7 +170,10 @@ class Watch(Mapping[str, Record]):
             self._pending.append((layer, layer.pruning, _fidelity.measure(layer, grad_output, shape, seed)))
 
     def _collect(self) -> None:
-        """What the last watched step left on the device: fetched when the next one begins, or somebody asks."""
+        """Fetches the measurements of the last watched step from the device and records them.
+
+        This runs when the next step begins or somebody reads the records, so that training does not wait for it.
+        """
         if not self._pending:
             return
         fetched = torch.stack([sums.cpu() for _, _, sums in self._pending]).tolist()
@@ -181,7 +190,7 @@ class Watch(Mapping[str, Record]):
             try:
                 with Path(self._to).open("a", encoding="utf-8") as file:
                     file.writelines(json.dumps(row) + "\n" for row in rows)
-            except OSError as error:  # a full disk ends no training
+            except OSError as error:  # a full disk must not end the training
                 warnings.warn(
                     f"watch: {self._to} cannot be written any more, records stay in memory: {error}", stacklevel=2
                 )
@@ -197,7 +206,7 @@ class Watch(Mapping[str, Record]):
         record = self._records.setdefault(name, {key: [] for key in _NO_RECORD})
         window = self._last.setdefault(name, deque(maxlen=self._window))
         values = _fidelity.metrics(sums)
-        if math.isfinite(values["error"]):  # what a gradient that overflowed gives says nothing
+        if math.isfinite(values["error"]):  # a gradient that overflowed has no meaningful metrics
             window.append(sums)
             values["bias"] = _fidelity.metrics(_fidelity.add(window))["bias"]
         for key, value in {"step": step, **values}.items():
@@ -208,7 +217,7 @@ class Watch(Mapping[str, Record]):
                 self._set_aside[name] = (
                     f"set aside at step {step}, cosine {cosine:.2f} < exact_below={self._exact_below}"
                 )
-                if isinstance(layer, PruningLayer):  # not reverted since
+                if isinstance(layer, PruningLayer):  # the layer was not reverted meanwhile
                     layer.hold("watch", self._set_aside[name])
         written = {key: value if math.isfinite(value) else None for key, value in values.items()}
         return {"step": step, "layer": name, "pattern": str(pruning.pattern), "method": pruning.method, **written}
@@ -223,7 +232,7 @@ def check_writable(op: str, path: str | PathLike[str]) -> None:
 
 
 def recent(values: list[float], window: int = 10) -> float:
-    """The mean of the last finite values; NaN where there is none."""
+    """Returns the mean of the last ``window`` finite values, or NaN if there are none."""
     finite = [value for value in values if math.isfinite(value)][-window:]
     return statistics.fmean(finite) if finite else math.nan
 
@@ -239,40 +248,41 @@ def watch(
 ) -> Watch:
     """Records what pruning does to the data gradient of each layer of ``model``, at every ``every``-th training step.
 
-    At such a step each layer that prunes has its data gradient computed a few more times, exact and pruned, from a
-    quarter of the batch: with ``every=100`` that costs under 1 % of the training time. Training itself is not touched:
-    weights and random numbers come out the same, bit for bit. A layer whose gradient is exact (found so by ``auto``,
-    paused, scheduled, set aside) is not recorded.
+    At a recorded step, each layer that prunes computes its data gradient a few more times, exact and pruned, from a
+    quarter of the batch. With ``every=100`` this costs less than 1 % of the training time. It does not affect training:
+    weights and random numbers stay the same, bit for bit. A layer is not recorded while its gradient is exact because
+    ``auto`` chose so, or because the layer is paused, scheduled or set aside.
 
-    What is recorded, with g the exact data gradient, p the pruned one and x the output gradient:
+    Let g be the exact data gradient, p the pruned one and x the output gradient. The metrics are:
 
-    - ``cosine``: of the angle between p and g. ``error``: |p - g| / |g|.
-    - ``bias``: |E p - g| / |g|, over the last ``window`` records: what would be left of the error if draws were
-      averaged; about 0 for ``mvue``, the error itself for the methods that draw nothing.
-    - ``l1_kept``, ``l2_kept``: the norm of the values of x that stay, of all of x's.
-    - ``zeros``: the share of zeros in x. ``density``: the share of nonzeros once x is pruned.
+    - ``cosine``: the cosine of the angle between p and g. ``error``: |p - g| / |g|.
+    - ``bias``: |E p - g| / |g|, over the last ``window`` records. This is the error that would remain after averaging
+      many draws: about 0 for ``mvue``, and the error itself for methods without random draws.
+    - ``l1_kept``, ``l2_kept``: the norm of the values of x that stay, as a share of the norm of x.
+    - ``zeros``: the share of zeros in x. ``density``: the share of nonzeros in the pruned x.
 
-    Weight gradients are not watched, pruned or not; a layer that ``exact_below`` sets aside has both gradients exact.
+    Weight gradients are not recorded. If ``exact_below`` sets a layer aside, both its gradients are exact.
 
-    A step is a forward in training mode with gradients enabled; of several before one optimizer step each counts. Under
-    torch.compile nothing is recorded. With several processes each records what it sees.
+    A step is a forward in training mode with gradients enabled. If there are several forwards before one step of the
+    optimizer, each one counts. Under torch.compile nothing is recorded. Every process records its own part of the
+    batch.
 
     Args:
-        model: a model that ``sdgp.convert`` went over.
-        every: how many steps lie between records; the first one is recorded.
-        window: of records, for the bias, for the table and for ``exact_below``.
-        to: where to write as well: the path of a file that JSON lines are appended to, or an object with TensorBoard's
+        model: a model that ``sdgp.convert`` has converted.
+        every: the number of steps from one record to the next. The first step is recorded.
+        window: the number of records that the bias, the table and ``exact_below`` use.
+        to: an additional output: the path of a file that JSON lines are appended to, or an object with TensorBoard's
             ``add_scalar(tag, value, step)``.
-        exact_below: a layer whose mean cosine over a full window is below this keeps its gradients exact from then on;
-            ``sdgp.report`` tells. Converting again takes it back.
-        dense_below: the old name of ``exact_below``; it warns.
+        exact_below: if the mean cosine of a layer over a full window is below this value, its gradients are exact from
+            then on. ``sdgp.report`` shows the reason. Converting the layer again makes it prune again.
+        dense_below: the deprecated name of ``exact_below``. It raises a warning.
 
     Returns:
-        A ``Watch``, a mapping from layer to lists; ``sdgp.plot`` draws it. Its ``close()``, or leaving it as a context
-        manager, ends watching.
+        A ``Watch``, which is a mapping from layers to lists. ``sdgp.plot`` draws it. Watching ends with ``close()``, or
+        at the end of a ``with`` block.
 
     Raises:
-        ValueError: ``watch: requirement, got actual``.
+        ValueError: if an argument is invalid. The message reads ``watch: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")

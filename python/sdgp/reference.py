@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The specification, in plain PyTorch: one function per op, slow and on any device.
+"""The specification of the ops in plain PyTorch. It has one function per op, which is slow and runs on any device.
 
-Every kernel is tested against these. Pruning by ``magnitude``, ``random``, ``rescale_group`` and ``mvue`` agrees bit
-for bit, given the same seed; ``rescale`` and the products agree to rounding, because their sums have no fixed order.
+Every kernel is tested against these functions. Pruning by ``magnitude``, ``random``, ``rescale_group`` and ``mvue``
+agrees bit for bit, given the same seed. ``rescale`` and the products agree except for rounding, because their sums have
+no fixed order.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _WORD = 0xFFFFFFFF
 def prune_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """``sdgp.prune_nm``, as a composition of PyTorch's own operators."""
+    """``sdgp.prune_nm`` as a composition of PyTorch's own operators."""
     if n == m:
         return input.clone()
     scale, value = _scale_and_value(input, n, m, dim, method, seed)
@@ -31,7 +32,7 @@ def prune_nm(
 def prune_nm_scale(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """What ``prune_nm`` multiplies each element by: 0 where it prunes."""
+    """Returns the factor by which ``prune_nm`` multiplies each element: 0 where it prunes."""
     if n == m:
         return torch.ones_like(input)
     return torch.empty_like(input).copy_(_scale_and_value(input, n, m, dim, method, seed)[0])
@@ -40,12 +41,12 @@ def prune_nm_scale(
 def compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """``sdgp.compress_nm``: what of ``prune_nm`` is not +0, else the lowest indices, else 0 at 0."""
+    """``sdgp.compress_nm``: takes the places that are not +0 after pruning, then the lowest indices, then 0 at 0."""
     size = input.shape[dim]
     groups = _groups(prune_nm(input, n, m, dim, method, seed).movedim(dim, -1), m)
     real = torch.arange(groups.shape[-2] * m, device=input.device).view(-1, m) < size
     chosen = _largest(real.long() + (_bits(groups) != 0), n)
-    indices = (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]  # the chosen ones, ascending
+    indices = (~chosen).to(torch.uint8).sort(dim=-1, stable=True).indices[..., :n]  # of the chosen places, ascending
     inside = real.expand_as(groups).gather(-1, indices)
     zero = torch.zeros((), dtype=input.dtype, device=input.device)
     values = torch.where(inside, groups.gather(-1, indices), zero)
@@ -54,7 +55,7 @@ def compress_nm(
 
 
 def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int = -1) -> Tensor:
-    """``sdgp.decompress_nm``: the slots written back to front, so that of two with one index the first counts."""
+    """``sdgp.decompress_nm``: writes the slots back to front. If two have the same index, the first one counts."""
     count = (size + m - 1) // m
     shape = values.movedim(dim, -1).shape[:-1]
     if values.numel() == 0:
@@ -68,7 +69,7 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
 
 
 def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
-    """``sdgp.spmm_nm``: the sum over slots of value x row of ``dense``; rows that no slot names do not matter."""
+    """``sdgp.spmm_nm``: the sum over slots of value x row of ``dense``. Rows that no slot names do not matter."""
     wide = torch.float64 if values.dtype == torch.float64 else torch.float32
     count = (dense.shape[0] + m - 1) // m
     if count == 0:
@@ -81,7 +82,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def prune_nm_matmul(
     grad_output: Tensor, weight: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
-    """``sdgp._ops.prune_nm_matmul``: prune, then multiply."""
+    """``sdgp._ops.prune_nm_matmul``: prunes, then multiplies."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     pruned = prune_nm(grad_output, n, m, -1, method, seed)
     return (pruned.to(wide) @ weight.to(wide)).to(grad_output.dtype)
@@ -101,14 +102,14 @@ def conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """``sdgp._ops.conv2d_input_grad_nm``: prune, then PyTorch's transposed convolution."""
+    """``sdgp._ops.conv2d_input_grad_nm``: prunes, then calls PyTorch's transposed convolution."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     samples, out = grad_output.shape[:2]
     by_group = grad_output
     if groups > 1 and out // groups % m != 0:
         by_group = grad_output.reshape(samples * groups, out // groups, *grad_output.shape[2:])
     pruned = prune_nm(by_group, n, m, 1, method, seed).reshape(grad_output.shape)
-    unread = [  # what the convolution leaves of the input at its end
+    unread = [  # pixels at the end of the input that the convolution does not read
         size + 2 * p - d * (k - 1) - 1 - s * (out - 1)
         for size, p, d, k, s, out in zip(
             input_size, padding, dilation, weight.shape[2:], stride, grad_output.shape[2:], strict=True
@@ -135,7 +136,7 @@ def conv2d_weight_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
-    """``sdgp._ops.conv2d_weight_grad_nm``: prune along the pixels, then PyTorch's weight gradient."""
+    """``sdgp._ops.conv2d_weight_grad_nm``: prunes along the pixels, then calls PyTorch's weight gradient."""
     wide = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
     samples, out, height, width = grad_output.shape
     pruned = prune_nm(grad_output.reshape(samples, out, height * width), n, m, -1, method, seed)
@@ -175,7 +176,7 @@ def _scale_and_value(
 
 
 def _groups(rows: Tensor, m: int) -> Tensor:
-    """(..., size) -> (..., size / m, m). A tail is padded with zeros: they lose every tie, weigh and add nothing."""
+    """(..., size) -> (..., ceil(size / m), m). The padding is zero: it loses every tie and adds nothing to a sum."""
     size = rows.shape[-1]
     count = (size + m - 1) // m
     return torch.nn.functional.pad(rows, (0, count * m - size)).reshape(*rows.shape[:-1], count, m)
@@ -186,7 +187,7 @@ def _masked(keep: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _magnitude_key(x: Tensor) -> Tensor:
-    """|x| as the integer its bits form: -0 equals 0, NaN is above inf."""
+    """Returns |x| as the integer that its bits form: -0 equals 0, and NaN is above inf."""
     bits = _bits(x)
     return bits & torch.iinfo(bits.dtype).max
 
@@ -198,13 +199,13 @@ def _bits(x: Tensor) -> Tensor:
 
 
 def _largest(key: Tensor, n: int) -> Tensor:
-    """True for the n largest of the last dimension; ties go to the lower index."""
+    """Returns True for the n largest values along the last dimension. On a tie the lower index wins."""
     order = key.sort(dim=-1, descending=True, stable=True).indices
     return torch.zeros_like(key, dtype=torch.bool).scatter_(-1, order[..., :n], True)
 
 
 def _sequential_sum(x: Tensor) -> Tensor:
-    """Sum over the last dimension in index order, rounded at each step: (..., m) -> (...)."""
+    """Sums over the last dimension in index order, rounding at each step: (..., m) -> (...)."""
     total = torch.zeros_like(x[..., 0])
     for element in x.unbind(-1):
         total = total + element
@@ -221,7 +222,7 @@ def _rescale(x: Tensor, keep: Tensor, input: Tensor, dim: int, size: int) -> tup
     totals = []
     for part in (magnitude, torch.where(keep, magnitude, zero)):
         flat = part.flatten(-2)  # (..., length)
-        # One factor per (sample, channel): the sample is the first other dimension. 2-D: one factor per row.
+        # One factor per (sample, channel); the sample is the first other dimension. In 2-D: one factor per row.
         sums = list(range(1, flat.ndim - 1)) if input.ndim > 2 else [-1]
         total = flat.sum(sums, keepdim=True) if sums else flat
         totals.append(total)
@@ -237,7 +238,7 @@ def _rescale_group(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See Note [mvue] in cpp/kernels/select_nm-inl.h."""
+    """Implements ``mvue`` (Note [mvue] in cpp/kernels/select_nm-inl.h)."""
     magnitude = x.abs()
     zero = torch.zeros_like(x)
     total = _sequential_sum(magnitude)
@@ -246,7 +247,7 @@ def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tenso
     smallest = 2.0**-149 if x.dtype == torch.float32 else 2.0**-1074
     for _ in range(n):
         mean = rest / places
-        mean = torch.where((mean == 0) & (rest > 0), torch.full_like(mean, smallest), mean)  # it underflowed
+        mean = torch.where((mean == 0) & (rest > 0), torch.full_like(mean, smallest), mean)  # the mean underflowed
         step = torch.where((places > 0) & (rest > 0) & (mean < step), mean, step)
         above = magnitude >= step.unsqueeze(-1)
         rest = _sequential_sum(torch.where(above, zero, magnitude))
@@ -274,11 +275,11 @@ def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tenso
     return scale, torch.where(sampled, torch.copysign(step.unsqueeze(-1).expand_as(x), x), x)
 
 
-# Random numbers: see Note [Random numbers] in cpp/kernels/select_nm-inl.h. 32-bit words in int64 lanes.
+# Random numbers (Note [Random numbers] in cpp/kernels/select_nm-inl.h). Each int64 holds a 32-bit word.
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of a 64-bit word."""
+    """Shifts a 64-bit word to the right and fills with zeros."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 

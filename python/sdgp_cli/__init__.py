@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The command line: its arguments, and what all commands share. A package beside sdgp, which it imports only when a
-command runs: help, version and ``sdgp doctor`` work where ``import sdgp`` fails."""
+"""The command line: its arguments, and the code that all commands share.
+
+This package is separate from sdgp and imports it only when a command runs. So help, version and ``sdgp doctor`` work
+even if ``import sdgp`` fails.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ examples:
 
 
 class CommandError(Exception):
-    """What the caller can mend: ``requirement, got actual``."""
+    """An error that the caller can fix. The message reads ``requirement, got actual``."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,10 +59,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status."""
+    """Runs a command and returns its exit status."""
     args = _parser().parse_args(arguments)
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # whatever a model prints: stdout is the report's
+        with contextlib.redirect_stdout(sys.stderr):  # a model may print, but only the report may go to stdout
             args.broken = _why_broken()
             if args.broken is not None and args.command != "doctor":
                 print(f"sdgp {args.command}: {args.broken} (sdgp doctor tells more)", file=sys.stderr)
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = to_json(report) if args.json else command.show(report)
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # as by `| head`; what Python still flushes at exit must not fail again
+    except BrokenPipeError:  # for example by `| head`; the flush at Python's exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0 if report.get("ok", True) else 1
 
@@ -85,10 +88,10 @@ def to_json(report: Report) -> str:
 
 
 def _why_broken() -> str | None:
-    """Why ``import sdgp`` fails, in one line; None: it does not."""
+    """Returns in one line why ``import sdgp`` fails, or None if it works."""
     try:
         importlib.import_module("sdgp")
-    except Exception as error:  # a broken torch raises what it likes
+    except Exception as error:  # a broken torch can raise any exception
         return " ".join(str(error).split()) or type(error).__name__
     return None
 
@@ -171,7 +174,7 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _without_nan(value: Any) -> Any:
-    """What JSON cannot say: NaN and infinity become null."""
+    """Replaces NaN and infinity by None, because JSON cannot represent them."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

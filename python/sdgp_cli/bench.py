@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``sdgp bench``: a report on this machine, and its picture."""
+"""``sdgp bench``: writes a report on this machine and a picture of it."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def _heading(report: Report) -> list[str]:
     ]
 
 
-# What is written: a picture, or a folder with picture, text and JSON.
+# The output is a picture, or a folder with a picture, text and JSON.
 
 
 def _is_picture(out: Path) -> bool:
@@ -113,8 +113,8 @@ def _is_picture(out: Path) -> bool:
 
 
 def _check(out: Path) -> None:
-    """Before minutes of measuring: whether it can be written."""
-    if mimetypes.guess_type(out.name)[0] and not out.is_dir() and not _is_picture(out):  # a file of another kind
+    """Raises CommandError if the output cannot be written. This runs before the measurement, which takes minutes."""
+    if mimetypes.guess_type(out.name)[0] and not out.is_dir() and not _is_picture(out):  # a file of an unsupported type
         raise CommandError(f"expected --out to be a folder or a {', '.join(_PICTURES)} file, got {str(out)!r}")
     folder = out.parent if _is_picture(out) else out
     try:
@@ -126,7 +126,7 @@ def _check(out: Path) -> None:
 
 
 def _write(report: Report, out: Path) -> Report:
-    """What was written: the plot, where matplotlib is, and all files."""
+    """Writes the files, and returns the path of the plot (None without matplotlib) and of all files."""
     picture = out if _is_picture(out) else out / "sdgp-bench.png"
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     if has_matplotlib:
@@ -134,7 +134,7 @@ def _write(report: Report, out: Path) -> Report:
     files = [picture] if has_matplotlib else []
     if not _is_picture(out):
         text, data = (picture.with_suffix(suffix) for suffix in (".txt", ".json"))
-        text.write_text(show(report) + "\n")
-        data.write_text(to_json(report) + "\n")
+        text.write_text(show(report) + "\n", encoding="utf-8")
+        data.write_text(to_json(report) + "\n", encoding="utf-8")
         files += [text, data]
     return {"plot": str(picture) if has_matplotlib else None, "files": [str(file) for file in files]}

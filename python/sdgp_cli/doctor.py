@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``sdgp doctor``: what is installed, loaded and usable. Where ``import sdgp`` fails, it asks only what does not need
-it: hence the imports inside of functions."""
+"""``sdgp doctor``: reports what is installed, loaded and usable.
+
+The imports of sdgp are inside functions, because the command must also work if ``import sdgp`` fails.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,7 @@ from typing import Any
 
 from . import Report, installed_version
 
-# Of a CPU: those that the kernels here, or the exact products that they are measured beside, have code for.
+# The CPU instruction sets that sdgp's kernels or PyTorch's exact products have code for.
 _INSTRUCTIONS = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16", "amx_bf16"),
     *("asimd", "sve"),
@@ -67,7 +69,7 @@ def _with_path(version: str | None, path: str | None) -> str:
 def _show_cpu(cpu: dict[str, Any]) -> dict[str, str]:
     return {
         "model": cpu["model"],
-        "instructions": " ".join(cpu["instructions"]) or "none of those that matter here",
+        "instructions": " ".join(cpu["instructions"]) or "none that sdgp uses",
         "kernels": cpu["kernels"] + (", forced by SDGP_FORCE_ISA" if cpu["forced"] else ""),
         "threads": f"{cpu['threads']} on {cpu['usable_cpus']} usable CPUs",
     }
@@ -83,7 +85,7 @@ def _show_gpu(row: dict[str, Any]) -> str:
 def _torch() -> Any:
     try:
         import torch
-    except Exception as error:  # a broken torch raises what it likes
+    except Exception as error:  # a broken torch can raise any exception
         return error
     return torch
 
@@ -110,7 +112,7 @@ def _paths(torch: Any) -> dict[str, str]:
 
 
 def _driver() -> str | None:
-    """Its version, where Linux tells it, and the newest CUDA that it runs."""
+    """Returns the driver's version, if Linux reports it, and the newest CUDA version that the driver supports."""
     version = ctypes.c_int()
     try:
         ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
@@ -118,7 +120,7 @@ def _driver() -> str | None:
         return None
     cuda = f"for CUDA {version.value // 1000}.{version.value % 1000 // 10}"
     try:
-        found = re.search(r"\d{3,}\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text())
+        found = re.search(r"\d{3,}\.\d+(\.\d+)?", Path("/proc/driver/nvidia/version").read_text(encoding="utf-8"))
     except OSError:
         found = None
     return f"{found[0]}, {cuda}" if found else cuda
@@ -128,13 +130,13 @@ def _libraries(torch: Any) -> list[dict[str, str]]:
     package = _folder("sdgp")
     if package is None:
         return []
-    folder = _folder("sdgp._C", package) or package  # an editable installation has it apart from the sources
+    folder = _folder("sdgp._C", package) or package  # an editable installation stores it outside the sources
     names = (f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}", "lib/libsdgp.so", "lib/libsdgp_cuda.so")
     return [{"file": str(folder / name), "state": _state(folder / name, torch)} for name in names]
 
 
 def _folder(name: str, package: Path | None = None) -> Path | None:
-    """Finds the file of a module without importing its package."""
+    """Returns the folder of a module without importing its package."""
     for finder in sys.meta_path:
         spec = finder.find_spec(name, None if package is None else [str(package)])
         if spec is not None and spec.origin:
@@ -143,8 +145,8 @@ def _folder(name: str, package: Path | None = None) -> Path | None:
 
 
 def _state(library: Path, torch: Any) -> str:
-    """Whether this process has it mapped; why not, where that is known."""
-    maps = Path("/proc/self/maps").read_text().splitlines()
+    """Returns whether this process has mapped the library, and if not, the reason if it is known."""
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     if any(line.endswith(f" {library.resolve()}") for line in maps):
         return "loaded"
     of_cuda = library.name == "libsdgp_cuda.so"
@@ -194,7 +196,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "name": properties.name,
         "capability": f"{properties.major}.{properties.minor}",
         "memory_gib": round(properties.total_memory / 2**30, 1),
-        # By dtype: what stands in the way, or None.
+        # For each dtype, the missing requirement, or None.
         "sparse_products": {
             str(dtype).removeprefix("torch."): obstacle(device, dtype, Pattern(2, 4)) for dtype in dtypes
         },

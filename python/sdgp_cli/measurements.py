@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ``sdgp bench`` measures: pruning, the products of single layers, and training steps; the candidates of a row in
-turn, medians."""
+"""The measurements of ``sdgp bench``: pruning, the products of single layers, and training steps.
+
+The candidates of a row run one after the other in every round. The results are medians.
+"""
 
 from __future__ import annotations
 
@@ -16,27 +18,27 @@ from sdgp import Conv2d, Linear, Pattern, chooser, prune_nm
 from sdgp._pattern import METHODS
 from sdgp._timing import interleaved, seconds, steps_beside_plain, training_step
 
-METHOD = "mvue"  # of products and steps
+METHOD = "mvue"  # for products and steps
 
 _PRODUCTS = ("exact", "sparse")
 
 Row = dict[str, Any]
 
-_To = dict[str, Any]  # of the device and dtype
+_To = dict[str, Any]  # the device and dtype arguments of Tensor.to
 
-#: Subject, name, and the measuring itself.
+#: The subject, the name, and the function that measures.
 Task = tuple[str, str, Callable[[], list[Row]]]
 
-# For each row of pruning, product, and model; with what is not timed some two minutes in all.
+# Seconds for each row of a subject. With the untimed work, all rows together take about two minutes.
 SECONDS = {"prune_nm": 3.0, "data_gradient": 3.0, "train_step": 14.0}
 
 
 class Effort(NamedTuple):
-    """How much is measured, and how long."""
+    """How much ``sdgp bench`` measures, and for how long."""
 
     patterns: tuple[str, ...]
-    shapes: int  # of each kind
-    share: float  # of SECONDS
+    shapes: int  # number of shapes for each kind of layer
+    share: float  # the share of SECONDS to spend
     least_rounds: int
 
     def rounds(self, subject: str, seconds_a_round: float) -> int:
@@ -48,13 +50,13 @@ QUICK = Effort(("2:4", "4:32"), shapes=1, share=0.1, least_rounds=3)
 
 
 class Sizes(NamedTuple):
-    """What is measured on a kind of device."""
+    """The sizes of the tensors and layers to measure on one type of device."""
 
-    rows: int  # of 1024 values, to be pruned
+    rows: int  # rows of 1024 values to prune
     linear: tuple[tuple[int, int, int], ...]  # tokens, in, out
     conv2d: tuple[tuple[int, int, int, int, int], ...]  # kernel, batch, in, out, height and width
-    images: tuple[int, int]  # batch, height and width: of the convolutional network's step
-    tokens: tuple[int, int, int]  # batch, length, width: of the transformer's
+    images: tuple[int, int]  # convolutional network: batch, height and width
+    tokens: tuple[int, int, int]  # transformer: batch, length, width
 
 
 SIZES = {
@@ -65,7 +67,7 @@ SIZES = {
         images=(32, 32),
         tokens=(4, 128, 512),
     ),
-    # Where the exact product takes a millisecond or so: below, a GPU has nothing to gain.
+    # The exact product takes about a millisecond here. On smaller products a GPU gains nothing.
     "cuda": Sizes(
         rows=65536,
         linear=((8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096)),
@@ -77,7 +79,7 @@ SIZES = {
 
 
 def tasks(effort: Effort, device: torch.device, dtype: torch.dtype) -> Iterator[Task]:
-    """All of it, to be called one by one: the tensors of all together would fill the memory."""
+    """Yields all tasks. The caller runs them one by one, because the tensors of all tasks would not fit in memory."""
     sizes, to = SIZES[device.type], {"device": device, "dtype": dtype}
     for name, shape, dim in (("rows", (sizes.rows, 1024), -1), ("NCHW", (sizes.rows // 64, 64, 32, 32), 1)):
         for pattern in effort.patterns:
@@ -144,7 +146,7 @@ def _product(
 
 
 def _convolutions(batch: int, pixels: int, effort: Effort, to: _To) -> list[Row]:
-    """Four 3 x 3 convolutions, each with BatchNorm and ReLU."""
+    """Measures training steps of a network of four 3 x 3 convolutions, each with BatchNorm and ReLU."""
     layers: list[nn.Module] = []
     for channels_in, channels_out, stride in ((3, 64, 1), (64, 128, 2), (128, 256, 2), (256, 256, 1)):
         convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
@@ -156,7 +158,7 @@ def _convolutions(batch: int, pixels: int, effort: Effort, to: _To) -> list[Row]
 
 
 def _transformer(batch: int, length: int, width: int, effort: Effort, to: _To) -> list[Row]:
-    """Two of PyTorch's own layers; the projections inside of their attention are out of sdgp's reach."""
+    """Measures training steps of two PyTorch transformer layers. sdgp cannot convert the projections in attention."""
     layer = nn.TransformerEncoderLayer(width, width // 64, 4 * width, dropout=0.0, activation="gelu", batch_first=True)
     model = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(width, 256))
     input, target = torch.randn(batch, length, width), torch.randint(256, (batch, length))

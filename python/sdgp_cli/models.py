@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""From the name that ``sdgp profile`` is given to a model: torchvision's, timm's, or the caller's own. Nothing is
-downloaded, and no code runs but these libraries' and what the caller names."""
+"""Builds the model that the argument of ``sdgp profile`` names: from torchvision, timm, or the caller's own code.
+
+Nothing is downloaded, and only the code of these libraries and the code that the caller names runs.
+"""
 
 from __future__ import annotations
 
@@ -26,17 +28,17 @@ _Make = Callable[[str], Any]
 
 
 def build(name: str) -> tuple[nn.Module, Any]:
-    """The model, and the batch that its own code gave with it, else None."""
+    """Returns the model, and the batch that the caller's code returned with it, or None."""
     zoo, colon, model = name.partition(":")
     if colon and zoo not in _ZOOS:
-        source, _, function = name.rpartition(":")  # a path may have colons of its own
+        source, _, function = name.rpartition(":")  # a path may contain colons
         return _call(name, _find(_import(source), source, function))
     zoos, model = ([zoo], model) if colon else (list(_ZOOS), name)
     return _call(name, partial(_find_in_zoos(zoos, model), model))
 
 
 def describe_error(error: BaseException) -> str:
-    """Its type, first line and place, for code that is not sdgp's."""
+    """Returns the type, the first line and the location of an error that another library or the caller raised."""
     frame = traceback.extract_tb(error.__traceback__)[-1]
     first = next(iter(str(error).splitlines()), "")
     return f"{type(error).__name__}: {first} ({frame.filename}:{frame.lineno})"
@@ -53,13 +55,13 @@ def _call(name: str, make: Callable[[], Any]) -> tuple[nn.Module, Any]:
     return model, batch
 
 
-# Of the caller.
+# Models from the caller's code.
 
 
 def _import(source: str) -> ModuleType:
     is_file = source.lower().endswith(".py")
     if is_file and not Path(source).is_file():
-        raise CommandError(f"expected a file, got {source!r}, which is none")
+        raise CommandError(f"expected a file, got {source!r}")
     sys.path.insert(0, str(Path(source).resolve().parent if is_file else Path.cwd()))  # as `python` itself does
     try:
         return _import_file(Path(source)) if is_file else importlib.import_module(source)
@@ -72,7 +74,7 @@ def _import(source: str) -> ModuleType:
 
 
 def _import_file(path: Path) -> ModuleType:
-    name = f"_profiled_{path.stem}"  # not the stem alone: it may be that of a library
+    name = f"_profiled_{path.stem}"  # the bare stem may be the name of a library
     loader = importlib.machinery.SourceFileLoader(name, str(path))
     spec = importlib.util.spec_from_file_location(name, path, loader=loader)
     assert spec is not None
@@ -95,7 +97,7 @@ def _find(module: ModuleType, source: str, name: str) -> Callable[[], Any]:
     return make
 
 
-# Of the libraries.
+# Models from the libraries.
 
 
 def _find_in_zoos(zoos: Collection[str], name: str) -> _Make:
@@ -106,9 +108,9 @@ def _find_in_zoos(zoos: Collection[str], name: str) -> _Make:
     for zoo in installed:
         try:
             names, make = _ZOOS[zoo]()
-        except Exception as error:  # as of a torchvision that was built for another torch
+        except Exception as error:  # for example if torchvision was built for another torch
             raise CommandError(f"expected {zoo} to import, got {describe_error(error)}") from error
-        if name.partition(".")[0] in names:  # timm's names may end in a tag of weights
+        if name.partition(".")[0] in names:  # timm names may end with a tag for the weights
             return make
         known += names
     raise CommandError(
@@ -122,7 +124,7 @@ def _torchvision() -> tuple[list[str], _Make]:
 
     def make(name: str) -> Any:
         builder = models.get_model_builder(name)
-        # Without this, detection and segmentation download the weights of their backbones.
+        # By default, detection and segmentation models download the weights of their backbones.
         weights = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
         return builder(**weights)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What ``sdgp bench`` and ``sdgp profile`` make of the options that they share."""
+"""Handles the options that ``sdgp bench`` and ``sdgp profile`` share."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("floa
 
 
 def begin(device: str | None, threads: int | None) -> torch.device:
-    """Sets threads and seed; the device, checked."""
+    """Sets the number of threads and the seed, and returns the device after checking that it works."""
     if threads is not None:
         torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -19,7 +19,7 @@ def begin(device: str | None, threads: int | None) -> torch.device:
     if device is None:
         return torch.device(found)
     try:
-        torch.empty(1, device=device).item()  # torch knows of more devices than it reaches, and of some without values
+        torch.empty(1, device=device).item()  # torch has device types that it cannot reach, or that hold no values
         return torch.device(device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
@@ -27,7 +27,7 @@ def begin(device: str | None, threads: int | None) -> torch.device:
 
 
 def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype for a device: by default one that it has a sparse product for."""
+    """Returns the dtype for a device. The default is a dtype for which the device has a sparse product."""
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in _DTYPES:

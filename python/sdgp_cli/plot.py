@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The picture of ``sdgp bench``. matplotlib is imported here alone, and only when a picture is drawn."""
+"""Draws the picture of ``sdgp bench``. Only this module imports matplotlib, and only when it draws."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _draw_steps(axes: Any, rows: list[Row]) -> None:
 def _finish(axes: Any, no_difference: float, **texts: str) -> None:
     axes.axvline(no_difference, color="grey", linewidth=0.8)
     axes.set(**texts)
-    axes.invert_yaxis()  # as the text has them
+    axes.invert_yaxis()  # the same order as in the text
     axes.margins(y=0.15)
     axes.tick_params(axis="y", labelsize=9)
     axes.legend(fontsize=9, loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=5, columnspacing=1, handletextpad=0.3)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""``sdgp profile``: what converting a model would save here, layer by layer and for the whole step."""
+"""``sdgp profile``: measures what converting a model would save here, for each layer and for the whole step."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> Report:
         model = model.to(device, dtype)
         if args.channels_last:
             model = model.to(memory_format=torch.channels_last)
-    except RuntimeError as error:  # the memory is full, or there are no values: a model on the meta device
+    except RuntimeError as error:  # out of memory, or a model on the meta device, which has no values
         raise CommandError(f"expected model and batch to fit on {device}, got {describe_error(error)}") from error
     what = _describe(batch)
     if args.advise:
@@ -100,7 +100,7 @@ def _advised(args: argparse.Namespace, model: nn.Module, batches: list[Any], wha
 
 
 def _other(batch: Tensor) -> Tensor:
-    """Another random batch of the same kind."""
+    """Returns another random batch of the same shape and dtype."""
     if batch.is_floating_point():
         return torch.randn_like(batch)
     return batch.flatten()[torch.randperm(batch.numel(), device=batch.device)].view_as(batch)
@@ -109,13 +109,13 @@ def _other(batch: Tensor) -> Tensor:
 def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
     with _told(what, "convert", "pattern", "profile"):
         convert(model, args.pattern, args.method, backend=args.backend, weight_grad=args.weight_grad)
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its table, which show() does
+        with contextlib.redirect_stdout(io.StringIO()):  # profile prints its table, but show() prints it too
             return profile(model, batch, rounds=args.rounds)
 
 
 @contextlib.contextmanager
 def _told(what: str, *ops: str) -> Iterator[None]:
-    """What goes wrong within, as a CommandError: bad arguments of ``ops``, or a model that does not run."""
+    """Turns an exception inside the context into a CommandError: invalid arguments of ``ops``, or a failing model."""
     try:
         yield
     except Exception as error:
@@ -145,12 +145,12 @@ def _batch(args: argparse.Namespace, model: nn.Module) -> Tensor:
         return torch.randint(max(tables), (samples, args.tokens))
     if args.input is not None:
         return torch.randn(args.input)
-    channels, *size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))  # timm's
+    channels, *size = getattr(model, "default_cfg", {}).get("input_size", (3, 224, 224))  # timm models have default_cfg
     return torch.randn(samples, channels, *([args.image] * 2 if args.image else size))
 
 
 def _to(batch: Any, channels_last: bool, device: torch.device, dtype: torch.dtype) -> Any:
-    """The tensors of a batch, however nested."""
+    """Moves all tensors of a nested batch to the device, dtype and memory format."""
     if isinstance(batch, Mapping):
         return {key: _to(value, channels_last, device, dtype) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""How far a command is, on stderr: a bar where rich is installed and a person looks, else a line per step."""
+"""Shows the progress of a command on stderr: a bar if rich is installed and stderr is a terminal, else lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Gives a function to be called with the name of each of ``total`` steps as it begins."""
+    """Yields a function. Call it with the name of each of the ``total`` steps when the step begins."""
     if sys.stderr.isatty() and importlib.util.find_spec("rich") is not None:
         with _bar(total) as begin:
             yield begin

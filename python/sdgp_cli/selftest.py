@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One self-test per public op and device: small random inputs, beside ``sdgp.reference``. It tells whether what is
-installed computes on this machine; the test suite is elsewhere."""
+"""Runs one self-test per public op and device, which compares results on small random inputs with ``sdgp.reference``.
+
+The self-tests check that the installation computes correctly on this machine. They do not replace the test suite.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +17,15 @@ from torch import Tensor
 from sdgp import _autograd, _ops, _semi_structured, reference
 from sdgp._pattern import BACKENDS, METHODS, Pattern
 
-PATTERNS = ((2, 4), (4, 32), (3, 7))  # two with a kernel of their own, one without
+PATTERNS = ((2, 4), (4, 32), (3, 7))  # two patterns with a specialized kernel, one without
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-#: What was compared, what came out, what was expected, and the relative error that rounding explains; 0: bit for bit.
+#: A description, the actual and the expected result, and the largest relative error from rounding; 0 means bit for bit.
 Comparison = tuple[str, Tensor, Tensor, float]
 
 
 class Skipped(Exception):
-    """Why a device has no such op."""
+    """Raised if a device does not have an op. The message is the reason."""
 
 
 def run() -> list[dict[str, str]]:
@@ -41,7 +43,7 @@ def _result(op: str, device: torch.device, test: Callable[[torch.device], Iterat
         note = f"{done} comparisons"
     except Skipped as reason:
         state, note = "skipped", str(reason)
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # any exception of a broken installation is the result
         state, note = "failed", f"{type(error).__name__}: {str(error).splitlines()[0]} (after {done} comparisons)"
     return {"op": op, "device": str(device), "state": state, "note": note}
 
@@ -52,7 +54,7 @@ def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> N
             f"{what}: expected {expected.dtype} {tuple(expected.shape)}, got {actual.dtype} {tuple(actual.shape)}"
         )
     error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
-    if not error <= tolerance:  # NaN is an error too
+    if not error <= tolerance:  # NaN fails too
         raise AssertionError(f"{what}: expected a relative error of at most {tolerance:.0e}, got {error:.1e}")
 
 
@@ -65,7 +67,7 @@ def _prune_nm(device: torch.device) -> Iterator[Comparison]:
                 for method in METHODS:
                     what = f"{method} {n}:{m}, {dtype}, dim {dim}"
                     arguments = (x, n, m, dim, method, seed)
-                    tolerance = 2 * torch.finfo(dtype).eps if method == "rescale" else 0.0  # its sums have no order
+                    tolerance = 2 * torch.finfo(dtype).eps if method == "rescale" else 0.0  # summation order varies
                     yield what, _ops.prune_nm(*arguments), reference.prune_nm(*arguments), tolerance
 
 
@@ -101,7 +103,7 @@ def _compressed(device: torch.device) -> Iterator[tuple[str, Tensor, tuple[Tenso
 
 
 def _linear(backend: str, device: torch.device) -> Iterator[Comparison]:
-    # 2^24 multiply-adds: as many as auto needs to measure on a CPU.
+    # These are 2^24 multiply-adds, the least that auto measures on a CPU.
     input, weight, grad_output = (torch.randn(256, 256) for _ in range(3))
     input, weight, grad_output = _on(device, input, weight, grad_output)
     for n, m in _patterns(backend, device):
@@ -127,7 +129,10 @@ def _conv2d(backend: str, device: torch.device) -> Iterator[Comparison]:
 
 
 def _layer(what: str, backend: str, found: list[Tensor], exact: list[Tensor], pruned: Tensor) -> Iterator[Comparison]:
-    """Output and weight gradient are exact, the data gradient is the pruned one; auto may have left it exact."""
+    """Compares output and weight gradient with the exact ones, and the data gradient with the pruned one.
+
+    With the backend auto, the data gradient may also be exact.
+    """
     rounding = _rounding(pruned.dtype)
     output, grad_input, grad_weight = found
     left_exact = backend == "auto" and _distance(grad_input, exact[1]) < _distance(grad_input, pruned)
@@ -145,7 +150,11 @@ def _gradients(output: Tensor, input: Tensor, weight: Tensor, grad_output: Tenso
 
 
 def _on(device: torch.device, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Input and weight, which require a gradient, and an output gradient; in what the device's sparse product takes."""
+    """Moves the tensors to the device, in a dtype that its sparse product supports.
+
+    Returns:
+        Input and weight, which require a gradient, and the output gradient.
+    """
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     input, weight, grad_output = (tensor.to(device, dtype) for tensor in tensors)
     return input.requires_grad_(), weight.requires_grad_(), grad_output

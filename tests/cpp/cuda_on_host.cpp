@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The CUDA kernels on the host, launches, barriers and shuffles included, through the stand-in of CUDA's runtime: the
-// shared library that tests/test_cuda_on_host.py compares with the CPU's ops. Nothing beside the tensors can be read or
-// written: they are copied between pages that trap.
+// Runs the CUDA kernels on the host, with launches, barriers and shuffles, through the stand-in for CUDA's runtime.
+// tests/test_cuda_on_host.py compares this shared library with the ops on the CPU. A kernel cannot read or write
+// outside the tensors, because they are copied between guard pages.
 #include <cstring>
 
 #include "../../cuda/driver.h"
@@ -18,11 +18,11 @@
 namespace sdgp::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 16;  // of the widest access
+constexpr int64_t kAlignment = 16;  // alignment of the widest access
 constexpr char kPoison = static_cast<char>(cuda_stand_in::kPoison);
 
-// A copy of a tensor's memory that ends where a page that traps begins, up to what keeps its alignment: that is poison,
-// and stays it.
+// A copy of a tensor's memory that ends at a guard page, up to a gap that keeps its alignment. All bytes around the
+// copy are poisoned and must stay so.
 class Copy {
  public:
   Copy(void* memory, int64_t bytes)
@@ -50,7 +50,7 @@ class Copy {
   char* begin_;
 };
 
-// What a kernel is given to write to: poisoned.
+// Poisoned memory that a kernel may write to.
 struct Room : test::Guarded<char> {
   explicit Room(int64_t bytes) : Guarded((bytes + 7) / 8 * 8, true) {
     std::memset(data, kPoison, static_cast<size_t>((bytes + 7) / 8 * 8));
@@ -59,11 +59,11 @@ struct Room : test::Guarded<char> {
 
 }  // namespace
 
-// Threads of a block run in ascending order, or, where it is not 0, shuffled by it.
+// The threads of a block run in ascending order if the seed is 0, else in an order shuffled by the seed.
 extern "C" void set_order_on_host(uint64_t seed) { cuda_stand_in::order_seed = seed; }
 
-// `sizes`, `in_strides`, `out_strides`: of all dimensions but the pruned one, sorted and not merged; `flags`: has
-// factors of its own.
+// `sizes`, `in_strides` and `out_strides` are those of all dimensions except the pruned one, sorted and not merged.
+// `per_factor`: the dimension has its own factors.
 extern "C" int prune_on_host(const void* in, void* in_memory, int64_t in_bytes, void* out, int64_t out_bytes, int dtype,
                              int method, int scale, int n, int m, int64_t seed, int64_t size, int64_t in_stride,
                              int64_t out_stride, int dim_per_factor, int ndim, const int64_t* sizes,
@@ -93,7 +93,7 @@ extern "C" int prune_on_host(const void* in, void* in_memory, int64_t in_bytes, 
   }
   output.copy_back();
   const PrunePlan plan = plan_prune(args);
-  return plan.rows_per_thread * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // which paths were taken
+  return plan.rows_per_thread * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // the paths that were taken
 }
 
 extern "C" void pack_on_host(const void* in, void* in_memory, int64_t in_bytes, int64_t in_rows, int64_t in_cols,

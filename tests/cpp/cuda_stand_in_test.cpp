@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the stand-in of CUDA's runtime makes of kernels that are right, and of those that a GPU would hang on or refuse.
-// The case to run is the argument.
+// Tests the stand-in for CUDA's runtime with correct kernels, and with kernels that a GPU would hang on or refuse. The
+// argument names the case to run.
 #include <cuda_runtime.h>
 
 #include <cstdio>
@@ -12,7 +12,7 @@ namespace {
 
 constexpr unsigned kThreads = 64;
 
-// Each thread reads what another one wrote.
+// Each thread reads a value that another thread wrote.
 template <bool kBarrier>
 __global__ void reverse(unsigned* out) {
   unsigned* const shared = cuda_stand_in::shared<unsigned, kThreads, decltype([] {})>();
@@ -63,7 +63,7 @@ int run(const char* name) {
   if (is("half_at_the_barrier")) cuda_stand_in::launch(&half_at_the_barrier, 1, kThreads);
   if (is("a_lane_has_left")) cuda_stand_in::launch(&a_lane_has_left, 1, kThreads);
   if (is("half_a_warp")) cuda_stand_in::launch(&half_a_warp, 1, kThreads);
-  return 1;  // not reached: a launch of these ends the process
+  return 1;  // not reached: launching one of these kernels ends the process
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Arrays between pages that trap, so that a build without AddressSanitizer too sees an access outside.
+// Arrays between guard pages. They detect an access outside the array without AddressSanitizer.
 #pragma once
 
 #include <sys/mman.h>
@@ -11,7 +11,7 @@
 
 namespace sdgp::test {
 
-// `size` elements that end, or begin, where a page that traps begins or ends.
+// `size` elements that begin right after a guard page or end right before one.
 template <class T>
 class Guarded {
  public:

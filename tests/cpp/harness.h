@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the kernels' tests share: expectations, each failure told once, and a main that skips where the CPU lacks the
-// instruction set.
+// Shared code of the kernel tests: expectations that report each failure once, and a main function that skips the test
+// if the CPU lacks the instruction set.
 #pragma once
 
 #include <cstdio>
@@ -20,7 +20,8 @@ inline void expect(bool ok, const std::string& what) {
   if (!ok && failures.insert(what).second) std::printf("FAILED: %s\n", what.c_str());
 }
 
-// Whether to skip the next of many like cases: all but one in SDGP_TEST_SHARE, for tools that slow a test down.
+// Says whether to skip the next of many similar cases. SDGP_TEST_SHARE=k keeps one case in k, for tools that slow a
+// test down.
 inline bool skip() {
   static const char* share = std::getenv("SDGP_TEST_SHARE");
   static int64_t count = 0;
@@ -28,7 +29,7 @@ inline bool skip() {
 }
 
 inline int run(void (*test)()) {
-  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // who waits for the first failure sees it at once
+  std::setvbuf(stdout, nullptr, _IOLBF, 0);  // show each failure at once
   try {
     std::printf("kernels of %s\n", kernels().isa);
   } catch (const std::runtime_error& error) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The kernels without torch: prune_nm of one instruction set against scalar code, group by group, for every dtype, over
-// layouts that take each path (rows, groups, staged), with odd sizes, tails, gaps, ties, NaN, and group indices beyond
-// 2^32. Tensors lie against pages that trap, at either end: nothing outside them is touched.
+// Tests prune_nm of one instruction set without torch, against scalar code, group by group, for every dtype and on each
+// path (rows, groups, staged). The cases have odd sizes, remainders, gaps, ties, NaN, and group indices beyond 2^32.
+// Tensors lie against guard pages at either end, so any access outside fails.
 #include <algorithm>
 #include <cstdlib>
 #include <map>
@@ -23,21 +23,21 @@ using sdgp::Method;
 using sdgp::PruneArgs;
 using namespace sdgp::test;
 
-// The pruned dimension and the others, with strides of their own for input and output.
+// The pruned dimension and the other dimensions, with separate strides for input and output.
 struct Layout {
   const char* name;
   int64_t size;
   int64_t in_stride;
   int64_t out_stride;
-  std::vector<sdgp::Dim> dims;  // outermost first; row_step is filled in by make_args
+  std::vector<sdgp::Dim> dims;  // outermost first; make_args fills in row_step
 };
 
-// (outer, size, inner), contiguous; the first dimension and the pruned one have factors of their own.
+// A contiguous (outer, size, inner) layout. The first and the pruned dimension have their own rescale factors.
 Layout nchw(const char* name, int64_t outer, int64_t size, int64_t inner) {
   return {name, size, inner, inner, {{outer, size * inner, size * inner, 0, true}, {inner, 1, 1, 0, false}}};
 }
 
-// (outer, inner, size), with a gap after each line of the input, the output, or none.
+// An (outer, inner, size) layout, with an optional gap after each line of the input or the output.
 Layout lines(const char* name, int64_t outer, int64_t inner, int64_t size, int64_t in_gap = 0, int64_t out_gap = 0) {
   const int64_t in = size + in_gap;
   const int64_t out = size + out_gap;
@@ -69,7 +69,7 @@ std::vector<Layout> layouts() {
   return all;
 }
 
-// So long that one row is work for several threads.
+// Layouts with rows so long that several threads share one row.
 std::vector<Layout> long_layouts() { return {nchw("long rows", 2, 5, 9001), lines("long lines", 1, 4, 33005)}; }
 
 PruneArgs make_args(const Layout& layout, DType dtype, Method method, int n, int m, int64_t row_steps = 1) {
@@ -96,7 +96,7 @@ void run(PruneArgs args, const void* in, void* out, int64_t pieces) {
   for (int64_t p = 0; p < pieces; ++p) table.prune_nm(args, units * p / pieces, units * (p + 1) / pieces);
 }
 
-// Normal values, or special ones. 16-bit types get a float's upper half.
+// Fills with normal values or with special values. 16-bit types get the upper half of a float.
 template <class T>
 void fill(T* x, int64_t size, bool special) {
   std::mt19937 generator(7);
@@ -104,14 +104,14 @@ void fill(T* x, int64_t size, bool special) {
   for (int64_t i = 0; i < size; ++i) {
     float value = normal(generator);
     if (special) {
-      value = std::round(value);  // ties, zeros of both signs
+      value = std::round(value);  // makes ties and zeros of both signs
       if (generator() % 97 == 0) value = std::numeric_limits<float>::quiet_NaN();
       if (generator() % 89 == 0) value = -std::numeric_limits<float>::infinity();
     }
     if constexpr (sizeof(T) == 2) {
       uint32_t bits;
       std::memcpy(&bits, &value, sizeof bits);
-      x[i] = static_cast<T>(bits >> 16);  // as float16 another number, inf and NaN no longer such
+      x[i] = static_cast<T>(bits >> 16);  // float16 reads the bits as another number; inf and NaN become finite
     } else {
       x[i] = value;
     }
@@ -131,7 +131,7 @@ T one_of(DType dtype) {
 
 template <class T>
 std::vector<T> expected_group(const PruneArgs& args, const std::vector<T>& group, uint64_t index) {
-  if (args.pruning.scale) {  // what a value would be multiplied by
+  if (args.pruning.scale) {  // expect multipliers instead of values
     const std::vector<bool> keep = scalar::largest_magnitudes(group, args.pruning.n);
     return scalar::masked(std::vector<T>(group.size(), one_of<T>(args.dtype)), keep);
   }
@@ -142,7 +142,7 @@ std::vector<T> expected_group(const PruneArgs& args, const std::vector<T>& group
   std::abort();
 }
 
-// Group by group, bit for bit; and what lies between the rows of the output stays as it was.
+// The groups must agree bit for bit, and the gaps between the rows of the output must stay unchanged.
 template <class T>
 void test_equals_scalar(const PruneArgs& args, bool special, const std::string& what) {
   if (skip()) return;
@@ -172,7 +172,7 @@ void test_equals_scalar(const PruneArgs& args, bool special, const std::string& 
   }
 }
 
-// Threads take pieces: each writes what is its own, and together they write everything.
+// Each piece must write only its own elements, and all pieces together must write every element.
 template <class T>
 void test_pieces_are_disjoint(PruneArgs args, const std::string& what) {
   if (skip()) return;
@@ -196,7 +196,7 @@ void test_pieces_are_disjoint(PruneArgs args, const std::string& what) {
   expect(written == wanted, what);
 }
 
-// rescale and rescale_group: magnitude, times sum |x| / sum |kept|.
+// rescale and rescale_group must give the result of magnitude times sum |x| / sum |kept|.
 template <class T>
 void test_scaled(PruneArgs args, const std::string& what) {
   if (skip()) return;
@@ -230,13 +230,14 @@ void test_scaled(PruneArgs args, const std::string& what) {
   });
 }
 
-// Mutation testing's first question, which compiles and answers in seconds: float32, magnitude and random alone.
+// Mutation testing runs this version first: only float32 with magnitude and random, which compiles and runs in seconds.
 #if defined(SDGP_FEW)
 constexpr bool kFew = true;
 #else
 constexpr bool kFew = false;
 #endif
-// On either side of every compiled group size, and the powers of two whose groups fill lanes without a gap.
+// Values of m on either side of every compiled group size, and powers of two, whose groups fill the lanes without a
+// gap.
 const int kPatterns[][2] = {{1, 2}, {2, 3},  {2, 4},  {1, 4},   {3, 5},  {4, 8},
                             {2, 9}, {8, 16}, {5, 17}, {16, 32}, {9, 33}, {31, 64}};
 
@@ -271,7 +272,7 @@ void test_layout(const Layout& layout, int n, int m) {
     test_scaled<float>(args(DType::kFloat32, method), "rescale " + what);
     test_scaled<double>(args(DType::kFloat64, method), "rescale of float64 " + what);
   }
-  // Row indices so far apart that group indices pass 2^32, between the lanes of a tile too.
+  // The row indices are so far apart that group indices pass 2^32, also between the lanes of a tile.
   const int64_t groups = (layout.size + m - 1) / m;
   for (const int64_t row_steps : {(int64_t{1} << 32) / groups, (int64_t{1} << 32) / (10 * groups) + 1}) {
     const auto far = [&](DType dtype, Method method) { return make_args(layout, dtype, method, n, m, row_steps); };

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the compressing kernels make of their arguments, in scalar code: element types and what they are worth, a packed
-// group, a product's sums. And how a product is run.
+// Scalar code for the compressing kernels: element types and their values, packed groups, and the sums of a product.
+// Also runs a product.
 #pragma once
 
 #include <cmath>
@@ -30,7 +30,7 @@ struct Real {
   static double value(T x) { return x; }
 };
 
-// One sign bit, so many exponent bits, the rest mantissa.
+// One sign bit, kExponent exponent bits, then the mantissa.
 template <sdgp::DType dtype, int kExponent>
 struct Short {
   using Type = uint16_t;
@@ -69,7 +69,8 @@ struct Compressed {
   }
 };
 
-// Of a row of bits: those that are not +0, then the lowest indices; a short group ends with 0 at 0.
+// Packs a group into n slots in order of index: all values whose bits differ from +0, then zeros at the lowest indices.
+// The unused slots of a short group hold 0 at index 0.
 template <class T>
 void pack_group(const T* x, int64_t length, int n, Compressed<T>& to) {
   const T zero{};
@@ -105,7 +106,7 @@ struct Product {
 
 constexpr sdgp::Axis2d kPoint{1, 1, 1, 1, 0, 1};
 
-// Strides of the weight by row, column, height and width.
+// Sets the weight's strides for rows, columns, height and width.
 inline void set_weight_strides(const Product& p, sdgp::SpmmArgs& args) {
   const int64_t h = p.height.kernel;
   const int64_t w = p.width.kernel;
@@ -142,7 +143,7 @@ inline sdgp::SpmmArgs describe(const Product& p, sdgp::DType dtype, const sdgp::
   return args;
 }
 
-// The rows of a product's gradient as they are pruned: no group of m crosses two of the convolution.
+// Describes the rows of a product's gradient for pruning. No group of m values crosses two convolution groups.
 inline sdgp::PruneArgs describe_rows(const Product& p, sdgp::DType dtype, const sdgp::Pruning& pruning,
                                      bool channels_first) {
   const bool apart = p.groups > 1 && p.size % pruning.m != 0;
@@ -151,7 +152,7 @@ inline sdgp::PruneArgs describe_rows(const Product& p, sdgp::DType dtype, const 
   const int64_t channel_stride = channels_first ? pixels : 1;
   const int64_t pixel_stride = channels_first ? 1 : channels;
   const int64_t group_stride = p.size * channel_stride;
-  const int64_t rows = apart ? p.groups * pixels : pixels;  // of a sample
+  const int64_t rows = apart ? p.groups * pixels : pixels;  // rows of one sample
   sdgp::PruneArgs args{};
   args.dtype = dtype;
   args.pruning = pruning;
@@ -184,7 +185,7 @@ inline int64_t result_offset(const sdgp::SpmmArgs& args, int64_t sample, int64_t
   return ((sample * channels + channel) * args.height.in + y) * args.width.in + x;
 }
 
-// Adds what one kept value gives to the result's pixel (y, x), all columns.
+// Adds the terms of one kept value to all columns of the result's pixel (y, x).
 template <class F>
 void add_slot(const sdgp::SpmmArgs& args, int64_t group, int64_t at, int64_t slot, int64_t dense, int64_t sample,
               int64_t y, int64_t x, Sums& sums) {
@@ -224,7 +225,7 @@ Sums product_sums(const sdgp::SpmmArgs& args) {
   return sums;
 }
 
-// Aligned as the op aligns it, and not one byte longer than the kernel asks for.
+// A buffer with the op's alignment and exactly the size that the kernel asks for.
 struct Packed {
   explicit Packed(int64_t bytes) : data(::operator new(static_cast<size_t>(bytes), std::align_val_t{64})) {}
   Packed(const Packed&) = delete;

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The compressing kernels without torch: compress_nm, decompress_nm, pack, spmm_nm and weight_grad_nm of one
-// instruction set against scalar code. Every buffer is exactly as large as its contents, so that AddressSanitizer sees
-// a read outside.
+// Tests compress_nm, decompress_nm, pack, spmm_nm and weight_grad_nm of one instruction set without torch, against
+// scalar code. Every buffer is exactly as large as its contents, so that AddressSanitizer detects a read outside it.
 #include "products.h"
 
 #include <algorithm>
@@ -27,7 +26,7 @@ using namespace sdgp::test;
 
 // --- compress_nm --------------------------------------------------------------------------------------------------
 
-// (outer, size, inner), compressed along its middle: contiguous, or with the middle innermost.
+// An (outer, size, inner) tensor, compressed along its middle: contiguous, or with the middle innermost.
 struct Shape {
   int64_t outer;
   int64_t size;
@@ -140,7 +139,7 @@ void test_all_compress() {
 
 constexpr int64_t kFar = int64_t{1} << 32;
 
-// in, out, kernel, stride, padding, dilation.
+// Axis fields: in, out, kernel, stride, padding, dilation.
 const Product kProducts[] = {
     {"one value", 1, 1, 1, 1, kPoint, kPoint, Weight::kContiguous, false},
     {"one row", 1, 1, 70, 17, kPoint, kPoint, Weight::kContiguous, false},
@@ -172,7 +171,7 @@ std::vector<uint8_t> draw_indices(const sdgp::SpmmArgs& args, int64_t count) {
   return indices;
 }
 
-// Each element is the exact sum, but for the roundings of its terms' additions and of the result.
+// Each element must equal the exact sum, up to the rounding of its additions and of the result.
 template <class F>
 void expect_sums(const Product& p, const sdgp::SpmmArgs& args, const std::vector<typename F::Type>& out,
                  const std::string& what) {
@@ -206,7 +205,7 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   expect_sums<F>(p, args, out, what);
   for (const int wrong : {m, 255}) {
     indices[static_cast<size_t>(below(static_cast<int64_t>(indices.size())))] = static_cast<uint8_t>(wrong);
-    // Nothing outside is read; whether it is told depends on whether that value is used.
+    // The kernel must not read outside its buffers. It reports the bad index only if it uses that value.
     multiply(sdgp::kernels(), args, again, 2);
     if (p.height.kernel == 1 && p.width.kernel == 1 && p.height.in == 1) {
       expect(!multiply(sdgp::kernels(), args, again, 1), what + ", an index of " + std::to_string(wrong));
@@ -214,8 +213,8 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   }
 }
 
-// A gradient that is pruned on the way gives what its compressed form gives: bit for bit where one kernel multiplies
-// both, else to rounding.
+// Pruning inside the kernel must give the same result as the compressed gradient: bit for bit if one kernel multiplies
+// both, else up to rounding.
 template <class F>
 void test_gradient(const Product& p, int n, int m, sdgp::Method method, bool channels_first, const std::string& what) {
   if (skip()) return;
@@ -305,7 +304,7 @@ const WeightProduct kWeightProducts[] = {
     {"any strides", 3, 3, 4, 5, {8, 8, 3, 1, 1, 1}, {5, 4, 2, 1, 0, 1}, kOther, kOther, false},
 };
 
-// Neither the gradient nor the input is read, nor the result written, beyond its ends.
+// The kernel must not read outside the gradient or the input, or write outside the result.
 template <class F>
 void test_weight_grad(const WeightProduct& p, int n, int m, sdgp::Method method, bool at_end, const std::string& what) {
   if (skip()) return;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How tests walk through what a kernel is told to walk through: rows, and units in pieces.
+// Loops that follow a kernel's arguments: over all rows, and over all units in pieces.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@ namespace sdgp::test {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Runs [0, units) in so many pieces, as threads would; whether all of them were valid.
+// Runs [0, units) in the given number of pieces, as threads would. Returns true if all pieces were valid.
 template <class Run>
 bool in_pieces(int64_t units, int64_t pieces, Run run) {
   bool valid = true;

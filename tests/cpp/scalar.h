@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What prune_nm makes of one group, in scalar code that follows the specification: see Note [Magnitude order],
+// Scalar code for one group of prune_nm, which follows the specification. The specification is Note [Magnitude order],
 // Note [Random numbers] and Note [mvue] in cpp/kernels/select_nm-inl.h.
 #pragma once
 
@@ -15,7 +15,7 @@ namespace scalar {
 template <class T>
 using Group = std::vector<T>;
 
-// The bits without the sign, as the order of magnitudes.
+// The bits without the sign. Their order is the order of the magnitudes.
 template <class T>
 uint64_t magnitude_key(T x) {
   uint64_t bits = 0;
@@ -103,7 +103,8 @@ Group<E> mvue(const Group<E>& x, int n, uint64_t seed, uint64_t index) {
       }
     }
   }
-  // volatile: a fused multiply-add with the step below would round once where the specification rounds twice.
+  // Use volatile, because a fused multiply-add with the step below would round once, and the specification rounds
+  // twice.
   volatile E point = static_cast<E>(Random(seed, index).uniform()) * step;
   E reached = 0;
   int left = n;

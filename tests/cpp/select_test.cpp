@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What happens inside one group, select_nm-inl.h alone, against scalar code: every method, dtype and compiled group
-// size, pruned values and multipliers, groups padded with zeros, ties, NaN, infinity and the smallest numbers. Compiles
-// in seconds, which is why mutation testing runs it first.
+// Tests the code for a single group, select_nm-inl.h, against scalar code: every method, dtype and compiled group size,
+// pruned values and multipliers, padded groups, ties, NaN, infinity and the smallest numbers. Mutation testing runs
+// this test first, because it compiles in seconds.
 #define SDGP_ISA baseline
 #include <algorithm>
 #include <random>
@@ -22,7 +22,8 @@ using sdgp::test::expect;
 
 constexpr uint64_t kSeed = 0x0123456789abcdefu;
 
-// Of every kind: normal, with ties and zeros of both signs, not finite, all zero, and so small that a mean underflows.
+// Draws normal values, ties and zeros of both signs, values that are not finite, all zeros, or values so small that a
+// mean underflows.
 template <class E>
 E sample(std::mt19937& generator, int kind) {
   std::normal_distribution<float> normal;
@@ -117,7 +118,7 @@ void test_size() {
   }
 }
 
-// 16-bit floats: what magnitude makes of their bits is what it makes of integers.
+// For 16-bit floats, magnitude must select the same elements as for integers with the same bits.
 template <int kM>
 void test_bits(int n) {
   using C = Bits16<0x3f80>;
@@ -146,8 +147,8 @@ void test_bits(int n) {
   }
 }
 
-// By the 0-1 principle a network that sorts every sequence of zeros and ones sorts all; and it is no larger than
-// Batcher's.
+// By the 0-1 principle, a network that sorts all sequences of zeros and ones sorts everything. It must be no larger
+// than Batcher's network.
 template <int kM>
 void test_network() {
   constexpr auto kNetwork = sdgp::SortingNetwork<kM>::list();

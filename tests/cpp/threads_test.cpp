@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Eight threads at once, from the process's first call of kernels() on: each prunes, packs and multiplies tensors of
-// its own, and all work on the units of one. For ThreadSanitizer; without it, that the results are those of one thread.
+// Runs eight threads at once, from the first call of kernels() on. Each thread prunes, packs and multiplies its own
+// tensors, and all share the units of one call. ThreadSanitizer checks for races. Without it, the results must be those
+// of one thread.
 #include <atomic>
 #include <latch>
 #include <thread>
@@ -39,13 +40,13 @@ sdgp::PruneArgs rows_of(const Shared& shared, Method method) {
   return rows;
 }
 
-// Takes units from `next` until none is left, as threads of a pool would.
+// Takes units from `next` until none is left, as the threads of a pool do.
 template <class Run>
 void share(std::atomic<int64_t>& next, int64_t units, Run run) {
   for (int64_t unit = next++; unit < units; unit = next++) run(unit, unit + 1);
 }
 
-// One call of each kernel whose units several threads take; the order of the calls is kept by a latch in between.
+// One call of each kernel. Several threads take the units. A latch between the calls keeps their order.
 struct Calls {
   Calls(const Shared& shared, Method method)
       : pruned(shared.gradient.size()), out(static_cast<size_t>(shared.result_size())), rows(rows_of(shared, method)) {
@@ -143,7 +144,7 @@ void test_all() {
   }
 }
 
-// Before anything else: which of the threads chooses the table, and reads the cache's size, is not known.
+// Run this first, because any of the threads may be the first to choose the table and to read the cache size.
 void first_calls() {
   std::atomic<int> failed{0};
   in_threads([&] {

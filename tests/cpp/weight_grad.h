@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What a weight gradient makes of its arguments, in scalar code, of a gradient that is pruned already; and how the
-// kernel is run.
+// Scalar code for the weight gradient of a gradient that is already pruned. Also runs the kernel.
 #pragma once
 
 #include <string>
@@ -16,8 +15,8 @@ struct WeightProduct {
   const char* name;
   int64_t samples;
   int64_t groups;
-  int64_t rows;  // output channels, per group
-  int64_t cols;  // input channels, per group
+  int64_t rows;  // output channels per group
+  int64_t cols;  // input channels per group
   sdgp::Axis2d height;
   sdgp::Axis2d width;
   Layout gradient;  // (samples, channels, pixels)
@@ -31,7 +30,7 @@ struct WeightProduct {
   int64_t result_size() const { return groups * rows * cols * taps(); }
 };
 
-// Samples lie outermost, or, where transposed, innermost.
+// Samples are outermost, or innermost in the transposed layout.
 inline void set_strides(const WeightProduct& p, sdgp::WeightGradArgs& args) {
   const int64_t channels = p.groups * p.rows;
   const int64_t gradient[][3] = {{channels * p.pixels(), p.pixels(), 1},
@@ -69,7 +68,7 @@ inline sdgp::WeightGradArgs describe(const WeightProduct& p, sdgp::DType dtype, 
   return args;
 }
 
-// The gradient's rows as they are pruned: one per sample and channel. The result lies as the gradient does.
+// Describes the gradient's rows for pruning: one row for each sample and channel. The result has the gradient's layout.
 inline sdgp::PruneArgs describe_rows(const WeightProduct& p, const sdgp::WeightGradArgs& args) {
   const sdgp::Gradient& g = args.gradient;
   sdgp::PruneArgs rows{};
@@ -83,7 +82,7 @@ inline sdgp::PruneArgs describe_rows(const WeightProduct& p, const sdgp::WeightG
   return rows;
 }
 
-// Adds what one pixel of a sample gives to all taps of a group's weight.
+// Adds the terms of one pixel of a sample to all taps of a group's weight.
 template <class F>
 void add_pixel(const sdgp::WeightGradArgs& args, const typename F::Type* pruned, int64_t sample, int64_t channel,
                int64_t pixel, Sums& sums) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What a fuzzer's bytes say: choices first, one byte or two each, then the bits of values; after the last byte, bits
-// that a generator draws, seeded by all of them.
+// Decodes a fuzzer's bytes: first choices of one or two bytes each, then the bits of values. After the last byte, a
+// generator that is seeded by all bytes draws the bits.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,8 @@ class Bytes {
     state_ = hash_;
   }
 
-  // True for one of `count` inputs, however alike they are: what is slow stays rare, whatever a fuzzer looks for.
+  // Returns true for one in `count` inputs, however similar they are. So slow cases stay rare whatever the fuzzer
+  // seeks.
   bool one_in(uint64_t count) const { return (hash_ >> 32) % count == 0; }
 
   uint8_t byte() { return at_ < size_ ? data_[at_++] : 0; }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Cases of compress_nm, and of decompress_nm as its inverse.
+// Cases for compress_nm and for its inverse, decompress_nm.
 #pragma once
 
 #include "prune_nm.h"

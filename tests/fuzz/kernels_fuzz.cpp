@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// One input of a fuzzer is one case: arguments of the torch-free kernels, then values. Every instruction set that this
-// CPU runs must give what scalar code gives, or what follows from the specification, bit for bit the same whatever the
-// pieces that the work is cut into, and touch nothing outside its arrays.
+// One fuzzer input is one case: the arguments of the torch-free kernels, then values. Every instruction set of this CPU
+// must agree with scalar code or with the specification. The results must be the same bit for bit however the work is
+// cut into pieces. No access may lie outside the arrays.
 #include "weight_grad_nm.h"
 
 namespace {

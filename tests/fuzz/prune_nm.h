@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Cases of prune_nm: a tensor in any layout, a method, pieces; against scalar code or what the specification says.
+// Cases for prune_nm: a tensor in any layout, a method and pieces, compared with scalar code or the specification.
 #pragma once
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 
 namespace sdgp::test {
 
-// Any order of the dimensions in memory; gaps after one of them, and some expanded, where `loose`.
+// Draws any order of the dimensions in memory. If `loose`, there may also be gaps and expanded dimensions.
 inline std::array<int64_t, 4> draw_strides(Bytes& bytes, const std::array<int64_t, 4>& size, int ndim, bool loose) {
   std::array<int64_t, 4> stride{};
   std::array<int, 4> left = {0, 1, 2, 3};
@@ -32,7 +32,7 @@ inline std::array<int64_t, 4> draw_strides(Bytes& bytes, const std::array<int64_
   return stride;
 }
 
-// As the ops describe a tensor: the other dimensions by descending output stride, none of one element.
+// Describes a tensor as the ops do: the other dimensions come by descending output stride, and none has size 1.
 inline PruneArgs draw_tensor(Bytes& bytes, bool dense) {
   PruneArgs args{};
   const int64_t limit = draw_limit(bytes);
@@ -135,7 +135,7 @@ void check_at_most_n(const PruneArgs& args, const Array<typename F::Type>& out) 
   });
 }
 
-// Of values whose sums are exact: what magnitude keeps, times sum |x| / sum |kept|.
+// Needs values whose sums are exact. The result must be that of magnitude times sum |x| / sum |kept|.
 template <class F>
 void check_rescale(const PruneArgs& args, const Array<typename F::Type>& in, const Array<typename F::Type>& pruned,
                    const Array<typename F::Type>& out) {
@@ -172,7 +172,7 @@ void fuzz_prune(Bytes& bytes) {
   args.dtype = F::kDType;
   args.pruning.method = static_cast<Method>(bytes.below(5));
   args.pruning.scale = bytes.below(4) == 0;
-  if (args.pruning.method != Method::kRescale && bytes.below(4) == 0) {  // a part of a larger tensor
+  if (args.pruning.method != Method::kRescale && bytes.below(4) == 0) {  // one part of a larger tensor
     args.first_group = bytes.word() >> 20;
     const int64_t step = int64_t{1} << bytes.below(33);
     for (int d = 0; d < args.ndim; ++d) args.dims[d].row_step *= step;

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Runs a fuzz target without libFuzzer: `replay RUNS CORPUS...` runs every file of the folders, then so many mutations
-// of them, the same ones for the same RUNS. The input that fails is printed in hexadecimal.
+// Runs a fuzz target without libFuzzer. `replay RUNS CORPUS...` runs every file of the folders, then RUNS mutations of
+// them. The same RUNS gives the same mutations. If an input fails, it is printed in hexadecimal.
 #include <algorithm>
 #include <csignal>
 #include <cstdint>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// What the cases of every kernel share: the instruction sets that this CPU runs, the count of calls, the size of a
-// case.
+// Shared code of the cases of every kernel: the instruction sets of this CPU, the number of calls, and the size limit
+// of a case.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +29,7 @@ inline std::vector<const Kernels*> tables() {
 
 inline const std::vector<const Kernels*> kTables = tables();
 
-// What takes milliseconds is rare; most take a fraction of one.
+// Cases that take milliseconds are rare. Most are faster.
 inline int64_t draw_limit(const Bytes& bytes) { return bytes.one_in(2048) ? 80000 : bytes.one_in(32) ? 4000 : 600; }
 
 }  // namespace sdgp::test

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Cases of spmm_nm: linear layers and convolutions, of a compressed gradient and of one that is pruned inside.
+// Cases for spmm_nm: linear layers and convolutions, with a compressed gradient or pruning inside the kernel.
 #pragma once
 
 #include "compress_nm.h"
@@ -98,7 +98,7 @@ void fuzz_product(Bytes& bytes) {
     args.gradient = &pruned_inside;
     args.threads = threads;
     require(times<F>(*table, args, cut, pieces), "spmm_nm: valid gradient");
-    if (table->permutes(args)) {  // adds in another order than the kernel of compressed rows
+    if (table->permutes(args)) {  // adds in another order than the kernel for compressed rows
       require(times<F>(*table, args, whole, 1), "spmm_nm: valid gradient, permuted");
       if (values == kTame) check_sums<F>(args, whole);
     }

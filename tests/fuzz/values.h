@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// The values that fuzzers fill tensors with, the arrays that hold them, and when two of them are the same.
+// The values that fuzzers fill tensors with, the arrays that hold the values, and the test that two of them are equal.
 #pragma once
 
 #include <cstdio>
@@ -14,7 +14,7 @@
 
 #if defined(__has_feature)
 #if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1  // as GCC says it
+#define __SANITIZE_ADDRESS__ 1  // the name that GCC uses
 #endif
 #endif
 
@@ -26,7 +26,7 @@ inline void require(bool ok, const char* what) {
   std::abort();
 }
 
-// Elements beside which nothing may be touched, the first at any multiple of its size.
+// An array that detects any access outside it. Its first element may lie at any multiple of its size.
 template <class T>
 class Array {
  public:
@@ -81,7 +81,7 @@ bool is_nan(typename F::Type x) {
   }
 }
 
-// A multiple of 1/8 below 16 as a value of the type, which holds it exactly.
+// Returns eighths / 8 for a result of at most 16, which every type holds exactly.
 template <class F>
 typename F::Type from_eighths(int eighths) {
   if constexpr (sizeof(typename F::Type) > 2) {
@@ -95,7 +95,7 @@ typename F::Type from_eighths(int eighths) {
   }
 }
 
-// Bit for bit, but that a NaN which an operation made may be any.
+// Compares bit for bit, except that any two NaNs are equal.
 template <class F>
 bool same(typename F::Type a, typename F::Type b) {
   return std::memcmp(&a, &b, sizeof a) == 0 || (is_nan<F>(a) && is_nan<F>(b));
@@ -110,7 +110,7 @@ bool same(const Array<typename F::Type>& a, const Array<typename F::Type>& b) {
   return true;
 }
 
-// kTame: multiples of 1/8 below 16, with ties and zeros, so that sums come out alike in any order.
+// kTame: multiples of 1/8 of at most 16, with ties and zeros. Their sums are equal in any order.
 enum Values : uint8_t { kTame, kAnyBits, kSpecial, kMixed, kMostlyZero };
 
 template <class F>
@@ -118,7 +118,7 @@ typename F::Type draw_value(Values values, uint64_t bits) {
   using Word = typename Bits<F>::Word;
   constexpr int kMantissa = Bits<F>::kMantissa;
   constexpr auto kSign = static_cast<Word>(Word{1} << (8 * sizeof(Word) - 1));
-  constexpr auto kSmallest = static_cast<Word>(Word{1} << kMantissa);  // of the normal values
+  constexpr auto kSmallest = static_cast<Word>(Word{1} << kMantissa);  // smallest normal value
   constexpr auto kInf = static_cast<Word>(kSign - kSmallest);
   constexpr Word kSpecials[] = {0,        1,    kSmallest - 1,        kSmallest,
                                 kInf - 1, kInf, kInf | kSmallest / 2, kInf | 1 /* a signalling NaN */};

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Cases of weight_grad_nm: convolutions and plain products, in any layout.
+// Cases for weight_grad_nm: convolutions and matrix products, in any layout.
 #pragma once
 
 #include "../cpp/weight_grad.h"
@@ -8,7 +8,7 @@
 
 namespace sdgp::test {
 
-// A dimension whose output size follows from the rest.
+// Draws an axis whose output size follows from its other fields.
 inline sdgp::Axis2d draw_whole_axis(Bytes& bytes, int64_t most) {
   if (bytes.flag()) {
     const int64_t size = 1 + bytes.below(most);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Calls a C++ layer for the Python tests: layers CASE.pt..., each a dictionary that torch.save wrote: what to call and
-// with what. Writes its output and gradients, or the error, to CASE.pt.result. Without arguments: what modules are
-// besides.
+// Calls C++ layers for the Python tests: `layers CASE.pt...`. A case is a dictionary that torch.save wrote, with what
+// to call and its arguments. Writes the output and gradients, or the error, to CASE.pt.result. Without arguments, shows
+// the other features of the modules.
 #include <sdgp/modules.h>
 #include <torch/serialize.h>
 
@@ -12,7 +12,7 @@
 #include <sstream>
 
 using Dict = c10::Dict<c10::IValue, c10::IValue>;
-using Result = std::vector<c10::IValue>;  // names and tensors in turn: Python reads a tuple without trusting it
+using Result = std::vector<c10::IValue>;  // names and tensors alternate; Python can load a tuple as untrusted data
 
 namespace {
 
@@ -67,7 +67,7 @@ Result run(const Dict& of) {
   torch::manual_seed(0);
   const at::Tensor output = call(of, weight, bias);
   at::autocast::set_autocast_enabled(at::kCPU, false);
-  const std::string twice = of.at("twice").toStringRef();  // which gradient is differentiated again, if one is
+  const std::string twice = of.at("twice").toStringRef();  // the gradient to differentiate again, or empty
   output.backward(tensor(of, "grad_output"), /*retain_graph=*/{}, !twice.empty());
   if (!twice.empty()) (twice == "input" ? input : weight).grad().sum().backward();
   Result result = {"output", output.detach()};
@@ -77,7 +77,7 @@ Result run(const Dict& of) {
   return result;
 }
 
-// What a module is besides its forward: a text, a clone, an archive that torch::nn reads.
+// Shows the features of a module besides its forward: its text, its clone, and an archive that torch::nn reads.
 template <class Module, class Dense>
 void show(const Module& module, Dense dense) {
   const auto clone = std::dynamic_pointer_cast<typename Module::Impl>(module->clone());

@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// linear and conv2d for C++ programs that train, their data gradient pruned to N:M and, on request, their weight
-// gradient; modules.h makes layers of them. The formulas are those of the Python package:
+// linear and conv2d for C++ programs that train. They prune the data gradient to N:M and, on request, the weight
+// gradient. The layers in modules.h use them. The formulas are those of the Python package:
 //
-//   y = x W^T + b                  forward, exact
+//   y = x W^T + b                  forward: exact
 //   dx = prune_nm(dy, n, m) W      data gradient: at most n of every m output features stay
-//   dW = dy^T x                    weight gradient, exact by default; else
-//   dW = prune_nm(dy^T, n, m) x    at most n of every m rows stay, for each output feature
-//   db = sum dy                    bias gradient, exact
+//   dW = dy^T x                    weight gradient: exact by default
+//   dW = prune_nm(dy^T, n, m) x    weight gradient on request: at most n of every m rows stay, for each output feature
+//   db = sum dy                    bias gradient: exact
 #pragma once
 
 #include <ATen/autocast_mode.h>
@@ -29,7 +29,7 @@ namespace detail {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-// The identity on a pruned gradient, tied to what it is made from; its own gradient is refused.
+// Returns a pruned gradient and ties it to the tensors that it was computed from. A second differentiation throws.
 struct Once : torch::autograd::Function<Once> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pruned, const at::Tensor&, const at::Tensor&,
                             const std::string& op) {
@@ -43,8 +43,8 @@ struct Once : torch::autograd::Function<Once> {
   }
 };
 
-// The pruned gradient that `product` makes from `grad` and `factor`: it is computed without recording, and
-// differentiating it is an error.
+// Returns the pruned gradient that `product` computes from `grad` and `factor`. Autograd does not record the
+// computation, and differentiating the result is an error.
 template <class Product>
 at::Tensor once(const char* op, const at::Tensor& grad, const at::Tensor& factor, const Product& product) {
   at::Tensor pruned;
@@ -65,7 +65,7 @@ inline Settings to_settings(const c10::IValue& saved) {
 }
 
 inline void save(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const Pruning& pruning) {
-  // Frozen weights keep no input.
+  // A frozen weight has no gradient, so its layer need not keep the input.
   ctx->save_for_backward({weight.requires_grad() ? input : at::Tensor(), weight});
   ctx->saved_data["data"] = to_ivalue(pruning.data);
   ctx->saved_data["weight"] = to_ivalue(pruning.weight);
@@ -75,14 +75,14 @@ inline Pruning saved_pruning(AutogradContext* ctx) {
   return {to_settings(ctx->saved_data["data"]), to_settings(ctx->saved_data["weight"])};
 }
 
-// What a sparse product prunes, and by what: rescale's sums want all of the gradient, so it comes first, and of what it
-// leaves magnitude keeps everything.
+// Returns the gradient that a sparse product prunes, and the method. The sums of rescale need the whole gradient, so
+// rescale prunes first. The product then prunes by magnitude, which keeps everything that rescale kept.
 inline std::pair<at::Tensor, std::string> rescaled(const at::Tensor& grad, int64_t dim, const Settings& settings) {
   if (settings.method != "rescale") return {grad, settings.method};
   return {prune_nm(grad, settings.n, settings.m, dim, settings.method), "magnitude"};
 }
 
-// prune_nm(grad) factor, pruned along the dimension that the product sums over.
+// Computes prune_nm(grad) factor. Pruning runs along the dimension that the product sums over.
 inline at::Tensor prune_and_multiply(const at::Tensor& grad, const at::Tensor& factor, const Settings& settings) {
   static const auto op = find<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
                                          const std::optional<at::Tensor>&)>("sdgp::_prune_nm_matmul");
@@ -112,14 +112,14 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                      ? grad.matmul(weight)
                      : once("linear", grad, weight, [&] { return prune_and_multiply(grad, weight, pruning.data); });
     }
-    if (ctx->needs_input_grad(1)) {  // laid out as the weight
+    if (ctx->needs_input_grad(1)) {  // in the weight's memory layout
       const bool contiguous = weight.is_contiguous();
       if (pruning.weight.prunes() && rows(grad).size(0) >= pruning.weight.m) {
         found[1] = once("linear", grad, input, [&] {
           const at::Tensor product = prune_and_multiply(rows(grad).t(), rows(input), pruning.weight);
           return contiguous ? product.contiguous() : product.t().contiguous().t();
         });
-      } else {  // by the product that ATen takes
+      } else {  // the same product as in ATen
         found[1] = contiguous ? rows(grad).t().matmul(rows(input)) : rows(input).t().matmul(rows(grad)).t();
       }
     }
@@ -144,8 +144,8 @@ inline std::array<at::Tensor, 3> convolution_backward(const at::Tensor& grad, co
 
 enum Gradient : size_t { kData, kWeight };
 
-// The pruned data or weight gradient. Of the input and the weight, one is multiplied; of the other, shape and memory
-// format count.
+// Returns the pruned data gradient or weight gradient. Only one of `input` and `weight` is multiplied. The other one
+// gives only its shape and memory format.
 inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::Tensor& input, const at::Tensor& weight,
                               const Window& window, const Settings& settings) {
   using Op = at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t, std::string_view,
@@ -155,9 +155,9 @@ inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::
   const int64_t dim = which == kData ? 1 : 2;
   at::Tensor by_group = grad;
   if (which == kWeight) {
-    by_group = grad.flatten(2);  // along the pixels
+    by_group = grad.flatten(2);  // groups run along the pixels
   } else if (const int64_t channels = grad.size(1) / window.groups; window.groups > 1 && channels % settings.m != 0) {
-    // No pruning group crosses a group of the convolution.
+    // A pruning group must not cross a group of the convolution.
     by_group = grad.reshape({grad.size(0) * window.groups, channels, grad.size(2), grad.size(3)});
   }
   if (!takes_sparse_product("conv2d", settings, grad)) {
@@ -168,7 +168,7 @@ inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::
   const auto is_channels_last = [](const at::Tensor& x) {
     return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
   };
-  const bool channels_last = is_channels_last(input) || is_channels_last(weight);  // as ATen decides
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);  // the same rule as in ATen
   const auto& [factor, shaped] = which == kData ? std::tie(weight, input) : std::tie(input, weight);
   return ops[which].call(rest.reshape(grad.sizes()), factor, settings.n, settings.m, method, std::nullopt,
                          c10::fromIntArrayRefSlow(shaped.sizes().slice(2)), window.stride, window.padding,
@@ -196,7 +196,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
     const Window window{data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
                         data["groups"].toInt()};
     at::Tensor input = saved[0];
-    if (!input.defined()) {  // ATen reads its shape and memory format, not its values
+    if (!input.defined()) {  // ATen reads only its shape and memory format
       const bool last = data["channels_last"].toBool();
       input = at::empty(data["input_size"].toIntVector(), grad.options(),
                         last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
@@ -216,7 +216,8 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
       found[1] = once("conv2d", grad, input,
                       [&] { return conv2d_grad(kWeight, grad, input, weight, window, pruning.weight); });
     }
-    // What is exact, in one call. Without the weight gradient the bias's comes from a sum: oneDNN would compute both.
+    // One call computes all exact gradients. If it needs no weight gradient and another gradient is pruned, a sum gives
+    // the bias gradient: oneDNN would compute the weight gradient too.
     std::array exact = {needs_input && !prunes_data, needs_weight && !prunes_weight, needs_bias};
     if (needs_bias && !exact[1] && (prunes_data || prunes_weight)) {
       found[2] = grad.sum(at::IntArrayRef{0, 2, 3});
@@ -232,7 +233,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   }
 };
 
-// Casts as autocast would inside the operator: outside it, so that autograd casts the gradients back.
+// Casts like autocast inside an operator. The cast happens outside it, so that autograd casts the gradients back.
 inline at::Tensor autocast(const at::Tensor& tensor, c10::DeviceType device) {
   const bool casts = device != at::kMeta && at::autocast::is_autocast_enabled(device) && tensor.defined() &&
                      tensor.is_floating_point() && tensor.scalar_type() != at::kDouble;
@@ -273,12 +274,13 @@ inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
 
 }  // namespace detail
 
-// torch::nn::functional::linear whose data gradient, and on request weight gradient, is taken from a pruned output
-// gradient.
+// Computes torch::nn::functional::linear. The backward pass computes the data gradient and, on request, the weight
+// gradient from a pruned output gradient.
 //
-//   input (..., in), weight (out, in), bias (out) or undefined; returns (..., out), exactly what LibTorch returns
+//   input (..., in), weight (out, in), bias (out) or undefined
 //
-// Throws std::exception, "linear: requirement, got actual", and at a second differentiation of what was pruned.
+// Returns (..., out), exactly what LibTorch returns. Throws a std::exception ("linear: requirement, got actual") if an
+// argument is wrong or if a pruned gradient is differentiated again.
 inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias = {},
                          const PruningOptions& pruning = {}) {
   TORCH_CHECK_VALUE(weight.dim() == 2 && input.dim() >= 1 && input.size(-1) == weight.size(1),
@@ -287,10 +289,10 @@ inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, cons
   return detail::linear(input, weight, bias, detail::parse("linear", pruning));
 }
 
-// torch::nn::functional::conv2d whose data gradient, and on request weight gradient, is taken from a pruned output
-// gradient. For the data gradient groups of m are consecutive output channels of one pixel and never cross a group of
-// the convolution; for the weight gradient they are consecutive output pixels, row by row, of one channel of one
-// sample.
+// Computes torch::nn::functional::conv2d. The backward pass computes the data gradient and, on request, the weight
+// gradient from a pruned output gradient. For the data gradient, a group is m consecutive output channels of one pixel
+// and never crosses a group of the convolution. For the weight gradient, a group is m consecutive output pixels, row by
+// row, of one channel of one sample.
 //
 //   input (N, C, H, W) or (C, H, W), weight (out, C / groups, kH, kW)
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,

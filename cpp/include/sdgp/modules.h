@@ -28,8 +28,8 @@ inline void print(std::ostream& stream, const PruningOptions& options) {
 
 }  // namespace detail
 
-// torch::nn::Linear through sdgp::linear: same parameters, names and initialization, so that an archive of the one is
-// read by the other.
+// Like torch::nn::Linear, but computes with sdgp::linear. Parameters, names and initialization are the same, so each of
+// the two can read an archive of the other.
 class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
  public:
   LinearImpl(int64_t in_features, int64_t out_features, const PruningOptions& pruning = {})
@@ -66,7 +66,7 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
 };
 TORCH_MODULE(Linear);
 
-// torch::nn::Conv2d through sdgp::conv2d, every padding mode included.
+// Like torch::nn::Conv2d, but computes with sdgp::conv2d. Supports every padding mode.
 class Conv2dImpl : public torch::nn::ConvNdImpl<2, Conv2dImpl> {
  public:
   Conv2dImpl(int64_t in_channels, int64_t out_channels, torch::ExpandingArray<2> kernel_size,
@@ -100,7 +100,7 @@ class Conv2dImpl : public torch::nn::ConvNdImpl<2, Conv2dImpl> {
     if (std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode())) {
       return detail::conv2d(input, weight, call.padding(options.padding()), parsed_);
     }
-    // What is not padded with zeros is padded beforehand.
+    // The convolution pads only with zeros, so other padding modes are applied before it.
     F::PadFuncOptions pad(_reversed_padding_repeated_twice);
     std::visit(c10::overloaded([](torch::enumtype::kZeros) {}, [&](auto mode) { pad.mode(mode); }),
                options.padding_mode());

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// How a C++ layer prunes its data and its weight gradient, and which products it takes. Of it, PruningOptions is for
-// callers.
+// The settings that tell a C++ layer how to prune its gradients and which products to use. Callers use only
+// PruningOptions.
 #pragma once
 
 #include <ATen/ops/empty.h>
@@ -17,20 +17,21 @@
 
 namespace sdgp {
 
-// The settings of a layer, in the manner of LibTorch's options: sdgp::PruningOptions("8:16").weight_grad("4:16").
+// The settings of a layer, written like LibTorch's options: sdgp::PruningOptions("8:16").weight_grad("4:16").
 //
-//   pattern             "n:m": groups of m output features or channels; n == m: the data gradient is exact
-//   method              see prune_nm; "mvue" is unbiased
-//   backend             "pruned": always prunes, then takes the sparse product where there is one, on the CPU, and the
-//                       dense one elsewhere; "sparse", "dense": prunes and takes that product; "exact": does not prune
-//   weight_grad         "n:m" of the gradient that enters the weight gradient: groups of m rows or output pixels; by
-//                       default the weight gradient is exact, and so it is with fewer rows or pixels than m
-//   weight_grad_method  as method
+//   pattern             "n:m" of the data gradient. A group is m output features or channels. If n == m, the data
+//                       gradient is exact.
+//   method              A method of prune_nm. "mvue" is unbiased.
+//   backend             "pruned" always prunes, and uses the sparse product on the CPU and the dense product elsewhere.
+//                       "sparse" and "dense" prune and use that product. "exact" does not prune.
+//   weight_grad         "n:m" of the gradient that enters the weight gradient. A group is m rows or output pixels. The
+//                       weight gradient is exact by default, and if there are fewer rows or pixels than m.
+//   weight_grad_method  The method for the weight gradient, with the same choices as `method`.
 //
-// Nothing is measured: device and dtype alone decide.
+// The layer measures nothing: only the device and the dtype decide which product it uses.
 struct PruningOptions {
   PruningOptions() = default;
-  PruningOptions(std::string pattern) : pattern_(std::move(pattern)) {}  // NOLINT: converting, as options are
+  PruningOptions(std::string pattern) : pattern_(std::move(pattern)) {}  // NOLINT: implicit, like LibTorch's options
   PruningOptions(const char* pattern) : pattern_(pattern) {}             // NOLINT
   TORCH_ARG(std::string, pattern) = "2:4";
   TORCH_ARG(std::string, method) = "mvue";
@@ -41,7 +42,7 @@ struct PruningOptions {
 
 namespace detail {
 
-// How one product is pruned, read and checked.
+// The parsed and checked settings of one product.
 struct Settings {
   int64_t n;
   int64_t m;
@@ -51,13 +52,13 @@ struct Settings {
   bool prunes() const { return n < m && backend != "exact"; }
 };
 
-// Those of a layer's two products.
+// The settings of a layer's two products.
 struct Pruning {
   Settings data;
   Settings weight;
 };
 
-// `op` begins the message of what is wrong, and `name` tells which option.
+// Parses and checks the settings of one product. An error message begins with `op` and names the option `name`.
 inline Settings parse(const char* op, const char* name, const std::string& text, const std::string& method,
                       const std::string& backend) {
   const char *begin = text.data(), *end = begin + text.size();
@@ -70,7 +71,7 @@ inline Settings parse(const char* op, const char* name, const std::string& text,
   constexpr std::array backends = {"pruned", "sparse", "dense", "exact"};
   TORCH_CHECK_VALUE(std::find(backends.begin(), backends.end(), backend) != backends.end(), op,
                     ": expected backend to be one of pruned, sparse, dense, exact, got \"", backend, "\"");
-  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, method);  // checks the rest
+  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, method);  // checks n, m, method
   return {n, m, method, backend};
 }
 
@@ -84,7 +85,7 @@ inline bool has_sparse_product(at::Device device, at::ScalarType dtype) {
          (dtype == at::kFloat || dtype == at::kDouble || dtype == at::kHalf || dtype == at::kBFloat16);
 }
 
-// Whether the pruned gradient goes through the sparse product.
+// Returns whether the sparse product multiplies the pruned gradient.
 inline bool takes_sparse_product(const char* op, const Settings& settings, const at::Tensor& grad_output) {
   if (settings.backend == "dense") return false;
   const bool has_one = has_sparse_product(grad_output.device(), grad_output.scalar_type());

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""linear and conv2d with pruned data and weight gradients, as Python autograd over ATen's operators."""
+"""linear and conv2d with pruned data and weight gradients, as Python autograd Functions over ATen's operators."""
 
 from ._backward import rows
 from ._call import is_plain_again

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Casts the arguments of a layer as autocast would, its cache of cast weights included.
+"""Casts the arguments of a layer as autocast would, with a cache of cast weights.
 
-An operator casts its arguments inside; an autograd Function sees them before. So linear and conv2d cast first, and
-autograd casts the gradients back.
+An operator casts its arguments inside, but an autograd Function sees them before the cast. So linear and conv2d cast
+first, and autograd casts the gradients back.
 
 Note [Cast cache]
-ATen keeps the cast of each leaf weight until the outermost autocast region ends, so that a weight used twice is cast
-and saved once. Its cache cannot be read from Python, so `_casts` is another with the same lifetime. A token tells when
-ATen's is emptied: it hangs on the gradient accumulator of a one-element leaf that ATen has cast and cached. Only the
-cached cast keeps that accumulator alive, so the token dies with the cache.
+ATen keeps the cast of each leaf weight until the outermost autocast region ends, so that a weight that is used twice is
+cast and saved once. Python cannot read ATen's cache, so `_casts` is a second cache with the same lifetime. A token
+tells when ATen empties its cache: the token hangs on the gradient accumulator of a one-element leaf that ATen has cast
+and cached. Only the cached cast keeps that accumulator alive, so the token dies with the cache.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ OptionalTensor: TypeAlias = Tensor | None
 
 
 class _Casts(dict[int, tuple[Tensor, Tensor]]):
-    """The weights of one autocast region and their casts, by the weight's id. The weight is kept, so that its id is."""
+    """The weights of one autocast region and their casts, by the weight's id. Keeping the weight keeps its id valid."""
 
 
 _casts: weakref.ref[_Casts] | None = None
 
 
 def autocast(input: Tensor, weight: Tensor, bias: OptionalTensor) -> tuple[Tensor, Tensor, OptionalTensor]:
-    """Input, weight and bias as the plain operator would compute with them."""
+    """Returns input, weight and bias as the plain operator would compute with them."""
     if not torch._C._is_any_autocast_enabled():
         return input, weight, bias
     device = input.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
+    if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and the query raises
         return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
     casts = (
@@ -44,7 +44,7 @@ def autocast(input: Tensor, weight: Tensor, bias: OptionalTensor) -> tuple[Tenso
 
 
 def computed_dtype(input: Tensor) -> torch.dtype:
-    """The dtype that an operator computes in, given this input."""
+    """Returns the dtype in which an operator computes for this input."""
     if not torch._C._is_any_autocast_enabled() or input.dtype == torch.float64:
         return input.dtype
     device = input.device.type
@@ -71,7 +71,7 @@ def _casts_of_region(device: str) -> _Casts:
         leaf = torch.zeros(1, 1, device=device, requires_grad=True)
         accumulator: Any = leaf.view_as(leaf).grad_fn
         accumulator.next_functions[0][0].register_prehook(lambda *_, kept=casts: None)
-        # An operator that autocast casts for, and that saves nothing for backward.
+        # addmm, because autocast casts its arguments and it saves nothing for the backward here.
         torch.addmm(leaf, leaf.detach().new_empty(1, 0), leaf.detach().new_empty(0, 1))
         _casts = weakref.ref(casts)
     return casts

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the backwards of linear and conv2d share: which gradients are asked for, which product computes each, and that a
-pruned one is not differentiated again."""
+"""The shared parts of the backwards of linear and conv2d.
+
+They find which gradients are needed and which product computes each, and they refuse to differentiate a pruned gradient
+again.
+"""
 
 from __future__ import annotations
 
@@ -21,31 +24,31 @@ from ._call import Call, Part, in_transform, note, remember
 
 
 def decide(call: Call, part: Part, products: Products) -> Decision:
-    """In a backward: which product computes a gradient of a call."""
+    """Returns which product computes a gradient of a call, in its backward."""
     if call.chooser is None or part.site is None:
         return Decision(part.product, "")
     if call.held:
-        return _HELD  # says nothing about the gradients of other forwards
+        return _HELD  # not noted: it says nothing about other forwards
     decision = call.chooser.decide(part.site, products)
     note(call.layer, decision, (part.site.gradient,))
     remember(call.layer, None)
     return decision
 
 
-_HELD = Decision("exact", "somebody holds the layer exact")
+_HELD = Decision("exact", "the layer is held exact")
 
 
 def pruned_gradient(
     call: Call, gradient: str, products: Products, decision: Decision, *sources: OptionalTensor
 ) -> Tensor:
-    """A gradient by the product that was decided on, which prunes. It refuses to be differentiated again.
+    """Computes a gradient with the chosen product, which prunes. The result cannot be differentiated again.
 
     Args:
         gradient: ``"data"`` or ``"weight"``.
-        sources: what it is made from.
+        sources: the tensors from which the gradient is computed.
 
     Raises:
-        RuntimeError: where a transform differentiates it again.
+        RuntimeError: If a transform differentiates the gradient again.
     """
     result = products.sparse() if decision.product == "sparse" else products.dense()
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
@@ -55,10 +58,10 @@ def pruned_gradient(
 
 
 def wanted(ctx: Any) -> list[bool]:
-    """Which of the gradients of input, weight and bias this backward has to compute: it may be asked for some alone."""
+    """Returns which gradients of input, weight and bias this backward must compute. It may be only some of them."""
     needs = list(ctx.needs_input_grad[:3])
     if not torch.compiler.is_compiling():
-        for index, (node, _) in enumerate(ctx.next_functions):  # of the arguments that are tensors, which come first
+        for index, (node, _) in enumerate(ctx.next_functions):  # one per tensor argument; these come first
             needs[index] = needs[index] and (node is None or _is_asked_for(node))
     return needs
 
@@ -66,14 +69,14 @@ def wanted(ctx: Any) -> list[bool]:
 def _is_asked_for(node: Any) -> bool:
     try:
         return bool(torch._C._will_engine_execute_node(node))
-    except RuntimeError:  # a leaf whose gradient torch.autograd.grad was asked for
+    except RuntimeError:  # a leaf whose gradient torch.autograd.grad must return
         return True
 
 
 def forward_derivative(
     ctx: Any, tangents: Sequence[OptionalTensor], product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The derivative of ``product(input, weight) + bias`` along the tangents of input, weight and bias."""
+    """Returns the derivative of ``product(input, weight) + bias`` along the tangents of input, weight and bias."""
     input, weight = ctx.saved_tensors
     input_t, weight_t, bias_t = tangents[:3]
     terms = [] if bias_t is None else [bias_t]
@@ -83,28 +86,31 @@ def forward_derivative(
 
 
 def detached(grad_output: Tensor) -> Tensor:
-    """A gradient to be pruned, which needs no gradient of its own, see ``pruned_gradient``."""
+    """Returns a gradient to be pruned, detached: it needs no gradient of its own (``pruned_gradient``)."""
     return grad_output.detach() if grad_output.requires_grad or in_transform() else grad_output
 
 
 def rescaled(grad_output: Tensor, dim: int, pruning: Pruning) -> tuple[Tensor, str]:
-    """What a sparse product prunes, and by which method: one that sums over the whole gradient, as rescale does, prunes
-    first, and of what it leaves magnitude keeps everything."""
+    """Returns the gradient that a sparse product prunes, and the method.
+
+    A method that sums over the whole gradient, such as rescale, prunes it here. The product then prunes by magnitude,
+    which keeps all that is left.
+    """
     if pruning.method in METHODS_BY_GROUP:
         return grad_output, pruning.method
     return prune_nm(grad_output, *pruning.pattern, dim, pruning.method), "magnitude"
 
 
 def rows(x: Tensor) -> Tensor:
-    """(..., features) -> (rows, features)"""
+    """Reshapes (..., features) to (rows, features)."""
     if x.ndim == 2:
         return x
-    # By reshape: flatten has no rule for vmap.
+    # reshape, because flatten has no rule for vmap.
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.ndim > 1 else x.unsqueeze(0)
 
 
 class _Once(Function):
-    """The identity on a pruned gradient, tied to all that it is made from: its own gradient is refused."""
+    """The identity on a pruned gradient, with all its sources as inputs. Its backward raises an error."""
 
     generate_vmap_rule = True
 

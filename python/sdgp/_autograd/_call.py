@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the forwards of linear and conv2d share: whether a call goes through the autograd Function, and what that
-remembers of it.
+"""The shared parts of the forwards of linear and conv2d: whether a call uses the autograd Function, and its notes.
 
 Note [One path]
-Activation checkpointing repeats a forward in the middle of a backward, after other layers have been measured, a
-`paused` block has ended or a schedule has moved on. The repetition must save what the first run saved. Checkpoints swap
-saved tensors by hooks. So wherever such hooks are active, a call goes through the Function whatever the state of its
-layer, and the backward decides, from what the first forward noted in its `Call`. Where none are active, nothing repeats
-what this forward records, and a layer that is known to be exact is the plain one. (A reentrant checkpoint records its
-repetition alone.)
+Activation checkpointing repeats a forward in the middle of a backward. By then other layers may have been measured, a
+`paused` block may have ended or a schedule may have moved on. The repetition must save what the first run saved.
+Checkpoints replace saved tensors by means of hooks. So if these hooks are active, a call uses the Function in every
+state of its layer. The backward then decides, from what the first forward noted in its `Call`. If no hooks are active,
+nothing repeats what this forward records, and a layer that is known to be exact runs as the plain layer. (A reentrant
+checkpoint records only its repetition.)
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
 
 
 class Layer(Protocol):
-    """What a call needs of a layer.
+    """The attributes of a layer that a call uses.
 
     Attributes:
-        decision, weight_decision: of its last backward, for the data and for the weight gradient.
-        plain_for: what ``signature`` gave for the last call that the plain operator computed.
+        decision, weight_decision: the decisions of its last backward for the data and the weight gradient.
+        plain_for: the ``signature`` of the last call that the plain operator computed.
     """
 
     decision: Decision | None
@@ -44,21 +43,23 @@ class Layer(Protocol):
 
 
 def signature(input: Tensor) -> tuple[object, ...] | None:
-    """What tells calls apart that the plain operator computes at once. It is right for every call, so this need not
-    hold all that a choice depends on, only what makes another choice likely. None in a backward, where a layer is as it
-    was in the forward that is repeated."""
+    """Returns a key for the calls that the plain operator computes directly.
+
+    The plain operator is correct for every call. So the key need not contain all that a choice depends on, only what
+    makes another choice likely. It is None in a backward, where a repeated forward uses its first settings.
+    """
     if torch._C._current_graph_task_id() != -1:
         return None
     return input.shape, input.dtype, torch._C._is_any_autocast_enabled(), current_chooser().epoch
 
 
 def has_hooks() -> bool:
-    """Whether hooks swap what this forward saves, as in a checkpoint, which may repeat it: see Note [One path]."""
+    """Returns whether hooks replace what this forward saves: a checkpoint may then repeat it (Note [One path])."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def is_plain_again(layer: Layer, input: object) -> bool:
-    """Whether the plain operator computed the last call, one like this, and may compute this one: the quick way."""
+    """Returns quickly whether the plain operator computed the last call, a similar one, and may compute this one."""
     if torch.compiler.is_compiling():
         return False
     plain_for = vars(layer).get("plain_for")
@@ -72,12 +73,12 @@ def is_plain_again(layer: Layer, input: object) -> bool:
 
 
 class Part(NamedTuple):
-    """One product of a call, that of the data or of the weight gradient.
+    """One product of a call: the data gradient or the weight gradient.
 
     Attributes:
-        pruning: its settings alone.
-        site: what the chooser of the call decides for.
-        product: what the forward decided, under torch.compile; empty: the backward decides.
+        pruning: the settings of this product only.
+        site: the site for which the chooser of the call decides.
+        product: the product that the forward chose under torch.compile; empty if the backward decides.
     """
 
     pruning: Pruning
@@ -86,14 +87,14 @@ class Part(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a forward notes for its backward.
+    """The notes of a forward for its backward.
 
     Attributes:
-        data: the data gradient, where there is one.
-        weight: the weight gradient; None: it is exact, and there is nothing to decide.
-        held: why the gradients are exact whatever the settings say; empty: the settings count.
-        layer: learns the decisions; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
-        chooser: decides in the backward.
+        data: the data gradient, if there is one.
+        weight: the weight gradient. None: it is exact, and there is nothing to decide.
+        held: why the gradients are exact in spite of the settings; empty if the settings apply.
+        layer: the layer that learns the decisions; None for a call of ``sdgp.linear`` or ``sdgp.conv2d``.
+        chooser: the chooser that decides in the backward.
     """
 
     op: str
@@ -106,7 +107,7 @@ class Call(NamedTuple):
 
 _DATA, _WEIGHT = ("data",), ("weight",)
 
-# What the groups of a weight gradient run along.
+# The dimension along which the groups of a weight gradient run.
 _ALONG = {"linear": "rows", "conv2d": "output pixels"}
 
 
@@ -121,15 +122,15 @@ def start(
     make_site: Callable[[torch.dtype], Site],
     along: Callable[[], int],
 ) -> Call | None:
-    """The note of a call that goes through the Function, or None for one that the plain operator computes.
+    """Returns the notes of a call that uses the Function, or None if the plain operator computes the call.
 
     Args:
-        work: multiply-adds of the data gradient, and of the weight gradient, at stride 1.
-        make_site: from the dtype that the products compute in; of the data gradient.
-        along: the number of values that the groups of a weight gradient run along.
+        work: the multiply-adds of either gradient, at stride 1.
+        make_site: makes the site of the data gradient from the dtype that the products compute in.
+        along: returns the number of values along which the groups of a weight gradient run.
 
     Raises:
-        ValueError: ``op: requirement, got actual``, for tensors that sdgp cannot prune where pruning is forced.
+        ValueError: If pruning is forced and sdgp cannot prune the tensors: ``op: requirement, got actual``.
     """
     if not torch.is_grad_enabled() or _leaves_python():
         return None
@@ -175,7 +176,7 @@ def start(
         if len(exact) == len(decisions):
             for gradient, decision in zip(asked, exact, strict=True):
                 note(layer, decision, (gradient,))
-            # Another call like this may need the gradient that this one does not.
+            # A similar call may need a gradient that this call does not need.
             needs_all = pruning.weight_grad is None or (input.requires_grad and weight.requires_grad)
             remember(layer, input if needs_all else None)
             return None
@@ -184,18 +185,20 @@ def start(
 
 
 def _leaves_python() -> bool:
-    """Whether torch.export or torch.jit.trace records this call. They keep the forward alone, which is the plain one,
-    and are asked nothing of its sizes."""
+    """Returns whether torch.export or torch.jit.trace records this call.
+
+    They keep only the forward, which is the plain one, and it must not depend on any size.
+    """
     return torch.compiler._is_exporting_flag or (not torch.compiler.is_compiling() and torch._C._is_tracing())
 
 
-# No plain operator saves such a tensor. Where a checkpoint repeats the forward of a layer that was converted or
-# reverted since, it finds the mark in the place of another tensor, and raises rather than mix up what each saves.
+# No plain operator saves a tensor like this. If a checkpoint repeats the forward of a layer that was converted or
+# reverted since, it finds the mark in the place of another tensor. It then raises an error, and mixes nothing up.
 _MARK = torch.empty(0, dtype=torch.uint8, device="cpu")
 
 
 def save(ctx: Any, weight: Tensor, input: Tensor) -> None:
-    """Saves what the backward needs; a frozen weight keeps no input."""
+    """Saves what the backward needs. With a frozen weight this excludes the input."""
     mark = (_MARK,) if not torch.compiler.is_compiling() and has_hooks() else ()
     ctx.save_for_backward(*mark, weight, input if ctx.needs_input_grad[1] else None)
 
@@ -204,7 +207,7 @@ def _too_few(op: str, count: int, pruning: Pruning) -> Decision:
     return Decision("exact", f"{count} {_ALONG[op]}, fewer than m = {pruning.pattern.m}")
 
 
-# In these, nn.Module's own __setattr__ would take microseconds.
+# These functions avoid nn.Module's __setattr__, which would take microseconds.
 
 _DECISIONS = {"data": "decision", "weight": "weight_decision"}
 
@@ -217,18 +220,18 @@ def note(layer: Layer | None, decision: Decision, gradients: Sequence[str]) -> N
 
 
 def remember(layer: Layer | None, plain_for: Tensor | None) -> None:
-    """``plain_for``: the input of a call that the plain operator computes by itself, as it will those like it."""
+    """Tells a layer that the plain operator computes calls with an input like ``plain_for``; None: no calls."""
     if layer is not None:
         vars(layer)["plain_for"] = None if plain_for is None else signature(plain_for)
 
 
 def in_transform() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation surrounds this call."""
+    """Returns whether a torch.func transform or forward-mode differentiation surrounds this call."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it certainly is; a fake tensor that stands for a plain one is found by ``_unusual``."""
+    """Returns whether a tensor is certainly plain. ``_unusual`` also recognizes a fake tensor that stands for one."""
     return (
         type(tensor) in _PLAIN_TYPES
         and tensor.dtype in PRUNED_DTYPES
@@ -238,7 +241,7 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _unusual(input: Tensor, weight: Tensor) -> str | None:
-    """What keeps a call from being pruned: a tensor that is more than numbers in memory. None: nothing."""
+    """Describes the tensor that sdgp cannot prune, because it is not just numbers in memory. None if there is none."""
     if _is_plain(input) and _is_plain(weight):
         return None
     for name, tensor in (("input", input), ("weight", weight)):
@@ -260,7 +263,7 @@ def _compiled(
     weight: Tensor,
     work: int,
 ) -> Call | None:
-    """Under torch.compile everything is decided while the forward is traced; a recomputation is part of its graph."""
+    """Decides under torch.compile, while the forward is traced. A recomputation is part of the same graph."""
     if held:
         return None
 
@@ -287,5 +290,5 @@ def _compiled(
 
 
 def exponent(size: int) -> int:
-    """The exponent of the next power of two."""
+    """Returns the exponent of the next power of two."""
     return max(size - 1, 0).bit_length()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""conv2d with a pruned data gradient, and on request a pruned weight gradient."""
+"""conv2d with a pruned data gradient and, on request, a pruned weight gradient."""
 
 from __future__ import annotations
 
@@ -41,11 +41,12 @@ def conv2d(
     backend: str = "auto",
     weight_grad: WeightGradLike | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d`` whose data gradient is computed from a pruned output gradient.
+    """Applies ``torch.nn.functional.conv2d`` and computes its data gradient from a pruned output gradient.
 
-    Groups of m are consecutive output channels of one pixel and never cross a convolution group; forward and bias
-    gradient are exact. With ``weight_grad`` the weight gradient is computed from a pruned output gradient, too. There
-    groups are m consecutive output pixels of one channel of one sample, row by row; the last may be shorter:
+    A group is m consecutive output channels of one pixel and never crosses a convolution group. The forward and the
+    bias gradient are exact. With ``weight_grad``, the weight gradient is also computed from a pruned output gradient.
+    There a group is m consecutive output pixels, row by row, of one channel of one sample. The last group may be
+    shorter:
 
         dW = the exact weight gradient of prune_nm(dy.flatten(2), n, m).view_as(dy)
 
@@ -54,14 +55,14 @@ def conv2d(
         weight: (out, C / groups, kH, kW).
         bias: (out) or None.
         stride, padding, dilation, groups: as in ``torch.nn.functional.conv2d``; padding also ``"same"``, ``"valid"``.
-        pattern, method, backend, weight_grad: see ``sdgp.linear``; with fewer than m output pixels dW is exact.
+        pattern, method, backend, weight_grad: as in ``sdgp.linear``. With fewer than m output pixels dW is exact.
 
     Returns:
         (N, out, H', W') or (out, H', W'), exactly what ``torch.nn.functional.conv2d`` returns.
 
     Raises:
-        ValueError: ``conv2d: requirement, got actual``.
-        RuntimeError: where a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
+        ValueError: If an argument is not valid: ``conv2d: requirement, got actual``.
+        RuntimeError: If a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
 
     Examples:
         >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)
@@ -99,7 +100,7 @@ def pruned_conv2d(
     held: str = "",
     layer: Layer | None = None,
 ) -> Tensor:
-    """``conv2d`` for settings that are known to be good; ``held`` and ``layer`` as in ``pruned_linear``."""
+    """Computes ``conv2d`` with settings that were checked. ``held`` and ``layer`` are as in ``pruned_linear``."""
 
     def make_site(dtype: torch.dtype) -> Site:
         return Site(
@@ -139,7 +140,7 @@ def conv2d_geometry(
     dilation: int | Pair,
     groups: int,
 ) -> tuple[Tensor, Geometry]:
-    """The input and the geometry in numbers; where padding is uneven, the input is padded."""
+    """Returns the input and the geometry in numbers. If the padding is uneven, it pads the input."""
     stride, dilation = _pair(stride), _pair(dilation)
     if isinstance(padding, str):
         input, padding = _pad(input, weight, stride, padding, dilation)
@@ -147,7 +148,7 @@ def conv2d_geometry(
 
 
 class _Conv2d(Function):
-    # As in _linear.py: with the context for speed, and a second Function for transforms.
+    # As in _linear.py, forward takes the context for speed, and transforms use a second Function.
     @staticmethod
     def forward(
         ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, geometry: Geometry
@@ -162,7 +163,7 @@ class _Conv2d(Function):
 
 
 class _Conv2dInTransform(Function):
-    """The same for torch.func's transforms and forward-mode differentiation."""
+    """``_Conv2d`` for the transforms of torch.func and forward-mode differentiation."""
 
     generate_vmap_rule = True
 
@@ -198,7 +199,7 @@ def _gradients(
     ctx: Any, grad_output: Tensor, input: OptionalTensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
     needs_input, needs_weight, needs_bias = needs
-    if input is None:  # ATen reads its shape and memory format, not its values
+    if input is None:  # ATen reads only its shape and memory format
         memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
         input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)
     grad_input: OptionalTensor = None
@@ -214,8 +215,8 @@ def _gradients(
         decision = decide(call, call.weight, products)
         if decision.prunes:
             grad_weight = pruned_gradient(call, "weight", products, decision, grad_output, input)
-    # What is exact, in one call. Without the weight gradient the bias's comes from a sum: oneDNN would compute both.
-    # Where nothing is pruned, the call is that of the plain layer.
+    # One call computes all exact gradients. If nothing is pruned, it is the call of the plain layer. If it need not
+    # compute the weight gradient, a sum gives the bias gradient, because oneDNN would compute both.
     mask = (needs_input and grad_input is None, needs_weight and grad_weight is None, needs_bias)
     prunes = grad_input is not None or grad_weight is not None
     grad_bias: OptionalTensor = None
@@ -234,7 +235,7 @@ def _gradients(
 def _output_pixels(
     input: Tensor, weight: Tensor, stride: int | Pair, padding: int | Pair | str, dilation: int | Pair
 ) -> int:
-    """The output pixels of one sample; 0 where the convolution has none, which ATen refuses."""
+    """Returns the number of output pixels of one sample. ATen refuses a convolution without output pixels."""
     if padding == "same":
         return input.shape[-2] * input.shape[-1]
     pads = (0, 0) if isinstance(padding, str) else _pair(padding)
@@ -256,7 +257,7 @@ def _pair(value: int | Pair) -> Pair:
 
 
 def _pad(input: Tensor, weight: Tensor, stride: Pair, padding: str, dilation: Pair) -> tuple[Tensor, Pair]:
-    """Turns "same" and "valid" into numbers; what "same" pads on one side only goes into the input."""
+    """Turns "same" and "valid" into numbers. If "same" is uneven, it pads the input with what one side has more."""
     if padding == "valid":
         return input, (0, 0)
     if padding != "same":

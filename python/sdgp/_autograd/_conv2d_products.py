@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The gradients of a convolution, each computed in three ways, see ``Products``."""
+"""The gradients of a convolution, each computed in three ways (``Products``)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Pair: TypeAlias = tuple[int, int]
 
 
 class Geometry(NamedTuple):
-    """What a convolution is called with beside its tensors, in numbers."""
+    """The arguments of a convolution that are not tensors, in numbers."""
 
     stride: Pair
     padding: Pair
@@ -32,7 +32,7 @@ class Geometry(NamedTuple):
 
 @dataclass(slots=True)
 class _Conv2dGradient:
-    """One gradient of a convolution, the ``index``-th that ``convolution_backward`` gives, see ``Products``."""
+    """One gradient of a convolution (``Products``): result number ``index`` of ``convolution_backward``."""
 
     grad_output: Tensor
     input: Tensor
@@ -56,7 +56,7 @@ class _Conv2dGradient:
 
     @property
     def _channels_last(self) -> bool:
-        """The memory format of the result, as ATen decides."""
+        """Whether the result is channels_last, as ATen decides."""
         return is_channels_last(self.input) or is_channels_last(self.weight)
 
     def _multiply(self, grad_output: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class _Conv2dGradient:
 
 
 class Conv2dProducts(_Conv2dGradient):
-    """The data gradient. Of ``input`` only shape and memory format count."""
+    """The data gradient of a convolution. Only the shape and memory format of ``input`` matter."""
 
     __slots__ = ()
     index, gradient = 0, "data"
@@ -92,7 +92,7 @@ class Conv2dProducts(_Conv2dGradient):
 
 
 class Conv2dWeightProducts(_Conv2dGradient):
-    """The weight gradient. Of ``weight`` only shape and memory format count."""
+    """The weight gradient of a convolution. Only the shape and memory format of ``weight`` matter."""
 
     __slots__ = ()
     index, gradient = 1, "weight"
@@ -112,26 +112,26 @@ class Conv2dWeightProducts(_Conv2dGradient):
         )
 
     def _pixels(self) -> Tensor:
-        """(N, out, H' x W'), by reshape: flatten has no rule for vmap."""
+        """Returns the gradient as (N, out, H' x W'), by reshape, because flatten has no rule for vmap."""
         samples, channels, height, width = self.grad_output.shape
         return detached(self.grad_output).reshape(samples, channels, height * width)
 
 
 def multiply_adds(input: Tensor, weight: Tensor, groups: int) -> int:
-    """The multiply-adds of either gradient, as if the stride were 1."""
+    """Returns the multiply-adds of either gradient, as if the stride were 1."""
     out, _, height, width = weight.shape
     return input.numel() * out // groups * height * width
 
 
 def prune_conv2d_grad(grad_output: Tensor, groups: int, pruning: Pruning, seed: OptionalTensor) -> Tensor:
-    """The output gradient (N, C, H, W) of a convolution, pruned along the output channels of each of its groups."""
+    """Prunes the output gradient (N, C, H, W) of a convolution along the output channels of each convolution group."""
     n, m = pruning.pattern
     pruned = prune_nm(_by_group(detached(grad_output), groups, m), n, m, 1, pruning.method, seed)
     return pruned.reshape(grad_output.shape)
 
 
 def _by_group(grad_output: Tensor, groups: int, m: int) -> Tensor:
-    """(N, C, H, W), or (N * groups, C / groups, H, W) where a pruning group would cross convolution groups."""
+    """Returns (N, C, H, W), or (N * groups, C / groups, H, W) if a pruning group would cross convolution groups."""
     samples, channels = grad_output.shape[:2]
     if groups == 1 or channels // groups % m == 0:
         return grad_output
@@ -139,7 +139,7 @@ def _by_group(grad_output: Tensor, groups: int, m: int) -> Tensor:
 
 
 def _fold(columns: Tensor, grad_output: Tensor, weight: Tensor, size: Sequence[int], geometry: Geometry) -> Tensor:
-    """Adds up (pixels of the gradient, in x kH x kW) where the taps meet: (N, in, H, W)."""
+    """Adds the columns (pixels of the gradient, in x kH x kW) that belong to one input pixel: (N, in, H, W)."""
     stride, padding, dilation, _ = geometry
     samples, kernel = grad_output.shape[0], weight.shape[2:]
     if (*kernel, *stride, *padding) == (1, 1, 1, 1, 0, 0):
@@ -159,6 +159,6 @@ def convolution_backward(
 
 
 def is_channels_last(x: Tensor) -> bool:
-    if torch._C._are_functorch_transforms_active():  # vmap cannot tell
+    if torch._C._are_functorch_transforms_active():  # vmap does not support the query
         return False
     return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()

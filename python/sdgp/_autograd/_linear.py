@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""linear with a pruned data gradient, and on request a pruned weight gradient."""
+"""linear with a pruned data gradient and, on request, a pruned weight gradient."""
 
 from __future__ import annotations
 
@@ -31,35 +31,36 @@ def linear(
     backend: str = "auto",
     weight_grad: WeightGradLike | None = None,
 ) -> Tensor:
-    """``torch.nn.functional.linear`` whose data gradient is computed from a pruned output gradient.
+    """Applies ``torch.nn.functional.linear`` and computes its data gradient from a pruned output gradient.
 
         y = x Wᵀ + b,  dx = prune_nm(dy, n, m) W,  dW = dyᵀ x,  db = Σ dy
 
-    With ``weight_grad`` the weight gradient is, too: dW = prune_nm(dyᵀ) x, in groups of m consecutive rows (all leading
-    dimensions, flattened), per output feature. Each product draws by itself. Bias gradients are exact.
+    With ``weight_grad``, the weight gradient is pruned too: dW = prune_nm(dyᵀ) x. There a group is m consecutive rows
+    (all leading dimensions, flattened) of one output feature. Each product draws its own random numbers. Bias gradients
+    are exact.
 
     Args:
         input: (..., in), any number of leading dimensions; float32, float64, float16 or bfloat16.
         weight: (out, in).
         bias: (out) or None.
-        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``: groups of m output features.
-        method: see ``sdgp.prune_nm``.
-        backend: which product computes dx, and which dW where that is pruned: one choice each.
+        pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``; a group is m output features.
+        method: a method of ``sdgp.prune_nm``.
+        backend: which product computes dx, and dW if that is pruned. Each of them has its own choice.
 
-            - ``"auto"``: the sparse product where it is faster than the exact one, else the exact one, which prunes
+            - ``"auto"``: the sparse product if it is faster than the exact one, else the exact product, which prunes
               nothing. Both are measured in the first backward of each shape.
-            - ``"pruned"``: always prunes, and takes the faster of the sparse and the dense product.
-            - ``"sparse"``, ``"dense"``: prunes and takes that product.
-        weight_grad: None: dW is exact. A pattern, or (pattern, method): how its gradient is pruned; the method is
-            ``"mvue"`` if none is given, which alone is unbiased. With fewer than m rows dW is exact. A pattern of
-            n == m, such as ``"1:1"``, leaves dx exact beside it.
+            - ``"pruned"``: always prunes, and uses the faster of the sparse and the dense product.
+            - ``"sparse"``, ``"dense"``: always prunes, and uses that product.
+        weight_grad: how to prune the gradient that enters dW: a pattern, or (pattern, method). The default method is
+            ``"mvue"``, the only unbiased one. With None, or with fewer than m rows, dW is exact. To prune only dW, pass
+            a ``pattern`` with n == m, such as ``"1:1"``.
 
     Returns:
-        (..., out), exactly what ``torch.nn.functional.linear`` returns, under autocast too.
+        (..., out), exactly what ``torch.nn.functional.linear`` returns, also under autocast.
 
     Raises:
-        ValueError: ``linear: requirement, got actual``.
-        RuntimeError: where a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
+        ValueError: If an argument is not valid: ``linear: requirement, got actual``.
+        RuntimeError: If a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
 
     Examples:
         >>> x = torch.randn(8, 16, requires_grad=True)
@@ -91,12 +92,12 @@ def pruned_linear(
     layer: Layer | None = None,
     transposed: bool = False,
 ) -> Tensor:
-    """``linear`` for settings that are known to be good.
+    """Computes ``linear`` with settings that were checked.
 
     Args:
-        held: why the gradients are exact whatever the settings say; empty: the settings count.
-        layer: learns the decisions of the backward.
-        transposed: ``weight`` is (in, out), as in transformers' Conv1D.
+        held: why the gradients are exact in spite of the settings; empty if the settings apply.
+        layer: the layer that learns the decisions of the backward.
+        transposed: whether ``weight`` is (in, out), as in the Conv1D of transformers.
     """
 
     def make_site(dtype: torch.dtype) -> Site:
@@ -128,13 +129,13 @@ def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor, transposed: boo
 
 
 class _Linear(Function):
-    # PyTorch calls a forward that takes the context with the least overhead; transforms need _LinearInTransform.
+    # A forward that takes the context has the least call overhead. Transforms need _LinearInTransform.
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool) -> Tensor:
         _save(ctx, input, weight, call, transposed)
         output = _linear(input, weight, bias, transposed)
         if not torch.compiler.is_compiling() and output._is_view():
-            # Of a tensor made in here: autograd refuses to modify such a view in place.
+            # Autograd does not allow changes in place to a view of a tensor that a Function made.
             output = torch.ops.aten._unsafe_view(output, output.shape)
         return output
 
@@ -145,7 +146,7 @@ class _Linear(Function):
 
 
 class _LinearInTransform(Function):
-    """The same for torch.func's transforms and forward-mode differentiation."""
+    """``_Linear`` for the transforms of torch.func and forward-mode differentiation."""
 
     generate_vmap_rule = True
 
@@ -171,7 +172,7 @@ class _LinearInTransform(Function):
 
 def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
     ctx.call, ctx.transposed = call, transposed
-    # The leaf itself, no view of it: what releases its memory between forward and backward (ZeRO) finds no other owner.
+    # Save the leaf itself: a view would keep memory that ZeRO releases between forward and backward.
     save(ctx, weight, input)
 
 
@@ -207,7 +208,7 @@ def _weight_gradient(call: Call, grad: Tensor, samples: Tensor, weight: Tensor, 
 
 
 def _multiply_rows(grad: Tensor, samples: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    # Laid out as the weight, as ATen does: else what accumulates the gradient copies it.
+    # The result has the layout of the weight, as in ATen. Otherwise gradient accumulation copies it.
     if transposed:
         return samples.t() @ grad if weight.is_contiguous() else (grad.t() @ samples).t()
     return grad.t() @ samples if weight.is_contiguous() else (samples.t() @ grad).t()
@@ -215,7 +216,7 @@ def _multiply_rows(grad: Tensor, samples: Tensor, weight: Tensor, transposed: bo
 
 @dataclass(slots=True)
 class LinearProducts:
-    """The data gradient of a linear layer, see ``Products``; ``weight`` is (out, in)."""
+    """The data gradient of a linear layer (``Products``). ``weight`` is (out, in)."""
 
     grad_output: Tensor
     weight: Tensor
@@ -246,13 +247,13 @@ class LinearProducts:
 
 @dataclass(slots=True)
 class LinearWeightProducts:
-    """The weight gradient of a linear layer, see ``Products``, laid out as the weight.
+    """The weight gradient of a linear layer (``Products``), in the layout of the weight.
 
     Attributes:
         grad_output: (rows, out).
         input: (rows, in).
-        weight: only its layout counts.
-        transposed: it is (in, out).
+        weight: only its layout matters.
+        transposed: whether ``weight`` is (in, out).
     """
 
     grad_output: Tensor

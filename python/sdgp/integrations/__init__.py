@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Callbacks for trainers of other libraries, each in a module that imports its library: import the one you need."""
+"""Callbacks for the trainers of other libraries. Each module imports its library, so import only the one you need."""

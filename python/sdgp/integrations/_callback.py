@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the callbacks share: the settings, what is done at the start, and what a checkpoint keeps."""
+"""The base class of the callbacks: their settings, the start of training, and the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from .._step import Loss
 
 
 class ScheduleCallback:
-    """Converts a model, if told how, and keeps its ``sdgp.Schedule`` at the trainer's own step; or leaves both to a
-    ``sdgp.Budget``."""
+    """Converts a model if a pattern is given, and keeps its ``sdgp.Schedule`` at the trainer's step.
+
+    If a budget is given, a ``sdgp.Budget`` does both instead.
+    """
 
     schedule: Schedule | None = None
     budget: Budget | None = None
@@ -57,7 +59,12 @@ class ScheduleCallback:
         self.patterns = {at: str(Pattern.parse(pattern)) for at, pattern in dict(patterns).items()}
 
     def start(self, model: nn.Module, total: int | None, step: int) -> None:
-        """``step`` of ``total`` steps are over; None: nobody knows how many there will be."""
+        """Converts the model and starts the schedule.
+
+        Args:
+            total: the number of steps in the training; None if it is unknown.
+            step: the number of steps that are already over.
+        """
         if self.pattern is not None:
             convert(
                 model,
@@ -73,14 +80,14 @@ class ScheduleCallback:
         self.schedule.seek(step)
 
     def start_budget(self, model: nn.Module, loss: Loss | None, optimizer: Any) -> None:
-        """In place of ``start``, where there is a budget."""
+        """Starts the budget. Callbacks with a budget call this method instead of ``start``."""
         self.budget = Budget(model, loss, optimizer, **(self.budget_settings or {}))
         if self.budget_state is not None:
             self.budget.load_state_dict(self.budget_state)
 
     @property
     def measured(self) -> dict[str, Any]:
-        """What ``auto`` and ``pruned`` measured, in plain types: with it a run that goes on takes the same products."""
+        """The measurements of ``auto`` and ``pruned`` in plain types. They let a resumed run take the same products."""
         return current_chooser().state_dict()
 
     @measured.setter

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .._study import UnusableBatch
 from ._callback import ScheduleCallback
 
-# The two are separate packages with separate classes: the one that the program uses, if that is known yet.
+# The two packages have separate Callback classes. Use the package that the program has imported, if any.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
     from pytorch_lightning import Callback
 else:
@@ -24,24 +24,24 @@ else:
 
 
 class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
-    """Converts the module when ``fit`` begins to train, and schedules where its gradients are exact.
+    """Converts the module when ``fit`` starts training, and schedules when its gradients are exact.
 
-    A number of steps is the optimizer's, counted as ``trainer.global_step`` and ``max_steps`` are; a float below 1 is a
-    share of all, which like ``exact_last`` needs a training of known length. The place in the schedule is the
-    trainer's, so that a resumed run goes on where it was; what was measured for ``backend="auto"`` or ``"pruned"`` goes
-    with the trainer's checkpoints.
+    Steps are steps of the optimizer, counted like ``trainer.global_step`` and ``max_steps``. A float below 1 is a share
+    of all steps. Shares and ``exact_last`` need a training of known length. The callback takes the position in the
+    schedule from the trainer, so a resumed run continues where it stopped. The trainer's checkpoints store the
+    measurements for ``backend="auto"`` and ``"pruned"``.
 
     Args:
-        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
-            module.
+        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them. Without a pattern, the callback
+            expects a module that is already converted.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
-        budget: in place of all these, the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults: that chooses
-            what to prune, and when. It calls ``training_step`` with whole batches, halves and quarters of them, and
-            turns its logging off meanwhile; metrics that ``training_step`` updates by itself count these calls.
+        budget: the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults. It replaces all other arguments and
+            chooses what to prune and when. It calls ``training_step`` with whole batches, halves and quarters of them,
+            with logging turned off. Metrics that ``training_step`` itself updates count these calls too.
 
     Raises:
-        ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
-            raise.
+        ValueError: if an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
+            training also raises the errors of ``convert`` and ``Schedule``.
 
     Examples:
         >>> callback = SdgpCallback("2:4", backend="pruned", exact_first=0.05, exact_last=0.1)
@@ -64,7 +64,7 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
             self.schedule.seek(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.budget is not None and trainer.global_step != self._step:  # else gradients are being accumulated
+        if self.budget is not None and trainer.global_step != self._step:  # unchanged while gradients accumulate
             self._step = trainer.global_step
             self.budget.step(batch)
 

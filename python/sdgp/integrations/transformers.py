@@ -16,22 +16,23 @@ from ._callback import ScheduleCallback
 
 
 class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type: ignore[misc]
-    """Converts the Trainer's model when training begins, and schedules where its gradients are exact.
+    """Converts the Trainer's model when training begins, and schedules when its gradients are exact.
 
-    A number of steps is the optimizer's, as in ``TrainingArguments``: a whole number, or below 1 a share of all. The
-    place in the schedule is the Trainer's ``global_step``, so that a resumed run goes on where it was; what was
-    measured for ``backend="auto"`` or ``"pruned"`` goes with the Trainer's checkpoints.
+    Steps are steps of the optimizer, as in ``TrainingArguments``: a whole number, or a float below 1 for a share of all
+    steps. The callback takes the position in the schedule from the Trainer's ``global_step``, so a resumed run
+    continues where it stopped. The Trainer's checkpoints store the measurements for ``backend="auto"`` and
+    ``"pruned"``.
 
     Args:
-        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them; no pattern: you converted the
-            model.
+        pattern, method, filter, backend, weight_grad: as ``sdgp.convert`` takes them. Without a pattern, the callback
+            expects a model that is already converted.
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
-        budget: in place of all these, the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults: that chooses
-            what to prune, and when. The model must return its loss, and batches must have two samples or more.
+        budget: the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults. It replaces all other arguments and
+            chooses what to prune and when. The model must return its loss, and batches must have at least two samples.
 
     Raises:
-        ValueError: ``SdgpCallback: requirement, got actual``, or, as training begins, what ``convert`` and ``Schedule``
-            raise.
+        ValueError: if an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
+            training also raises the errors of ``convert`` and ``Schedule``.
 
     Examples:
         >>> callback = SdgpCallback("2:4", backend="pruned", exact_first=0.05, exact_last=0.1)
@@ -39,12 +40,12 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         >>> Trainer(model, arguments, train_dataset=dataset, callbacks=[callback]).train()  # doctest: +SKIP
     """
 
-    layers: Collection[str] | None = None  # what a filter chose, from a checkpoint, which cannot hold the filter
+    layers: Collection[str] | None = None  # from a checkpoint, which cannot store a filter: the layers it chose
     _converted: Collection[str] | None = None
-    _batch: Mapping[str, Any] | None = None  # of the last training forward
+    _batch: Mapping[str, Any] | None = None  # the batch of the last training forward
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
-        # A checkpoint of a run without this callback lacks the entry, which the Trainer takes for granted.
+        # A checkpoint of a run without this callback lacks this entry, but the Trainer requires it.
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         attributes = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
         self.measured = attributes["measured"]
@@ -72,11 +73,11 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
             self._batch = None
 
     def _note_batch(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if model.training:  # the Trainer's number of tokens is that of several batches; without it, the loss is a mean
+        if model.training:  # num_items_in_batch counts the tokens of several batches; without it, the loss is a mean
             self._batch = {name: value for name, value in kwargs.items() if name != "num_items_in_batch"}
 
     def state(self) -> dict[str, Any]:
-        """The state for the Trainer's checkpoint, in types that JSON holds."""
+        """Returns the state for the Trainer's checkpoint, in types that JSON can store."""
         arguments = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
         settings = {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())}
         attributes = {"measured": self.measured, "layers": self._converted}

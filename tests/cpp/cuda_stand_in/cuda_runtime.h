@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// A stand-in for CUDA's runtime: kernels run on the host, block after block. Each thread of a block is a fiber with a
-// stack of its own; a barrier or a shuffle switches to the next one. What a GPU would hang on, corrupt or refuse ends
-// the process with a message, or is the error of the launch. No more of CUDA is here than the kernels use.
+// A stand-in for CUDA's runtime that runs kernels on the host, block after block. Each thread of a block is a fiber
+// with its own stack. A barrier or a shuffle switches to the next fiber. Code that hangs a GPU or corrupts memory ends
+// the process with a message. A launch that a GPU refuses returns its error. Only the parts of CUDA that the kernels
+// use exist.
 #pragma once
 
 #include <sys/mman.h>
@@ -44,7 +45,7 @@ constexpr size_t kStackBytes = size_t{1} << 18;
 constexpr int kPoison = 0xa5;
 
 inline cudaError_t last_error = cudaSuccess;
-inline uint64_t order_seed = 0;  // 0: threads run in ascending order; else shuffled
+inline uint64_t order_seed = 0;  // 0: threads run in ascending order, else shuffled
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
@@ -56,8 +57,8 @@ enum class State { kReady, kAtBarrier, kAtShuffle, kDone };
 struct Fiber {
   State state = State::kDone;
   bool entered = false;
-  unsigned char value[8];  // what a shuffle gives, then what it gets
-  int other = 0;           // lane of its partner, by exclusive or
+  unsigned char value[8];  // the value that a shuffle sends, then the received value
+  int other = 0;           // XOR mask that gives the lane of the partner
   jmp_buf here;
   ucontext_t first;
 };
@@ -85,7 +86,7 @@ class Block {
     } while (release());
   }
 
-  // From within a thread: it waits in that state until all that it waits for are there.
+  // A thread calls this to wait in `state` until all threads that it waits for have arrived.
   void wait(State state) {
     const unsigned me = threadIdx.x;
     fibers_[me]->state = state;
@@ -95,7 +96,7 @@ class Block {
 
   Fiber& current() { return *fibers_[threadIdx.x]; }
 
-  // That memory is poisoned now and whenever a block begins.
+  // Poisons this memory now and at the start of every block.
   void add_shared(void* memory, size_t bytes) {
     shared_.emplace_back(memory, bytes);
     std::memset(memory, kPoison, bytes);
@@ -106,7 +107,7 @@ class Block {
     auto fiber = std::make_unique<Fiber>();
     void* stack = mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_STACK, -1, 0);
     if (stack == MAP_FAILED) fail("no memory for a stack");
-    mprotect(stack, 4096, PROT_NONE);  // it grows down
+    mprotect(stack, 4096, PROT_NONE);  // the stack grows down
     getcontext(&fiber->first);
     fiber->first.uc_stack.ss_sp = stack;
     fiber->first.uc_stack.ss_size = kStackBytes;
@@ -115,7 +116,7 @@ class Block {
     fibers_.push_back(std::move(fiber));
   }
 
-  // A fiber serves one thread after the other.
+  // A fiber runs one thread after another.
   static void loop() {
     Block& block = get();
     for (;;) {
@@ -139,7 +140,7 @@ class Block {
     if (_setjmp(fiber.here) == 0) _longjmp(scheduler_, 1);
   }
 
-  // Lets those go on who have all waited for the same. False: all are done.
+  // Releases threads that wait for the same event. Returns false if all threads are done.
   bool release() {
     unsigned done = 0, at_barrier = 0;
     for (unsigned t = 0; t < threads_; ++t) {
@@ -156,7 +157,7 @@ class Block {
     return true;
   }
 
-  // All lanes of a warp give and get, or none shuffles.
+  // Exchanges the values of a warp. Either all lanes shuffle or none does.
   void shuffle(unsigned first) {
     int shuffling = 0;
     for (int lane = 0; lane < kWarpLanes; ++lane) {
@@ -182,7 +183,7 @@ class Block {
   jmp_buf scheduler_;
 };
 
-// An array that the threads of a block share; each declaration of one has a `Declaration` of its own.
+// An array that the threads of a block share. Each declaration has its own `Declaration` type.
 template <class T, size_t kCount, class Declaration>
 T* shared() {
   static T values[kCount];
