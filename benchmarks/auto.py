@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Is backend="auto" never slower than plain? Forward and backward of a layer, 1 x 1 to 4096 x 4096, batch 1 to 256.
+"""Checks that backend="auto" is never slower than plain, for layers of 1 x 1 to 4096 x 4096 and batches of 1 to 256.
 
-One line per layer and batch: milliseconds of the plain layer; the converted one's time as a multiple of it; the same of
-a second plain layer, which is the noise; and what auto chose. The choice itself, made in the first backward of a shape,
-is not in the time.
+Times a forward and backward. Prints one line per layer and batch: the milliseconds of the plain layer, the time of the
+converted layer and of a second plain layer (the noise) as multiples of it, and the choice of auto. The time does not
+include the choice itself, which auto makes in the first backward of a shape.
 
     python benchmarks/auto.py                                   # everything, ten minutes or so
     python benchmarks/auto.py --layer linear --pattern 4:32
@@ -35,7 +35,7 @@ CONV2D = (  # kernel, in, out, height and width
 
 
 def layers(kind: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
-    """(name, layer, input), for every batch."""
+    """Yields (name, layer, input) for every batch size."""
     for batch in BATCHES:
         if kind == "linear":
             for features_in, features_out in LINEAR:
@@ -67,7 +67,7 @@ def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: in
         call()
     start = time.perf_counter()
     candidates["plain"]()
-    rounds = max(rounds, min(1000, int(0.2 / (time.perf_counter() - start))))  # what takes microseconds is noisier
+    rounds = max(rounds, min(1000, int(0.2 / (time.perf_counter() - start))))  # short calls are noisier
     seconds = interleaved(candidates, rounds)
     (chosen,) = sdgp.report(converted)
     return {

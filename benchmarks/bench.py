@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every benchmark here shares: its arguments, how it measures (``sdgp._timing``), and what it stores."""
+"""Code that all benchmarks share: arguments, timing (from ``sdgp._timing``) and storing results."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "benchmarks/*.py")
 
 
 def arguments(description: str | None, rounds: str | None = None) -> argparse.ArgumentParser:
-    """What every program takes: --rounds (``rounds``: its help), --threads, --store."""
+    """Returns a parser with the common arguments --rounds (with the help text ``rounds``), --threads and --store."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--rounds", type=int, default=15, help=rounds)
     result.add_argument("--threads", type=int, default=1)
@@ -32,14 +32,14 @@ def arguments(description: str | None, rounds: str | None = None) -> argparse.Ar
 
 
 def begin(args: argparse.Namespace) -> dict[str, Any] | None:
-    """Sets threads and seed; the machine for :func:`store`, None where nothing is to be stored."""
+    """Sets the number of threads and the seed. Returns the machine for ``store``, or None if nothing is stored."""
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     return _committed_machine(args.rounds) if args.store else None
 
 
 def _committed_machine(rounds: int) -> dict[str, Any]:
-    """What :func:`store` wants: where a benchmark runs, if its rows may be kept. Asked before it runs."""
+    """Returns the machine for ``store``. Exits before the benchmark runs if its rows must not be stored."""
     if rounds < 10:
         raise SystemExit(f"--store: expected at least 10 rounds, got {rounds}")
     if changed := changes(ROOT, *MEASURED):
@@ -51,8 +51,10 @@ def _committed_machine(rounds: int) -> dict[str, Any]:
 
 
 def subject_here(subject: str) -> str:
-    """``subject``, with what the environment changes about a measurement: huge pages, and the instruction set to which
-    the exact product is limited."""
+    """Adds to ``subject`` the environment settings that affect results.
+
+    These are huge pages, and the instruction set to which the exact product is limited.
+    """
     if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1":
         subject += ", huge pages"
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA")
@@ -60,18 +62,18 @@ def subject_here(subject: str) -> str:
 
 
 def store(subject: str, machine: dict[str, Any], rows: list[dict[str, Any]], name: str) -> Path:
-    """Writes results/<name>.json, other subjects' results in it kept."""
+    """Writes results/<name>.json and keeps the results of other subjects in it."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     results[subject] = {"machine": machine, "rows": rows}
-    path.write_text(_readable(results))
+    path.write_text(_readable(results), encoding="utf-8")
     print(f"stored in {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}", file=sys.stderr)
     return path
 
 
 def _readable(results: dict[str, Any]) -> str:
-    """JSON with one row a line, so that a diff shows which measurements changed."""
+    """Formats results as JSON with one row per line, so that a diff shows which measurements changed."""
     subjects = []
     for subject, result in results.items():
         rows = ",\n  ".join(json.dumps(row) for row in result["rows"])

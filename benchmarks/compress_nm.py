@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""compress_nm beside clone() of the same 16 MiB of float32. One line per tensor and pattern: each method's time as a
-multiple of the clone's.
+"""Compares compress_nm with clone() of the same 16 MiB of float32.
+
+Prints one line per tensor and pattern, with the time of each method as a multiple of the clone's time.
 
     python benchmarks/compress_nm.py --pattern 1:4 2:4
 """

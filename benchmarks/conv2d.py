@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The data gradient of convolutions, channels_last: the sparse product beside PyTorch's convolution_backward.
+"""Compares the sparse product with PyTorch's convolution_backward, for data gradients of channels_last convolutions.
 
-One line per shape (kernel, batch, in -> out, height and width of the input) and pattern, as in spmm_nm.py.
+Prints one line per shape (kernel, batch, in -> out, height and width of the input) and pattern, like spmm_nm.py.
 
     python benchmarks/conv2d.py                                 # everything, ten minutes or so
     python benchmarks/conv2d.py --shape 1x1 --pattern 2:4 4:32
@@ -54,7 +54,7 @@ def geometry(shape: Shape) -> Geometry:
 
 
 def tensors(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, output gradient and weight."""
+    """Returns input, output gradient and weight."""
     kernel, batch, channels_in, channels_out, size, stride = shape
     input, grad_output, weight = (
         torch.randn(sizes, dtype=dtype).to(memory_format=torch.channels_last)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The measurements of gpu_report.py, one subject after the other: each prints a line per row as it goes.
+"""The measurements of gpu_report.py. Each subject prints its rows while it runs.
 
-    prune_nm       GB/s read and written, beside clone()
-    pack           prune and pack to 2:4, beside clone(), PyTorch's compressor and its 4 x 4 tile kernel
-    data_gradient  the sparse product, packing included, beside the exact one
+    prune_nm       GB/s read and written, compared with clone()
+    pack           prune and pack to 2:4, compared with clone(), PyTorch's compressor and its 4 x 4 tile kernel
+    data_gradient  the sparse product, packing included, compared with the exact one
     train_step     whole steps: plain, sparse forced, auto; and their peak memory
 
-Median of 11 rounds, all candidates in turn. Bounds stand beside the measurements: bytes at the rate of a large copy,
-multiply-adds at that of a large dense product, twice that where two of four are skipped.
+Each result is the median of 11 rounds; every round runs all candidates. The bounds next to the measurements assume the
+bandwidth of a large copy, and the rate of a large dense product, doubled where two of four values are skipped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from sdgp._ops import pack_24
 PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
 METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
 ROUNDS = 11
-TURN_MS = 2.0  # of work between two readings of the clock
+TURN_MS = 2.0  # milliseconds of work between two readings of the clock
 CUDA = torch.device("cuda")
 
 Row = dict[str, Any]
@@ -55,7 +55,7 @@ class Clock:
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
-    """Median milliseconds of each candidate by the GPU's own clock; each has its turn in every round."""
+    """Returns the median milliseconds of each candidate by CUDA events. Every round runs all candidates."""
 
     def turn(call: Callable[[], Any], calls: int) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -144,7 +144,7 @@ def show_pack(row: Row) -> str:
 
 # data_gradient
 
-# model: tokens, and the feed-forward's two sizes
+# model: (numbers of tokens, the two widths of the feed-forward)
 MLPS = {
     "ViT-B": ((12608, 50432), (768, 3072)),
     "ViT-L": ((12608, 50432), (1024, 4096)),
@@ -170,7 +170,7 @@ LINEARS = [
 
 def data_gradient() -> Iterator[Row]:
     square = torch.randn(8192, 8192, device=CUDA).bfloat16()
-    large = square.repeat(2, 2)  # half a gigabyte: far more than any cache holds
+    large = square.repeat(2, 2)  # half a gigabyte, far more than the L2 cache
     times = interleaved({"product": partial(torch.matmul, square, square), "copy": large.clone})
     tflop_per_s = 2 * 8192**3 / times["product"] / 1e9
     gb_per_s = 2 * large.nbytes / times["copy"] / 1e6
@@ -327,7 +327,7 @@ def measure(subject: str, clock: Clock) -> list[Row]:
             clock.check()
     except OutOfTime:
         print(f"{subject}: out of time after {len(rows)} rows", flush=True)
-    except (RuntimeError, ImportError) as error:  # one subject's failure leaves the others their turn
+    except (RuntimeError, ImportError) as error:  # continue with the next subject
         print(f"{subject}: stopped after {len(rows)} rows: {error}", flush=True)
     free()
     return rows
@@ -339,7 +339,7 @@ def write_markdown(results: dict[str, list[Row]], where: dict[str, Any], name: s
     for subject, rows in results.items():
         lines = "\n".join(SUBJECTS[subject][1](row) for row in rows)
         parts.append(f"\n## {subject}\n\n```\n{lines}\n```\n")
-    (RESULTS / f"{name}.md").write_text("".join(parts))
+    (RESULTS / f"{name}.md").write_text("".join(parts), encoding="utf-8")
 
 
 def main() -> None:

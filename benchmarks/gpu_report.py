@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Everything there is to know about sdgp on this machine's GPU, in one command, from a bare checkout.
+"""Builds, tests and measures sdgp on this machine's GPU with one command, from a bare checkout.
 
-Builds sdgp for this GPU's architecture, runs the GPU tests, measures (gpu.py), and writes benchmarks/results/NAME.json,
-NAME.md and NAME.png. Needs torch with CUDA, nvcc, and what `pip install --no-build-isolation .` needs. Under nine
-minutes; what the time does not allow is left out and named.
+The program builds sdgp for the architecture of this GPU, runs the GPU tests, measures (gpu.py), and writes
+benchmarks/results/NAME.json, NAME.md and NAME.png. It needs torch with CUDA, nvcc, and the requirements of
+`pip install --no-build-isolation .`. It takes less than nine minutes. It reports what it skips for lack of time.
 
     python benchmarks/gpu_report.py                  # NAME: the GPU's name, as in nvidia-h100-80gb-hbm3
     python benchmarks/gpu_report.py --minutes 5 --skip-tests
@@ -22,11 +22,11 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-RESERVE = 20  # seconds: for the table and the plot
+RESERVE = 20  # seconds for the table and the plot
 
 
 def run(name: str, command: list[str], seconds: float, **environment: str) -> bool:
-    """Runs a command of the checkout; says how long it took and how it ended."""
+    """Runs a command in the checkout, and prints how long it took and how it ended."""
     print(f"--- {name}: {' '.join(command)}", flush=True)
     start = time.monotonic()
     try:

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What spmm_nm.py, conv2d.py and weight_grad.py share: a sparse gradient of a layer beside the exact one, and the
-machine's speeds.
+"""Code that spmm_nm.py, conv2d.py and weight_grad.py share: they compare a layer's sparse gradient with the exact one.
 
-The sparse side is what a layer does in its backward: it packs the other operand, prunes and multiplies. Tensors above
-some 32 MiB are new to the process in every call, exact or sparse, and the system's page faults may take longer than the
-product: with THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, and nearly all of that is gone.
+The sparse time includes all work of a layer's backward: it packs the other operand, prunes and multiplies. The system
+allocates fresh pages for tensors above about 32 MiB in every call, exact or sparse. The page faults may take longer
+than the product. With THP_MEM_ALLOC_ENABLE=1 PyTorch asks for huge pages, which removes nearly all of this time.
 
-With SDGP_FORCE_ISA=avx2 the exact product goes on using AVX-512 where the CPU has it. These limit MKL and oneDNN too:
-MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
+SDGP_FORCE_ISA=avx2 does not limit the exact product, which still uses AVX-512 if the CPU has it. These variables limit
+MKL and oneDNN too: MKL_ENABLE_INSTRUCTIONS=AVX2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2.
 """
 
 from __future__ import annotations
@@ -25,19 +24,19 @@ from torch import Tensor
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
 
-# By density: a half, a quarter, an eighth. The arithmetic limits are 2, 4 and 8 times exact.
+# By density: 1/2, 1/4, 1/8. The saved arithmetic limits the speed to 2, 4 and 8 times that of exact.
 PATTERNS = ("2:4", "8:16", "16:32", "1:4", "4:16", "1:8", "4:32")
 METHODS = ("magnitude", "mvue", "rescale")
 
 
 class Case(NamedTuple):
-    """One data or weight gradient. ``operand``: what the output gradient is multiplied with."""
+    """One data or weight gradient. ``operand`` is the tensor that the output gradient is multiplied with."""
 
     name: str
     grad_output: Tensor
     operand: Tensor
     result_bytes: int
-    flop: int  # of the exact product
+    flop: int  # for the exact product
     products: Callable[[Pruning], Products]
 
 
@@ -49,7 +48,7 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         candidates[method] = products.sparse
     times = rounds_of(candidates, rounds)
     milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
-    # Of paired rounds: a slow moment hits both.
+    # Use the ratios within each round, because a slow phase of the machine affects both times.
     ratios = {
         method: sorted(exact / sparse for exact, sparse in zip(times["exact"], times[method], strict=True))
         for method in METHODS
@@ -81,12 +80,12 @@ def show(row: dict[str, Any]) -> None:
 
 
 def speeds(dtype: torch.dtype) -> dict[str, float]:
-    """The fastest dense product and the fastest clone that PyTorch reaches here: what a roofline is made of."""
+    """Measures PyTorch's fastest dense product and fastest clone on this machine, for a roofline."""
     flops = []
     for size in (512, 1024, 2048):
         a, b = torch.randn(2, size, size, dtype=dtype)
         flops.append(2 * size**3 / _best(partial(torch.mm, a, b)))
-    x = torch.randn(2**22)  # 16 MiB: above some 32 each call waits for fresh pages of the system
+    x = torch.randn(2**22)  # 16 MiB: above about 32 MiB, each call waits for fresh pages from the system
     return {
         "best_dense_product_gflop_per_s": round(max(flops) / 1e9, 1),
         "best_clone_gb_per_s": round(2 * x.nbytes / _best(x.clone) / 1e9, 1),
@@ -94,7 +93,7 @@ def speeds(dtype: torch.dtype) -> dict[str, float]:
 
 
 def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
-    """The fewest seconds of the calls that ``seconds`` hold."""
+    """Repeats a call for ``seconds``, and returns the shortest time of one call in seconds."""
     best, end = float("inf"), time.perf_counter() + seconds
     while (start := time.perf_counter()) < end:
         call()
@@ -103,7 +102,7 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def main(subject: str, description: str | None, cases: Callable[[torch.dtype], Iterable[Case]]) -> None:
-    """The command line of all programs. Cases are made one at a time: together they would fill the memory."""
+    """Runs the command line of all programs. It makes one case at a time, because all cases would not fit in memory."""
     parser = arguments(description)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)

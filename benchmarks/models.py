@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The models that train_step.py and gpu.py train. Plain PyTorch: nothing here knows of pruning."""
+"""The models that train_step.py and gpu.py train, in plain PyTorch without pruning."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def resnet18() -> nn.Module:
-    """A ResNet-18 for images of 32 x 32: a 3 x 3 stem of stride 1, no pooling after it."""
+    """Returns a ResNet-18 for 32 x 32 images: its stem is 3 x 3 with stride 1, and no pooling follows."""
     model: nn.Module = torchvision.models.resnet18(num_classes=10)
     model.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
     model.maxpool = nn.Identity()
@@ -25,7 +25,7 @@ def resnet50() -> nn.Module:
 
 
 def attention(block: Block | LlamaBlock, x: Tensor) -> Tensor:
-    """Causal attention by a block's four projections: (batch, length, width) -> the same."""
+    """Applies causal attention with a block's four projections. Input and output are (batch, length, width)."""
     query, key, value = (
         projection(x).unflatten(-1, (block.heads, -1)).transpose(1, 2)  # (batch, heads, length, width / heads)
         for projection in (block.query, block.key, block.value)
@@ -36,7 +36,7 @@ def attention(block: Block | LlamaBlock, x: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward, each after a LayerNorm, added to what comes in. Each projection is an nn.Linear."""
+    """A pre-LayerNorm residual block: attention and a feed-forward. Each projection is an nn.Linear."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A language model over bytes."""
+    """A small language model over bytes."""
 
     def __init__(self, width: int = 512, heads: int = 8, hidden: int = 2048, depth: int = 4, length: int = 128) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
 
 
 class LlamaBlock(nn.Module):
-    """A block like Llama's, but for the rotation of positions: RMSNorm, attention, a gated feed-forward, no biases."""
+    """A block like Llama's without rotary positions: RMSNorm, attention, a gated feed-forward, no biases."""
 
     def __init__(self, width: int, heads: int, hidden: int) -> None:
         super().__init__()
@@ -84,7 +84,7 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """A stack of blocks of Llama-7B's size, over bytes."""
+    """A language model over bytes, with a few blocks of the size of Llama-7B's."""
 
     def __init__(self, width: int = 4096, heads: int = 32, hidden: int = 11008, depth: int = 4) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ _Model = TypeVar("_Model", Transformer, Llama)
 
 
 class Adapter(nn.Module):
-    """A linear layer that stands still, plus a trained product of two narrow ones (Hu et al., LoRA, 2022)."""
+    """A frozen linear layer plus a trained product of two narrow ones (Hu et al., LoRA, 2022)."""
 
     def __init__(self, base: nn.Linear, rank: int) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a converted layer that prunes nothing adds in Python calls: microseconds over the plain layer.
+"""Measures the call overhead of converted layers that prune nothing: microseconds more than the plain layer.
 
-Forward, and forward with backward, of tiny layers that are too small for auto or held exact, and of the smallest ones
-that auto measures and leaves exact. Each difference is the median over rounds of two calls right after another, with
-its 95 % interval; a second plain layer shows the noise. Then training steps on images of varying size, after the first
-ten.
+The layers are tiny ones, which are held exact or too small for auto, and the smallest ones that auto measures and
+leaves exact. Forward, and forward with backward, are timed. Each difference is the median over rounds of two
+consecutive calls, with its 95 % interval; a second plain layer shows the noise. The last line is for training steps on
+images of varying size, without the first ten steps.
 
     python benchmarks/overhead.py
 """
@@ -27,7 +27,7 @@ from sdgp._timing import seconds
 
 REPEATS = 5
 
-# The layer, and its input's shape.
+# A function that makes the layer, and the shape of its input.
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "linear 16 -> 16, (8, 16)": (lambda: nn.Linear(16, 16), (8, 16)),
     "linear 16 -> 16, (2, 4, 16)": (lambda: nn.Linear(16, 16), (2, 4, 16)),
@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 
 
 def states(plain: nn.Module) -> dict[str, nn.Module]:
-    """The layers to be compared with the plain one."""
+    """Returns the layers to compare with the plain one."""
     held = sdgp.convert(copy.deepcopy(plain), backend="pruned")
     held.hold("benchmark", "held")  # type: ignore[operator]
     return {
@@ -54,10 +54,10 @@ def repeat(call: Callable[[], object]) -> None:
 
 
 def difference(call: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Median microseconds and the ends of its 95 % interval, by order statistics."""
+    """Returns the median difference in microseconds and the ends of its 95 % interval, from order statistics."""
     pairs = []
     for index in range(rounds):
-        calls = (call, plain) if index % 2 else (plain, call)  # neither always comes first
+        calls = (call, plain) if index % 2 else (plain, call)  # alternate which one comes first
         times = {each: seconds(functools.partial(repeat, each)) / REPEATS for each in calls}
         pairs.append(1e6 * (times[call] - times[plain]))
     pairs.sort()
@@ -85,7 +85,7 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 
     rows = []
     for state, layer in states(plain).items():
-        with sdgp.Chooser(timer=lambda call, device: 1.0):  # finds that sparse is not faster
+        with sdgp.Chooser(timer=lambda call, device: 1.0):  # with equal times, auto finds that sparse is not faster
             step(layer)()
             for part, make_call in (("forward", forward), ("forward and backward", step)):
                 median, low, high = difference(make_call(layer), make_call(plain), rounds)
@@ -99,7 +99,7 @@ def train(model: nn.Module, images: Tensor) -> None:
 
 
 def images_of_varying_size(steps: int) -> dict[str, Any]:
-    """Training steps of a small network on images of 48 to 111 pixels each way, as a detector sees them."""
+    """Times training steps of a small network on images with sides of 48 to 111 pixels, as in object detection."""
     plain = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
         nn.ReLU(),

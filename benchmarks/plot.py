@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Draws what the benchmarks stored, one picture beside the JSON; the documentation draws the same at each build.
+"""Draws stored benchmark results as one picture next to the JSON file. Each build of the documentation does the same.
 
 python benchmarks/plot.py benchmarks/results/NAME.json
 """
@@ -56,7 +56,7 @@ def plot_train_step(axes: Axes, rows: Rows) -> None:
 
 
 def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
-    """The methods at density 1/2; dashed: along the channels of NCHW."""
+    """Plots the methods at density 1/2. Dashed lines are along the channels of NCHW."""
     methods = ("magnitude", "rescale", "rescale_group", "random", "mvue")
     for tensor, style in (("(rows, C)", "-"), ("NCHW", "--")):
         chosen = [
@@ -73,7 +73,7 @@ def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
 
 
 def plot_cpu_product(axes: Axes, rows: Rows, of: str = "data") -> None:
-    """A dot for each pattern; a line through the medians of the patterns of one density."""
+    """Plots a dot for each pattern, and a line through the medians of the patterns with the same density."""
     densities = sorted({_density(row) for row in rows}, reverse=True)
     for color, shape in enumerate(dict.fromkeys(row["shape"] for row in rows)):
         found = {
@@ -133,7 +133,7 @@ CPU_PLOTS = {
 
 
 def plots_of(results: Results) -> dict[str, Callable[[Axes, Rows], None]]:
-    """What draws each subject that a file of results holds."""
+    """Returns the plot function for each subject in a file of results."""
     return {
         subject: plots[kind]
         for subject, result in results.items()
@@ -142,7 +142,7 @@ def plots_of(results: Results) -> dict[str, Callable[[Axes, Rows], None]]:
 
 
 def draw(results: Results, subjects: Sequence[str]) -> Figure:
-    """A picture of some subjects, side by side."""
+    """Draws a picture of some subjects side by side."""
     figure = Figure(figsize=(7 * len(subjects), 6), layout="constrained")
     axes = figure.subplots(1, len(subjects), squeeze=False)
     for place, subject in zip(axes[0], subjects, strict=True):
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     args = parser.parse_args()
-    results = json.loads(args.results.read_text())
+    results = json.loads(args.results.read_text(encoding="utf-8"))
     subjects = list(plots_of(results))
     if not subjects:
         raise SystemExit(

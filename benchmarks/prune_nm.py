@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""prune_nm beside clone() of the same tensor, and beside the plain PyTorch composition that it replaces.
+"""Compares prune_nm with clone() of the same tensor, and with the PyTorch composition that it replaces.
 
-One line per tensor and pattern; every method's time as a multiple of the clone's. Where it says ``topk``, that is
-abs + topk + gather + scatter, for magnitude. After the common shapes come some that no fast path serves.
+Prints one line per tensor and pattern, with the time of every method as a multiple of the clone's time. ``topk`` is the
+composition abs + topk + gather + scatter for magnitude. After the common shapes come shapes without a fast path.
 
     python benchmarks/prune_nm.py                      # everything, ten minutes or so
     python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
@@ -23,8 +23,8 @@ PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "
 METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
 DTYPES = ("float32", "bfloat16", "float16")
 
-# 16 MiB of float32, off the fast path: maps smaller than a vector, groups of no power of two, samples of a few values.
-# And groups along the first dimension, where rescale sums over columns.
+# 16 MiB of float32 without a fast path: maps smaller than a vector, groups whose size is not a power of two, samples
+# with few values, and groups along the first dimension, where rescale sums over columns.
 OTHERS = (
     ("NCHW 3x3", (1820, 256, 3, 3), 1, ("2:4", "4:16")),
     ("NCHW 4x4", (1024, 256, 4, 4), 1, ("2:4", "4:16")),
@@ -35,7 +35,7 @@ OTHERS = (
 
 
 def tensors(mib: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, int, tuple[str, ...]]]:
-    """(name, tensor, dim, patterns), each with as many elements as `mib` MiB of float32 hold."""
+    """Yields (name, tensor, dim, patterns). Each tensor has as many elements as `mib` MiB of float32."""
     rows = mib * 2**18 // 1024
     yield "(rows, C)", torch.randn(rows, 1024).to(dtype), -1, PATTERNS
     yield "(N, T, C)", torch.randn(max(1, rows // 256), 256, 1024).to(dtype), -1, PATTERNS

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Reads what spmm_nm.py, conv2d.py and weight_grad.py stored, and tells how near each gradient comes to its bound.
+"""Compares the stored results of spmm_nm.py, conv2d.py and weight_grad.py with their roofline bounds.
 
-Prints Markdown. The bound is the longer of two times: the arithmetic that the pattern leaves, at the rate of the
-fastest dense product; and the bytes that must move, at the rate of the fastest clone: the output gradient, the other
-operand and the result.
-Choosing, packing and fresh pages are left out.
+Prints Markdown. The bound is the longer of two times: the remaining arithmetic at the rate of the fastest dense
+product, and the necessary memory traffic at the bandwidth of the fastest clone. The traffic is the output gradient, the
+other operand and the result. The bound ignores the time for choosing values, packing, and fresh pages.
 
     python benchmarks/roofline.py benchmarks/results/NAME.json
 """
@@ -22,7 +21,7 @@ HEAD = ("shape", "N:M", "arithmetic", "memory", "measured", "of the bound", "x e
 
 
 def bounds(row: dict[str, Any], machine: dict[str, Any]) -> tuple[float, float]:
-    """Milliseconds: (arithmetic, memory)."""
+    """Returns the bounds (arithmetic, memory) in milliseconds."""
     n, m = sdgp.Pattern.parse(row["pattern"])
     moved = row["gradient_bytes"] + row["operand_bytes"] + row["result_bytes"]
     arithmetic = row["gflop"] * n / m / machine["best_dense_product_gflop_per_s"] * 1e3
@@ -49,7 +48,7 @@ def main() -> None:
     parser.add_argument("results", type=Path)
     parser.add_argument("--method", default="mvue")
     args = parser.parse_args()
-    for subject, result in json.loads(args.results.read_text()).items():
+    for subject, result in json.loads(args.results.read_text(encoding="utf-8")).items():
         machine = result["machine"]
         if "best_dense_product_gflop_per_s" not in machine:
             continue

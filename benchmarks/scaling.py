@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Reckons from what train_step.py stored on one device what pruning saves on 1 to 1,024 of them. Prints Markdown.
+"""Estimates what pruning saves on 1 to 1,024 devices from the results of train_step.py on one. Prints Markdown.
 
-Data parallelism at a fixed batch per device. Each device's products get faster as measured; the weight gradients, and
-so the bytes that an all-reduce moves, stay what they are. An all-reduce of B bytes over N devices takes
-2 (N - 1) / N * B / bandwidth + 2 log2(N) * latency, and hides behind what the backward pass computes after the first
-gradients are there, which a faster backward makes shorter:
+The model is data parallelism with a fixed batch per device. The products on each device get faster as measured. The
+size of the weight gradients does not change, so an all-reduce moves the same number of bytes. An all-reduce of B bytes
+over N devices takes 2 (N - 1) / N * B / bandwidth + 2 log2(N) * latency. It overlaps with the part of the backward that
+runs after the first gradients are ready. A faster backward makes this part shorter:
 
-    step(N) = compute + max(0, all-reduce(N) - overlap * backward),  backward = 2/3 of a plain step less what was saved
+    step(N) = compute + max(0, all-reduce(N) - overlap * backward),  backward = 2/3 of a plain step - the saved time
 
     python benchmarks/scaling.py benchmarks/results/xeon-model207-avx512.json --gb-per-s 12.5
 """
@@ -34,20 +34,20 @@ MODELS = {
 class Network(NamedTuple):
     bytes_per_s: float
     latency_s: float
-    overlap: float  # the share of a backward pass that an all-reduce may run beside
+    overlap: float  # the share of the backward that can overlap with an all-reduce
 
     def all_reduce(self, size: float, devices: int) -> float:
-        """Seconds."""
+        """Returns the seconds of an all-reduce of ``size`` bytes."""
         return 2 * (devices - 1) / devices * size / self.bytes_per_s + 2 * math.log2(devices) * self.latency_s
 
 
 def step(compute: float, backward: float, size: float, devices: int, network: Network) -> float:
-    """Seconds of a training step."""
+    """Returns the seconds of a training step."""
     return compute + max(0.0, network.all_reduce(size, devices) - network.overlap * backward)
 
 
 def savings(row: dict[str, Any], size: float, network: Network) -> list[float]:
-    """What a step saves, for each number of devices."""
+    """Returns the share of a step's time that pruning saves, for each number of devices."""
     plain, converted = row["plain_ms"] / 1e3, row["converted_ms"] / 1e3
     backward = plain * 2 / 3
     result = []
@@ -72,7 +72,7 @@ def main() -> None:
     network = Network(args.gb_per_s * 1e9, args.latency_us * 1e-6, args.overlap)
     print("| model | N:M | all-reduce | " + " | ".join(f"{devices:,}" for devices in DEVICES) + " |")
     print("|---" * (3 + len(DEVICES)) + "|")
-    for row in json.loads(args.results.read_text())["train_step"]["rows"]:
+    for row in json.loads(args.results.read_text(encoding="utf-8"))["train_step"]["rows"]:
         if row["backend"] != "auto":
             continue
         size = gradient_bytes(MODELS[row["model"]](), args.bytes)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Many training steps of small converted models: what stays in memory after them.
+"""Looks for memory leaks in many training steps of small converted models.
 
-One line per backend and method: the growth of the resident memory, in KiB, between the first tenth of the steps and the
-last, and of the number of tensors and of all objects that Python's collector knows.
+Prints one line per backend and method: how much the resident memory, in KiB, the number of tensors, and the number of
+all objects that Python's garbage collector knows grow after the first tenth of the steps.
 
     python benchmarks/soak.py --steps 10000
 """
@@ -32,14 +32,14 @@ SETTINGS = (
 
 
 def resident_bytes() -> int:
-    """The memory of this process, after garbage was collected."""
+    """Returns the resident memory of this process after a garbage collection."""
     gc.collect()
-    with open("/proc/self/statm") as file:
+    with open("/proc/self/statm", encoding="utf-8") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
 
 
 def alive() -> tuple[int, int]:
-    """How many tensors, and how many objects."""
+    """Returns the number of tensors and of all objects."""
     objects = gc.get_objects()
     return sum(issubclass(type(each), Tensor) for each in objects), len(objects)
 
@@ -47,7 +47,7 @@ def alive() -> tuple[int, int]:
 def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
     model = nn.Sequential(
         *(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()),
-        *(nn.Linear(256, 1024), nn.Linear(1024, 1024)),  # the last is large enough for auto to look at
+        *(nn.Linear(256, 1024), nn.Linear(1024, 1024)),  # the last is large enough for auto to measure
     )
     sdgp.convert(model, "2:4", method, backend=backend)
     watch = sdgp.watch(model, every=100)
@@ -78,8 +78,8 @@ def main() -> None:
     args = parser.parse_args()
     machine = begin(args)
     rows = []
-    with sdgp.Chooser(margin=1e9, least_work=0):  # takes the sparse product wherever it looks
-        measure(*SETTINGS[0], args.steps)  # what a process allocates once
+    with sdgp.Chooser(margin=1e9, least_work=0):  # always chooses the sparse product
+        measure(*SETTINGS[0], args.steps)  # makes all one-time allocations of the process
         for method, backend in SETTINGS:
             rows.append(row := measure(method, backend, args.steps))
             grown = f"{row['growth_kib']:+} KiB, tensors {row['tensors_growth']:+}, objects {row['objects_growth']:+}"

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The data gradient of linear layers: the sparse product beside PyTorch's `grad_output @ weight`.
+"""Compares the sparse product with PyTorch's `grad_output @ weight`, for data gradients of linear layers.
 
-One line per shape (tokens, in -> out) and pattern: the exact product; per method the sparse one, pruning included, and
-its speed as a multiple of the exact one's; a clone() of the gradient.
+Prints one line per shape (tokens, in -> out) and pattern: the time of the exact product; for each method, the time of
+the sparse product, pruning included, and its speed as a multiple of the exact one's; the time of a clone() of the
+gradient.
 
     python benchmarks/spmm_nm.py                                # everything, ten minutes or so
     python benchmarks/spmm_nm.py --shape "768 -> 3072" --pattern 2:4

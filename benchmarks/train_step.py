@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Whole training steps (forward, backward, SGD): the plain model beside converted copies of it, in turn.
+"""Compares whole training steps (forward, backward, SGD) of the plain model and of converted copies of it.
 
-One line per model, pattern and backend: milliseconds, what is saved with its 95 % interval, and how many data and
-weight gradients took the sparse product. "Noise" is what a second copy of the plain model seems to save. "bfloat16" is
-what the plain model saves under autocast: where that is more, pruning in float32 gains nothing. A pattern "4:16 + 8:16"
-prunes the data gradient to 4:16 and the weight gradient to 8:16; a model whose weights are frozen ignores the latter.
+Prints one line per model, pattern and backend: the milliseconds, the saving with its 95 % interval, and how many data
+and weight gradients took the sparse product. "noise" is what a second copy of the plain model seems to save. "bfloat16"
+is what the plain model saves under autocast; if that is more, pruning in float32 gains nothing. The pattern
+"4:16 + 8:16" prunes the data gradient to 4:16 and the weight gradient to 8:16, which frozen weights ignore.
 
     python benchmarks/train_step.py                             # all four, an hour or so
     python benchmarks/train_step.py --bfloat16                  # all of them under bfloat16 autocast
@@ -57,7 +57,7 @@ def images(batch: int, size: int, classes: int) -> tuple[Tensor, Tensor]:
 
 
 def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
-    """Bytes, and the byte after each."""
+    """Returns random bytes, and for each of them the next byte."""
     stream = torch.randint(256, (batch, length + 1))
     return stream[:, :-1], stream[:, 1:]
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What sdgp.watch and sdgp.Budget cost: steps that are recorded beside steps that are not, in turn; and an advice.
+"""Measures the cost of sdgp.watch and sdgp.Budget: steps with and without a record, and the time to ask for advice.
 
-One line per model: milliseconds of both steps, and what that comes to when every 100th is recorded; how many steps an
-advice takes, the first, which times the products, and a later one, and what the later comes to at every 1000th step.
+Prints one line per model: the milliseconds of both steps, and the cost if every 100th step is recorded. Then come the
+times of the first call for advice, which times the products, and of a later call, as numbers of steps, and the cost of
+the later call at every 1000th step.
 
     python benchmarks/watch.py --model resnet18 transformer
 """

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The weight gradient of linear layers and of convolutions, channels_last: the sparse product beside PyTorch's.
+"""Compares the sparse product with PyTorch's, for weight gradients of linear layers and channels_last convolutions.
 
-One line per shape and pattern, as in spmm_nm.py and conv2d.py; the output gradient is pruned along tokens or pixels.
+Prints one line per shape and pattern, like spmm_nm.py and conv2d.py. The output gradient is pruned along the tokens or
+pixels.
 
     python benchmarks/weight_grad.py                            # everything, ten minutes or so
     python benchmarks/weight_grad.py --shape 3x3 --pattern 8:16 4:16

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Training recipes: one command, one row of recipes/README.md. Not part of the installed package."""
+"""Training recipes. One command reproduces one row of recipes/README.md. The package is not installed with sdgp."""

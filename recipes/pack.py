@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Folders of class folders to ffcv's files, as the published ImageNet runs used them: train/ to train.beton, and so on.
+"""Packs folders of images into ffcv files, as the published ImageNet runs used them: train/ into train.beton etc.
 
     python -m recipes.pack SOURCE DESTINATION                         # (448, 0.60, 90), 229 GB for ImageNet
     python -m recipes.pack SOURCE DESTINATION --jpeg-share 0          # raw pixels: CIFAR-10
 
-Needs ffcv: pip install ffcv, once the system has libturbojpeg, OpenCV's headers and pkg-config.
+This needs ffcv: install libturbojpeg, the headers of OpenCV and pkg-config on the system, then pip install ffcv.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def main() -> None:
         )
         print(f"{part} -> {target}", flush=True)
         writer = DatasetWriter(str(temporary), {"image": image, "label": IntField()}, num_workers=args.workers)
-        writer.from_indexed_dataset(ImageFolder(str(part)))  # shows its progress itself
-        temporary.replace(target)  # a file of this name is a whole one
+        writer.from_indexed_dataset(ImageFolder(str(part)))  # shows its own progress
+        temporary.replace(target)  # so a file with this name is always complete
 
 
 if __name__ == "__main__":

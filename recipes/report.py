@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tables of recipes/README.md and their plots, drawn from result lines; what nobody has run stays empty.
+"""Makes the tables of recipes/README.md and their plots from result lines. Rows that nobody has run stay empty.
 
     python -m recipes.report                       # of results/*.jsonl, into recipes/README.md and results/*.png
     python -m recipes.report runs/cifar10.jsonl    # prints the tables of these runs, and plots them beside the file
 
-Runs share a table if they differ in seed and pruning only: the same recipe, settings, data and kind of machine.
+Runs share a table if they differ only in seed and pruning. They have the same recipe, settings, data and type of
+machine.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib
 
 from .common.config import tomllib
+from .common.files import printable
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -29,18 +31,18 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
 _PRUNING = ("method", "pattern", "weight_grad", "plan", "backend", "exact_first", "exact_last", "layers")
-_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # what names a table
+_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # the setting that names a table
 _PUBLISHED_WIDTH = 128
 
 Line: TypeAlias = dict[str, Any]
 
 
 class Group(NamedTuple):
-    """Runs that compare."""
+    """The runs of one table, which are comparable."""
 
     title: str
     slug: str
-    runs: dict[str, list[Line]]  # by row
+    runs: dict[str, list[Line]]  # by table row
     published: dict[str, float]
 
     @property
@@ -49,15 +51,15 @@ class Group(NamedTuple):
 
 
 def read(files: Iterable[Path]) -> list[Line]:
-    """The result lines of all files."""
+    """Reads the result lines of all files."""
     try:
-        return [_renamed(json.loads(line)) for file in files for line in file.read_text().splitlines()]
+        return [_renamed(json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, json.JSONDecodeError) as error:
         sys.exit(f"report: expected files of JSON lines, got {error}")
 
 
 def _renamed(line: Line) -> Line:
-    """A line from when plain runs and exact epochs were called dense."""
+    """Updates a line from the time when plain runs and exact epochs were called dense."""
     names = {"dense_first": "exact_first", "dense_last": "exact_last"}
     line["config"] = {names.get(key, key): value for key, value in line["config"].items()}
     for place, key in ((line, "row"), (line["config"], "method")):
@@ -67,12 +69,12 @@ def _renamed(line: Line) -> Line:
 
 
 def published() -> dict[str, dict[str, float]]:
-    """Top-1 by recipe and row."""
-    return tomllib.loads((HERE / "published.toml").read_text())
+    """Returns the published top-1 by recipe and row."""
+    return tomllib.loads((HERE / "published.toml").read_text(encoding="utf-8"))
 
 
 def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> list[Group]:
-    """Every group in the order of the lines."""
+    """Groups the runs by table, in the order of the lines."""
     sorted_lines: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
         same = {key: value for key, value in line["config"].items() if key not in _PRUNING}
@@ -89,7 +91,7 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         as_published = recipe == "imagenet" or (recipe == "cifar10" and config["width"] == _PUBLISHED_WIDTH)
         name = f"imagenet {config['net']}" if recipe == "imagenet" else recipe
         processor = first["machine"]["cpu"] if first["device"] == "cpu" else first["device"]
-        title = f"{recipe}, {main} {value}, {config['epochs']} epochs; {first['data']}; {processor}"
+        title = f"{recipe}, {main} {printable(str(value))}, {config['epochs']} epochs; {first['data']}; {processor}"
         slug = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{recipe}-{value}")  # a model may be a path
         if any(group.slug == slug for group in result):
             slug += f"-{len(result)}"
@@ -110,7 +112,7 @@ def _row(line: Line) -> str:
 
 
 def table(group: Group) -> str:
-    """Markdown: a line a row, with mean ± standard deviation over seeds."""
+    """Returns the table in Markdown, with the mean ± standard deviation over the seeds."""
     metric, name, digits = (group.metric, "top-1", 2) if group.metric == "top1" else (group.metric, "bits per byte", 3)
     unit = next(key for key in next(iter(group.runs.values()))[0] if key.endswith("_per_s"))
     head = ["data gradient", *(["published"] if group.published else []), name, "- plain", "seeds"]
@@ -144,21 +146,21 @@ def table(group: Group) -> str:
 
 
 def _nobody(name: str, rows: dict[str, float]) -> str:
-    """The table of a published network that nobody has run here."""
+    """Returns the table of a published network that nobody has run here."""
     lines = ["| data gradient | published | top-1 | - plain | seeds |", "|---|---|---|---|---|"]
     lines += [f"| {row} | {top1} | | | |" for row, top1 in rows.items()]
     return f"**{name}, the published network: not run yet**\n\n" + "\n".join(lines)
 
 
 def plot(group: Group, path: Path) -> None:
-    """Left: the result against the density of the gradient; right: the curves over the epochs."""
+    """Plots the result against the density of the gradient (left) and the curves over the epochs (right)."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 5.6), layout="constrained")
     right.set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
     name = "top-1, %" if group.metric == "top1" else "bits per byte"
     by_method: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
     for row, runs in group.runs.items():
         config = runs[0]["config"]
-        if config.get("plan"):  # each layer has a density of its own
+        if config.get("plan"):  # the layers have different densities
             continue
         n, m = map(int, config["pattern"].split(":"))
         label = _row(runs[0]).replace(f" {config['pattern']}", "", 1)
@@ -209,9 +211,9 @@ def main() -> None:
     print(text)
     if not args.results:
         readme = HERE / "README.md"
-        before, _, rest = readme.read_text().partition(_BEGIN)
+        before, _, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
         after = rest.partition(_END)[2]
-        readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}")
+        readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

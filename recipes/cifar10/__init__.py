@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The published CIFAR-10 rows."""
+"""The recipe for the published CIFAR-10 rows."""

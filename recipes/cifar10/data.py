@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CIFAR-10, decoded into memory: what torchvision downloads, a folder of images, or ffcv's files."""
+"""Loads CIFAR-10 decoded into memory, from torchvision's download, a folder of images, or ffcv files."""
 
 from __future__ import annotations
 
@@ -9,15 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.progress import track
 from torch import Tensor
 from torchvision.datasets import CIFAR10, ImageFolder
 
 from ..common.errors import UserError
-from ..common.images import normalize
+from ..common.images import decode, normalize
 from ..common.process import World
 from .config import Config
 
@@ -25,27 +23,28 @@ _MEAN, _STD = (125.307, 122.961, 113.8575), (51.5865, 50.847, 51.255)
 
 
 class Images(NamedTuple):
-    """Decoded images and their classes, on the device that trains."""
+    """Decoded images and their classes, on the training device."""
 
     pixels: Tensor  # (N, height, width, 3), uint8
     labels: Tensor  # (N)
 
     def normalized(self, indices: Tensor, memory_format: torch.memory_format) -> Tensor:
-        """(len(indices), 3, height, width), float32, of mean 0 and standard deviation 1 over all of CIFAR-10."""
+        """Returns float32 images, (len(indices), 3, height, width), with mean 0 and deviation 1 over the data set."""
         return normalize(self.pixels[indices].permute(0, 3, 1, 2), _MEAN, _STD, memory_format)
 
 
 class Cifar(NamedTuple):
-    name: str  # as results call it
+    name: str  # the name in the results
     train: Images
     test: Images
 
 
 def load(config: Config, folder: Path | None, world: World) -> Cifar:
-    """The data in ``folder``, whichever of the three forms it has.
+    """Loads the data in ``folder``, which may have any of the three forms.
 
     Raises:
-        UserError: none of them, a part missing, another number of classes, an image that cannot be read.
+        UserError: if the folder has none of the forms, a part is missing, the number of classes is wrong, or an image
+            cannot be read.
     """
     if folder is None:
         raise UserError(
@@ -70,7 +69,7 @@ def load(config: Config, folder: Path | None, world: World) -> Cifar:
 
 
 def _read_torchvision(folder: Path, part: str, config: Config) -> Images:
-    try:  # torchvision compares every file with its hash before it unpickles it
+    try:  # torchvision checks the hash of every file before it unpickles the file
         data = CIFAR10(str(folder), train=part == "train")
     except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"--data: expected all of CIFAR-10 in {folder}, got: {error}") from None
@@ -86,10 +85,10 @@ def _read_folder(folder: Path, part: str, config: Config) -> Images:
         raise UserError(
             f"--data: expected {config.classes} class folders in {folder / part}, got {len(listing.classes)}"
         )
-    decode = _decoder(config.bad_images)
+    read = _reader(config.bad_images)
     with ThreadPoolExecutor() as pool:
         paths = [path for path, _ in listing.samples]
-        decoded = list(track(pool.map(decode, paths), f"decoding {part}", len(paths), transient=True))
+        decoded = list(track(pool.map(read, paths), f"decoding {part}", len(paths), transient=True))
     good = [(pixels, label) for pixels, (_, label) in zip(decoded, listing.samples, strict=True) if pixels is not None]
     by_size = {tuple(pixels.shape): path for pixels, path in zip(decoded, paths, strict=True) if pixels is not None}
     if len(by_size) != 1:
@@ -99,19 +98,18 @@ def _read_folder(folder: Path, part: str, config: Config) -> Images:
     return Images(torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good]))
 
 
-def _decoder(bad_images: str) -> Callable[[str], Tensor | None]:
-    def decode(path: str) -> Tensor | None:
+def _reader(bad_images: str) -> Callable[[str], Tensor | None]:
+    def read(path: str) -> Tensor | None:
         try:
-            with Image.open(path) as image:
-                return torch.from_numpy(np.array(image.convert("RGB")))
-        except (OSError, ValueError) as error:
+            return decode(path).permute(1, 2, 0)
+        except ValueError as error:
             if bad_images == "skip":
                 return None
             raise UserError(
-                f"--data: expected an image, got {path}: {error}; --set bad_images=skip leaves such files out"
+                f"--data: expected an image, got {error}; --set bad_images=skip leaves such files out"
             ) from None
 
-    return decode
+    return read
 
 
 def _read_beton(folder: Path, part: str, config: Config) -> Images:
@@ -130,6 +128,6 @@ def _read_beton(folder: Path, part: str, config: Config) -> Images:
         pipelines=pipelines,
         drop_last=False,
     )
-    batches = [(images.clone(), labels.flatten().clone()) for images, labels in loader]  # it reuses its buffers
+    batches = [(images.clone(), labels.flatten().clone()) for images, labels in loader]  # the loader reuses its buffers
     images, labels = (torch.cat(tensors) for tensors in zip(*batches, strict=True))
     return Images(images, labels)

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""CIFAR-10 with pruned data gradients: the published network and its written recipe, or a small one for a CPU.
+"""Trains on CIFAR-10 with pruned data gradients: the published network and recipe, or a small network for a CPU.
 
     python -m recipes.cifar10.train recipes/cifar10/configs/rescale_2_4.toml --data DIR
     python -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml recipes/cifar10/configs/small.toml --data DIR
     torchrun --nproc-per-node 4 -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml --data DIR
 
-DIR: what torchvision.datasets.CIFAR10 has downloaded, or train/CLASS/*.jpg and test/CLASS/*.jpg, or train.beton and
-test.beton (with ffcv). All images live decoded in memory, on the GPU where there is one; batches are augmented there.
+DIR: the download of torchvision.datasets.CIFAR10, or train/CLASS/*.jpg and test/CLASS/*.jpg, or train.beton and
+test.beton (with ffcv). All images are decoded into memory, on the GPU if there is one, and augmented there.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..common.images import is_pruned
+from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World, derive_seed
-from ..common.run import Job, Run
+from ..common.run import Job, Measured, Run
 from .config import Config
 from .data import Cifar, Images, load
 
@@ -45,7 +45,7 @@ class Scale(nn.Module):
 
 
 def make_model(config: Config) -> nn.Sequential:
-    """The published network, ``width`` channels wide at its first layer and up to four times that inside."""
+    """Returns the published network, with ``width`` channels in the first layer and up to four times as many inside."""
 
     def block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Sequential:
         conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
@@ -68,7 +68,11 @@ def make_model(config: Config) -> nn.Sequential:
 
 
 def augment(images: Tensor, config: Config) -> Tensor:
-    """Flip, translate and cut out, each image its own way; (N, 3, H, W), whose mean is 0, which also fills gaps."""
+    """Flips, translates and cuts out each image at random.
+
+    Args:
+        images: (N, 3, H, W), with mean 0. Gaps are filled with 0.
+    """
     device, (samples, _, height, width) = images.device, images.shape
     if config.flip:
         images = torch.where(torch.rand(samples, 1, 1, 1, device=device) < 0.5, images, images.flip(3))
@@ -89,7 +93,7 @@ def augment(images: Tensor, config: Config) -> Tensor:
 def batches(
     images: Images, config: Config, seed: int, epoch: int, first: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's part of each whole batch of an epoch, from batch ``first`` on."""
+    """Yields this process's part of each full batch of an epoch, from batch ``first`` on."""
     generator = torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
     count = config.epoch_size(len(images.labels))
     order = torch.randperm(len(images.labels), generator=generator)[:count].to(world.device)
@@ -101,7 +105,7 @@ def batches(
 
 @torch.no_grad()
 def validate(model: nn.Module, images: Images, config: Config, world: World) -> dict[str, float]:
-    """Top-1 in percent and the cross-entropy, of each image's scores averaged with those of its mirror image."""
+    """Returns top-1 in percent and the cross-entropy. The scores of each image and its mirror image are averaged."""
     model.eval()
     sums = torch.zeros(2, device=world.device)
     mine = torch.arange(world.rank, len(images.labels), world.size, device=world.device)
@@ -119,38 +123,30 @@ def prepare(config: Config, world: World) -> nn.Module:
     return config.convert(model, is_pruned)
 
 
+def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    return torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
+
+
 def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
     steps = config.steps(config.epoch_size(len(data.train.labels)), world)
     torch.manual_seed(seed)
     model = prepare(config, world)
-    optimizer = torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
-    scaler = config.scaler(world.device)
-    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
-    first = run.restore(model, optimizer, scaler)
+    run = Run(job, config, seed, world, epoch_steps=steps, unit="images")
+    run.restore(model, make_optimizer(model, config))
     wrapped = config.wrap(model, world)
-    with run:
-        for epoch in range(first // steps, config.epochs):
-            model.train()
-            parts = batches(data.train, config, seed, epoch, first % steps, world)
-            with config.exact_epoch(model, epoch, config.epochs):
-                for step, (images, labels) in run.steps(first, parts):
-                    optimizer.param_groups[0]["lr"] = config.learning_rate((step + 1) / steps)
-                    with config.autocast(world.device):
-                        scores = wrapped(images)
-                        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
-                    run.after_backward(step, loss)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    hits = (scores.argmax(1) == labels).sum()
-                    if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
-                        return
-            first = (epoch + 1) * steps
-            due = epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
-            if run.after_epoch(first, epoch, **(validate(model, data.test, config, world) if due else {})):
-                return
-    run.finish("cifar10", data=data.name, top1=run.last["top1"], test_loss=run.last["test_loss"])
+
+    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        return ([batch] for batch in batches(data.train, config, seed, epoch, first, world))
+
+    def forward(images: Tensor, labels: Tensor) -> Measured:
+        return classify(wrapped, images, labels, config.label_smoothing)
+
+    def validated(epoch: int) -> dict[str, float]:
+        due = epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
+        return validate(model, data.test, config, world) if due else {}
+
+    if run.fit(steps_of, forward, config.learning_rate, validated):
+        run.finish("cifar10", data=data.name, top1=run.last["top1"], test_loss=run.last["test_loss"])
 
 
 def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:

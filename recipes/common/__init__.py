@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the recipes share: configs, checkpoints, processes, a run's bookkeeping. How to train stands in each recipe."""
+"""Code that the recipes share: configs, checkpoints, processes, bookkeeping. Each recipe has its own training loop."""

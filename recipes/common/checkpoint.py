@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""One safetensors file a checkpoint: the weights under their own names, the rest of the training state beside them.
+"""Saves and loads checkpoints. A checkpoint is one safetensors file with the weights and the other training state.
 
-Nothing is pickled, so that a file of unknown origin can do no harm, and any reader of safetensors can use the weights.
-A save is atomic: a crash or a full disk leaves the checkpoint that was there.
+Nothing is pickled, so a file of unknown origin can do no harm. Any reader of safetensors can read the weights. A save
+is atomic: after a crash or on a full disk the previous checkpoint remains.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .errors import UserError
 from .files import replacing
 
 _PREFIX = "training/"
-_TENSOR = "tensor "  # in the JSON, a string that starts so stands for a tensor
+_TENSOR = "tensor "  # a string in the JSON with this prefix stands for a tensor
 
 
 class Checkpoint(NamedTuple):
@@ -30,14 +30,15 @@ class Checkpoint(NamedTuple):
 
 
 def save(path: Path, weights: Mapping[str, Tensor], training: Mapping[str, Any]) -> None:
-    """Writes a checkpoint in place of ``path``, or leaves that untouched.
+    """Replaces the checkpoint at ``path``, or leaves the old one unchanged if this fails.
 
     Args:
         weights: a state_dict.
-        training: what else is needed to go on: dictionaries with string keys, lists, numbers, strings, None, tensors.
+        training: the other state that a resumed run needs: dictionaries with string keys, lists, numbers, strings, None
+            and tensors.
 
     Raises:
-        UserError: it could not be written.
+        UserError: if the file cannot be written.
     """
     tensors = {name: _plain(tensor) for name, tensor in weights.items()}
     skeleton = json.dumps(_flatten(training, tensors))
@@ -45,37 +46,39 @@ def save(path: Path, weights: Mapping[str, Tensor], training: Mapping[str, Any])
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_file(tensors, temporary, {"training": skeleton})
-            temporary.chmod(0o644)  # safetensors lets nobody else read it
-    except (OSError, SafetensorError) as error:
+            temporary.chmod(0o644)  # safetensors creates files that only the owner can read
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: the path is not UTF-8
         kept = "the one of the last save stays" if path.exists() else "there is none yet"
         raise UserError(f"checkpoint: could not be saved as {path}: {error}; {kept}") from None
 
 
 def load(path: Path) -> Checkpoint:
-    """What :func:`save` wrote.
+    """Loads a checkpoint that ``save`` wrote.
 
     Raises:
-        UserError: no such file, or not a whole one of ours.
+        UserError: if the file is missing, incomplete or not such a checkpoint.
     """
     if not path.is_file():
         raise UserError(f"checkpoint: expected a file, got {path}")
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dict)
-            skeleton = json.loads((file.metadata() or {}).get("training", "{}"))
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            training = _unflatten(json.loads((file.metadata() or {}).get("training", "{}")), tensors)
+    except (SafetensorError, OSError, ValueError, RecursionError, KeyError) as error:
         raise UserError(f"checkpoint: expected a whole safetensors file, got {path}: {error}") from None
+    if not isinstance(training, dict):
+        raise UserError(f"checkpoint: expected a checkpoint of a recipe, got {path} with other metadata")
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
-    return Checkpoint(weights, _unflatten(skeleton, tensors))
+    return Checkpoint(weights, training)
 
 
 def _plain(tensor: Tensor) -> Tensor:
-    """Contiguous, on the CPU, and sharing memory with nothing: safetensors stores no views."""
+    """Returns a contiguous copy on the CPU that shares no memory, because safetensors cannot store views."""
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def _flatten(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """``tree`` as JSON can hold it; its tensors go into ``tensors``."""
+    """Returns ``tree`` in types that JSON can store, and moves its tensors to ``tensors``."""
     if isinstance(tree, Tensor):
         name = f"{_PREFIX}{len(tensors)}"
         tensors[name] = _plain(tree)

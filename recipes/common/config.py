@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""TOML files and ``--set key=value`` to a frozen dataclass; a key or a type it does not know is an error."""
+"""Reads TOML files and ``--set key=value`` into a frozen dataclass. Unknown keys and wrong types are errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
@@ -17,16 +18,29 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["difference", "load", "tomllib"]
+__all__ = ["Count", "Natural", "NonNegative", "Positive", "difference", "load", "tomllib"]
 
 _Config = TypeVar("_Config")
 
 
+class _From(NamedTuple):
+    """The least value of a setting, and whether that value itself is allowed."""
+
+    least: float
+    inclusive: bool = True
+
+
+Count: TypeAlias = Annotated[int, _From(1)]
+Natural: TypeAlias = Annotated[int, _From(0)]
+NonNegative: TypeAlias = Annotated[float, _From(0)]
+Positive: TypeAlias = Annotated[float, _From(0, inclusive=False)]
+
+
 def load(cls: type[_Config], files: Iterable[Path], overrides: Iterable[str] = ()) -> _Config:
-    """The defaults of ``cls``, then the files in order, then ``key=value`` overrides, each over what came before.
+    """Creates a config from the defaults of ``cls``, the files and the ``key=value`` overrides. Later values win.
 
     Raises:
-        UserError: an unreadable file, an unknown key, a value of another type than the field's.
+        UserError: if a file is not readable, a key is unknown, or a value does not have the type of the field.
 
     Example:
         >>> load(Config, [Path("configs/mvue_2_4.toml")], ["epochs=5", "net=small"])
@@ -40,7 +54,7 @@ def load(cls: type[_Config], files: Iterable[Path], overrides: Iterable[str] = (
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    """What two configs differ in: ``lr: 0.1 -> 0.2, epochs: 5 -> 6``; "" where they are equal."""
+    """Describes how two configs differ: ``lr: 0.1 -> 0.2, epochs: 5 -> 6``. Returns "" if they are equal."""
     missing = "(none)"
     pairs = ((key, old.get(key, missing), new.get(key, missing)) for key in {**old, **new})
     return ", ".join(f"{key}: {before} -> {after}" for key, before, after in pairs if before != after)
@@ -48,7 +62,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        values: dict[str, Any] = tomllib.loads(file.read_text())
+        values: dict[str, Any] = tomllib.loads(file.read_text(encoding="utf-8"))
         return values
     except OSError as error:
         raise UserError(f"config: expected a TOML file, got {file}: {error.strerror}") from None
@@ -62,12 +76,12 @@ def _parse(override: str) -> dict[str, Any]:
         raise UserError(f"--set: expected key=value, got {override!r}")
     try:
         return {key.strip(): tomllib.loads(f"value = {value}")["value"]}
-    except tomllib.TOMLDecodeError:  # a string needs no quotes here
+    except tomllib.TOMLDecodeError:  # strings need no quotes on the command line
         return {key.strip(): value.strip()}
 
 
 def _checked(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    types = get_type_hints(cls)
+    types = get_type_hints(cls, include_extras=True)
     known = [field.name for field in dataclasses.fields(cls)]
     result = {}
     for key, value in values.items():
@@ -80,12 +94,20 @@ def _checked(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any
 
 
 def _typed(key: str, value: Any, wanted: Any, source: str) -> Any:
+    least = None
+    if get_origin(wanted) is Annotated:
+        wanted, least = get_args(wanted)
     if get_origin(wanted) is Literal:
         if value in get_args(wanted):
             return value
         raise UserError(f"config: expected {key} to be one of {', '.join(get_args(wanted))}, got {value!r} ({source})")
     if wanted is float and type(value) is int:
-        return float(value)
+        value = float(value)
     if type(value) is not wanted:
         raise UserError(f"config: expected {key} to be {wanted.__name__}, got {value!r} ({source})")
+    if wanted is float and not math.isfinite(value):
+        raise UserError(f"config: expected {key} to be finite, got {value} ({source})")
+    if least is not None and not (value >= least.least if least.inclusive else value > least.least):
+        sign = ">=" if least.inclusive else ">"
+        raise UserError(f"config: expected {key} {sign} {least.least}, got {value} ({source})")
     return value

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The one error that a recipe shows without a traceback."""
+"""The only error that a recipe reports without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """What the caller can mend: ``subject: requirement, got actual``, then what to do."""
+    """An error that the caller can fix. The message reads ``subject: requirement, got actual``, then what to do."""

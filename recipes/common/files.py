@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Files that a crash, a kill or a full disk leaves as they were, or whole."""
+"""Writes files so that a crash, a kill or a full disk leaves either the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def printable(name: str) -> str:
+    """A file's name with escapes for bytes that are not UTF-8, so that it can be printed, drawn and stored."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A file to write to within, which takes the place of ``path`` once all of it is on disk."""
+    """Yields a temporary file to write to. It replaces ``path`` after all of its content is on disk."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
@@ -29,25 +34,25 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Appends a line of JSON, if the file has none like it; what is left of one that was cut off is dropped.
+    """Appends a line of JSON unless the file already contains it. An incomplete last line is removed first.
 
     Raises:
-        OSError: it could not be written; the file has what it had.
+        OSError: if the line cannot be written. The file then has no part of it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: then no two runs should end at once
+        with contextlib.suppress(OSError):  # some file systems have no locks; there, no two runs should end at once
             fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         whole = file.read()
         if line.encode() in whole.splitlines():
             return
         end, text = whole.rfind(b"\n") + 1, line.encode() + b"\n"
-        if whole[end:] and not _is_cut_off(whole[end:]):  # somebody's editor left the newline out
+        if whole[end:] and not _is_cut_off(whole[end:]):  # an editor may have removed the final newline
             end, text = len(whole), b"\n" + text
         os.ftruncate(file.fileno(), end)
         try:
-            if os.write(file.fileno(), text) < len(text):  # one call: a kill comes before or after it
+            if os.write(file.fileno(), text) < len(text):  # a single call, so that a kill cannot split the line
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.ftruncate(file.fileno(), end)
@@ -55,7 +60,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def _is_cut_off(text: bytes) -> bool:
-    """Whether this is the beginning of an object of JSON, and no more."""
+    """Whether the text is an incomplete JSON object."""
     try:
         json.loads(text)
     except ValueError:
@@ -64,7 +69,7 @@ def _is_cut_off(text: bytes) -> bool:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Makes a rename last: until then it may be in memory only."""
+    """Makes a rename durable. Before the sync, the rename may exist only in memory."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stops a run whose loss is no number any more, and names the step and the layer whose gradient went first."""
+"""Stops a run whose loss is no longer finite, and names the step and the layer of the first bad gradient."""
 
 from __future__ import annotations
 
@@ -11,23 +11,26 @@ from .errors import UserError
 
 
 class FiniteCheck:
-    """Looks at the loss and every gradient of every step; asks the device for the verdict every ``every`` steps only.
+    """Checks the loss and every gradient in every step, but fetches the result from the device only in some steps.
 
-    Where a loss is scaled (float16), infinite gradients are everyday and their steps are skipped: ``gradients=False``.
+    Args:
+        gradients: whether to check gradients. Use False if the loss is scaled (float16): infinite gradients are normal
+            then, and their steps are skipped.
+        every: the number of steps from one fetch to the next.
     """
 
     def __init__(self, model: nn.Module, *, gradients: bool = True, every: int = 20) -> None:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._gradients, self._every = gradients, every
-        self._loss_step: Tensor | None = None  # of the first bad loss, -1: none yet
-        self._first: Tensor | None = None  # by parameter, the first step with a bad gradient, -1: none yet
+        self._loss_step: Tensor | None = None  # the step of the first bad loss; -1: none yet
+        self._first: Tensor | None = None  # per parameter, the step of the first bad gradient; -1: none yet
 
     def update(self, step: int, loss: Tensor) -> None:
-        """After each backward, before the gradients are changed.
+        """Checks one step. Call this method after each backward, before anything changes the gradients.
 
         Raises:
-            UserError: a loss was not finite, in this step or one of the last ``every``.
+            UserError: if the loss was not finite in this step or in one of the last ``every`` steps.
         """
         if self._loss_step is None:
             self._loss_step = torch.tensor(-1, device=loss.device)
@@ -40,14 +43,15 @@ class FiniteCheck:
             self.check()
 
     def check(self) -> None:
-        """Raises what :meth:`update` would, now."""
+        """Fetches the result now, and raises the error of ``update`` if a loss was not finite."""
         if self._loss_step is None or self._first is None or int(self._loss_step) < 0:
             return
         step, firsts = int(self._loss_step), self._first.tolist()
         bad = [first for first in firsts if first >= 0]
         message = f"loss: expected a finite number, got none at step {step}"
         if bad and (first := min(bad)) <= step:
-            # Backward runs from the last layer to the first: of those that went in one step, the last went first.
+            # Backward runs from the last layer to the first. If several gradients are bad in one step, the last
+            # layer's gradient was bad first.
             name = self._names[len(firsts) - 1 - firsts[::-1].index(first)]
             message += f"; the gradient of {name} went first, at step {first}"
         elif self._gradients:

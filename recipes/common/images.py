@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What the image recipes share: the settings of both published ones, and the normalization of a batch."""
+"""Code that the image recipes share: the settings of both published recipes, and the normalization of a batch."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
+from .config import Count, NonNegative
 from .errors import UserError
 from .process import World
+from .run import Measured
 from .settings import Settings
 
 RGB = tuple[float, float, float]
@@ -19,17 +24,16 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class ImageSettings(Settings):
-    """The fields that both have; each sets its own values."""
+    """The settings that both image recipes have. Each recipe sets its own values."""
 
-    epochs: int = 1
-    batch_size: int = 1  # of all processes
-    lr: float = 1.0
-    peak_epoch: float = 0.5  # the learning rate is a triangle: 0, lr, 0
-    momentum: float = 0.9
-    label_smoothing: float = 0.1
+    batch_size: int = 1  # over all processes
+    lr: NonNegative = 1.0
+    peak_epoch: float = 0.5  # the learning rate rises from 0 to lr until this epoch, then falls to 0
+    momentum: NonNegative = 0.9
+    label_smoothing: NonNegative = 0.1
     amp: Literal["off", "bfloat16", "float16"] = "float16"
     channels_last: bool = True
-    classes: int = 10
+    classes: Count = 10
     bad_images: Literal["error", "skip"] = "error"
 
     @property
@@ -37,10 +41,11 @@ class ImageSettings(Settings):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def steps(self, images: int, world: World) -> int:
-        """The steps of an epoch of so many images.
+        """Returns the number of steps in an epoch with ``images`` images.
 
         Raises:
-            UserError: the batch does not fit them or the processes; the learning rate has no peak within the epochs.
+            UserError: if the batch size does not fit the number of images or processes, or the peak of the learning
+                rate is not within the epochs.
         """
         if not world.size <= self.batch_size <= images or self.batch_size % world.size:
             raise UserError(
@@ -56,17 +61,42 @@ class ImageSettings(Settings):
 
 
 def is_pruned(module: nn.Module, name: str) -> bool:
-    """Whether the published runs pruned a layer: every convolution but the first, and no linear layer."""
+    """Whether the published runs pruned a layer: they pruned all convolutions except the first, and no linear layer."""
     return isinstance(module, nn.Conv2d) and module.in_channels > 3
 
 
 def normalize(images: Tensor, mean: RGB, std: RGB, memory_format: torch.memory_format) -> Tensor:
-    """(N, 3, height, width) of bytes to float32."""
+    """Normalizes a batch of bytes, (N, 3, height, width), to float32."""
     mean_, std_ = _on(images.device, mean, std)
     return ((images - mean_) / std_).contiguous(memory_format=memory_format)
 
 
 @functools.cache
 def _on(device: torch.device, mean: RGB, std: RGB) -> tuple[Tensor, Tensor]:
-    """Copied to a device once: a copy in every step would wait for a GPU."""
+    """Copies mean and deviation to a device once, because a copy in every step would synchronize with a GPU."""
     return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
+
+
+def decode(path: str) -> Tensor:
+    """Decodes an image file to (3, height, width), uint8.
+
+    Raises:
+        ValueError: if the file cannot be decoded, or does not have 8 bits per channel, with the path and the reason.
+    """
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):  # convert("RGB") would clip these values to 255 without a word
+                raise ValueError(f"expected 8 bits per channel, got Pillow's mode {file.mode}")
+            return pil_to_tensor(file.convert("RGB"))
+    except (
+        Exception
+    ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
+        raise ValueError(f"{path}: {error}") from None
+
+
+def classify(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float) -> Measured:
+    """The cross-entropy of a micro-batch, and its top-1 in percent, summed over the images."""
+    scores = model(images)
+    loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+    hits = (scores.argmax(1) == labels).sum()
+    return Measured(loss, len(labels), {"top1": 100 * hits})

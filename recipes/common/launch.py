@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A recipe's command line, and its runs: one for each seed."""
+"""The command line of a recipe, and its runs: one for each seed."""
 
 from __future__ import annotations
 
@@ -30,13 +30,15 @@ def launch(
     train: Callable[[_Config, Any, int, World, Job], None],
     evaluate: Callable[[_Config, Any, World, dict[str, torch.Tensor]], str],
 ) -> None:
-    """Parses the command line and trains each seed, or evaluates a checkpoint.
+    """Parses the command line and trains a run for each seed, or evaluates a checkpoint.
 
     Args:
-        load: the data of a config, from the folder that ``--data`` names.
-        train: one run.
-        evaluate: what to say of a checkpoint's weights.
+        load: loads the data for a config from the folder that ``--data`` names.
+        train: trains one run.
+        evaluate: evaluates the weights of a checkpoint, and returns a text to print.
     """
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for names that are not UTF-8
     args = _parse(doc)
     try:
         settings = config.load(config_type, args.config, args.set)
@@ -73,6 +75,12 @@ def _evaluate(
     return evaluate(settings, load(settings, data, world), world, weights)
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
+    return value
+
+
 def _parse(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", type=Path, help="TOML files, a later one over an earlier; none: defaults")
@@ -81,11 +89,11 @@ def _parse(doc: str | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, help="where the data is")
     parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=int, default=1, help="how many, one run each")
+    parser.add_argument("--seeds", type=_count, default=1, help="how many, one run each")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for checkpoints and metrics")
     parser.add_argument("--results", type=Path, help="file that gets a line per finished run; default OUT/RECIPE.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on from each run's checkpoint, where there is one")
     parser.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="evaluate this, train nothing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--threads", type=int, help="of PyTorch, on a CPU")
+    parser.add_argument("--threads", type=_count, help="of PyTorch, on a CPU")
     return parser.parse_args()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The processes of a run: one, or those that torchrun started; their devices, seeds, and the wish to stop."""
+"""The processes of a run: a single one, or those that torchrun started; their devices, seeds and stop signals."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .errors import UserError
+
 
 class World(NamedTuple):
-    """This process among all."""
+    """The rank and device of this process, and the number of processes."""
 
     rank: int
     size: int
@@ -26,17 +28,26 @@ class World(NamedTuple):
         return self.rank == 0
 
     def sum(self, values: Tensor) -> Tensor:
-        """Over all processes."""
+        """Sums ``values`` over all processes, in place."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
 
 
 def start(device: str | None = None) -> World:
-    """Joins the processes that torchrun started, if any. ``device``: of a single one; None: a GPU if there is one."""
+    """Joins the processes that torchrun started, if any.
+
+    Args:
+        device: the device of a single process; None means a GPU if there is one. Under torchrun only ``"cpu"`` counts.
+    """
     has_gpu = torch.cuda.is_available()
     if "RANK" not in os.environ:
-        return World(0, 1, torch.device(device or ("cuda" if has_gpu else "cpu")))
+        try:
+            where = torch.device(device or ("cuda" if has_gpu else "cpu"))
+            torch.empty(0, device=where)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"--device: expected a device of this machine, got {device}: {error}") from None
+        return World(0, 1, where)
     on_gpu = has_gpu and device != "cpu"
     where = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -51,14 +62,17 @@ def stop() -> None:
 
 
 def derive_seed(*parts: object) -> int:
-    """A 63-bit seed from any parts: all randomness of a step comes from (seed, rank, step), so that a resumed run needs
-    no generator's state and is the same, bit for bit."""
+    """Derives a 63-bit seed from any values.
+
+    All random numbers of a step depend only on (seed, rank, step). So a resumed run needs no generator state and is
+    identical, bit for bit.
+    """
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
 class Stop:
-    """SIGINT or SIGTERM, noted for the training loop, which saves and leaves. A second SIGINT interrupts at once."""
+    """Notes SIGINT or SIGTERM, so that the training loop can save and stop. A second SIGINT interrupts at once."""
 
     def __init__(self, world: World, every: int = 10) -> None:
         self._world, self._every, self._asked = world, every, False
@@ -69,7 +83,7 @@ class Stop:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self, step: int) -> bool:
-        """Whether to stop after ``step``: the same answer in all processes, which ask each other every few steps."""
+        """Whether to stop after ``step``. All processes get the same answer; they communicate every few steps."""
         if self._world.size == 1:
             return self._asked
         if step % self._every:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The bookkeeping of a run: its folder, progress, checkpoints, a JSON line an epoch, and one for the result.
+"""The bookkeeping of a run: its folder, progress, checkpoints, a JSON line per epoch, and one for the result.
 
-runs/<recipe>/<config>/seed0/checkpoint.safetensors   after each epoch, and where a signal stopped it
-runs/<recipe>/<config>/seed0/metrics.jsonl            a line an epoch
-runs/<recipe>.jsonl                                   a line a finished run: what recipes/report.py reads
+runs/<recipe>/<config>/seed0/checkpoint.safetensors   saved after each epoch, and when a signal stops the run
+runs/<recipe>/<config>/seed0/metrics.jsonl            one line per epoch
+runs/<recipe>.jsonl                                   one line per finished run; recipes/report.py reads it
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -35,36 +34,50 @@ from .settings import Settings
 ROOT = Path(__file__).parents[2]
 _MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py")
 
+_SAVED = {"config", "seed", "world", "step", "optimizer", "scaler", "products", "totals", "epoch", "curve"}
+
 _Batch = TypeVar("_Batch")
 
 
 class Job(NamedTuple):
-    """The files of a run, and whether it goes on with them."""
+    """The files of a run, and whether the run resumes from them."""
 
-    folder: Path  # of its checkpoint and metrics
-    results: Path  # the file that gets its result line
+    folder: Path  # the folder for its checkpoint and metrics
+    results: Path  # the file for its result line
     resume: bool
+
+
+class Measured(NamedTuple):
+    """What the forward of a micro-batch returns.
+
+    Attributes:
+        loss: the mean over the micro-batch.
+        units: the images or tokens in it.
+        sums: other values, summed over the units.
+    """
+
+    loss: Tensor
+    units: int
+    sums: Mapping[str, Tensor]
 
 
 class Run:
     """One training run, from its first step or a checkpoint to its result line.
 
     Args:
-        job: where its files are.
-        config, seed: what it is; a checkpoint of another config is refused.
-        epochs, epoch_steps: how many, and of how many steps.
-        unit: what the throughput counts, "images" say.
+        job: the files of the run.
+        config, seed: the settings of the run. A checkpoint with another config is rejected.
+        epoch_steps: the number of steps per epoch.
+        unit: what the throughput counts, for example "images".
     """
 
-    def __init__(
-        self, job: Job, config: Settings, seed: int, world: World, *, epochs: int, epoch_steps: int, unit: str
-    ) -> None:
+    def __init__(self, job: Job, config: Settings, seed: int, world: World, *, epoch_steps: int, unit: str) -> None:
         self._job, self._config, self._seed, self._world = job, config, seed, world
-        self._epochs, self._epoch_steps, self._unit = epochs, epoch_steps, unit
+        self._epoch_steps, self._unit = epoch_steps, unit
         self._settings = dataclasses.asdict(config)
-        self._totals = {"seconds": 0.0, "waiting": 0.0, "units": 0.0}  # of all steps so far
-        self._epoch: dict[str, float] = {}  # sums of the epoch's steps that are on the host
-        self._pending: dict[str, Tensor] = {}  # and on the device
+        self._totals = {"seconds": 0.0, "waiting": 0.0, "units": 0.0}  # over all steps so far
+        self._epoch: dict[str, float] = {}  # sums over the epoch's steps, on the host
+        self._pending: dict[str, Tensor] = {}  # sums over later steps, still on the device
         self._curve: list[dict[str, float]] = []
         text = "[bold]{task.description}[/] epoch {task.fields[epoch]}"
         shown = TextColumn("{task.percentage:3.0f}% {task.fields[shown]}")
@@ -72,28 +85,35 @@ class Run:
             TextColumn(text), BarColumn(), shown, TimeRemainingColumn(), disable=not world.is_first
         )
         description = f"{config.row} seed {seed}"
-        self._task = self._progress.add_task(description, total=epochs * epoch_steps, epoch=1, shown="", start=False)
+        self._task = self._progress.add_task(
+            description, total=config.epochs * epoch_steps, epoch=1, shown="", start=False
+        )
 
-    # --- where it begins and ends
+    # --- start and end
 
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
-        """The step to go on with: 0, or where the checkpoint was saved, whose state the three then have.
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Restores model and optimizer from the checkpoint, if the job resumes one.
 
         Raises:
-            UserError: the checkpoint is of another config; there is one, and the job is no resumption; the run's folder
-                cannot be written.
+            UserError: if the checkpoint has another config or number of processes, a checkpoint exists but the job does
+                not resume, or the run's folder is not writable.
         """
-        self._model, self._optimizer, self._scaler = model, optimizer, scaler
-        self._finite = FiniteCheck(model, gradients=not scaler.is_enabled())
+        self._model, self._optimizer, self._scaler = model, optimizer, self._config.scaler(self._world.device)
+        self._finite = FiniteCheck(model, gradients=not self._scaler.is_enabled())
+        self._first = 0  # the step to continue with
         _make(self._job.folder)
         path = self._job.folder / "checkpoint.safetensors"
         if not self._job.resume:
             if path.exists():
                 raise UserError(f"{path} exists: go on with --resume, or choose another --out")
-            return 0
+            return
         if not path.exists():
-            return 0
+            return
         weights, training = checkpoint.load(path)
+        if missing := _SAVED - training.keys():
+            raise UserError(
+                f"--resume: expected a checkpoint of a recipe, got {path} without {', '.join(sorted(missing))}"
+            )
         if changed := difference(training["config"], self._settings):
             raise UserError(f"--resume: expected the config of {path}, got changes: {changed}")
         if training["world"] != self._world.size:
@@ -107,35 +127,88 @@ class Run:
             options=StateDictOptions(full_state_dict=True, strict=not _is_partly_frozen(model)),
         )
         _match_layouts(optimizer)
-        scaler.load_state_dict(training["scaler"])
+        self._scaler.load_state_dict(training["scaler"])
         sdgp.chooser.load_state_dict(training["products"])
         self._totals, self._epoch, self._curve = training["totals"], training["epoch"], training["curve"]
-        if self._world.is_first:  # a line may have been written just before a crash, its checkpoint not
+        if self._world.is_first:  # a crash may have come between a line and its checkpoint
             _write_lines(self._job.folder / "metrics.jsonl", self._curve)
-        step: int = training["step"]
-        self._progress.update(self._task, completed=step)
-        return step
+        self._first = training["step"]
+        self._progress.update(self._task, completed=self._first)
 
-    def __enter__(self) -> Run:
+    def fit(
+        self,
+        batches: Callable[[int, int], Iterable[Sequence[tuple[Tensor, Tensor]]]],
+        forward: Callable[[Tensor, Tensor], Measured],
+        learning_rate: Callable[[float], float],
+        validate: Callable[[int], Mapping[str, float]],
+    ) -> bool:
+        """Trains from the restored step to the last epoch.
+
+        Args:
+            batches: from an epoch and its first step, the micro-batches of each step: (input, target).
+            forward: from input and target. It runs under the config's autocast.
+            learning_rate: from the time in epochs.
+            validate: from the epoch that has ended; what it returns goes into the epoch's line.
+
+        Returns:
+            False if a signal stopped the run before its end.
+        """
         self._stop = Stop(self._world)
-        self._progress.start()
-        self._progress.start_task(self._task)
-        return self
+        try:
+            with self._progress:
+                self._progress.start_task(self._task)
+                return self._fit(batches, forward, learning_rate, validate)
+        finally:
+            self._stop.close()
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.stop()
-        self._stop.close()
+    def _fit(
+        self,
+        batches: Callable[[int, int], Iterable[Sequence[tuple[Tensor, Tensor]]]],
+        forward: Callable[[Tensor, Tensor], Measured],
+        learning_rate: Callable[[float], float],
+        validate: Callable[[int], Mapping[str, float]],
+    ) -> bool:
+        config, optimizer, scaler, first = self._config, self._optimizer, self._scaler, self._first
+        schedule = config.schedule(self._model)
+        for epoch in range(first // self._epoch_steps, config.epochs):
+            self._model.train()
+            if schedule is not None:
+                schedule.seek(epoch)
+            for step, micro_batches in self._steps(first, batches(epoch, first % self._epoch_steps)):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate((step + 1) / self._epoch_steps)
+                optimizer.zero_grad()
+                step_loss, units = torch.zeros((), device=self._world.device), 0
+                for input, target in micro_batches:
+                    with config.autocast(self._world.device):
+                        loss, count, sums = forward(input, target)
+                        loss = loss / len(micro_batches)
+                    scaler.scale(loss).backward()
+                    step_loss += loss.detach()
+                    units += count
+                    self._add(sums)
+                scaler.unscale_(optimizer)
+                self._finite.update(step, step_loss)
+                if config.clip:
+                    nn.utils.clip_grad_norm_(self._model.parameters(), config.clip)
+                scaler.step(optimizer)
+                scaler.update()
+                self._add({"loss": step_loss * units})
+                if self._stopped_after_step(step, epoch, units):
+                    return False
+            first = (epoch + 1) * self._epoch_steps
+            if self._stopped_after_epoch(first, epoch, validate(epoch)):
+                return False
+        return True
 
     # --- around the steps
 
-    def steps(self, step: int, batches: Iterable[_Batch]) -> Iterator[tuple[int, _Batch]]:
-        """(step, batch), seeded: all that is random in a step depends on seed, process and step. Times it all."""
+    def _steps(self, step: int, batches: Iterable[_Batch]) -> Iterator[tuple[int, _Batch]]:
+        """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""
         iterator = iter(batches)
         while True:
             start = time.perf_counter()
-            # Augmentation belongs to the step, so the seed stands before the batch is made.
+            # Augmentation belongs to the step, so set the seed before the batch is made.
             torch.manual_seed(derive_seed("step", self._seed, self._world.rank, step))
             batch = next(iterator, None)
             ready = time.perf_counter()
@@ -147,27 +220,27 @@ class Run:
             self._totals["seconds"] += now - start
             self._totals["waiting"] += ready - start
 
-    def after_backward(self, step: int, loss: Tensor) -> None:
-        """Between backward and the optimizer's step: notes what is not finite."""
-        self._finite.update(step, loss)
-
-    def after_step(self, step: int, epoch: int, units: int, **sums: Tensor) -> bool:
-        """Counts a step's images or tokens and what is summed over them (loss, top1). True: told to stop, and saved."""
-        self._totals["units"] += units * self._world.size
-        self._epoch["units"] = self._epoch.get("units", 0) + units
+    def _add(self, sums: Mapping[str, Tensor]) -> None:
+        """Adds to the epoch's sums over images or tokens (loss, top1)."""
         for name, value in sums.items():
             value = value.detach().double()
             self._pending[name] = self._pending[name] + value if name in self._pending else value
+
+    def _stopped_after_step(self, step: int, epoch: int, units: int) -> bool:
+        """Counts a step's images or tokens. Returns whether a signal asked to stop; the run is saved then."""
+        self._totals["units"] += units * self._world.size
+        self._epoch["units"] = self._epoch.get("units", 0) + units
         self._show(step + 1, epoch)
-        if (step + 1) % self._epoch_steps == 0 or not self._stop.asked(step + 1):  # after_epoch asks after the last
+        if (step + 1) % self._epoch_steps == 0 or not self._stop.asked(step + 1):  # the epoch's end asks again
             return False
         self._finite.check()
         self._save(step + 1)
         self._say_stopped(step + 1)
         return True
 
-    def after_epoch(self, step: int, epoch: int, **metrics: float) -> bool:
-        """Writes the epoch's line, with what was summed in its steps, and a checkpoint. True: told to stop."""
+    def _stopped_after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> bool:
+        """Writes the epoch's line, with the means over its steps, and a checkpoint. Returns whether a signal asked to
+        stop."""
         self._finite.check()
         self._collect()
         names = list(self._epoch)
@@ -184,13 +257,13 @@ class Run:
             said = ", ".join(f"{name} {value:g}" for name, value in line.items())
             self._progress.console.print(f"{self._config.row} seed {self._seed}: {said}", soft_wrap=True)
         self._save(step)
-        if epoch + 1 == self._epochs or not self._stop.asked(0):
+        if epoch + 1 == self._config.epochs or not self._stop.asked(0):
             return False
         self._say_stopped(step)
         return True
 
     def finish(self, recipe: str, **result: Any) -> None:
-        """Writes the run's result line to its folder, and appends it to the results, unless either has it."""
+        """Writes the result line to the run's folder and to the results file, unless they already have it."""
         line = {
             "recipe": recipe,
             "row": self._config.row,
@@ -212,8 +285,8 @@ class Run:
         kept, results = self._job.folder / "result.json", self._job.results
         if not kept.exists():
             _write_lines(kept, [line])
-        try:  # after the other, which says what to append if this is never reached
-            append_line(results, kept.read_text().rstrip("\n"))
+        try:  # comes second: if it fails, a resumed run appends the line that result.json keeps
+            append_line(results, kept.read_text(encoding="utf-8").rstrip("\n"))
         except OSError as error:
             raise UserError(
                 f"--results: expected a file that can be written, got {results}: {error.strerror}; {kept} has the "
@@ -225,7 +298,7 @@ class Run:
         """The line of the last epoch."""
         return self._curve[-1]
 
-    # --- inside
+    # --- internals
 
     def _say_stopped(self, step: int) -> None:
         if self._world.is_first:
@@ -237,7 +310,7 @@ class Run:
 
     @property
     def _waiting(self) -> float:
-        """The share of the time in which the next batch was waited for."""
+        """The share of the time that the run waited for the next batch."""
         return self._totals["waiting"] / max(self._totals["seconds"], 1e-9)
 
     def _collect(self) -> None:
@@ -256,7 +329,7 @@ class Run:
 
     def _save(self, step: int) -> None:
         self._collect()
-        frozen = _is_partly_frozen(self._model)  # of what is frozen, the checkpoint needs nothing
+        frozen = _is_partly_frozen(self._model)  # the checkpoint does not need frozen parameters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)
         weights, optimizer = get_state_dict(self._model, self._optimizer, options=options)
         if not self._world.is_first:
@@ -281,7 +354,10 @@ def _is_partly_frozen(model: nn.Module) -> bool:
 
 
 def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """A checkpoint is contiguous; an unbroken run's buffers are laid out as their parameters, and so round alike."""
+    """Gives the optimizer's buffers the strides of their parameters, as in an uninterrupted run.
+
+    A checkpoint stores contiguous tensors. With other strides, results would round differently.
+    """
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
@@ -289,11 +365,11 @@ def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
 
 
 def _make(folder: Path) -> None:
-    """Before the first step, not after the first epoch."""
+    """Creates the folder and checks that it is writable, so that the run fails before its first step if it is not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".tmp").touch()
-        (folder / ".tmp").unlink(missing_ok=True)  # another process of the run may have been faster
+        (folder / ".tmp").unlink(missing_ok=True)  # another process of the run may have removed it
     except OSError as error:
         raise UserError(f"--out: expected a folder that can be written, got {folder}: {error.strerror}") from None
 
@@ -301,15 +377,15 @@ def _make(folder: Path) -> None:
 def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     try:
         with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: could not be written: {error.strerror}; the last checkpoint stays") from None
 
 
 def _layers(model: nn.Module) -> dict[str, int]:
-    """How many layers prune, and in how many the last data gradient was a sparse product."""
+    """Counts the layers that prune, and the layers whose last data gradient took the sparse product."""
     products = [row.product for row in sdgp.report(model) if row.gradient == "data"]
-    pruned = sum(product not in ("plain", "exact") for product in products)  # one without a backward so far has none
+    pruned = sum(product not in ("plain", "exact") for product in products)  # it is "" before the first backward
     return {"pruned": pruned, "sparse": products.count("sparse")}
 
 

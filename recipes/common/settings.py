@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What every recipe's config begins with: how to prune, in which epochs, in which precision."""
+"""The settings that all recipes share: how to prune, in which epochs, and in which precision."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,27 +15,37 @@ from torch.nn.parallel import DistributedDataParallel
 
 import sdgp
 
+from .config import Count, Natural, NonNegative
 from .errors import UserError
 from .process import World
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The fields that all recipes share; a recipe's config adds its own."""
+    """The fields that all recipes share. The config of a recipe adds its own fields."""
 
     method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "plain"
     pattern: str = "2:4"
-    weight_grad: str = ""  # the pattern of the weight gradients, by mvue; "": exact
-    plan: str = ""  # a JSON file with a plan of sdgp.advise; it takes the place of pattern, weight_grad and filter
+    weight_grad: str = ""  # the pattern of the weight gradients, always with mvue; "": exact
+    plan: str = ""  # a JSON file with a plan of sdgp.advise, which replaces pattern, weight_grad and filter
     backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
-    exact_first: int = 0  # epochs with exact gradients at the start
-    exact_last: int = 0  # and at the end
+    epochs: Count = 1
+    exact_first: Natural = 0  # epochs with exact gradients at the start
+    exact_last: Natural = 0  # epochs with exact gradients at the end
+    clip: NonNegative = 0.0  # the largest norm of the gradient; 0: no limit
     amp: Literal["off", "bfloat16", "float16"] = "off"
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        if self.exact_first + self.exact_last > self.epochs:
+            raise UserError(
+                f"config: expected exact_first + exact_last <= epochs, got {self.exact_first} + {self.exact_last} > "
+                f"{self.epochs}"
+            )
+
     @property
     def row(self) -> str:
-        """``mvue 2:4``: its row in the tables."""
+        """The name of the run's row in the tables, for example ``mvue 2:4``."""
         if self.plan:
             return f"plan {Path(self.plan).stem}"
         if self.method == "plain":
@@ -44,12 +53,14 @@ class Settings:
         return f"{self.method} {self.pattern}" + (f", weight gradient {self.weight_grad}" if self.weight_grad else "")
 
     def convert(self, model: nn.Module, filter: Callable[[nn.Module, str], bool]) -> nn.Module:
-        """Makes ``model`` prune as the config says; a plain one stays what it is."""
+        """Converts ``model`` as the config says. With the method "plain" and no plan, the model stays plain."""
         if self.method == "plain" and not self.plan:
             return model
         try:
             if self.plan:
-                return sdgp.convert(model, json.loads(Path(self.plan).read_text()), backend=self.backend)
+                return sdgp.convert(
+                    model, json.loads(Path(self.plan).read_text(encoding="utf-8")), backend=self.backend
+                )
             return sdgp.convert(
                 model,
                 self.pattern,
@@ -60,20 +71,21 @@ class Settings:
             )
         except OSError as error:
             raise UserError(f"config: expected plan to be a file, got {self.plan}: {error.strerror}") from None
-        except ValueError as error:  # JSON's is one, too
+        except ValueError as error:  # includes JSONDecodeError
             raise UserError(f"config: {error}") from None
 
     def wrap(self, model: nn.Module, world: World, *, sharded: bool = False) -> nn.Module:
-        """The model as a training step calls it: averaged over the processes, unless sharded, and compiled if asked."""
+        """Wraps the model in DistributedDataParallel, unless sharded, and compiles it if the config says so."""
         wrapped = DistributedDataParallel(model) if world.size > 1 and not sharded else model
         if self.compile:
             wrapped.compile()
         return wrapped
 
-    def exact_epoch(self, model: nn.Module, epoch: int, epochs: int) -> contextlib.AbstractContextManager[object]:
-        """Exact gradients within, if the epoch is one of those."""
-        exact = epoch < self.exact_first or epoch >= epochs - self.exact_last
-        return sdgp.paused(model) if exact else contextlib.nullcontext()
+    def schedule(self, model: nn.Module) -> sdgp.Schedule | None:
+        """The schedule of the exact epochs; None if no layer of the model prunes."""
+        if not any(row.pattern for row in sdgp.report(model)):
+            return None
+        return sdgp.Schedule(model, total=self.epochs, exact_first=self.exact_first, exact_last=self.exact_last)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         dtype = torch.float16 if self.amp == "float16" else torch.bfloat16

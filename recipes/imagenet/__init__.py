@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The published ImageNet rows."""
+"""The recipe for the published ImageNet rows."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ImageNet, or any folder of images in its layout: decoded by PyTorch's workers, or by ffcv from its own files."""
+"""Loads ImageNet, or any folder of images with its layout. PyTorch's workers or ffcv decode the images."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from ..common.errors import UserError
-from ..common.images import normalize
+from ..common.files import printable
+from ..common.images import decode, normalize
 from ..common.process import World, derive_seed
 from .config import Config
 
 _MEAN, _STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-_CROP = 224 / 256  # the part of an image's shorter side that an evaluation sees
+_CROP = 224 / 256  # the part of an image's shorter side that evaluation uses
 
 
 class Part(NamedTuple):
@@ -33,16 +33,16 @@ class Part(NamedTuple):
 
 
 class ImageNet(NamedTuple):
-    name: str  # as results call it
+    name: str  # the name in the results
     train: Part
     val: Part
 
 
 def load(config: Config, folder: Path | None, world: World) -> ImageNet:
-    """What ``folder`` holds: train/ and val/, or train.beton and val.beton.
+    """Loads the data in ``folder``: train/ and val/, or train.beton and val.beton.
 
     Raises:
-        UserError: neither, or another number of classes.
+        UserError: if the folder has neither, or another number of classes.
     """
     if folder is None:
         raise UserError("--data: expected a folder with train/ and val/, or train.beton and val.beton, got none")
@@ -64,13 +64,13 @@ def load(config: Config, folder: Path | None, world: World) -> ImageNet:
     if listings[0].classes != listings[1].classes:
         odd = sorted(set(listings[0].classes) ^ set(listings[1].classes))
         raise UserError(f"--data: expected the same classes in train/ and val/, got {', '.join(odd[:5])} in one only")
-    return ImageNet(folder.name, *(Part(Path(listing.root), listing, len(listing)) for listing in listings))
+    return ImageNet(printable(folder.name), *(Part(Path(listing.root), listing, len(listing)) for listing in listings))
 
 
 def train_batches(
     part: Part, config: Config, seed: int, epoch: int, first: int, resolution: int, world: World
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's part of each whole batch of an epoch, from batch ``first`` on: normalized images and classes."""
+    """Yields this process's part of each full batch of an epoch, from batch ``first`` on: images and classes."""
     order = torch.randperm(part.size, generator=torch.Generator().manual_seed(derive_seed("epoch", seed, epoch)))
     whole = order[: part.size // config.batch_size * config.batch_size].view(-1, config.batch_size)
     mine = whole[first:, world.rank :: world.size]
@@ -84,7 +84,7 @@ def train_batches(
 
 
 def val_batches(part: Part, config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    """This process's part of all images, in batches of at most 256."""
+    """Yields this process's part of all images, in batches of at most 256."""
     mine = torch.arange(world.rank, part.size, world.size).split(256)
     if part.listing is None:
         yield from _ffcv(part, mine, config, world, config.eval_resolution, augment=False)
@@ -95,7 +95,10 @@ def val_batches(part: Part, config: Config, world: World) -> Iterator[tuple[Tens
 
 
 class _Decoded(Dataset[tuple[Tensor | None, int, str]]):
-    """(image, class, why not): what is random about an image depends on seed, epoch and image, not on the worker."""
+    """A data set of tuples (image, class, reason); reason says why an image is None.
+
+    The random augmentation of an image depends only on the seed, the epoch and the image, not on the worker.
+    """
 
     def __init__(self, listing: ImageFolder, transform: v2.Transform, seed: int) -> None:
         self._samples, self._transform, self._seed = listing.samples, transform, seed
@@ -106,10 +109,9 @@ class _Decoded(Dataset[tuple[Tensor | None, int, str]]):
     def __getitem__(self, index: int) -> tuple[Tensor | None, int, str]:
         path, label = self._samples[index]
         try:
-            with Image.open(path) as file:
-                image = v2.functional.pil_to_tensor(file.convert("RGB"))
-        except (OSError, ValueError) as error:
-            return None, label, f"{path}: {error}"
+            image = decode(path)
+        except ValueError as error:
+            return None, label, str(error)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self._seed, index))
             return self._transform(image), label, ""
@@ -129,7 +131,7 @@ def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: Wo
         num_workers=workers,
         collate_fn=_collate,
         pin_memory=world.device.type == "cuda",
-        generator=torch.Generator(),  # its own, or making workers would move that of the training step
+        generator=torch.Generator(),  # else starting workers would advance the generator of the training step
     )
     for images, labels, bad in loader:
         for reason in bad:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ImageNet with pruned data gradients: ResNet-18, ResNet-50 and RegNetX-400MF by the published recipe, like for like.
+"""Trains ResNet-18, ResNet-50 and RegNetX-400MF on ImageNet with pruned data gradients, by the published recipe.
 
     torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/imagenet/configs/resnet50_mvue_2_4.toml --data DIR
     python -m recipes.imagenet.train recipes/imagenet/configs/resnet18_plain.toml --data DIR --set classes=10
 
 DIR: train/CLASS/* and val/CLASS/*, or the train.beton and val.beton that `python -m recipes.pack` makes of them.
-All networks here have BlurPool; of the published ones the plain ResNet-18 had none while the pruned ones did.
+All networks here have BlurPool, so that they are comparable. The published plain ResNet-18 had no BlurPool, but the
+published pruned networks did.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,16 +19,16 @@ from torch import Tensor, nn
 from torchvision import models
 
 from ..common.errors import UserError
-from ..common.images import is_pruned
+from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Run
+from ..common.run import Job, Measured, Run
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches
 
 
 class Blur(nn.Module):
-    """Blurs each channel by (1, 2, 1) both ways before it is sampled at stride 2 (Zhang, ICML 2019)."""
+    """Blurs each channel with (1, 2, 1) in both directions before it is sampled with stride 2 (Zhang, ICML 2019)."""
 
     kernel: Tensor
 
@@ -39,7 +42,7 @@ class Blur(nn.Module):
 
 
 def add_blurpool(model: nn.Module) -> None:
-    """A blur in front of every strided convolution but the first ones, which see few channels."""
+    """Inserts a blur before every strided convolution, except those with few input channels at the start."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.Conv2d) and max(child.stride) > 1 and child.in_channels >= 16:
@@ -72,7 +75,7 @@ def resolution(config: Config, epoch: int) -> int:
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: ImageNet, config: Config, world: World) -> dict[str, float]:
-    """Top-1 and top-5 in percent, of each image together with its mirror image."""
+    """Returns top-1 and top-5 in percent. The scores of each image and its mirror image are added."""
     model.eval()
     sums = torch.zeros(3, device=world.device)
     for images, labels in val_batches(data.val, config, world):
@@ -88,34 +91,22 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
     steps = config.steps(data.train.size, world)
     torch.manual_seed(seed)
     model = prepare(config, world)
-    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
-    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=steps, unit="images")
-    first = run.restore(model, optimizer, scaler)
+    run = Run(job, config, seed, world, epoch_steps=steps, unit="images")
+    run.restore(model, make_optimizer(model, config))
     wrapped = config.wrap(model, world)
-    with run:
-        for epoch in range(first // steps, config.epochs):
-            model.train()
-            size = resolution(config, epoch)
-            batches = train_batches(data.train, config, seed, epoch, first % steps, size, world)
-            with config.exact_epoch(model, epoch, config.epochs):
-                for step, (images, labels) in run.steps(first, batches):
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate((step + 1) / steps)
-                    with config.autocast(world.device):
-                        scores = wrapped(images)
-                        loss = F.cross_entropy(scores, labels, label_smoothing=config.label_smoothing)
-                    optimizer.zero_grad()
-                    scaler.scale(loss).backward()
-                    run.after_backward(step, loss)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    hits = (scores.argmax(1) == labels).sum()
-                    if run.after_step(step, epoch, len(labels), loss=loss * len(labels), top1=100 * hits):
-                        return
-            first = (epoch + 1) * steps
-            if run.after_epoch(first, epoch, resolution=size, **accuracy(model, data, config, world)):
-                return
-    run.finish("imagenet", data=data.name, top1=run.last["top1"])
+
+    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        size = resolution(config, epoch)
+        return ([batch] for batch in train_batches(data.train, config, seed, epoch, first, size, world))
+
+    def forward(images: Tensor, labels: Tensor) -> Measured:
+        return classify(wrapped, images, labels, config.label_smoothing)
+
+    def validated(epoch: int) -> dict[str, float]:
+        return {"resolution": resolution(config, epoch), **accuracy(model, data, config, world)}
+
+    if run.fit(steps_of, forward, config.learning_rate, validated):
+        run.finish("imagenet", data=data.name, top1=run.last["top1"])
 
 
 def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:

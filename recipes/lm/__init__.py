@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Language models: a GPT from scratch, LoRA fine-tuning."""
+"""Recipes for language models: a GPT from scratch, and LoRA fine-tuning."""

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""A GPT on bytes, from scratch, with pruned data gradients in every linear layer of its blocks; bits per byte.
+"""Trains a GPT on bytes from scratch, with pruned data gradients in all linear layers of its blocks.
 
     python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml
     python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml recipes/lm/configs/gpt2.toml --data TEXT
     torchrun --nproc-per-node 8 -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml --set size=gpt2 --set shard=true
 
-Without --data it learns the source of Python's standard library (PSF-2.0), which every Python has. An epoch is
-``epoch_steps`` steps, then a validation.
+Without --data it trains on the source of Python's standard library (PSF-2.0), which every Python has. An epoch is
+``epoch_steps`` steps and a validation in bits per byte.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from ..common.config import NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Run
+from ..common.run import Job, Measured, Run
 from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, width
@@ -40,11 +42,11 @@ SIZES = {  # layers, heads, width
 
 @dataclass(frozen=True)
 class Config(TextSettings):
-    """The defaults are a run for a CPU; what a GPU trains is in configs/gpt2.toml."""
+    """The settings of the recipe. The defaults are for a CPU; configs/gpt2.toml is for a GPU."""
 
     size: Literal["tiny", "small", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
-    layers: Literal["all", "attention", "mlp"] = "all"  # of the blocks: those that prune
-    weight_decay: float = 0.1
+    layers: Literal["all", "attention", "mlp"] = "all"  # the layers of the blocks that prune
+    weight_decay: NonNegative = 0.1
     beta2: float = 0.95
     shard: bool = False  # FSDP2 instead of DDP
 
@@ -68,7 +70,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """GPT-2's layout over 256 bytes; the head shares the embedding's weight."""
+    """A model with the layout of GPT-2 over 256 byte values. The head and the embedding share one weight."""
 
     def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
         super().__init__()
@@ -83,7 +85,7 @@ class GPT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, text: Tensor, targets: Tensor) -> Tensor:
-        """The mean loss in nats; both (batch, context)."""
+        """Returns the mean loss in nats. Both arguments are (batch, context)."""
         x = self.bytes(text) + self.positions.weight[: text.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -100,10 +102,10 @@ def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) -> float:
-    """Over the first ``validation_bytes``, in windows side by side."""
+    """Returns the loss in bits per byte over the first ``validation_bytes``, in adjacent windows."""
     model.eval()
     windows = text[: config.validation_bytes + 1].long().unfold(0, config.context + 1, config.context)
-    rounds = -(-len(windows) // (64 * world.size))  # each process as many, or FSDP would wait for ever
+    rounds = -(-len(windows) // (64 * world.size))  # the same in each process, else FSDP would wait forever
     sums = torch.zeros(2, device=world.device)
     for index in range(rounds):
         at = 64 * (index * world.size + world.rank)
@@ -116,7 +118,7 @@ def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) 
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW, without decay on what has one dimension."""
+    """Returns AdamW without weight decay for parameters of fewer than two dimensions."""
     parameters = list(model.parameters())
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -140,39 +142,23 @@ def load(config: Config, path: Path | None, world: World) -> Text:
 
 
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    step_tokens = config.accumulate * config.sequences(world) * config.context  # of this process
     torch.manual_seed(seed)
     model = prepare(config, world)
-    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
-    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
-    first = run.restore(model, optimizer, scaler)
+    run = Run(job, config, seed, world, epoch_steps=config.epoch_steps, unit="tokens")
+    run.restore(model, make_optimizer(model, config))
     wrapped = config.wrap(model, world, sharded=config.shard)
-    with run:
-        for epoch in range(first // config.epoch_steps, config.epochs):
-            model.train()
-            parts = batches(text.train, config, world, config.epoch_steps - first % config.epoch_steps)
-            with config.exact_epoch(model, epoch, config.epochs):
-                for step, micro_batches in run.steps(first, parts):
-                    for group in optimizer.param_groups:
-                        group["lr"] = config.learning_rate((step + 1) / config.epoch_steps)
-                    optimizer.zero_grad()
-                    losses = torch.zeros((), device=world.device)
-                    for sequences, targets in micro_batches:
-                        with config.autocast(world.device):
-                            loss = wrapped(sequences, targets) / config.accumulate
-                        scaler.scale(loss).backward()
-                        losses += loss.detach()
-                    scaler.unscale_(optimizer)
-                    run.after_backward(step, losses)
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    if run.after_step(step, epoch, step_tokens, loss=losses * step_tokens):
-                        return
-            first = (epoch + 1) * config.epoch_steps
-            if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text.validation, config, world)):
-                return
-    run.finish("gpt", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+
+    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        return batches(text.train, config, world, config.epoch_steps - first)
+
+    def forward(tokens: Tensor, targets: Tensor) -> Measured:
+        return Measured(wrapped(tokens, targets), tokens.numel(), {})
+
+    def validated(epoch: int) -> dict[str, float]:
+        return {"bits_per_byte": bits_per_byte(model, text.validation, config, world)}
+
+    if run.fit(steps_of, forward, config.learning_rate, validated):
+        run.finish("gpt", data=text.name, bits_per_byte=run.last["bits_per_byte"])
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:

@@ -1,19 +1,20 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""LoRA fine-tuning of a causal language model of transformers, with pruned data gradients in its frozen linear layers.
+"""Fine-tunes a causal language model of transformers with LoRA, and prunes data gradients in its frozen linear layers.
 
     python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
     python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml
     torchrun --nproc-per-node 2 -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
 
-DIR_OR_NAME: what from_pretrained takes (safetensors only, none of the model's own code), or a checkpoint.safetensors
-of recipes.lm.gpt. Without one the recipe builds a Llama with random weights over bytes (``size``): that shows the
-speed, not what fine-tuning is worth. The base weights are frozen and have no gradient, so the data gradient is half of
-all products.
+DIR_OR_NAME: an argument of from_pretrained (safetensors only, no code of the model runs), or a checkpoint.safetensors
+of recipes.lm.gpt. Without a model the recipe builds a Llama over bytes with random weights (``size``). It shows the
+speed, but not the quality of fine-tuning. The base weights are frozen and have no gradient, so the data gradient is
+half of all products.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,10 +26,11 @@ import transformers
 from torch import Tensor, nn
 
 from ..common import checkpoint
+from ..common.config import Count, NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Run
+from ..common.run import Job, Measured, Run
 from . import gpt
 from .text import Text, TextSettings, batches, load_text
 
@@ -41,18 +43,18 @@ SIZES = {  # layers, heads, key and value heads, width, inner width
 @dataclass(frozen=True)
 class Config(TextSettings):
     model: str = ""  # a model of transformers, or a checkpoint of recipes.lm.gpt; "": random weights
-    size: Literal["tiny", "llama-1b"] = "tiny"  # of those
-    rank: int = 8
+    size: Literal["tiny", "llama-1b"] = "tiny"  # the size of the model with random weights
+    rank: Count = 8
     alpha: int = 16
-    epochs: int = 4
-    epoch_steps: int = 50
-    batch_size: int = 16  # sequences, of all processes
-    lr: float = 1e-3
-    warmup: float = 0.5
+    epochs: Count = 4
+    epoch_steps: Count = 50
+    batch_size: Count = 16  # sequences, over all processes
+    lr: NonNegative = 1e-3
+    warmup: NonNegative = 0.5
 
 
 def is_pruned(module: nn.Module, name: str) -> bool:
-    """Whether a layer is a frozen one: neither an adapter, which is small, nor the head."""
+    """Whether a layer is pruned: adapters, which are small, and the head are not."""
     return "lora_" not in name and "lm_head" not in name
 
 
@@ -71,7 +73,7 @@ def _is_gpt(config: Config) -> bool:
 
 
 def _gpt(config: Config) -> gpt.GPT:
-    """The model of a checkpoint of recipes.lm.gpt."""
+    """Loads the model from a checkpoint of recipes.lm.gpt."""
     weights, training = checkpoint.load(Path(config.model))
     try:
         model = gpt.GPT(*gpt.SIZES[training["config"]["size"]], config.context)
@@ -112,7 +114,7 @@ def prepare(config: Config, world: World) -> nn.Module:
 
 
 def load(config: Config, path: Path | None, world: World) -> Text:
-    """The text, in the model's tokens."""
+    """Loads the text as tokens of the model."""
     text = load_text(path, config.context + 1)
     validation = text.validation[: config.validation_bytes]
     if not config.model or _is_gpt(config):
@@ -139,7 +141,7 @@ def bits_per_byte(model: nn.Module, text: Text, config: Config, world: World) ->
 
 
 def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
-    """The mean loss in nats; both (batch, context)."""
+    """Returns the mean loss in nats. ``tokens`` and ``targets`` are (batch, context)."""
     if _is_gpt(config):
         loss: Tensor = model(tokens, targets)
         return loss
@@ -148,51 +150,36 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, config: Config) -
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """AdamW over the adapters."""
+    """Returns AdamW for the adapters."""
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return torch.optim.AdamW(trained, config.lr, weight_decay=0.0)
 
 
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    step_tokens = config.accumulate * config.sequences(world) * config.context  # of this process
     model = prepare(config, world)
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again: peft drew it from the base's seed
-    optimizer, scaler = make_optimizer(model, config), config.scaler(world.device)
-    run = Run(job, config, seed, world, epochs=config.epochs, epoch_steps=config.epoch_steps, unit="tokens")
-    first = run.restore(model, optimizer, scaler)
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again, because peft used the seed of the base
+    run = Run(job, config, seed, world, epoch_steps=config.epoch_steps, unit="tokens")
+    run.restore(model, make_optimizer(model, config))
     wrapped = config.wrap(model, world)
-    with run:
-        for epoch in range(first // config.epoch_steps, config.epochs):
-            model.train()
-            parts = batches(text.train, config, world, config.epoch_steps - first % config.epoch_steps)
-            with config.exact_epoch(model, epoch, config.epochs):
-                for step, micro_batches in run.steps(first, parts):
-                    optimizer.param_groups[0]["lr"] = config.learning_rate((step + 1) / config.epoch_steps)
-                    optimizer.zero_grad()
-                    losses = torch.zeros((), device=world.device)
-                    for tokens, targets in micro_batches:
-                        with config.autocast(world.device):
-                            loss = loss_of(wrapped, tokens, targets, config) / config.accumulate
-                        scaler.scale(loss).backward()
-                        losses += loss.detach()
-                    scaler.unscale_(optimizer)
-                    run.after_backward(step, losses)
-                    nn.utils.clip_grad_norm_(model.parameters(), config.clip)
-                    scaler.step(optimizer)
-                    scaler.update()
-                    if run.after_step(step, epoch, step_tokens, loss=losses * step_tokens):
-                        return
-            first = (epoch + 1) * config.epoch_steps
-            if run.after_epoch(first, epoch, bits_per_byte=bits_per_byte(model, text, config, world)):
-                return
-    run.finish("lora", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+
+    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        return batches(text.train, config, world, config.epoch_steps - first)
+
+    def forward(tokens: Tensor, targets: Tensor) -> Measured:
+        return Measured(loss_of(wrapped, tokens, targets, config), tokens.numel(), {})
+
+    def validated(epoch: int) -> dict[str, float]:
+        return {"bits_per_byte": bits_per_byte(model, text, config, world)}
+
+    if run.fit(steps_of, forward, config.learning_rate, validated):
+        run.finish("lora", data=text.name, bits_per_byte=run.last["bits_per_byte"])
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
-    """Evaluates a checkpoint, which holds the adapters only."""
+    """Evaluates a checkpoint, which contains only the adapters."""
     model = prepare(config, world)
     unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
     if unexpected:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What pruning does to the data gradient of each layer of a GPT, on one batch: its error, as a share of the exact norm.
+"""Measures the error of pruning in the data gradient of each layer of a GPT on one batch, relative to the exact norm.
 
 python -m recipes.lm.noise runs/gpt/plain/seed0/checkpoint.safetensors
 python -m recipes.lm.noise                                                # of an untrained network
@@ -27,7 +27,7 @@ COLUMNS = (("2:4", "mvue"), ("4:8", "mvue"), ("4:32", "mvue"), ("2:4", "magnitud
 
 
 def gradients(model: nn.Module, config: Config, text: Tensor, world: World) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each layer's gradient of its output, (batch, context, out), and its weight, (out, in)."""
+    """Returns for each layer its output gradient, (batch, context, out), and its weight, (out, in)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     names = {layer: name for name, layer in model.named_modules() if is_pruned(config, layer, name)}
 
@@ -43,7 +43,7 @@ def gradients(model: nn.Module, config: Config, text: Tensor, world: World) -> d
 
 
 def error(gradient: Tensor, weight: Tensor, pattern: str, method: str) -> float:
-    """||prune(dy) W - dy W|| / ||dy W||"""
+    """Returns the relative error ||prune(dy) W - dy W|| / ||dy W||."""
     exact = gradient @ weight
     n, m = sdgp.Pattern.parse(pattern)
     return float((sdgp.prune_nm(gradient, n, m, -1, method) @ weight - exact).norm() / exact.norm())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What language models learn from: the user's text, or the source of Python's standard library (PSF-2.0)."""
+"""The training text of the language models: the user's text, or the source of Python's standard library (PSF-2.0)."""
 
 from __future__ import annotations
 
@@ -15,41 +15,50 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.config import Count, NonNegative
 from ..common.errors import UserError
+from ..common.files import printable
 from ..common.process import World
 from ..common.settings import Settings
 
-_HELD_OUT = 20  # every so-many-th file, or part of one file, is for validation
+_HELD_OUT = 20  # one in this many files, or parts of a single file, is for validation
 
 
 class Text(NamedTuple):
-    """A text in two parts, as bytes or a model's tokens."""
+    """A text in two parts, as bytes or as tokens of a model."""
 
-    name: str  # as results call it, with the beginning of its hash: only runs on the same text compare
+    name: str  # the name in the results, with the start of its hash: only runs on the same text are comparable
     train: Tensor  # (bytes), uint8
     validation: Tensor  # (bytes), uint8
-    validation_bytes: int = 0  # where these are tokens, of how many bytes
+    validation_bytes: int = 0  # if the validation part is tokens, its number of bytes
 
 
 @dataclass(frozen=True)
 class TextSettings(Settings):
-    """What the configs of language models share; an epoch is ``epoch_steps`` steps, then a validation."""
+    """The settings that the language models share. An epoch is ``epoch_steps`` steps and a validation."""
 
-    context: int = 128  # bytes or tokens
-    epochs: int = 12
-    epoch_steps: int = 100
-    batch_size: int = 32  # sequences, of all processes
-    accumulate: int = 1  # backward passes a step
-    lr: float = 3e-3
-    warmup: float = 1.0  # epochs; then a cosine to a hundredth
-    clip: float = 1.0
-    validation_bytes: int = 2**17
+    context: Count = 128  # bytes or tokens
+    epochs: Count = 12
+    epoch_steps: Count = 100
+    batch_size: Count = 32  # sequences, over all processes
+    accumulate: Count = 1  # backward passes per step
+    lr: NonNegative = 3e-3
+    warmup: NonNegative = 1.0  # epochs; after it, the learning rate follows a cosine to a hundredth of lr
+    clip: NonNegative = 1.0
+    validation_bytes: Count = 2**17
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.validation_bytes <= self.context:
+            raise UserError(
+                f"config: expected validation_bytes > context, got {self.validation_bytes} <= {self.context}"
+            )
 
     def sequences(self, world: World) -> int:
-        """The sequences in one process's micro-batch.
+        """Returns the number of sequences in a micro-batch of one process.
 
         Raises:
-            UserError: the processes cannot share the batch.
+            UserError: if the batch size is not a multiple of the number of processes.
         """
         if self.batch_size < world.size or self.batch_size % world.size:
             raise UserError(
@@ -65,19 +74,19 @@ class TextSettings(Settings):
 
 
 def load_text(path: Path | None, least: int) -> Text:
-    """The file at ``path``, all files in that folder, or the standard library.
+    """Loads the file at ``path``, all files in that folder, or the standard library.
 
     Args:
-        least: bytes that each part must have.
+        least: the number of bytes that each part must have.
 
     Raises:
-        UserError: no such file, or too short.
+        UserError: if the file is not readable or too short.
     """
     if path is None:
         skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
         name, pieces = "Python standard library", _files(Path(sysconfig.get_path("stdlib")), "*.py", skipped)
     else:
-        name = path.name
+        name = printable(path.name)
         try:
             pieces = _files(path, "*", set()) if path.is_dir() else _parts(path.read_bytes())
         except OSError as error:
@@ -97,7 +106,7 @@ def load_text(path: Path | None, least: int) -> Text:
 
 
 def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """This process's micro-batches of each step: sequences from anywhere in the text, and the same a byte later."""
+    """Yields this process's micro-batches for each step: random sequences, and the same sequences one value later."""
     offsets, sequences = torch.arange(config.context + 1), config.sequences(world)
     for _ in range(steps):
         starts = torch.randint(0, len(text) - config.context, (config.accumulate, sequences, 1))
@@ -106,13 +115,13 @@ def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Ite
 
 
 def _files(root: Path, pattern: str, skipped: set[str]) -> list[tuple[int, bytes]]:
-    """Each file below ``root`` with a number that depends on its name alone; folders in ``skipped`` are left out."""
+    """Returns the files below ``root`` without ``skipped`` folders. Each has a number that depends only on its name."""
     names = sorted(path.relative_to(root) for path in root.rglob(pattern) if path.is_file())
     kept = (name for name in names if skipped.isdisjoint(name.parts))
     return [(zlib.crc32(str(name).encode()), (root / name).read_bytes()) for name in kept]
 
 
 def _parts(whole: bytes) -> list[tuple[int, bytes]]:
-    """Numbered stretches of a file, ten times as many as one part in so many is held out of."""
+    """Splits a file into about 10 * _HELD_OUT numbered parts."""
     size = max(len(whole) // (10 * _HELD_OUT), 1)
     return [(at // size, whole[at : at + size]) for at in range(0, len(whole), size)]

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Does pruning pay: the same result in less time, against a shorter plain run and a smaller batch."""
+"""A study of whether pruning reaches the same result in less time than a shorter plain run or a smaller batch."""

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs the study, task by task: plain runs of several lengths and batches beside pruned ones, complete schedules each.
+"""Runs one task of the study: plain runs with several lengths and batch sizes, and pruned runs.
 
     python -m recipes.worth resnet9 --data DIR             # hours; started again, it goes on where it was
     python -m recipes.worth.measure resnet9 --data DIR     # what a step saves on this machine, and the noise
     python -m recipes.worth.report                         # the tables and plots of README.md
 
-A run's line goes to results/TASK.jsonl when the run ends; runs that have a line there are not repeated. Every arm of
-the first seed comes before the next seed.
+Every run has a complete learning-rate schedule. When a run ends, its line is written to results/TASK.jsonl; runs that
+have a line there are not repeated. All arms of the first seed run before the next seed.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, results: Path) -> None:
-    """Every run of a task that has no result line so far."""
+    """Runs every run of a task that has no result line yet."""
     task, path = TASKS[name], results / f"{name}.jsonl"
     results.mkdir(parents=True, exist_ok=True)
     world = process.start(None)
@@ -60,16 +60,16 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
                 folder = out / name / "+".join(f"{key}={value}" for key, value in overrides.items()) / f"seed{seed}"
                 task.train(config, data, seed, world, Job(folder, path, resume=True))
                 if (config, seed) not in finished(task, path):
-                    return  # a signal stopped it
+                    return  # a signal stopped the run
     finally:
         process.stop()
 
 
 def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
-    """Config and seed of every run that has a line."""
+    """Returns config and seed of every run that has a result line."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [(task.config(**line["config"]), line["seed"]) for line in lines]
 
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What an arm's steps save on this machine, what ``sdgp.advise`` proposes there, and the noise along a plain run.
+"""Measures what the steps of each arm save on this machine, the proposal of ``sdgp.advise``, and the noise.
 
     python -m recipes.worth.measure resnet9 --data DIR --machine NAME     # some ten minutes on an idle machine
     python -m recipes.worth.measure resnet9 --data DIR --noise            # of no machine: how noisy each pattern is
 
-Advice is asked for after a quarter of the plain run. Steps of the plain model and of its pruned copies run in turn; the
-saving is the median of their paired ratios. Noise is what ``sdgp.advise`` finds after each eighth of a plain run,
-whatever the products' speed.
+The program asks for advice after a quarter of the plain run. Steps of the plain model and of its pruned copies take
+turns; the saving is the median of their paired ratios. The noise is the noise that ``sdgp.advise`` measures at each
+eighth of a plain run, regardless of the speed of the products.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def advice(task: Task, data: Any) -> sdgp.Plan:
 
 
 def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[str, Any]:
-    """What each arm saves, by its name: ``"8:16 + 4:16"`` say, or ``"plan"``."""
+    """Returns what each arm saves, by its name, for example ``"8:16 + 4:16"`` or ``"plan"``."""
     _, parts = prepare(task, data)
     input, target = next(parts.batches)
     patterns = [" + ".join(part for part in arm if part) for arm in task.pruned]
@@ -65,14 +65,14 @@ def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[st
 
 
 class _Untimed(sdgp.Chooser):
-    """Finds every sparse product faster: noise is what is asked for."""
+    """Reports every sparse product as faster, so that ``advise`` measures the noise of all patterns."""
 
     def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
         return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
 
 
 def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
-    """Along a plain run: the noise of every pattern, summed over the layers, by gradient."""
+    """Yields the noise of every pattern during a plain run, for each gradient, summed over the layers."""
     config, parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
@@ -158,7 +158,7 @@ def _with_machine(result: Any) -> dict[str, Any]:
 
 def _write(path: Path, result: Any) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
+        temporary.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
 
 

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tables and plots of README.md: what each arm's loss is worth in plain steps, and the time that is saved net.
+"""Makes the tables and plots of README.md: the loss of each arm in equivalent plain steps, and the net saving in time.
 
     python -m recipes.worth.report
 
-A plain run of a share x of the steps, or with a share x of the batch, costs x. A pruned arm costs 1 - S, where S is
-what a step of it saves on a machine. Where its loss is that of a plain run of the share e, the same loss takes
-1 - (1 - S) / e less time; of fewer steps and a smaller batch, the one with the smaller e counts. Between plain runs the
-loss is interpolated, beyond them the line goes on. Intervals are 95 %, over seeds, of the difference to the full plain
-run of the same seed.
+A plain run with a share x of the steps, or of the batch size, costs x. A pruned arm costs 1 - S, where S is the saving
+per step on a machine. If its loss equals the loss of a plain run with the share e, the net saving in time is
+1 - (1 - S) / e. There is one e for fewer steps and one for a smaller batch; the smaller e counts. Losses between two
+plain runs are interpolated, and losses outside are extrapolated linearly. The 95 % intervals are over the seeds, for
+the difference to the full plain run with the same seed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.worth.report -->", "<!-- end of tables -->"
 
-# Student's t, 97.5 %, by degrees of freedom.
+# The 97.5 % quantiles of Student's t, by degrees of freedom.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 
 
@@ -41,8 +41,8 @@ class Arm(NamedTuple):
 
     Attributes:
         kind: ``"steps"``, ``"batch"`` or ``"pruned"``.
-        cost: in samples, of a plain arm, as a share of the full run's.
-        losses: by seed.
+        cost: the samples of a plain arm as a share of the samples of the full run; 1 for a pruned arm.
+        losses: the test loss by seed.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Arm(NamedTuple):
 
 
 class Worth(NamedTuple):
-    """What a pruned arm's loss is worth: the share of plain steps with the same loss, and the ends of its interval."""
+    """The share of plain steps that gives the same loss as a pruned arm, and the ends of its interval."""
 
     equivalent: float
     low: float
@@ -60,7 +60,7 @@ class Worth(NamedTuple):
 
 
 def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
-    """In the order of ``task.arms()``; of those that have run."""
+    """Returns the arms that have run, in the order of ``task.arms()``."""
     by_config: dict[Settings, dict[int, float]] = defaultdict(dict)
     for line in lines:
         by_config[task.config(**line["config"])][line["seed"]] = line[task.metric]
@@ -82,7 +82,7 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
 
 
 def worth(arm: Arm, plain: list[Arm]) -> Worth:
-    """Against plain runs of fewer steps; the first is the full one."""
+    """Compares a pruned arm with the plain arms of one kind. The first plain arm is the full run."""
     full = plain[0]
     seeds = sorted(arm.losses.keys() & full.losses.keys())
     if not seeds:
@@ -103,7 +103,7 @@ def _difference(arm: Arm, full: Arm) -> float:
 
 
 def _share(curve: list[tuple[float, float]], difference: float) -> float:
-    """The share of the steps with this difference of loss."""
+    """Returns the share of the plain run that has this difference in loss to the full run."""
     if not math.isfinite(difference):
         return math.nan
     points = sorted(curve)
@@ -114,7 +114,7 @@ def _share(curve: list[tuple[float, float]], difference: float) -> float:
 
 
 def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, Any]], noise: dict[str, float]) -> str:
-    """Markdown: a line an arm; of the pruned ones what they are worth, and the net saving on each machine."""
+    """Returns a Markdown table with a line per arm. Pruned arms show their worth and net saving on each machine."""
     plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in ("steps", "batch")}
     curves = {kind: curve for kind, curve in plain.items() if len(curve) > 1}
     head = ["arm", "test loss", "seeds", *(f"= plain with, of the {kind}" for kind in curves), "noise τ", "c"]
@@ -141,7 +141,7 @@ def _interval(value: Worth) -> str:
 
 
 def _key(arm: Arm, machine: str) -> str:
-    """The arm's name in the savings that were measured on a machine; ``""``: it has none there."""
+    """Returns the arm's name in the measured savings of a machine, or ``""`` if it has none there."""
     if arm.name.startswith("plan "):
         return "plan" if arm.name.endswith(f"-plan-{machine}") else ""
     if not arm.name.startswith("mvue "):
@@ -151,7 +151,7 @@ def _key(arm: Arm, machine: str) -> str:
 
 
 def _net(row: dict[str, Any] | None, worth: Worth) -> str:
-    """What a step saves, and the share of the time to the same loss, with the interval that the losses leave."""
+    """Formats the saving per step, and the net saving in time with the interval that follows from the losses."""
     if row is None:
         return ""
     net, low, high = (1 - (1 - row["saved"]) / share for share in worth)
@@ -160,7 +160,7 @@ def _net(row: dict[str, Any] | None, worth: Worth) -> str:
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
-    """The noise of each arm, by its name: the mean over the run, but for its first point: an untrained model."""
+    """Returns the mean noise of each arm by name, without the first point, where the model is untrained."""
     result = {}
     later = points[1:]
     patterns = {key.split()[1] for key in later[0]["noise"]} if later else set()
@@ -175,7 +175,7 @@ def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
-    """Loss against cost: the plain curve, and each pruned arm at its cost on each machine."""
+    """Plots loss against cost: the curves of the plain arms, and each pruned arm at its cost on each machine."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
         of_kind = [arm for arm in found if arm.kind == kind or arm is found[0]]
@@ -203,22 +203,22 @@ def main() -> None:
         runs = HERE / "results" / f"{name}.jsonl"
         if not runs.exists():
             continue
-        found = arms(task, [json.loads(line) for line in runs.read_text().splitlines()])
+        found = arms(task, [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()])
         saved = {
-            path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text())["result"]
+            path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))["result"]
             for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))
         }
         noise_path = runs.parent / f"{name}-noise.json"
-        noise = mean_noise(json.loads(noise_path.read_text())["result"]) if noise_path.exists() else {}
+        noise = mean_noise(json.loads(noise_path.read_text(encoding="utf-8"))["result"]) if noise_path.exists() else {}
         plot(name, found, saved, runs.with_suffix(".png"))
         parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
     text = "\n\n".join(parts)
     print(text)
-    before, begin, rest = readme.read_text().partition(_BEGIN)
+    before, begin, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
     if not begin:
         sys.exit(f"report: expected {_BEGIN} in {readme}")
-    readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}")
+    readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The tasks of the study, and the arms of each: plain runs of several lengths and batches, and pruned ones."""
+"""The tasks of the study and the arms of each: plain runs with several lengths and batch sizes, and pruned runs."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from ..lm import gpt, lora, text
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
-#: Settings of one run, over the task's own.
+#: The settings of one run that differ from the settings of the task.
 Overrides = Mapping[str, Any]
 
 
 class Parts(NamedTuple):
-    """What a recipe trains, for those who measure steps of it.
+    """The parts of a recipe that are needed to measure its steps.
 
     Attributes:
-        make_optimizer: the recipe's, of a model.
-        loss: from a model, input and target.
-        batches: as the recipe draws them, (input, target); without end.
-        is_pruned: whether the recipe prunes a layer, from module and name.
+        make_optimizer: creates the recipe's optimizer for a model.
+        loss: a function of a model, input and target.
+        batches: the recipe's batches (input, target), an infinite iterator.
+        is_pruned: a function of module and name, which says whether the recipe prunes a layer.
     """
 
     model: nn.Module
@@ -51,17 +51,18 @@ class Task(NamedTuple):
     """One model, data set and recipe.
 
     Attributes:
-        name: the first part of the names of its results.
+        name: the first part of the names of its result files.
         config: the type of the recipe's settings.
         base: the settings of the full plain run.
         load, train: the recipe's functions.
-        data: the data that ``load`` takes where the caller names none.
-        parts: of the plain run, from settings, data and world.
+        data: the default path of the data for ``load``.
+        parts: a function of settings, data and world, which returns the parts of the plain run.
         metric: the key of the test loss in a result line.
-        samples: how many a run sees.
-        shorter: the settings of a plain run at this share of the epochs; the schedule is always a whole one.
-        smaller: the settings of a plain run of as many steps with this share of the batch.
-        pruned: (data gradient, weight gradient) of the pruned runs; ``""``: exact.
+        samples: the number of samples that a run with the given settings uses.
+        shorter: the settings of a plain run with this share of the epochs and a complete schedule.
+        smaller: the settings of a plain run with the same number of steps and this share of the batch size.
+        lengths, batches: the shares for ``shorter`` and ``smaller``.
+        pruned: the patterns (data gradient, weight gradient) of the pruned runs; ``""`` means exact.
     """
 
     name: str
@@ -80,16 +81,16 @@ class Task(NamedTuple):
     pruned: tuple[tuple[str, str], ...]
 
     def arms(self) -> list[Overrides]:
-        """The settings of every run, the full plain one first."""
+        """Returns the settings of every run. The full plain run comes first."""
         arms: list[Overrides] = [{}, *({"plan": str(path), "backend": "pruned"} for path in self.plans())]
         arms += [self.shorter(length) for length in self.lengths]
         arms += [self.smaller(part) for part in self.batches]
         arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
-        arms.append({"method": "rescale", "pattern": "2:4"})  # as published
+        arms.append({"method": "rescale", "pattern": "2:4"})  # the published method
         return arms
 
     def plans(self) -> list[Path]:
-        """What ``sdgp.advise`` proposed, on each machine, as files from the repository's folder on."""
+        """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository."""
         return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
 
 
@@ -157,7 +158,7 @@ _RESNET9 = {
 }
 _GPT = {"size": "small", "epochs": 8, "epoch_steps": 50, "batch_size": 16, "lr": 2e-3, "validation_bytes": 2**16}
 _LORA = {
-    "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # of the plain run of the task "gpt"
+    "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # the plain run of the task "gpt"
     "rank": 8,
     "epochs": 8,
     "epoch_steps": 25,

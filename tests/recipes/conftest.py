@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The recipes need more than sdgp does: where that is not installed, as with the other torch, nothing is tested."""
+"""Skips the recipe tests if a package that the recipes need is missing, as in the environment with the other torch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if any(importlib.util.find_spec(name) is None for name in NEEDED):
 
 @pytest.fixture(scope="session")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three classes of noise, each brightest in a channel of its own, in the parts that both image recipes read."""
+    """Makes noise images of three classes, each brightest in its own channel, in the folders of both image recipes."""
     from torchvision.transforms.v2.functional import to_pil_image
 
     folder = tmp_path_factory.mktemp("images")

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Kills a recipe, for what test_faults.py asserts: `kills.py KIND POINTS FOLDER COMMAND...`, a line of JSON a point.
+"""Kills a recipe for test_faults.py: `kills.py KIND POINTS FOLDER COMMAND...` prints one line of JSON for each point.
 
-A run is a child of this process, which has imported everything, and dies by SIGKILL. KIND says where: ``calls``, inside
-the call of a function of the recipes' own, points spread evenly over all of those calls; ``writes``, at something done
-to a file, half of it done, points being all there are; ``clock``, whenever it is. Then the run is resumed.
+Each run is a child of this process, which has already imported everything. SIGKILL ends the run, and a second run
+resumes it. KIND says where the run dies. ``calls``: inside a call of a function of the recipes; the points are spread
+evenly over all calls. ``writes``: halfway through an operation on a file; every operation is a point. ``clock``: at any
+time.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ RECIPES = str(Path(checkpoint.__file__).parents[1])
 
 
 class Deaths:
-    """Counts the chances to die of one kind, and takes the ``last`` one."""
+    """Counts the chances to die of one kind, and kills the process at chance number ``last``."""
 
     def __init__(self, kind: str, last: int | None = None) -> None:
         self.count, self.last = 0, last
@@ -57,9 +58,9 @@ class Deaths:
     def _half(self, owner: Any, name: str, half: Callable[..., object]) -> None:
         whole = getattr(owner, name)
 
-        def replaced(*arguments: Any) -> object:
+        def replaced(*arguments: Any, **options: Any) -> object:
             self.chance(lambda: half(whole, *arguments))
-            return whole(*arguments)
+            return whole(*arguments, **options)
 
         setattr(owner, name, replaced)
 
@@ -69,8 +70,10 @@ def _cut(_: object, path: Path) -> None:
 
 
 def in_child(words: list[str], kind: str, last: int | None, tell: Callable[[int], object]) -> int:
-    """The status of a run, as os.waitpid has it; ``tell`` gets the number of chances. ``clock``: killed after ``last``
-    milliseconds."""
+    """Runs a recipe in a child process and returns its status as os.waitpid does.
+
+    ``tell`` gets the number of chances. ``clock`` kills the child after ``last`` milliseconds.
+    """
     child = os.fork()
     if child:
         if kind == "clock" and last is not None:
@@ -87,7 +90,7 @@ def in_child(words: list[str], kind: str, last: int | None, tell: Callable[[int]
 
 
 def broken(out: Path) -> list[str]:
-    """The files that a killed run left and that cannot be read; what it had not finished is called .tmp."""
+    """Lists the files of a killed run that cannot be read. Unfinished files are named .tmp and do not count."""
     result = []
     for file in out.rglob("*"):
         try:
@@ -103,7 +106,7 @@ def broken(out: Path) -> list[str]:
 
 
 def outcome(out: Path) -> dict[str, object]:
-    """What a finished run left."""
+    """Returns the results that a finished run left."""
     (path,) = out.glob("*/*/seed0/checkpoint.safetensors")
     weights, training = checkpoint.load(path)
     (results,) = out.glob("*.jsonl")
@@ -120,7 +123,7 @@ def outcome(out: Path) -> dict[str, object]:
 
 
 def digest(tree: Any) -> str:
-    """Of every bit of a tree of tensors."""
+    """Returns a hash of every bit of a tree of tensors."""
     if isinstance(tree, Tensor):
         return hashlib.sha256(tree.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
     if isinstance(tree, dict):
@@ -131,7 +134,7 @@ def digest(tree: Any) -> str:
 def main() -> None:
     kind, points, folder, words = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:]
     torch.set_num_threads(1)  # threads do not survive a fork
-    importlib.import_module("torch._dynamo")  # optimizers import it late, which would be once a child
+    importlib.import_module("torch._dynamo")  # optimizers import it late, and then each child would import it
     importlib.import_module(words[0])
 
     def run(name: str, *more: str, kind: str = "", last: int | None = None) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every recipe at its smallest, by its command line."""
+"""Runs every recipe at its smallest size from its command line."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 
-SMALL = {  # recipe: (module, settings), each a run of two epochs of three steps
+SMALL = {  # recipe: (module, settings); each run has two epochs of three steps
     "cifar10": ("cifar10.train", "width=4 classes=3 epochs=2 batch_size=8 peak_epoch=1 lr=0.1 amp=off"),
     "imagenet": (
         "imagenet.train",
@@ -38,13 +38,13 @@ def command(recipe: str, out: Path, images: Path, *more: str, row: str = "mvue_2
 
 
 def run(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
-    """In this process, as `python -m` would."""
+    """Runs a recipe in this process, as `python -m` would."""
     monkeypatch.setattr(sys, "argv", words)
     importlib.import_module(words[0]).main()
 
 
 def fails(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> str:
-    """What the recipe says as it gives up."""
+    """Returns the error message of a recipe that must fail."""
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, words)
     assert isinstance(stopped.value.code, str)
@@ -62,7 +62,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def flat(tree: Any) -> Any:
-    """Tensors as lists, so that trees compare."""
+    """Converts tensors to lists, so that trees can be compared."""
     if isinstance(tree, Tensor):
         return tree.tolist()
     return {key: flat(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""What a recipe says of bad settings, bad data, and a loss that is no number."""
+"""Tests the errors of a recipe for bad settings, bad data, and a loss that is not finite."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from small import IMAGES, RECIPES, ROOT, command, fails, lines, run
 from torch import nn
 
@@ -16,8 +18,11 @@ from recipes.cifar10.train import Config as CifarConfig
 from recipes.common import config
 from recipes.common.errors import UserError
 from recipes.common.finite import FiniteCheck
+from recipes.common.images import decode
 from recipes.imagenet.train import Config as ImageNetConfig
 from recipes.lm.gpt import Config as GPTConfig
+from recipes.lm.lora import Config as LoraConfig
+from recipes.lm.text import load_text
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -38,6 +43,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
         ("validate_every=0", "config: expected validate_every >= 1, got 0"),
         ("batch_size=1000", "config: expected batch_size to be at most 24, the number of images"),
         ("batch_size=0", "config: expected batch_size to be at most 24, the number of images"),
+        ("epochs=0", "config: expected epochs >= 1, got 0"),
+        ("lr=nan", "config: expected lr to be finite, got nan"),
+        ("lr=-1", "config: expected lr >= 0, got -1.0"),
+        ("clip=-1", "config: expected clip >= 0, got -1.0"),
+        ("exact_first=3", "config: expected exact_first . exact_last <= epochs, got 3 . 0 > 2"),
         ("peak_epoch=2", "config: expected 0 < peak_epoch < epochs = 2, got 2.0"),
         ("classes=10", "--data: expected 10 class folders in .*, got 3"),
     ],
@@ -47,6 +57,32 @@ def test_bad_settings(
 ) -> None:
     said = fails(monkeypatch, command("cifar10", tmp_path, images, "--set", setting))
     assert re.match(f"cifar10: {message}".replace("?", "[?]"), said), said
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["epoch_steps=0"], "expected epoch_steps >= 1, got 0"),
+        (["accumulate=0"], "expected accumulate >= 1, got 0"),
+        (["rank=0"], "expected rank >= 1, got 0"),
+        (["context=16", "validation_bytes=16"], "expected validation_bytes > context, got 16 <= 16"),
+    ],
+)
+def test_bad_settings_of_text(settings: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        config.load(LoraConfig, [], settings)
+
+
+@pytest.mark.parametrize(("option", "value"), [("--seeds", "0"), ("--threads", "-1"), ("--seeds", "many")])
+def test_bad_numbers(option: str, value: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, command("cifar10", tmp_path, images, option, value))
+    assert stopped.value.code == 2
+
+
+def test_an_unknown_device(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = fails(monkeypatch, command("cifar10", tmp_path, images, "--device", "gpu"))
+    assert said.startswith("cifar10: --device: expected a device of this machine, got gpu: ")
 
 
 def test_config_files(tmp_path: Path) -> None:
@@ -67,7 +103,7 @@ def test_config_files(tmp_path: Path) -> None:
     "file", sorted(RECIPES.glob("*/configs/*.toml")), ids=lambda file: f"{file.parts[-3]}-{file.stem}"
 )
 def test_every_config_loads(file: Path) -> None:
-    """And its first line is the command that runs it."""
+    """Every config must load, and its first line must be the command that runs it."""
     types = {"cifar10": CifarConfig, "imagenet": ImageNetConfig, "lm": GPTConfig}
     loaded = config.load(types[file.parts[-3]], [file])
     text = file.read_text().splitlines()
@@ -95,6 +131,26 @@ def test_a_truncated_image(
     assert "skipped" in capsys.readouterr().out
 
 
+def test_images_that_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow raises many types of errors, and turns 16-bit and float images into black or white ones."""
+    path = str(tmp_path / "image.png")
+    Image.new("RGB", (16, 16)).save(path)
+    assert decode(path).shape == (3, 16, 16)
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "MAX_IMAGE_PIXELS", 100)  # a decompression bomb
+        with pytest.raises(ValueError, match=r"image.png: .*decompression bomb"):
+            decode(path)
+    content = bytearray(Path(path).read_bytes())
+    content[12:16] = b"\0\0\0\0"  # the name of the first chunk
+    Path(path).write_bytes(content)
+    with pytest.raises(ValueError, match=r"image.png: \S"):
+        decode(path)
+    for mode, name in (("I;16", "deep.png"), ("F", "float.tiff")):
+        Image.new(mode, (16, 16)).save(tmp_path / name)
+        with pytest.raises(ValueError, match=f"{name}: expected 8 bits per channel, got Pillow's mode [IF]"):
+            decode(str(tmp_path / name))
+
+
 @pytest.mark.parametrize("recipe", IMAGES)
 def test_missing_data(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = command(recipe, tmp_path, tmp_path)
@@ -115,7 +171,31 @@ def test_text_of_the_user(tmp_path: Path, images: Path, monkeypatch: pytest.Monk
     text.write_bytes(b"short")
     assert "expected at least 17 bytes" in fails(monkeypatch, command("gpt", tmp_path, images, "--data", str(text)))
     none = str(tmp_path / "none")
-    assert "expected a text file" in fails(monkeypatch, command("gpt", tmp_path, images, "--data", none))
+    assert "expected text, got" in fails(monkeypatch, command("gpt", tmp_path, images, "--data", none))
+
+
+def test_a_folder_of_text(tmp_path: Path) -> None:
+    """Whether a file is for validation depends on its name alone."""
+    for number in range(60):
+        (tmp_path / str(number % 3)).mkdir(exist_ok=True)
+        (tmp_path / str(number % 3) / f"{number}.txt").write_bytes(bytes([number]) * 100)
+    text = load_text(tmp_path, 17)
+    train, validation = (set(part.tolist()) for part in (text.train, text.validation))
+    assert train | validation == set(range(60))
+    assert not train & validation
+    (tmp_path / "new.txt").write_bytes(b"\xff" * 100)
+    assert validation <= set(load_text(tmp_path, 17).validation.tolist())
+
+
+def test_a_name_that_is_not_utf8(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, out = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.txt"), tmp_path / "runs"
+    Path(text).write_bytes(b"to be or not to be, " * 2000)
+    run(monkeypatch, command("gpt", out, images, "--data", text))
+    (line,) = lines(out)
+    assert line["data"].startswith("\\udcff.txt, 0.0 MB")
+    said = fails(monkeypatch, command("gpt", out, images, "--eval", text))
+    said.encode(errors="backslashreplace")
+    assert said.startswith("gpt: checkpoint: expected a whole safetensors file, got ")
 
 
 def test_the_layer_whose_gradient_went_first() -> None:
@@ -125,7 +205,7 @@ def test_the_layer_whose_gradient_went_first() -> None:
         loss = model(torch.randn(8, 4)).mean()
         model.zero_grad()
         loss.backward()
-        if step == 3:  # the pruning of layer 1, say, made its gradient and those before it infinite
+        if step == 3:  # as if pruning layer 1 made its own and all earlier gradients infinite
             for layer in (model[0], model[1]):
                 layer.weight.grad.fill_(torch.inf)
         check.update(step, loss * torch.nan if step > 3 else loss)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Runs that are killed, lose a worker or a process, or cannot write: no file is broken, the cause is named, and
---resume ends where an unbroken run does."""
+"""Tests runs that are killed, lose a worker or a process, or cannot write.
+
+No file may be broken, the error must name the cause, and --resume must end where an unbroken run ends.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 HERE = Path(__file__).parent
 
-# What a run of two epochs does to files: writes, syncs and renames metrics and checkpoint, syncs their folder; the same
-# for its result; and appends that to the results.
+# File operations of a run of two epochs. Each epoch writes, syncs and renames metrics and checkpoint, and syncs their
+# folder. The result is saved in the same way, then appended to the results.
 WRITES = 2 * (4 + 4) + 4 + 1
 
 
@@ -45,7 +47,7 @@ def python(*words: object, timeout: float = 500) -> subprocess.CompletedProcess[
 def test_killed_at_any_point(recipe: str, kind: str, count: int, images: Path, tmp_path: Path) -> None:
     words = command(recipe, tmp_path, images)
     out = words.index("--out")
-    if recipe == "gpt":  # the standard library would be read twice for every point
+    if recipe == "gpt":  # otherwise every point reads the standard library twice
         (tmp_path / "text").write_bytes(b"to be or not to be, " * 2000)
         words += ["--data", str(tmp_path / "text")]
     done = python(HERE / "kills.py", kind, count, tmp_path, *words[:out], *words[out + 2 :])
@@ -59,13 +61,14 @@ def test_killed_at_any_point(recipe: str, kind: str, count: int, images: Path, t
         assert point["killed"] or kind == "clock", number
         assert point["resumed"] == 0, number
         assert point["left"] == unbroken, number
-        # Only what is appended to in place can be left in half, and by nothing but a kill within that one call.
+        # Only a file that is appended to in place can be cut in half, and only if the kill comes within the call that
+        # appends.
         assert not point["broken"] or (kind == "writes" and number == WRITES - 1), number
-    assert kind == "clock" or len({point["saved"] for point in points}) > 1  # before the first save, and after
+    assert kind == "clock" or len({point["saved"] for point in points}) > 1  # some before the first save, some after
 
 
 def test_a_line_is_written_once(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between the result line and the note that it was written."""
+    """A run killed between the result line and the note of it must not write the line again."""
     run(monkeypatch, command("gpt", tmp_path, images))
     (kept,) = tmp_path.glob("*/*/seed0/result.json")
     kept.unlink()
@@ -87,14 +90,14 @@ def test_a_folder_that_cannot_be_written(
 
 
 def on_a_disk(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    """A shell that may mount disks, which are there for what it runs alone."""
+    """Runs a shell script that may mount disks. Only this script sees them."""
     unshare = ["unshare", "--map-root-user", "--mount", "sh", "-e", "-c"]
     if subprocess.run([*unshare, "mount -t tmpfs tmpfs /mnt"], capture_output=True).returncode != 0:
         pytest.skip("this system lets nobody mount a disk of their own")
     return subprocess.run([*unshare, script, "sh", *map(str, words)], cwd=ROOT, capture_output=True, text=True)
 
 
-# On a disk of so many bytes, and again once there is room.
+# Run on a disk of the given size, then again after the disk has grown.
 FULL = """
 mount -t tmpfs -o size="$1" tmpfs "$2"
 disk=$2
@@ -109,7 +112,7 @@ cp -r "$disk" "$disk.resumed"
 
 def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(monkeypatch, command("cifar10", tmp_path / "unbroken", images))
-    room = saved(tmp_path / "unbroken").stat().st_size * 3 // 2  # for one checkpoint, not for the next beside it
+    room = saved(tmp_path / "unbroken").stat().st_size * 3 // 2  # fits one checkpoint, but not a second one
     disk = tmp_path / "disk"
     disk.mkdir()
     done = on_a_disk(FULL, room, disk, sys.executable, "-m", *command("cifar10", disk, images))
@@ -166,12 +169,12 @@ RANK = """
 import importlib, os, signal, sys
 from recipes.common.run import Run
 
-after_step = Run.after_step
-def killed(self, step, *arguments, **sums):
+after_step = Run._stopped_after_step
+def killed(self, step, *arguments):
     if step == 4 and os.environ["RANK"] == "1" and "--resume" not in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
-    return after_step(self, step, *arguments, **sums)
-Run.after_step = killed
+    return after_step(self, step, *arguments)
+Run._stopped_after_step = killed
 sys.argv = sys.argv[1:]
 importlib.import_module(sys.argv[0]).main()
 """
@@ -186,7 +189,7 @@ def test_a_dying_rank_ends_the_run_and_it_resumes(images: Path, tmp_path: Path) 
     done = python(*torchrun, *words)
     assert done.returncode != 0
     assert "Signal 9 (SIGKILL)" in done.stderr
-    assert checkpoint.load(saved(tmp_path / "out")).training["step"] == 3  # of the first epoch
+    assert checkpoint.load(saved(tmp_path / "out")).training["step"] == 3  # the first epoch's checkpoint
     done = python(*torchrun, *words, "--resume")
     assert done.returncode == 0, done.stderr
     assert checkpoint.load(saved(tmp_path / "out")).training["step"] == 6

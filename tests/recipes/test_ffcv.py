@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""ffcv's files, where ffcv is installed: packed from a folder, read by both image recipes. In processes of their own:
-numba leaves errors behind as it ends."""
+"""Tests ffcv files, if ffcv is installed: packed from a folder, and read by both image recipes.
+
+Each test uses its own processes, because numba leaves errors behind when it ends.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tables and plots of result lines."""
+"""Tests the tables and plots of result lines."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_report(tmp_path: Path) -> None:
 
 
 def test_pruned_weight_gradients_have_a_row_of_their_own(tmp_path: Path) -> None:
-    """Beside lines of before, whose configs do not know the setting."""
+    """Pruned weight gradients must get their own row, also next to old lines without the setting."""
     runs = [line("plain", 0, 80.0), line("mvue 4:16", 0, 79.0, weight_grad="")]
     runs.append(line("mvue 4:16", 0, 78.0, weight_grad="4:16") | {"row": "mvue 4:16, weight gradient 4:16"})
     (group,) = report.groups(runs, {})

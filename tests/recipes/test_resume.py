@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Stopping and going on: the same weights, bit for bit; checkpoints that a crash leaves whole."""
+"""Tests that a resumed run ends with the same weights bit for bit, and that a crash leaves checkpoints whole."""
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import RECIPES, ROOT, command, fails, flat, lines, run, saved
 from torch import nn
 
@@ -26,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "steps"),  # of two epochs of three: stopped in an epoch, at its end, in the next
+    ("recipe", "steps"),  # of two epochs of three steps: stops inside an epoch, at its end, or in the next epoch
     [*((recipe, steps) for recipe in ("cifar10", "gpt") for steps in (2, 3, 4)), ("imagenet", 4), ("lora", 4)],
 )
 def test_resumes_bit_for_bit(
@@ -40,7 +42,7 @@ def test_resumes_bit_for_bit(
         run(patch, command(recipe, tmp_path / "broken", images))
     assert checkpoint.load(saved(tmp_path / "broken")).training["step"] == steps
     assert not list((tmp_path / "broken").glob("*.jsonl"))
-    # Another process would choose between products anew, by the clock: it takes those of the checkpoint.
+    # A new process would measure the products again and might choose others. It must take those of the checkpoint.
     assert len(sdgp.chooser) > 0
     monkeypatch.setattr(sdgp.chooser, "_decisions", OrderedDict())
     monkeypatch.setattr(sdgp.chooser, "measure", measured_otherwise)
@@ -56,7 +58,7 @@ def test_resumes_bit_for_bit(
         for each in (training, training_again)
     )
     assert next(curves) == next(curves)
-    run(monkeypatch, command(recipe, tmp_path / "broken", images, "--resume"))  # there is nothing left to do
+    run(monkeypatch, command(recipe, tmp_path / "broken", images, "--resume"))  # nothing is left to do
     assert len(lines(tmp_path / "broken")) == 1
 
 
@@ -65,7 +67,7 @@ def measured_otherwise(*_: object) -> sdgp.Decision:
 
 
 def test_resume_keeps_the_layout_of_the_buffers(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An unbroken run's momentum is channels_last, as its weights; a checkpoint is contiguous."""
+    """Resuming must restore channels_last buffers, since an unbroken run has them but a checkpoint is contiguous."""
     weight = nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last))
     optimizer = torch.optim.SGD([weight], 0.1, momentum=0.9)
     weight.square().sum().backward()
@@ -94,7 +96,7 @@ def test_a_signal_saves_and_leaves(number: signal.Signals, images: Path, tmp_pat
 
 
 def is_training(process: int) -> bool:
-    """Whether it has its handlers: the mask of caught signals has SIGTERM's bit."""
+    """Says whether the process has set its handlers: its mask of caught signals then has SIGTERM's bit."""
     status = Path(f"/proc/{process}/status").read_text()
     caught = int(next(line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")), 16)
     return bool(caught >> (signal.SIGTERM - 1) & 1)
@@ -134,7 +136,7 @@ except UserError as error:
 
 
 def test_a_failed_save_leaves_the_last(tmp_path: Path) -> None:
-    """In a process of its own: the limit would hit what pytest writes, too."""
+    """A failed save must keep the last checkpoint. A subprocess, so that pytest's own files escape the limit."""
     path = tmp_path / "checkpoint.safetensors"
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
@@ -168,8 +170,31 @@ def test_a_broken_checkpoint(content: bytes | None, tmp_path: Path) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    ("training", "message"),
+    [
+        ("[" * 100_000, "expected a whole safetensors file, got .*recursion"),
+        ('{"optimizer": "tensor training/7"}', "expected a whole safetensors file, got .*training/7"),
+        ("[1]", "expected a checkpoint of a recipe, got .* with other metadata"),
+    ],
+    ids=["nested", "tensor", "list"],
+)
+def test_metadata_of_others(training: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    save_file({"weight": torch.randn(10)}, path, {"training": training})
+    with pytest.raises(UserError, match=message):
+        checkpoint.load(path)
+
+
+def test_a_foreign_checkpoint_is_not_resumed(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(monkeypatch, command("cifar10", tmp_path, images))
+    save_file({"weight": torch.randn(10)}, saved(tmp_path))
+    said = fails(monkeypatch, command("cifar10", tmp_path, images, "--resume"))
+    assert re.search("--resume: expected a checkpoint of a recipe, got .* without config, curve", said), said
+
+
 def test_nothing_is_pickled() -> None:
-    """The one reader of pickles is torchvision's, which compares their hash first."""
+    """No recipe may read pickles. Only torchvision reads pickles, and it compares their hash first."""
     for file in RECIPES.rglob("*.py"):
         text = file.read_text()
         assert "torch.load" not in text, file

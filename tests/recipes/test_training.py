@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Every recipe trains, evaluates, and holds its parts."""
+"""Tests that every recipe trains and evaluates, and tests its parts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_trains_and_evaluates(
 
 
 def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A folder with a model and a tokenizer of two bytes a token where it can; the metric stays bits per byte."""
+    """The lora recipe must train a user's model and report bits per byte, even if most tokens are two bytes long."""
     folder = tmp_path / "model"
     alphabet = sorted(ByteLevel.alphabet())
     vocabulary = {symbol: index for index, symbol in enumerate([*alphabet, "ab"])}
@@ -67,7 +67,7 @@ def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch:
     run(monkeypatch, words)
     (line,) = lines(tmp_path / "runs")
     assert line["layers"]["pruned"] == 7
-    # Every token is two bytes and one of 257, all but equally likely still: some log2(257) / 2 bits a byte.
+    # Every token is two bytes, and its 257 values are still almost equally likely: about log2(257) / 2 bits per byte.
     assert line["bits_per_byte"] == pytest.approx(4, abs=0.5)
     assert "expected a causal language model" in fails(monkeypatch, [*words, "--set", f"model={tmp_path}", "--resume"])
 
@@ -87,7 +87,7 @@ def test_noise(
 
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
 def test_plain_is_exact(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A plain run, a pruned one whose epochs are all exact, and one that prunes."""
+    """Only a run whose epochs are all exact must give the plain run's weights."""
     run(monkeypatch, command(recipe, tmp_path / "plain", images, row="plain"))
     run(monkeypatch, command(recipe, tmp_path / "paused", images, "--set", "exact_first=1", "--set", "exact_last=1"))
     run(monkeypatch, command(recipe, tmp_path / "pruned", images, "--set", "exact_last=1"))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The study: its runs, that it goes on where it was, and what its tables say."""
+"""Tests the study: its runs, that it continues where it stopped, and its tables."""
 
 from __future__ import annotations
 
@@ -22,12 +22,13 @@ TINY = {"width": 8, "classes": 3, "epochs": 4, "epoch_images": 8, "batch_size": 
 
 @pytest.fixture
 def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Task:
-    """The real task at its smallest, where no plan was made."""
+    """The real task at its smallest size, without a plan."""
     monkeypatch.setattr(tasks, "RESULTS", tmp_path)
     task = TASKS["resnet9"]
     small = task._replace(
         base={**task.base, **TINY},
         shorter=lambda share: {"epochs": round(4 * share), "peak_epoch": share},
+        smaller=lambda share: {"epochs": round(4 * share), "peak_epoch": share, "batch_size": round(4 * share)},
         lengths=(0.75, 0.5),
         batches=(0.75,),
         pruned=(("4:8", "4:8"),),
@@ -76,6 +77,39 @@ def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.
     assert set(points[0]["noise"]) == {"data 4:8", "weight 4:8"}
 
 
+def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """LoRA begins with the model that the plain run of the GPT ended with."""
+    monkeypatch.setattr(tasks, "RESULTS", tmp_path)
+    tiny = {"epochs": 2, "epoch_steps": 2, "batch_size": 4, "context": 16, "validation_bytes": 512, "warmup": 0.5}
+    of_name = {"gpt": {"size": "tiny"}, "lora": {"model": str(tmp_path / "runs/gpt/seed0/checkpoint.safetensors")}}
+    (tmp_path / "text").write_bytes(b"to be or not to be, " * 2000)
+    for name, settings in of_name.items():
+        small = TASKS[name]._replace(
+            base={**TASKS[name].base, **tiny, **settings},
+            data=tmp_path / "text",
+            shorter=lambda share: {"epochs": round(2 * share)},
+            smaller=lambda share: {"batch_size": round(4 * share)},
+            lengths=(0.5,),
+            batches=(0.5,),
+            pruned=(("2:4", ""),),
+        )
+        monkeypatch.setitem(TASKS, name, small)
+        words = (name, "--results", tmp_path)
+        run(monkeypatch, study, *words, "--out", tmp_path / "runs", "--seeds", 1)
+        lines = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
+        assert [(line["row"], line["layers"]["pruned"]) for line in lines] == [
+            ("plain", 0),
+            ("plain", 0),
+            ("plain", 0),
+            ("mvue 2:4", 24),
+            ("rescale 2:4", 24),
+        ]
+        assert [arm.cost for arm in report.arms(small, lines)] == [1.0, 0.5, 0.5, 1.0, 1.0]
+        assert all(math.isfinite(line["bits_per_byte"]) for line in lines)
+        run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
+        assert set(json.loads((tmp_path / f"{name}-saved-x.json").read_text())["result"]) == {"2:4"}
+
+
 def test_untimed_products_are_all_faster() -> None:
     layer = sdgp.Linear(256, 256, pattern="2:4")
     with measure._Untimed():
@@ -96,7 +130,7 @@ def test_what_a_loss_is_worth() -> None:
     one = report.worth(arm("pruned", 1.0, 1.1), plain)
     assert (one.equivalent, math.isnan(one.low)) == (pytest.approx(0.9), True)
     wide = report.worth(arm("pruned", 1.0, 1.09, 1.21), plain)
-    half = 12.71 * 0.01  # t of one degree of freedom, by the standard error
+    half = 12.71 * 0.01  # t for one degree of freedom times the standard error
     assert (wide.low, wide.high) == pytest.approx((0.8 - (half - 0.1) / 2, 0.9 + half))
 
 
@@ -118,7 +152,8 @@ def test_tables(
     (tmp_path / "README.md").write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
     run(monkeypatch, report)
     table = capsys.readouterr().out.splitlines()
-    # The loss of 80 % of the steps, and of 60 % of the batch: (1 / 0.6 - 1) / 0.05 = 13.3, 1 - 0.7 / 0.6 = -17 %.
+    # The loss equals that of plain training with 80 % of the steps, or with 60 % of the batch:
+    # (1 / 0.6 - 1) / 0.05 = 13.3, 1 - 0.7 / 0.6 = -17 %.
     cells = [cell.strip() for cell in next(line for line in table if "mvue" in line).split("|")[1:-1]]
     assert cells[0] == "mvue 4:8, weight gradient 4:8"
     assert cells[3].startswith("80%")
