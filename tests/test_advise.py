@@ -145,6 +145,24 @@ def test_chooses_what_saves_most_time_to_the_same_loss() -> None:
     assert Plan(rows, {}, 100.0, "adam")["a"] == ("4:32", "mvue", "8:16")  # noise costs less in that norm
 
 
+def test_layers_of_the_same_shapes_are_timed_once() -> None:
+    class Counting(Told):
+        count = 0
+
+        def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+            self.count += 1
+            return super().measure(products, pruning, rounds)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 64), *(nn.Linear(64, 64) for _ in range(3)))
+    with Counting() as chooser:
+        plan = sdgp.advise(model, *batches(), loss=loss, patterns=("8:16", "4:16"))
+    data = 2  # patterns of the three equal layers; the first layer has no data gradient
+    weight = 2 + 2  # patterns of the three equal layers, and of the first layer
+    assert chooser.count == data + weight
+    assert sum(row.saved_ms > 0 for row in plan.candidates) == 3 * data + 3 * 2 + 2
+
+
 def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
     rows = [row("a", "data", "8:16", 10, 0.01), row("b", "data", "8:16", 10, 0.03)]
     plan = Plan(rows, {}, 100.0)
@@ -284,7 +302,7 @@ def test_one_batch_is_halved(reduction: str) -> None:
 def test_adams_steps_scale_the_noise() -> None:
     model, pair = net(), batches()
     optimizer = torch.optim.AdamW(model.parameters(), eps=2e-4)
-    assert "not Adam, or has made none" in str(sdgp.advise(model, *pair, loss=loss, optimizer=optimizer))
+    assert "not Adam, or has made no step" in str(sdgp.advise(model, *pair, loss=loss, optimizer=optimizer))
     for batch in pair:
         optimizer.zero_grad()
         loss(model, batch).backward()
@@ -514,7 +532,7 @@ def test_an_optimizer_that_steps_in_backward_is_refused() -> None:
         ((net(), torch.ones(1, 32)), {}, "several batches of one size, or one of at least two samples", "one of 1"),
         ((net(), {"x": X, "y": X[0]}), {}, "at least two samples", "one whose tensors share no"),
         ((net(), torch.ones(4, 32), torch.ones(4, 32)), {}, "batches whose gradients differ", "a variance of 0"),
-        ((torch.compile(net()), torch.ones(4, 32)), {}, "the model itself", "what torch.compile"),
+        ((torch.compile(net()), torch.ones(4, 32)), {}, "the model itself", "a compiled one"),
         ((net(), torch.full((4, 32), math.nan)), {}, "finite loss", "nan"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: model(x)}, "scalar tensor", r"shape \(4, 64\)"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: 1.0}, "scalar tensor", "float"),

@@ -86,6 +86,7 @@ class Study:
         self._twins, self._rounds, self._narrow_for_wide, self._memory = twins, rounds, narrow_for_wide, memory
         self._found: dict[tuple[nn.Module, str], dict[PruningLayer, _Measured]] = {}
         self._calls: Counter[tuple[nn.Module, str]] = Counter()
+        self._alike: dict[str, Decision] = {}  # by shapes and pruning: many networks repeat their layers
         self._shapes: dict[nn.Module, str] = {}
         self._largest = 0  # multiply-adds of the largest product
         self._obstacles: dict[nn.Module, str] = {}
@@ -156,7 +157,8 @@ class Study:
         slower: set[str] = set()  # methods whose sparser pattern saves nothing: denser ones are not timed
         for twin in twins:
             measured = found.setdefault(twin, _Measured())
-            self._time(module, measured, _products(twin, gradient, grad_output, input), twin, gradient, slower)
+            products = _products(twin, gradient, grad_output, input)
+            self._time(module, measured, products, input, twin, gradient, slower)
         useful = [twin for twin in twins if found[twin].saved_ms > 0]
         if not useful:
             return
@@ -180,6 +182,7 @@ class Study:
         module: nn.Module,
         measured: _Measured,
         products: Products,
+        input: Tensor,
         twin: PruningLayer,
         gradient: str,
         slower: set[str],
@@ -197,7 +200,10 @@ class Study:
         key = f"{call}: {gradient} {pruning.pattern} {pruning.method}"
         decision = self._memory.decisions.get(key)
         if decision is None:
-            decision = self._memory.decisions[key] = self._decide(products, pruning)
+            shapes = f"{_shapes(module, products.grad_output, input)} {gradient} {pruning.pattern} {pruning.method}"
+            if shapes not in self._alike:
+                self._alike[shapes] = self._decide(products, pruning)
+            decision = self._memory.decisions[key] = self._alike[shapes]
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
         measured.sparse_ms += decision.sparse_ms or 0.0
@@ -327,6 +333,15 @@ def alike(batches: Sequence[Any]) -> list[Any]:
 
 def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Tensor) -> Products:
     return twin.products(grad_output, input) if gradient == "data" else twin.weight_products(grad_output, input)
+
+
+def _shapes(module: nn.Module, *tensors: Tensor) -> str:
+    """Describes all that the time of a layer's products depends on, except the pruning."""
+    geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    layouts = [(tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in (*tensors, weight)]
+    return f"{type(module).__name__} {geometry} {layouts}"
 
 
 def _fits(twin: PruningLayer, gradient: str, grad_output: Tensor) -> bool:
