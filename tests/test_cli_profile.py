@@ -139,7 +139,7 @@ def test_advice(command: Command, file: Path) -> None:
     assert out.splitlines()[-1] == found["verdict"]
     assert next(line for line in err.splitlines() if line.startswith("[")) == "[1/5] steps"
     own = report(command, "profile", str(file) + ":with_batch", "--rounds", "1", "--advise")
-    assert "one batch alone" in own["advice"]
+    assert "one batch gives the noise only" in own["advice"]
     status, _, err = command(*words, "--method", "best")
     assert (status, "expected method to be one of" in err) == (2, True)
 
