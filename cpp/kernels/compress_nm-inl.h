@@ -281,7 +281,7 @@ void compress_range(const CompressArgs& args, int64_t begin, int64_t end) {
 
 inline int64_t compress_nm_units(const CompressArgs& args) { return make_compress_plan(args.prune).units; }
 
-inline void compress_nm(const CompressArgs& args, int64_t begin, int64_t end) {
+inline void compress_nm_kernel(const CompressArgs& args, int64_t begin, int64_t end) {
   visit(DTypes{}, args.prune.dtype,
         [&]<DType kDType>(Constant<kDType>) { compress_range<WordOf<kDType>>(args, begin, end); });
 }
@@ -311,7 +311,7 @@ bool decompress_range(const DecompressArgs& args, int64_t begin, int64_t end) {
   return valid;
 }
 
-inline bool decompress_nm(const DecompressArgs& args, int64_t begin, int64_t end) {
+inline bool decompress_nm_kernel(const DecompressArgs& args, int64_t begin, int64_t end) {
   return visit(DTypes{}, args.dtype,
                [&]<DType kDType>(Constant<kDType>) { return decompress_range<WordOf<kDType>>(args, begin, end); });
 }

@@ -17,18 +17,18 @@ constexpr Kernels make_table(const char* isa) {
   Kernels made{
       .isa = isa,
       .prune_nm_units = &prune_nm_units,
-      .prune_nm = &prune_nm,
+      .prune_nm = &prune_nm_kernel,
       .compress_nm_units = &compress_nm_units,
-      .compress_nm = &compress_nm,
-      .decompress_nm = &decompress_nm,
+      .compress_nm = &compress_nm_kernel,
+      .decompress_nm = &decompress_nm_kernel,
       .permutes = [](const SpmmArgs&) { return false; },
       .packed_bytes = &packed_bytes,
       .pack_units = &pack_units,
       .pack = &pack,
       .spmm_nm_units = &spmm_nm_units,
-      .spmm_nm = &spmm_nm,
+      .spmm_nm = &spmm_nm_kernel,
       .weight_grad_nm_units = &weight_grad_nm_units,
-      .weight_grad_nm = &weight_grad_nm,
+      .weight_grad_nm = &weight_grad_nm_kernel,
   };
 #if defined(__AVX512F__)
   if constexpr (kPermutes) {
@@ -42,13 +42,13 @@ constexpr Kernels make_table(const char* isa) {
       return permutes(args) ? permute_nm_units(args) : spmm_nm_units(args);
     };
     made.spmm_nm = [](const SpmmArgs& args, int64_t begin, int64_t end) {
-      return permutes(args) ? permute_nm(args, begin, end) : spmm_nm(args, begin, end);
+      return permutes(args) ? permute_nm_kernel(args, begin, end) : spmm_nm_kernel(args, begin, end);
     };
     made.weight_grad_nm_units = [](const WeightGradArgs& args) {
       return permutes_weight(args) ? permute_weight_grad_units(args) : weight_grad_nm_units(args);
     };
     made.weight_grad_nm = [](const WeightGradArgs& args, int64_t begin, int64_t end) {
-      permutes_weight(args) ? permute_weight_grad(args, begin, end) : weight_grad_nm(args, begin, end);
+      permutes_weight(args) ? permute_weight_grad_kernel(args, begin, end) : weight_grad_nm_kernel(args, begin, end);
     };
   }
 #endif

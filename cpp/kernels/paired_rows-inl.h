@@ -116,7 +116,7 @@ class PairedRows {
       part.dims[0] = {pitch, 1, 1, 1, false};
     }
     if (pruning_.keeps_all()) part.pruning = kKeepAll;
-    prune_nm(part, 0, prune_nm_units(part));
+    prune_nm_kernel(part, 0, prune_nm_units(part));
     return elements;
   }
 

@@ -300,7 +300,7 @@ class PermuteProduct {
 
 inline int64_t permute_nm_units(const SpmmArgs& args) { return make_permute_plan(args).units; }
 
-inline bool permute_nm(const SpmmArgs& args, int64_t begin, int64_t end) {
+inline bool permute_nm_kernel(const SpmmArgs& args, int64_t begin, int64_t end) {
   return PermuteProduct<BFloat16>::run(args, begin, end);
 }
 

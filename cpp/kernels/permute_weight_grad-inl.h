@@ -234,7 +234,7 @@ class PermuteWeightGrad {
 
 inline int64_t permute_weight_grad_units(const WeightGradArgs& args) { return make_permute_weight_plan(args).units; }
 
-inline void permute_weight_grad(const WeightGradArgs& args, int64_t begin, int64_t end) {
+inline void permute_weight_grad_kernel(const WeightGradArgs& args, int64_t begin, int64_t end) {
   PermuteWeightGrad<BFloat16>::run(args, begin, end);
 }
 

@@ -21,7 +21,7 @@ inline int64_t prune_nm_units(const PruneArgs& args) {
   return make_plan(flattened(args), range_of(args.dtype, args.pruning.method).lanes).units;
 }
 
-inline void prune_nm(const PruneArgs& args, int64_t begin, int64_t end) {
+inline void prune_nm_kernel(const PruneArgs& args, int64_t begin, int64_t end) {
   if (args.pruning.method == Method::kRescale) return rescale_range(args, begin, end);
   range_of(args.dtype, args.pruning.method).run(flattened(args), begin, end);
 }

@@ -54,7 +54,7 @@ class PrunedRows {
     part.ndim = 1;
     rows.out_stride = side_by_side ? 1 : pitch;
     if (copy) part.pruning = kKeepAll;
-    prune_nm(part, 0, prune_nm_units(part));
+    prune_nm_kernel(part, 0, prune_nm_units(part));
     if (side_by_side) transpose_block(buffer, part.size, rows.size, to, pitch);
   }
 

@@ -379,7 +379,7 @@ inline int64_t spmm_nm_units(const SpmmArgs& args) {
                [&]<DType kDType>(Constant<kDType>) { return make_spmm_plan<typename LanesOf<kDType>::E>(args).units; });
 }
 
-inline bool spmm_nm(const SpmmArgs& args, int64_t begin, int64_t end) {
+inline bool spmm_nm_kernel(const SpmmArgs& args, int64_t begin, int64_t end) {
   return visit(DTypes{}, args.dtype,
                [&]<DType kDType>(Constant<kDType>) { return Spmm<LanesOf<kDType>>::run(args, begin, end); });
 }

@@ -326,7 +326,7 @@ inline int64_t weight_grad_nm_units(const WeightGradArgs& args) {
   });
 }
 
-inline void weight_grad_nm(const WeightGradArgs& args, int64_t begin, int64_t end) {
+inline void weight_grad_nm_kernel(const WeightGradArgs& args, int64_t begin, int64_t end) {
   visit(DTypes{}, args.dtype,
         [&]<DType kDType>(Constant<kDType>) { WeightGrad<LanesOf<kDType>>::run(args, begin, end); });
 }
