@@ -117,7 +117,14 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
     """Returns a Markdown table with a line per arm. Pruned arms show their worth and net saving on each machine."""
     plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in ("steps", "batch")}
     curves = {kind: curve for kind, curve in plain.items() if len(curve) > 1}
-    head = ["arm", "test loss", "seeds", *(f"= plain with, of the {kind}" for kind in curves), "noise τ", "c"]
+    head = [
+        "arm",
+        "bits per byte" if task.metric == "bits_per_byte" else "test loss",
+        "seeds",
+        *(f"= plain with, of the {kind}" for kind in curves),
+        "noise τ",
+        "c",
+    ]
     lines = [[*head, *(f"step; net, {machine}" for machine in saved)]]
     lines.append(["---"] * len(lines[0]))
     for arm in found:
@@ -126,7 +133,7 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
         cells = [arm.name, f"{statistics.mean(values):.3f}{spread}", str(len(values))]
         if arm.kind == "pruned":
             worths = [worth(arm, curve) for curve in curves.values()]
-            strict = min(worths, key=lambda value: value.equivalent)
+            strict = _strict(arm, found)
             tau = noise.get(arm.name)
             cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
             cells += [f"{tau:.3f}", f"{(1 / strict.equivalent - 1) / tau:.1f}"] if tau else ["", ""]
@@ -154,9 +161,34 @@ def _net(row: dict[str, Any] | None, worth: Worth) -> str:
     """Formats the saving per step, and the net saving in time with the interval that follows from the losses."""
     if row is None:
         return ""
-    net, low, high = (1 - (1 - row["saved"]) / share for share in worth)
+    net, low, high = net_saving(row["saved"], worth)
     interval = "" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]"
     return f"{row['saved']:.0%} [{row['saved_low']:.0%}, {row['saved_high']:.0%}]; **{net:+.0%}**{interval}"
+
+
+def net_saving(saved: float, worth: Worth) -> Worth:
+    """The share of the time to the same loss that is saved, and the ends of its interval."""
+    return Worth(*(1 - (1 - saved) / share for share in worth))
+
+
+def _strict(arm: Arm, found: list[Arm]) -> Worth:
+    """The worth of a pruned arm beside the better of fewer steps and a smaller batch."""
+    plain = [[other for other in found if other.kind == kind or other is found[0]] for kind in ("steps", "batch")]
+    return min((worth(arm, curve) for curve in plain if len(curve) > 1), key=lambda value: value.equivalent)
+
+
+def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -> list[str]:
+    """Returns a line of Markdown for each machine: what ``advise`` predicted before the run, and the outcome."""
+    lines = []
+    for machine, document in measured.items():
+        plans = [arm for arm in found if arm.name.startswith("plan ") and _key(arm, machine) == "plan"]
+        outcome = "no plan" if not document["net"] else "not trained with"
+        if plans:
+            net, low, high = net_saving(document["result"]["plan"]["saved"], _strict(plans[0], found))
+            outcome = f"{net:+.0%}" + ("" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]")
+        predicted = f"{document['net']:+.0%} = {document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
+        lines.append(f"| {name} | {machine} | {predicted} | {outcome} |")
+    return lines
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
@@ -198,22 +230,26 @@ def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Pa
 
 
 def main() -> None:
-    parts = []
+    parts, said = [], []
     for name, task in TASKS.items():
         runs = HERE / "results" / f"{name}.jsonl"
         if not runs.exists():
             continue
         found = arms(task, [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()])
-        saved = {
-            path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))["result"]
+        measured = {
+            path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))
         }
+        saved = {machine: document["result"] for machine, document in measured.items()}
         noise_path = runs.parent / f"{name}-noise.json"
         noise = mean_noise(json.loads(noise_path.read_text(encoding="utf-8"))["result"]) if noise_path.exists() else {}
+        noise |= {f"plan {name}-plan-{machine}": document["noise"] for machine, document in measured.items()}
         plot(name, found, saved, runs.with_suffix(".png"))
+        said += verdicts(name, found, measured)
         parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
-    text = "\n\n".join(parts)
+    head = "| task | machine | `advise` predicted | the runs gave |\n|---|---|---|---|\n"
+    text = "\n\n".join([head + "\n".join(said), *parts])
     print(text)
     before, begin, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
     if not begin:

@@ -134,6 +134,17 @@ def test_what_a_loss_is_worth() -> None:
     assert (wide.low, wide.high) == pytest.approx((0.8 - (half - 0.1) / 2, 0.9 + half))
 
 
+def test_a_verdict_beside_its_outcome() -> None:
+    """A plan with the loss of 90 % of the steps, and of 80 % of the batch: 1 - 0.6 / 0.8 = 25 %."""
+    plan = report.Arm("plan task-plan-x", "pruned", 1.0, {0: 1.2, 1: 1.2})
+    found = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.8, 1.4, 1.4), arm("batch", 0.6, 1.4, 1.4), plan]
+    document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1, "net": 0.2}
+    (line,) = report.verdicts("task", found, {"x": document})
+    assert line == "| task | x | +20% = 40% per step, noise τ 0.100 | +25% [+25%, +25%] |"
+    (line,) = report.verdicts("task", found, {"y": document | {"net": 0.0}})
+    assert line.endswith("| no plan |")
+
+
 def test_tables(
     task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -146,7 +157,8 @@ def test_tables(
         lines += [{"config": config, "seed": seed, "test_loss": loss + seed / 10} for seed in (0, 1)]
     (results / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"saved": 0.3, "saved_low": 0.2, "saved_high": 0.4}
-    (results / "resnet9-saved-x.json").write_text(json.dumps({"result": {"4:8 + 4:8": row}}))
+    said = {"saved": 0.25, "noise": 0.02, "net": 0.2}
+    (results / "resnet9-saved-x.json").write_text(json.dumps({"result": {"4:8 + 4:8": row}, **said}))
     points = [{"noise": {"data 4:8": 9.0, "weight 4:8": 9.0}}, {"noise": {"data 4:8": 0.02, "weight 4:8": 0.03}}]
     (results / "resnet9-noise.json").write_text(json.dumps({"result": points}))
     (tmp_path / "README.md").write_text(f"before\n{report._BEGIN}\nold\n{report._END}\nafter\n")
@@ -160,6 +172,7 @@ def test_tables(
     assert cells[4].startswith("60%")
     assert cells[5:7] == ["0.050", "13.3"]
     assert cells[7].startswith("30% [20%, 40%]; **-17%** [-")
+    assert "| resnet9 | x | +20% = 25% per step, noise τ 0.020 | not trained with |" in table
     text = (tmp_path / "README.md").read_text()
     assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
     assert (results / "resnet9.png").stat().st_size > 1000
