@@ -8,6 +8,7 @@ runs/<recipe>.jsonl                                   one line per finished run;
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -153,53 +154,46 @@ class Run:
         Returns:
             False if a signal stopped the run before its end.
         """
-        self._stop = Stop(self._world)
-        try:
-            with self._progress:
-                self._progress.start_task(self._task)
-                return self._fit(batches, forward, learning_rate, validate)
-        finally:
-            self._stop.close()
-
-    def _fit(
-        self,
-        batches: Callable[[int, int], Iterable[Sequence[tuple[Tensor, Tensor]]]],
-        forward: Callable[[Tensor, Tensor], Measured],
-        learning_rate: Callable[[float], float],
-        validate: Callable[[int], Mapping[str, float]],
-    ) -> bool:
-        config, optimizer, scaler, first = self._config, self._optimizer, self._scaler, self._first
-        schedule = config.schedule(self._model)
-        for epoch in range(first // self._epoch_steps, config.epochs):
-            self._model.train()
-            if schedule is not None:
-                schedule.seek(epoch)
-            for step, micro_batches in self._steps(first, batches(epoch, first % self._epoch_steps)):
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate((step + 1) / self._epoch_steps)
-                optimizer.zero_grad()
-                step_loss, units = torch.zeros((), device=self._world.device), 0
-                for input, target in micro_batches:
-                    with config.autocast(self._world.device):
-                        loss, count, sums = forward(input, target)
-                        loss = loss / len(micro_batches)
-                    scaler.scale(loss).backward()
-                    step_loss += loss.detach()
-                    units += count
-                    self._add(sums)
-                scaler.unscale_(optimizer)
-                self._finite.update(step, step_loss)
-                if config.clip:
-                    nn.utils.clip_grad_norm_(self._model.parameters(), config.clip)
-                scaler.step(optimizer)
-                scaler.update()
-                self._add({"loss": step_loss * units})
-                if self._stopped_after_step(step, epoch, units):
+        first, schedule = self._first, self._config.schedule(self._model)
+        with contextlib.closing(Stop(self._world)) as self._stop, self._progress:
+            self._progress.start_task(self._task)
+            for epoch in range(first // self._epoch_steps, self._config.epochs):
+                self._model.train()
+                if schedule is not None:
+                    schedule.seek(epoch)
+                for step, micro_batches in self._steps(first, batches(epoch, first % self._epoch_steps)):
+                    for group in self._optimizer.param_groups:
+                        group["lr"] = learning_rate((step + 1) / self._epoch_steps)
+                    units = self._step(step, micro_batches, forward)
+                    if self._stopped_after_step(step, epoch, units):
+                        return False
+                first = (epoch + 1) * self._epoch_steps
+                if self._stopped_after_epoch(first, epoch, validate(epoch)):
                     return False
-            first = (epoch + 1) * self._epoch_steps
-            if self._stopped_after_epoch(first, epoch, validate(epoch)):
-                return False
         return True
+
+    def _step(
+        self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], forward: Callable[[Tensor, Tensor], Measured]
+    ) -> int:
+        """Trains one step. Returns its images or tokens."""
+        self._optimizer.zero_grad()
+        mean, units = torch.zeros((), device=self._world.device), 0
+        for input, target in micro_batches:
+            with self._config.autocast(self._world.device):
+                loss, count, sums = forward(input, target)
+                loss = loss / len(micro_batches)
+            self._scaler.scale(loss).backward()
+            mean += loss.detach()
+            units += count
+            self._add(sums)
+        self._scaler.unscale_(self._optimizer)
+        self._finite.update(step, mean)
+        if self._config.clip:
+            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.clip)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        self._add({"loss": mean * units})
+        return units
 
     # --- around the steps
 

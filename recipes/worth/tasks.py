@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -139,11 +140,6 @@ def _text_batches(config: text.TextSettings, data: text.Text, world: World) -> I
             yield from micro_batches
 
 
-def _text_samples(config: Any) -> int:
-    samples: int = config.epochs * config.epoch_steps * config.batch_size
-    return samples
-
-
 _RESNET9 = {
     "width": 32,
     "epochs": 8,
@@ -168,6 +164,34 @@ _LORA = {
     "validation_bytes": 2**16,
 }
 
+
+def _text_task(
+    name: str,
+    recipe: ModuleType,
+    base: Overrides,
+    parts: Callable[[Any, Any, World], Parts],
+    data: Path | None,
+    pruned: tuple[tuple[str, str], ...],
+) -> Task:
+    """A task of a language model: eight epochs, and 7/8 and 3/4 of the steps and of a batch of 16."""
+    return Task(
+        name,
+        recipe.Config,
+        base,
+        recipe.load,
+        data,
+        recipe.train,
+        parts,
+        "bits_per_byte",
+        lambda config: config.epochs * config.epoch_steps * config.batch_size,
+        lambda share: {"epochs": round(8 * share), "warmup": share},
+        lambda share: {"batch_size": round(16 * share)},
+        lengths=(0.875, 0.75),
+        batches=(0.875, 0.75),
+        pruned=pruned,
+    )
+
+
 TASKS = {
     "resnet9": Task(
         "resnet9",
@@ -185,36 +209,13 @@ TASKS = {
         batches=(0.875, 0.75),
         pruned=(("8:16", "8:16"), ("4:16", "8:16"), ("8:16", "4:16"), ("4:16", "4:16")),
     ),
-    "gpt": Task(
-        "gpt",
-        gpt.Config,
-        _GPT,
-        gpt.load,
-        None,
-        gpt.train,
-        _gpt_parts,
-        "bits_per_byte",
-        _text_samples,
-        lambda share: {"epochs": round(8 * share), "warmup": share},
-        lambda share: {"batch_size": round(16 * share)},
-        lengths=(0.875, 0.75),
-        batches=(0.875, 0.75),
-        pruned=(("8:16", "8:16"), ("4:16", "4:16")),
-    ),
-    "lora": Task(
+    "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
+    "lora": _text_task(
         "lora",
-        lora.Config,
+        lora,
         _LORA,
-        lora.load,
-        Path(torch.__file__).parent / "include" / "torch",
-        lora.train,
         _lora_parts,
-        "bits_per_byte",
-        _text_samples,
-        lambda share: {"epochs": round(8 * share), "warmup": share},
-        lambda share: {"batch_size": round(16 * share)},
-        lengths=(0.875, 0.75),
-        batches=(0.875, 0.75),
-        pruned=(("8:16", ""), ("4:16", "")),
+        Path(torch.__file__).parent / "include" / "torch",
+        (("8:16", ""), ("4:16", "")),
     ),
 }
