@@ -128,8 +128,8 @@ def test_chooses_what_saves_most_time_to_the_same_loss() -> None:
     rows = [
         row("a", "data", "8:16", 10, 0.001),
         row("a", "data", "4:16", 15, 0.002),  # saves 5 % more for 0.3 % more steps
-        row("a", "data", "4:32", 18, 0.050),  # saves 3 % more for 15 % more steps
-        row("a", "weight", "8:16", 2, 0.010),  # saves 2 % for 3 % more steps
+        row("a", "data", "4:32", 18, 0.150),  # saves 3 % more for 15 % more steps
+        row("a", "weight", "8:16", 2, 0.030),  # saves 2 % for 3 % more steps
         row("b", "weight", "8:16", 4, 0.0),
         row("c", "data", "8:16", 0, 0.0),
         row("d", "data", "8:16", 5, math.nan),
@@ -137,12 +137,11 @@ def test_chooses_what_saves_most_time_to_the_same_loss() -> None:
     plan = Plan(rows, {"a": "", "b": "", "c": "", "d": ""}, 100.0)
     assert plan == {"a": ("4:16", "mvue"), "b": ("1:1", "mvue", "8:16")}
     assert (plan.saved, plan.noise) == pytest.approx((0.19, 0.002))
-    assert plan.net == pytest.approx(net_saving(0.19, 0.002, 3.0)) == pytest.approx(1 - 0.81 * 1.006)
+    assert plan.net == pytest.approx(net_saving(0.19, 0.002, 1.0)) == pytest.approx(1 - 0.81 * 1.002)
     nets = [point.net for point in plan.curve]
     assert nets == sorted(nets)
     assert plan.curve[0] == (0, 0, 0)
     assert nets[-1] == pytest.approx(plan.net)
-    assert Plan(rows, {}, 100.0, "adam")["a"] == ("4:32", "mvue", "8:16")  # noise costs less in that norm
 
 
 def test_layers_of_the_same_shapes_are_timed_once() -> None:
@@ -164,15 +163,15 @@ def test_layers_of_the_same_shapes_are_timed_once() -> None:
 
 
 def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
-    rows = [row("a", "data", "8:16", 10, 0.01), row("b", "data", "8:16", 10, 0.03)]
+    rows = [row("a", "data", "8:16", 10, 0.03), row("b", "data", "8:16", 10, 0.09)]
     plan = Plan(rows, {}, 100.0)
     assert set(plan) == {"a", "b"}
-    assert plan.take_measured(0.04)
-    assert not plan.take_measured(0.08)  # twice the noise: b now costs 18 %
+    assert plan.take_measured(0.12)
+    assert not plan.take_measured(0.24)  # twice the noise: b now costs 18 %
     assert set(plan) == {"a"}
-    assert plan.take_measured(0.02)
-    assert plan.noise == pytest.approx(0.02)
-    assert plan.take_measured(0.2) is False
+    assert plan.take_measured(0.06)
+    assert plan.noise == pytest.approx(0.06)
+    assert plan.take_measured(0.6) is False
     assert not plan
     assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 10.0% off a step and costs 60.0%")
 

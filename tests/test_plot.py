@@ -90,10 +90,10 @@ def test_draws_a_plan(tmp_path: Path, figures: list[Figure]) -> None:
     sdgp.plot(plan, tmp_path / "plan.png")
     whole, parts = figures[0].axes
     curve, chosen = whole.lines
-    assert curve.get_xydata().ravel().tolist() == pytest.approx([0, 0, 3, 5])
-    assert chosen.get_xydata().ravel().tolist() == pytest.approx([3, 5])
+    assert curve.get_xydata().ravel().tolist() == pytest.approx([0, 0, 1, 5])
+    assert chosen.get_xydata().ravel().tolist() == pytest.approx([1, 5])
     points = [line.get_xydata().ravel().tolist() for line in parts.lines]
-    assert points == [pytest.approx([3, 5]), pytest.approx([27, 10])]
+    assert points == [pytest.approx([1, 5]), pytest.approx([9, 10])]
     assert [text.get_text() for text in parts.get_legend().get_texts()] == ["data 2:4", "data 1:4"]
 
 
