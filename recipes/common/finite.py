@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .errors import UserError
+from .errors import Diverged
 
 
 class FiniteCheck:
@@ -30,7 +30,7 @@ class FiniteCheck:
         """Checks one step. Call this method after each backward, before anything changes the gradients.
 
         Raises:
-            UserError: if the loss was not finite in this step or in one of the last ``every`` steps.
+            Diverged: if the loss was not finite in this step or in one of the last ``every`` steps.
         """
         if self._loss_step is None:
             self._loss_step = torch.tensor(-1, device=loss.device)
@@ -56,7 +56,7 @@ class FiniteCheck:
             message += f"; the gradient of {name} went first, at step {first}"
         elif self._gradients:
             message += "; every gradient before it was finite: the forward overflowed"
-        raise UserError(f"{message}. Try a lower lr or a longer warm-up; the last checkpoint is from before")
+        raise Diverged(f"{message}. Try a lower lr or a longer warm-up; the last checkpoint is from before")
 
 
 def _note(first: Tensor, step: int, finite: Tensor) -> None:

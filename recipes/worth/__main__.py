@@ -12,6 +12,7 @@ have a line there are not repeated. All arms of the first seed run before the ne
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 
 from ..common import process
-from ..common.errors import UserError
+from ..common.errors import Diverged, UserError
+from ..common.files import append_line
 from ..common.run import Job
 from ..common.settings import Settings
 from .tasks import TASKS, Task
@@ -58,7 +60,16 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
                 if (config, seed) in finished(task, path):
                     continue
                 folder = out / name / "+".join(f"{key}={value}" for key, value in overrides.items()) / f"seed{seed}"
-                task.train(config, data, seed, world, Job(folder, path, resume=True))
+                try:
+                    task.train(config, data, seed, world, Job(folder, path, resume=True))
+                except Diverged as error:  # a result, too
+                    line = {
+                        "row": config.row,
+                        "seed": seed,
+                        "diverged": str(error),
+                        "config": dataclasses.asdict(config),
+                    }
+                    append_line(path, json.dumps(line))
                 if (config, seed) not in finished(task, path):
                     return  # a signal stopped the run
     finally:

@@ -63,7 +63,7 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     """Returns the arms that have run, in the order of ``task.arms()``."""
     by_config: dict[Settings, dict[int, float]] = defaultdict(dict)
     for line in lines:
-        by_config[task.config(**line["config"])][line["seed"]] = line[task.metric]
+        by_config[task.config(**line["config"])][line["seed"]] = line.get(task.metric, math.inf)  # inf: diverged
     found = []
     full = task.samples(task.config(**task.base))
     for overrides in task.arms():
@@ -129,9 +129,11 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
     lines.append(["---"] * len(lines[0]))
     for arm in found:
         values = list(arm.losses.values())
-        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-        cells = [arm.name, f"{statistics.mean(values):.3f}{spread}", str(len(values))]
-        if arm.kind == "pruned":
+        diverged = values.count(math.inf)
+        spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and not diverged else ""
+        mean = f"diverged in {diverged}" if diverged else f"{statistics.mean(values):.3f}{spread}"
+        cells = [arm.name, mean, str(len(values))]
+        if arm.kind == "pruned" and not diverged:
             worths = [worth(arm, curve) for curve in curves.values()]
             strict = _strict(arm, found)
             tau = noise.get(arm.name)

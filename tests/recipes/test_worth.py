@@ -110,6 +110,21 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(json.loads((tmp_path / f"{name}-saved-x.json").read_text())["result"]) == {"2:4"}
 
 
+def test_a_run_that_diverges_is_a_result(
+    task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(TASKS, "resnet9", task._replace(base={**task.base, "lr": 1e20}, lengths=(), batches=()))
+    words = ("resnet9", "--data", images, "--out", tmp_path / "runs", "--results", tmp_path, "--seeds", 1)
+    for _ in range(2):  # the second time, nothing is left to run
+        run(monkeypatch, study, *words)
+        lines = [json.loads(line) for line in (tmp_path / "resnet9.jsonl").read_text().splitlines()]
+        assert [line["row"] for line in lines] == ["plain", "mvue 4:8, weight gradient 4:8", "rescale 2:4"]
+        assert all("finite" in line["diverged"] or "gradient" in line["diverged"] for line in lines)
+    small = TASKS["resnet9"]
+    table = report.table("resnet9", small, report.arms(small, lines), {}, {})
+    assert "| rescale 2:4 | diverged in 1 | 1 |" in table
+
+
 def test_untimed_products_are_all_faster() -> None:
     layer = sdgp.Linear(256, 256, pattern="2:4")
     with measure._Untimed():
