@@ -67,8 +67,17 @@ SAMPLES = (
     Sample("ties", lambda: torch.randn(16, 96).mul(1.5).round(), -1),
     Sample("zeros", lambda: torch.zeros(8, 32), -1),
     Sample("huge_and_tiny", lambda: torch.randn(16, 64) * torch.logspace(-30, 30, 16).unsqueeze(1), -1),
+    Sample("vanishing", lambda: _vanishing(torch.randn(2, 33, 64)), -1),
     Sample("not_finite", lambda: _not_finite(torch.randn(16, 128)), -1),
 )
+
+
+def _vanishing(x: Tensor) -> Tensor:
+    """Every fourth channel is kept in one row only, where it is subnormal: all / kept of rescale overflows."""
+    x[..., ::4] *= 1e-3
+    x[:, 5] = 0
+    x[:, 5, ::4] = 1e-42
+    return x
 
 
 def _not_finite(x: Tensor) -> Tensor:

@@ -167,6 +167,19 @@ def test_rescale_keeps_the_sum() -> None:
     torch.testing.assert_close(pruned.abs().sum((2, 3))[kept_any], x.abs().sum((2, 3))[kept_any])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_rescale_of_a_channel_that_keeps_next_to_nothing(dtype: torch.dtype) -> None:
+    """Σ|x| / Σ|kept| overflows if the kept values are subnormal, but no value may become larger than Σ|x|."""
+    tiny = 2 * torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    x = torch.tensor([[[1.0, 2, 3, 4], [tiny, 0, 0, 0]]], dtype=dtype)
+    pruned = sdgp.prune_nm(x, 2, 4, -1, "rescale")
+    assert pruned[0, 0].tolist() == [0, 0, 3, 4]
+    assert pruned[0, 1, 1:].tolist() == [0, 0, 0]
+    assert 0 < pruned[0, 1, 0] <= 1
+    x[0, 0, 1] = torch.inf  # a GradScaler must still see what is not finite
+    assert not sdgp.prune_nm(x, 2, 4, -1, "rescale").isfinite().all()
+
+
 def test_rescale_sums_16_bit_values_in_float32() -> None:
     x = torch.full((1, 4, 512, 512), 1.0, dtype=torch.float16)  # the sum, 262144, is inf in float16
     assert torch.equal(sdgp.prune_nm(x, 4, 4, 1, "rescale"), x)

@@ -4,6 +4,8 @@
 // This file deals with memory and factors, not with groups.
 #pragma once
 
+#include <limits>
+
 #include "select_nm-inl.h"
 #include "stage-inl.h"
 
@@ -36,7 +38,14 @@ struct FactorSums {
 
   static SDGP_INLINE Elem<C> absolute(Elem<C> x) { return (Elem<C>)magnitude_key<C>(x); }
 
-  static SDGP_INLINE Elem<C> ratio(Elem<C> all, Elem<C> kept) { return kept == 0 ? splat<E>(1) : all / kept; }
+  // all / kept. If `kept` is subnormal the quotient may overflow. The largest finite factor then keeps the products
+  // finite, because no kept element is larger than `kept`.
+  static SDGP_INLINE Elem<C> ratio(Elem<C> all, Elem<C> kept) {
+    constexpr E kLargest = std::numeric_limits<E>::max();
+    const Elem<C> largest = splat<E>(kLargest);
+    const Elem<C> quotient = kept == 0 ? splat<E>(1) : all / kept;
+    return (all <= largest) & (quotient > largest) ? largest : quotient;
+  }
 
   // A pruned element stays 0 even if its factor is inf or NaN.
   static SDGP_INLINE Elem<C> times(Elem<C> x, Elem<C> factor) { return keep_if(x != 0, C::round(x * factor)); }

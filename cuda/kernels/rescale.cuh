@@ -12,6 +12,8 @@
 // factor per row, the lanes are neighbouring groups of the row, and their sums are added at the end.
 #pragma once
 
+#include <limits>
+
 #include "prune_nm.cuh"
 
 namespace sdgp::cuda {
@@ -196,7 +198,9 @@ SDGP_HOST_DEVICE void find_factor(const SumParams& params, int64_t factor) {
     all += partial[stretch * params.factors];
     kept += partial[(params.stretches + stretch) * params.factors];
   }
-  static_cast<E*>(params.factor)[factor] = kept == 0 ? E{1} : all / kept;
+  constexpr E kLargest = std::numeric_limits<E>::max();
+  const E quotient = kept == 0 ? E{1} : all / kept;
+  static_cast<E*>(params.factor)[factor] = all <= kLargest && quotient > kLargest ? kLargest : quotient;  // Sums::ratio
 }
 
 }  // namespace sdgp::cuda

@@ -213,7 +213,9 @@ def _sequential_sum(x: Tensor) -> Tensor:
 
 
 def _ratio(all: Tensor, kept: Tensor) -> Tensor:
-    return torch.where(kept == 0, torch.ones_like(all), all / kept)
+    """Returns all / kept, at most the largest finite number where ``all`` is finite: then kept values stay finite."""
+    ratio = torch.where(kept == 0, torch.ones_like(all), all / kept)
+    return torch.where(all.isfinite(), ratio.clamp(max=torch.finfo(all.dtype).max), ratio)
 
 
 def _rescale(x: Tensor, keep: Tensor, input: Tensor, dim: int, size: int) -> tuple[Tensor, Tensor]:
