@@ -114,7 +114,7 @@ def test_the_whole_plan_is_measured(method: str) -> None:
     if method == "mvue":
         assert plan.noise == pytest.approx(math.fsum(row.noise for row in plan.chosen), rel=0.25)
     assert plan.saved == pytest.approx(math.fsum(row.saved_ms for row in plan.chosen) / 10)
-    assert plan.net == pytest.approx(1 - (1 - plan.saved) * (1 + STEPS_PER_NOISE["euclidean"] * plan.noise))
+    assert plan.net == pytest.approx(1 - (1 - plan.saved) * (1 + STEPS_PER_NOISE * plan.noise))
     assert plan.net_low < plan.net < plan.net_high
     assert re.search(r"^it pays: \d+% less time to the same loss \[-?\d+%, \d+%\]; a step takes", plan.verdict)
 
@@ -208,7 +208,7 @@ def state(model: nn.Module) -> tuple[Any, ...]:
 
 @pytest.mark.parametrize("converted", [False, True])
 def test_leaves_everything_as_it_was(converted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
     model = nn.Sequential(net(), nn.Dropout(0.5), nn.BatchNorm1d(64))
     if converted:
         sdgp.convert(model, "1:4", "random", backend="pruned", filter=lambda module, name: name != "0.2")
@@ -260,7 +260,7 @@ def test_bad_plans(plan: Any, message: str) -> None:
 
 
 def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
     model = nn.Sequential(net(), nn.Linear(64, 64), nn.Linear(64, 2), nn.Bilinear(2, 2, 8))
     model.forward = lambda x: model[2](model[1](model[0](x)))
     plan = sdgp.advise(model, *[(x, y % 2) for x, y in batches()], loss=loss, filter=lambda _, name: name != "1")

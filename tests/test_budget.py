@@ -18,14 +18,14 @@ from test_advise import Slower, Told, batches, loss, net
 from torch import nn
 
 import sdgp
-from sdgp._plan import STEPS_PER_NOISE
+from sdgp import _plan
 
 
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gives products and steps fixed times, and makes noise cheap, so that pruning pays."""
     monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
-    monkeypatch.setitem(STEPS_PER_NOISE, "euclidean", 0.01)
+    monkeypatch.setattr(_plan, "STEPS_PER_NOISE", 0.01)
     with Told():
         yield
 
@@ -172,7 +172,7 @@ def test_an_error_of_the_first_process_is_one_of_all(tmp_path: Path) -> None:
 def worker(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
-    STEPS_PER_NOISE["euclidean"] = 0.0
+    _plan.STEPS_PER_NOISE = 0.0
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     with Told() if rank == 0 else Slower():  # only the first process's times count
         run = Run(every=2, net=0.0)

@@ -15,7 +15,7 @@ from ._pattern import UNBIASED_METHODS
 # Let τ = noise of pruning / noise of the batch. A run that prunes needs 1 + c τ times the steps for the same loss. The
 # noise-scale model predicts c = 1, and the runs of recipes/worth agree with it in both norms. docs/method.md has the
 # numbers.
-STEPS_PER_NOISE = {"euclidean": 1.0, "adam": 1.0}
+STEPS_PER_NOISE = 1.0
 
 # A smaller net saving is within the measurement error.
 _LEAST_NET = 0.01
@@ -100,7 +100,7 @@ class Plan(dict[str, tuple[Any, ...]]):
         self._choose()
 
     def _choose(self) -> None:
-        self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE[self.norm] * self._factor)
+        self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE * self._factor)
         if self.curve[-1].net < _LEAST_NET:
             self.chosen = []
         self.clear()
@@ -151,13 +151,13 @@ class Plan(dict[str, tuple[Any, ...]]):
         return self._net(max(0.0, 1 - 2 * self._noise_error))
 
     def _net(self, times: float) -> float:
-        return net_saving(self.saved, times * self.noise, STEPS_PER_NOISE[self.norm])
+        return net_saving(self.saved, times * self.noise, STEPS_PER_NOISE)
 
     @property
     def verdict(self) -> str:
         if self.pays:
             low, high = sorted((self.net_low, self.net_high))
-            steps = STEPS_PER_NOISE[self.norm] * self.noise
+            steps = STEPS_PER_NOISE * self.noise
             return (
                 f"it pays: {self.net:.0%} less time to the same loss [{low:.0%}, {high:.0%}]; a step takes "
                 f"{self.saved:.0%} less time, and the added noise costs {steps:.0%} more steps"
@@ -166,7 +166,7 @@ class Plan(dict[str, tuple[Any, ...]]):
             return f"nothing pays here: pruning could save {self.curve[-1].net:.1%} of the time to the same loss"
         faster = [row for row in self.candidates if row.saved_ms > 0]
         if faster:
-            cost = STEPS_PER_NOISE[self.norm] * self._factor
+            cost = STEPS_PER_NOISE * self._factor
             best = max(faster, key=lambda row: net_saving(row.saved_ms / self.step_ms, row.noise, cost))
             return (
                 f"nothing pays here: the best of {len(faster)} candidates takes {best.saved_ms / self.step_ms:.1%} "

@@ -113,7 +113,7 @@ def _draw_records(figure: Any, records: Mapping[str, Record], metric: str, windo
 def _draw_plan(figure: Any, plan: Plan) -> None:
     figure.set_size_inches(12, 5.5)
     whole, parts = figure.subplots(1, 2)
-    cost = STEPS_PER_NOISE[plan.norm]
+    cost = STEPS_PER_NOISE
     points = [(100 * cost * point.noise, 100 * point.saved) for point in plan.curve]
     whole.plot(*zip(*points, strict=True), ".-", label="one gradient after the other")
     whole.plot([100 * cost * plan.noise], [100 * plan.saved], "o", markersize=9, label=f"the plan, {plan.net:.0%} net")

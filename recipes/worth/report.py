@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 
 import matplotlib
 
+from sdgp import _plan as plan
+
 from ..common.settings import Settings
 from .tasks import TASKS, Task
 
@@ -184,11 +186,12 @@ def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -
     lines = []
     for machine, document in measured.items():
         plans = [arm for arm in found if arm.name.startswith("plan ") and _key(arm, machine) == "plan"]
-        outcome = "no plan" if not document["net"] else "not trained with"
+        outcome = "not trained with" if "plan" in document["result"] else "no plan"
         if plans:
             net, low, high = net_saving(document["result"]["plan"]["saved"], _strict(plans[0], found))
             outcome = f"{net:+.0%}" + ("" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]")
-        predicted = f"{document['net']:+.0%} = {document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
+        net = plan.net_saving(document["saved"], document["noise"], plan.STEPS_PER_NOISE)
+        predicted = f"{net:+.0%}: {document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
         lines.append(f"| {name} | {machine} | {predicted} | {outcome} |")
     return lines
 

@@ -153,11 +153,11 @@ def test_a_verdict_beside_its_outcome() -> None:
     """A plan with the loss of 90 % of the steps, and of 80 % of the batch: 1 - 0.6 / 0.8 = 25 %."""
     plan = report.Arm("plan task-plan-x", "pruned", 1.0, {0: 1.2, 1: 1.2})
     found = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.8, 1.4, 1.4), arm("batch", 0.6, 1.4, 1.4), plan]
-    document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1, "net": 0.2}
+    document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1}
     (line,) = report.verdicts("task", found, {"x": document})
-    assert line == "| task | x | +20% = 40% per step, noise τ 0.100 | +25% [+25%, +25%] |"
-    (line,) = report.verdicts("task", found, {"y": document | {"net": 0.0}})
-    assert line.endswith("| no plan |")
+    assert line == "| task | x | +34%: 40% per step, noise τ 0.100 | +25% [+25%, +25%] |"
+    (line,) = report.verdicts("task", found, {"y": document})
+    assert line.endswith("| not trained with |")
 
 
 def test_tables(
@@ -172,7 +172,7 @@ def test_tables(
         lines += [{"config": config, "seed": seed, "test_loss": loss + seed / 10} for seed in (0, 1)]
     (results / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"saved": 0.3, "saved_low": 0.2, "saved_high": 0.4}
-    said = {"saved": 0.25, "noise": 0.02, "net": 0.2}
+    said = {"saved": 0.25, "noise": 0.02}
     (results / "resnet9-saved-x.json").write_text(json.dumps({"result": {"4:8 + 4:8": row}, **said}))
     points = [{"noise": {"data 4:8": 9.0, "weight 4:8": 9.0}}, {"noise": {"data 4:8": 0.02, "weight 4:8": 0.03}}]
     (results / "resnet9-noise.json").write_text(json.dumps({"result": points}))
@@ -187,7 +187,7 @@ def test_tables(
     assert cells[4].startswith("60%")
     assert cells[5:7] == ["0.050", "13.3"]
     assert cells[7].startswith("30% [20%, 40%]; **-17%** [-")
-    assert "| resnet9 | x | +20% = 25% per step, noise τ 0.020 | not trained with |" in table
+    assert "| resnet9 | x | +24%: 25% per step, noise τ 0.020 | no plan |" in table
     text = (tmp_path / "README.md").read_text()
     assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
     assert (results / "resnet9.png").stat().st_size > 1000
