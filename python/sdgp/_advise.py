@@ -40,9 +40,9 @@ def advise(
     """Measures whether pruning pays for ``model`` on these batches and this machine, and proposes what to prune.
 
     Pruning saves a share S of a step's time. It also adds noise to the gradient: τ times the noise that the choice of
-    the minibatch brings anyway. The model then needs 1 + c τ times the steps for the same loss. The net saving is
+    the minibatch brings anyway. The model then needs 1 + τ times the steps for the same loss. The net saving is
 
-        net = 1 - (1 - S) (1 + c τ)
+        net = 1 - (1 - S) (1 + τ)
 
     ``advise`` times the sparse and the exact product of each layer's data and weight gradient. It measures the noise
     that each pruned gradient would add to the gradient of *all* parameters, and chooses the patterns with the largest

@@ -70,7 +70,7 @@ class Plan(dict[str, tuple[Any, ...]]):
         verdict: one sentence that says whether pruning pays, with the numbers.
         saved: the share of a step's time that the chosen products save.
         noise: the noise that the chosen products add together, as a share of the noise of the batch.
-        net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + c noise).
+        net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + noise).
         net_low, net_high: the net saving at the ends of the noise's 95 % interval.
         norm: the norm of the noise, ``"euclidean"`` or ``"adam"``. With ``"adam"``, each coordinate is scaled as the
             optimizer scales its steps.
