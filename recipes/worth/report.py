@@ -34,6 +34,8 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.worth.report -->", "<!-- end of tables -->"
 
+_METRICS = {"test_loss": "test loss", "bits_per_byte": "bits per byte"}
+
 # The 97.5 % quantiles of Student's t, by degrees of freedom.
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 
@@ -121,7 +123,7 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
     curves = {kind: curve for kind, curve in plain.items() if len(curve) > 1}
     head = [
         "arm",
-        "bits per byte" if task.metric == "bits_per_byte" else "test loss",
+        _METRICS[task.metric],
         "seeds",
         *(f"= plain with, of the {kind}" for kind in curves),
         "noise τ",
@@ -211,7 +213,7 @@ def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
+def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
     """Plots loss against cost: the curves of the plain arms, and each pruned arm at its cost on each machine."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
@@ -220,14 +222,16 @@ def plot(name: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Pa
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     for machine, marker in zip(saved, "osD^", strict=False):
+        axes.plot([], [], marker, color="tab:green", label=f"pruned, {machine}")
         for arm in found:
             row = saved[machine].get(_key(arm, machine))
             if row is None:
                 continue
             at = 1 - row["saved"], statistics.mean(arm.losses.values())
             axes.plot(*at, marker, color="tab:green")
-            axes.annotate(f"{_key(arm, machine)}, {machine}", at, xytext=(5, 4), textcoords="offset points", fontsize=8)
-    axes.set(xlabel="cost, as a share of the full plain run", ylabel="test loss", title=name)
+            axes.annotate(_key(arm, machine), at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    axes.margins(x=0.12)
+    axes.set(xlabel="cost, as a share of the full plain run", ylabel=metric, title=name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=130)
@@ -249,7 +253,7 @@ def main() -> None:
         noise_path = runs.parent / f"{name}-noise.json"
         noise = mean_noise(json.loads(noise_path.read_text(encoding="utf-8"))["result"]) if noise_path.exists() else {}
         noise |= {f"plan {name}-plan-{machine}": document["noise"] for machine, document in measured.items()}
-        plot(name, found, saved, runs.with_suffix(".png"))
+        plot(name, _METRICS[task.metric], found, saved, runs.with_suffix(".png"))
         said += verdicts(name, found, measured)
         parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
