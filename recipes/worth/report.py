@@ -125,7 +125,7 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
         "arm",
         _METRICS[task.metric],
         "seeds",
-        *(f"= plain with, of the {kind}" for kind in curves),
+        *(f"= plain run, share of the {kind}" for kind in curves),
         "noise τ",
         "c",
     ]
@@ -184,7 +184,7 @@ def _strict(arm: Arm, found: list[Arm]) -> Worth:
 
 
 def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns a line of Markdown for each machine: what ``advise`` predicted before the run, and the outcome."""
+    """Returns a line of Markdown for each machine: the net saving that ``advise`` predicts, and that of the runs."""
     lines = []
     for machine, document in measured.items():
         plans = [arm for arm in found if arm.name.startswith("plan ") and _key(arm, machine) == "plan"]
@@ -257,7 +257,7 @@ def main() -> None:
         said += verdicts(name, found, measured)
         parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
-    head = "| task | machine | `advise` predicted | the runs gave |\n|---|---|---|---|\n"
+    head = "| plan for | machine | predicted: 1 - (1 - S) (1 + τ) | net saving of the runs |\n|---|---|---|---|\n"
     text = "\n\n".join([head + "\n".join(said), *parts])
     print(text)
     before, begin, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
