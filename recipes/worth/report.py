@@ -215,10 +215,14 @@ def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
 
 def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
     """Plots loss against cost: the curves of the plain arms, and each pruned arm at its cost on each machine."""
+
+    def level(arm: Arm) -> float:  # arms may lack a seed of the full run
+        return statistics.mean(found[0].losses.values()) + _difference(arm, found[0])
+
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
         of_kind = [arm for arm in found if arm.kind == kind or arm is found[0]]
-        points = sorted((arm.cost, statistics.mean(arm.losses.values())) for arm in of_kind)
+        points = sorted((arm.cost, level(arm)) for arm in of_kind)
         if len(points) > 1:
             axes.plot(*zip(*points, strict=True), ".-", label=label)
     for machine, marker in zip(saved, "osD^", strict=False):
@@ -227,7 +231,7 @@ def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, An
             row = saved[machine].get(_key(arm, machine))
             if row is None:
                 continue
-            at = 1 - row["saved"], statistics.mean(arm.losses.values())
+            at = 1 - row["saved"], level(arm)
             axes.plot(*at, marker, color="tab:green")
             axes.annotate(_key(arm, machine), at, xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.margins(x=0.12)
