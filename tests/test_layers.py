@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from compare import Timer, close, gradients
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import METHODS
+from samples import METHODS, SAMPLES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -325,3 +325,26 @@ def test_modules_copy_and_pickle() -> None:
 def test_repr_tells_the_settings() -> None:
     expected = "Linear(in_features=8, out_features=4, bias=True, pattern=2:4, method=mvue, backend=auto)"
     assert repr(sdgp.Linear(8, 4)) == expected
+
+
+@pytest.mark.parametrize("backend", ["auto", "sparse", "dense"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_rescale_of_a_vanishing_gradient_is_finite(backend: str, checkpointed: bool, autocast: bool) -> None:
+    """A channel that keeps one subnormal value must not make the data gradient of a square layer infinite."""
+    (vanishing,) = (sample for sample in SAMPLES if sample.name == "vanishing")
+    grad_output = vanishing.make().repeat(1, 1, 4)  # (2, 33, 256)
+    layer = sdgp.Linear(256, 256, pattern="2:4", method="rescale", backend=backend)
+    told = sdgp.Chooser(least_work=0, rounds=1)
+    for _ in range(2):  # with "auto", before and after its first measurement
+        x = torch.randn(2, 33, 256, requires_grad=True)
+        with told, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
+            y.backward(grad_output.to(y.dtype))
+        dy = grad_output.to(y.dtype)
+        weight = layer.weight.detach().to(y.dtype)
+        pruned = layer.decision is not None and layer.decision.prunes
+        expected = (sdgp.prune_nm(dy, 2, 4, -1, "rescale") if pruned or backend != "auto" else dy) @ weight
+        assert x.grad is not None
+        assert x.grad.isfinite().all()
+        torch.testing.assert_close(x.grad, expected.float(), rtol=0.02, atol=1e-3 if autocast else 1e-5)

@@ -34,6 +34,7 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.worth.report -->", "<!-- end of tables -->"
 
+_KINDS = {"steps": "plain, fewer steps", "batch": "plain, smaller batch"}
 _METRICS = {"test_loss": "test loss", "bits_per_byte": "bits per byte"}
 
 # The 97.5 % quantiles of Student's t, by degrees of freedom.
@@ -119,8 +120,7 @@ def _share(curve: list[tuple[float, float]], difference: float) -> float:
 
 def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, Any]], noise: dict[str, float]) -> str:
     """Returns a Markdown table with a line per arm. Pruned arms show their worth and net saving on each machine."""
-    plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in ("steps", "batch")}
-    curves = {kind: curve for kind, curve in plain.items() if len(curve) > 1}
+    curves = _curves(found)
     head = [
         "arm",
         _METRICS[task.metric],
@@ -177,10 +177,15 @@ def net_saving(saved: float, worth: Worth) -> Worth:
     return Worth(*(1 - (1 - saved) / share for share in worth))
 
 
+def _curves(found: list[Arm]) -> dict[str, list[Arm]]:
+    """The plain arms of each kind, the full run first. A kind without another arm is left out."""
+    plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in _KINDS}
+    return {kind: curve for kind, curve in plain.items() if len(curve) > 1}
+
+
 def _strict(arm: Arm, found: list[Arm]) -> Worth:
     """The worth of a pruned arm beside the better of fewer steps and a smaller batch."""
-    plain = [[other for other in found if other.kind == kind or other is found[0]] for kind in ("steps", "batch")]
-    return min((worth(arm, curve) for curve in plain if len(curve) > 1), key=lambda value: value.equivalent)
+    return min((worth(arm, curve) for curve in _curves(found).values()), key=lambda value: value.equivalent)
 
 
 def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -> list[str]:
@@ -220,11 +225,9 @@ def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, An
         return statistics.mean(found[0].losses.values()) + _difference(arm, found[0])
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for kind, label in (("steps", "plain, fewer steps"), ("batch", "plain, smaller batch")):
-        of_kind = [arm for arm in found if arm.kind == kind or arm is found[0]]
-        points = sorted((arm.cost, level(arm)) for arm in of_kind)
-        if len(points) > 1:
-            axes.plot(*zip(*points, strict=True), ".-", label=label)
+    for kind, curve in _curves(found).items():
+        points = sorted((arm.cost, level(arm)) for arm in curve)
+        axes.plot(*zip(*points, strict=True), ".-", label=_KINDS[kind])
     for machine, marker in zip(saved, "osD^", strict=False):
         axes.plot([], [], marker, color="tab:green", label=f"pruned, {machine}")
         for arm in found:

@@ -98,14 +98,17 @@ class Task(NamedTuple):
 def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
     torch.manual_seed(0)
 
-    def make_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-        return torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
-
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in itertools.count():
             yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
 
-    return Parts(cifar10.prepare(config, world), make_optimizer, cross_entropy, batches(), is_pruned)
+    return Parts(
+        cifar10.prepare(config, world),
+        partial(cifar10.make_optimizer, config=config),
+        cross_entropy,
+        batches(),
+        is_pruned,
+    )
 
 
 def _gpt_parts(config: gpt.Config, data: text.Text, world: World) -> Parts:
