@@ -6,6 +6,7 @@ VENV := .venv$(SUFFIX)
 SECOND := .venv-second$(SUFFIX)
 THIRD := .venv-third$(SUFFIX)
 DIST := dist$(SUFFIX)
+BUILD := build/wheel$(SUFFIX)
 BIN := $(VENV)/bin
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -55,10 +56,10 @@ lint: $(VENV)/ready
 	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
 	$(BIN)/zizmor --offline --quiet .github
 
-cpp-test: $(VENV)/ready
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B build/cpp -DSDGP_TESTS=ON -DSDGP_PYTHON=OFF -DSDGP_WERROR=ON
-	$(BIN)/cmake --build build/cpp
-	$(BIN)/ctest --test-dir build/cpp --output-on-failure
+# The build of the wheel includes the C++ tests, so the kernels are compiled once.
+cpp-test: $(DIST)/built
+	$(BIN)/cmake --build $(BUILD)
+	$(BIN)/ctest --test-dir $(BUILD) --output-on-failure
 
 # Runs the C++ tests, and the CUDA kernels on the host, under AddressSanitizer and UndefinedBehaviorSanitizer.
 sanitize: $(VENV)/ready $(VENV)/installed
@@ -98,12 +99,16 @@ fuzz-threads: $(VENV)/ready
 # Runs a part of each C++ test under valgrind, which does not support AVX-512.
 memcheck: cpp-test
 	for isa in baseline avx2; do for test in kernels products threads; do SDGP_FORCE_ISA=$$isa SDGP_TEST_SHARE=40 \
-	  valgrind --quiet --error-exitcode=1 --leak-check=full build/cpp/tests/cpp/$${test}_test || exit; done; done
+	  valgrind --quiet --error-exitcode=1 --leak-check=full $(BUILD)/tests/cpp/$${test}_test || exit; done; done
 
 # Runs GPU tests under compute-sanitizer. Needs a machine with a GPU and an environment with sdgp and pytest.
 cuda-sanitize:
 	for tool in memcheck racecheck; do REQUIRE_CUDA=1 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool \
 	  --error-exitcode 1 $(PYTHON) -m pytest -q -x -m cuda tests/test_cuda.py -k $(SANITIZED) || exit; done
+
+# Each process uses one thread, except where a test asks for more: several suites run at a time, and OpenMP threads that
+# wait for each other on a busy core take several times as long.
+python-test second-test third-test: export OMP_NUM_THREADS = 1
 
 python-test: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest
@@ -171,7 +176,7 @@ $(VENV)/tools: requirements/tools.txt $(VENV)/ready
 $(DIST)/built: $(VENV)/ready $(WHEEL_INPUTS)
 	rm -rf $(DIST)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m build --wheel --no-isolation --outdir $(DIST)/as-built \
-	  -C cmake.define.SDGP_WERROR=ON
+	  -C build-dir=$(BUILD) -C cmake.define.SDGP_TESTS=ON -C cmake.define.SDGP_WERROR=ON
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/repair-wheel $(DIST)/as-built/*.whl $(DIST)
 	touch $@
 

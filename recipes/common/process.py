@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import signal
@@ -58,6 +59,7 @@ def start(device: str | None = None) -> World:
 
 def stop() -> None:
     if dist.is_initialized():
+        gc.collect()  # DistributedDataParallel in a reference cycle would outlive the group, and its end may then deadlock
         dist.destroy_process_group()
 
 
