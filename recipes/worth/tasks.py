@@ -98,6 +98,10 @@ class Task(NamedTuple):
 def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
     torch.manual_seed(0)
 
+    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        with config.autocast(world.device):
+            return cross_entropy(model, images, labels)
+
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in itertools.count():
             yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
@@ -105,7 +109,7 @@ def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
     return Parts(
         cifar10.prepare(config, world),
         partial(cifar10.make_optimizer, config=config),
-        cross_entropy,
+        loss,
         batches(),
         is_pruned,
     )
@@ -195,11 +199,11 @@ def _text_task(
     )
 
 
-TASKS = {
-    "resnet9": Task(
-        "resnet9",
+def _resnet9_task(name: str, base: Overrides) -> Task:
+    return Task(
+        name,
         Cifar10Config,
-        _RESNET9,
+        base,
         cifar10_data.load,
         None,
         cifar10.train,
@@ -211,7 +215,12 @@ TASKS = {
         lengths=(0.875, 0.75, 0.625),
         batches=(0.875, 0.75),
         pruned=(("8:16", "8:16"), ("4:16", "8:16"), ("8:16", "4:16"), ("4:16", "4:16")),
-    ),
+    )
+
+
+TASKS = {
+    "resnet9": _resnet9_task("resnet9", _RESNET9),
+    "resnet9_bfloat16": _resnet9_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}),
     "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
     "lora": _text_task(
         "lora",
