@@ -59,7 +59,7 @@ def start(device: str | None = None) -> World:
 
 def stop() -> None:
     if dist.is_initialized():
-        gc.collect()  # DistributedDataParallel in a reference cycle would outlive the group, and its end may then deadlock
+        gc.collect()  # otherwise a wrapper in a reference cycle outlives the group, and its end may deadlock
         dist.destroy_process_group()
 
 
