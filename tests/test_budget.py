@@ -184,8 +184,8 @@ def worker(rank: int, folder: str) -> None:
             run.optimizer.step()
             run.budget.step(batch)
     torch.save((run.budget.plan, run.weights), f"{folder}/rank{rank}")
-    # A wrapper that outlives the process group holds the interpreter's lock while it waits for gloo's threads, and these
-    # may wait for the lock.
+    # A wrapper that outlives the process group holds the interpreter's lock while it waits for gloo's threads. They may
+    # need the lock to end.
     del wrapped
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
