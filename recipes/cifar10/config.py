@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from ..common.config import Count, Natural, NonNegative
 from ..common.errors import UserError
@@ -14,7 +15,8 @@ from ..common.images import ImageSettings
 class Config(ImageSettings):
     """The recipe as the publication describes it. The published code had its peak at epoch 2 instead of 5."""
 
-    width: Count = 128  # channels of the first convolution
+    net: Literal["resnet", "vit"] = "resnet"  # the published network, or a vision transformer trained with AdamW
+    width: Count = 128  # channels of the first convolution, or values per patch
     epochs: Count = 150
     batch_size: int = 512
     lr: NonNegative = 0.5

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Trains on CIFAR-10 with pruned data gradients: the published network and recipe, or a small network for a CPU.
+"""Trains on CIFAR-10 with pruned data gradients: the published network and recipe, a small network for a CPU, or a
+vision transformer.
 
     python -m recipes.cifar10.train recipes/cifar10/configs/rescale_2_4.toml --data DIR
     python -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml recipes/cifar10/configs/small.toml --data DIR
@@ -18,10 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import UserError
-from ..common.images import classify, is_pruned
+from ..common.images import classify
+from ..common.images import is_pruned as is_pruned_convolution
 from ..common.launch import launch
 from ..common.process import World, derive_seed
 from ..common.run import Job, Measured, Run
+from ..common.transformer import Block, decay_matrices
 from .config import Config
 from .data import Cifar, Images, load
 
@@ -44,8 +47,36 @@ class Scale(nn.Module):
         return x * self.factor
 
 
-def make_model(config: Config) -> nn.Sequential:
-    """Returns the published network, with ``width`` channels in the first layer and up to four times as many inside."""
+class ViT(nn.Module):
+    """A vision transformer for images of 32 x 32 pixels: patches of 4 x 4 pixels, four blocks, the mean of all patches.
+
+    Args:
+        width: values per patch; there is one attention head for each 32 of them.
+    """
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, width, 4, 4)
+        self.positions = nn.Parameter(torch.zeros(64, width))
+        self.blocks = nn.Sequential(*(Block(max(1, width // 32), width, causal=False) for _ in range(4)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+        nn.init.normal_(self.positions, std=0.02)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2) + self.positions  # (batch, 64, width)
+        scores: Tensor = self.head(self.norm(self.blocks(x)).mean(1))
+        return scores
+
+
+def make_model(config: Config) -> nn.Module:
+    """Returns the network of the config.
+
+    The published one has ``width`` channels in the first layer and up to four times as many inside.
+    """
+    if config.net == "vit":
+        if config.width > 32 and config.width % 32:
+            raise UserError(f"config: expected net = vit to have a width that is a multiple of 32, got {config.width}")
+        return ViT(config.width, config.classes)
 
     def block(channels_in: int, channels_out: int, kernel: int = 3, stride: int = 1, padding: int = 1) -> nn.Sequential:
         conv = nn.Conv2d(channels_in, channels_out, kernel, stride, padding, bias=False)
@@ -118,12 +149,19 @@ def validate(model: nn.Module, images: Images, config: Config, world: World) -> 
     return {"top1": 100 * hits, "test_loss": loss}
 
 
+def is_pruned(module: nn.Module, name: str) -> bool:
+    """Prunes what the published runs pruned, and all linear layers of a transformer's blocks."""
+    return is_pruned_convolution(module, name) or (isinstance(module, nn.Linear) and name.startswith("blocks."))
+
+
 def prepare(config: Config, world: World) -> nn.Module:
     model = make_model(config).to(world.device, memory_format=config.memory_format)  # type: ignore[call-overload]
     return config.convert(model, is_pruned)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
+    if config.net == "vit":
+        return torch.optim.AdamW(decay_matrices(model, config.weight_decay), config.lr)
     return torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
 
 

@@ -23,6 +23,7 @@ from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Measured, Run
+from ..common.transformer import decay_matrices
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches
 
@@ -58,10 +59,7 @@ def prepare(config: Config, world: World) -> nn.Module:
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    decayed = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    rest = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, 0.0, config.momentum)
+    return torch.optim.SGD(decay_matrices(model, config.weight_decay), 0.0, config.momentum)
 
 
 def resolution(config: Config, epoch: int) -> int:

@@ -28,6 +28,7 @@ from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
 from ..common.run import Job, Measured, Run
+from ..common.transformer import Block, decay_matrices
 from .text import Text, TextSettings, batches, load_text
 
 SIZES = {  # layers, heads, width
@@ -51,31 +52,13 @@ class Config(TextSettings):
     shard: bool = False  # FSDP2 instead of DDP
 
 
-class Block(nn.Module):
-    def __init__(self, heads: int, width: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:  # (batch, context, width)
-        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))  # (batch, context, 3, heads, width / heads)
-        query, key, value = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(
-            query, key, value, is_causal=True
-        )  # (batch, heads, context, width / heads)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-
 class GPT(nn.Module):
     """A model with the layout of GPT-2 over 256 byte values. The head and the embedding share one weight."""
 
     def __init__(self, layers: int, heads: int, width: int, context: int) -> None:
         super().__init__()
         self.bytes, self.positions = nn.Embedding(256, width), nn.Embedding(context, width)
-        self.blocks = nn.ModuleList(Block(heads, width) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(heads, width, causal=True) for _ in range(layers))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -118,13 +101,7 @@ def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) 
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
-    """Returns AdamW without weight decay for parameters of fewer than two dimensions."""
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, config.lr, (0.9, config.beta2))
+    return torch.optim.AdamW(decay_matrices(model, config.weight_decay), config.lr, (0.9, config.beta2))
 
 
 def prepare(config: Config, world: World) -> nn.Module:

@@ -18,7 +18,6 @@ from sdgp._timing import cross_entropy
 from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
 from ..cifar10.config import Config as Cifar10Config
-from ..common.images import is_pruned
 from ..common.process import World
 from ..common.run import Job
 from ..common.settings import Settings
@@ -95,7 +94,7 @@ class Task(NamedTuple):
         return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
 
 
-def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
+def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
     torch.manual_seed(0)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
@@ -111,7 +110,7 @@ def _resnet9_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
         partial(cifar10.make_optimizer, config=config),
         loss,
         batches(),
-        is_pruned,
+        cifar10.is_pruned,
     )
 
 
@@ -159,6 +158,7 @@ _RESNET9 = {
     "cutout": 0,
     "amp": "off",
 }
+_VIT = _RESNET9 | {"net": "vit", "width": 128, "lr": 2e-3, "weight_decay": 0.05, "clip": 1.0}
 _GPT = {"size": "small", "epochs": 8, "epoch_steps": 50, "batch_size": 16, "lr": 2e-3, "validation_bytes": 2**16}
 _LORA = {
     "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # the plain run of the task "gpt"
@@ -199,7 +199,7 @@ def _text_task(
     )
 
 
-def _resnet9_task(name: str, base: Overrides) -> Task:
+def _cifar10_task(name: str, base: Overrides) -> Task:
     return Task(
         name,
         Cifar10Config,
@@ -207,7 +207,7 @@ def _resnet9_task(name: str, base: Overrides) -> Task:
         cifar10_data.load,
         None,
         cifar10.train,
-        _resnet9_parts,
+        _cifar10_parts,
         "test_loss",
         lambda config: config.epochs * config.epoch_images,
         lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share},
@@ -219,8 +219,9 @@ def _resnet9_task(name: str, base: Overrides) -> Task:
 
 
 TASKS = {
-    "resnet9": _resnet9_task("resnet9", _RESNET9),
-    "resnet9_bfloat16": _resnet9_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}),
+    "resnet9": _cifar10_task("resnet9", _RESNET9),
+    "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}),
+    "vit": _cifar10_task("vit", _VIT),
     "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
     "lora": _text_task(
         "lora",

@@ -96,6 +96,20 @@ def test_plain_is_exact(recipe: str, images: Path, tmp_path: Path, monkeypatch: 
     assert not all(torch.equal(plain[name], pruned[name]) for name in plain)
 
 
+def test_vision_transformer(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = command("cifar10", tmp_path, images, "--set", "net=vit", "--set", "lr=1e-3")
+    run(monkeypatch, words)
+    (line,) = lines(tmp_path)
+    assert line["layers"]["pruned"] == 4 * 4  # each linear layer of the blocks, neither the patches nor the head
+    assert line["curve"][-1]["train_loss"] < line["curve"][0]["train_loss"]
+    run(monkeypatch, [*words, "--eval", str(saved(tmp_path))])
+    assert f"top-1 {line['top1']:.2f} %" in capsys.readouterr().out
+    message = "expected net = vit to have a width that is a multiple of 32, got 48"
+    assert message in fails(monkeypatch, [*words, "--set", "width=48", "--out", str(tmp_path / "other")])
+
+
 @pytest.mark.parametrize("amp", ["bfloat16", "float16"])
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
 def test_reduced_precision(
