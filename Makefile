@@ -164,7 +164,13 @@ docs: $(VENV)/ready
 bench: $(VENV)/installed
 	for subject in $(BENCHMARKS); do $(BIN)/python benchmarks/$$subject.py $(BENCH_ARGS) || exit; done
 
-$(VENV)/ready: requirements/dev.txt requirements/constraints.txt
+# The demo starts sooner without the tools for tests and documentation.
+$(VENV)/demo-ready: requirements/demo.txt requirements/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet $(if $(LOCKED),$(DEV),-r requirements/demo.txt -c requirements/constraints.txt)
+	touch $@
+
+$(VENV)/ready: requirements/dev.txt requirements/demo.txt requirements/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(DEV)
 	touch $@
@@ -180,7 +186,7 @@ $(DIST)/built: $(VENV)/ready $(WHEEL_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" .ci/repair-wheel $(DIST)/as-built/*.whl $(DIST)
 	touch $@
 
-$(VENV)/built-here: $(VENV)/ready $(WHEEL_INPUTS)
+$(VENV)/built-here: $(VENV)/demo-ready $(WHEEL_INPUTS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/pip install --quiet --no-build-isolation --no-deps --force-reinstall \
 	  -C cmake.define.$(if $(shell nvidia-smi -L 2> /dev/null),CMAKE_CUDA_ARCHITECTURES=native,SDGP_CUDA=OFF) .
 	touch $@
