@@ -142,10 +142,14 @@ def plots_of(results: Results) -> dict[str, Callable[[Axes, Rows], None]]:
 
 
 def draw(results: Results, subjects: Sequence[str]) -> Figure:
-    """Draws a picture of some subjects side by side."""
-    figure = Figure(figsize=(7 * len(subjects), 6), layout="constrained")
-    axes = figure.subplots(1, len(subjects), squeeze=False)
-    for place, subject in zip(axes[0], subjects, strict=True):
+    """Draws a picture of some subjects, up to four side by side."""
+    columns = min(4, len(subjects))
+    rows = -(-len(subjects) // columns)
+    figure = Figure(figsize=(7 * columns, 6 * rows), layout="constrained")
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for place in places[len(subjects) :]:
+        place.remove()
+    for place, subject in zip(places, subjects, strict=False):
         plots_of(results)[subject](place, results[subject]["rows"])
         if note := subject.partition(", ")[2]:
             place.set_title(f"{place.get_title()}; {note}", fontsize=9)
