@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import sdgp
+from recipes.common import process
 from recipes.worth import __main__ as study
 from recipes.worth import measure, report, tasks
 from recipes.worth.tasks import TASKS, Task
@@ -75,6 +76,20 @@ def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.
     points = json.loads((tmp_path / "resnet9-noise.json").read_text())["result"]
     assert [point["step"] for point in points] == [0, 4]
     assert set(points[0]["noise"]) == {"data 4:8", "weight 4:8"}
+
+
+@pytest.mark.parametrize("name", ["resnet9", "resnet9_bfloat16"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_precision_of_the_measured_steps(name: str, outer: bool, images: Path) -> None:
+    task = TASKS[name]
+    config = task.config(**{**task.base, **TINY})
+    world = process.start(None)
+    parts = task.parts(config, task.load(config, images, world), world)
+    seen = []
+    parts.model[0][0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16, enabled=outer):
+        parts.loss(parts.model, *next(parts.batches))
+    assert seen == [torch.bfloat16 if outer or name == "resnet9_bfloat16" else torch.float32]
 
 
 def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
