@@ -193,6 +193,32 @@ def test_verdicts_of_an_empty_plan() -> None:
     assert "the largest layer is too small to gain: use a batch 16 times as large" in small.notes
 
 
+@pytest.mark.parametrize(
+    ("ms", "steps", "hint"), [(5, 4, "saves 50% of a step"), (9.5, 4, ""), (25, 1, ""), (None, 1, "")]
+)
+def test_hint_of_plain_bfloat16(ms: float | None, steps: int, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None: the loss fails under autocast."""
+    inside = []
+
+    def seconds(call: Any, device: torch.device) -> float:
+        before = len(inside)
+        call()
+        return (ms or 0) / 1e3 if len(inside) > before else 0.010
+
+    def noticed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            inside.append(torch.get_autocast_dtype("cpu"))
+            if ms is None:
+                raise TypeError("numpy has no bfloat16")
+        return loss(model, batch)
+
+    monkeypatch.setattr("sdgp._study.seconds", seconds)
+    plan = sdgp.advise(net(), *batches(), loss=noticed)
+    assert inside == steps * [torch.bfloat16]
+    assert [note for note in plan.notes if "bfloat16" in note and hint in note] == plan.notes[: bool(hint)]
+    assert plan.pays
+
+
 def test_no_sparse_product(monkeypatch: pytest.MonkeyPatch) -> None:
     for products in (LinearProducts, LinearWeightProducts):
         monkeypatch.setattr(products, "obstacle", lambda _: "a GPU, got none")
