@@ -194,10 +194,20 @@ def test_verdicts_of_an_empty_plan() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ms", "steps", "hint"), [(5, 4, "saves 50% of a step"), (9.5, 4, ""), (25, 1, ""), (None, 1, "")]
+    ("cpu", "ms", "steps", "hint"),
+    [
+        ("AVX512", 5, 4, "saves 50% of a step"),
+        ("AVX512", 9.5, 4, ""),
+        ("AVX512", 25, 1, ""),
+        ("AVX512", None, 1, ""),
+        ("AVX2", 5, 0, ""),
+    ],
 )
-def test_hint_of_plain_bfloat16(ms: float | None, steps: int, hint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """None: the loss fails under autocast."""
+def test_hint_of_plain_bfloat16(
+    cpu: str, ms: float | None, steps: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time None means that the loss fails under autocast."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: cpu)
     inside = []
 
     def seconds(call: Any, device: torch.device) -> float:

@@ -51,8 +51,8 @@ def advise(
 
     Gradients change during training, and an untrained model tolerates pruning worst: train for a few hundred steps
     first. The model is measured in its current mode: call ``model.train()`` before. A step is a forward and a backward;
-    it does not include the optimizer or the loading of data. On a CPU a note says if plain bfloat16 saves time, because
-    pruning has to beat the faster precision.
+    it does not include the optimizer or the loading of data. On a CPU with AVX-512 a note says if plain bfloat16 saves
+    time, because pruning has to beat the faster precision.
 
     Args:
         model: a plain or converted model.
