@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,13 +100,18 @@ class Study:
         self._unmeasured = ""  # why the noise of data gradients could not be measured
         self.exact: Gradients = {}
 
-    def gradients(self, batch: Any) -> dict[nn.Parameter, Tensor]:
-        """Returns the gradients of the trained parameters. Every call draws the same dropout."""
+    def gradients(self, batch: Any, autocast: torch.dtype | None = None) -> dict[nn.Parameter, Tensor]:
+        """Returns the gradients of the trained parameters. Every call draws the same dropout.
+
+        Args:
+            autocast: the dtype of an autocast around the forward. With None, there is none.
+        """
         parameters = list(self._norm.scales)
         for parameter in parameters:
             parameter.grad = None
         with torch.random.fork_rng():
-            value = compute_loss("advise", self._model, batch, self._loss)
+            with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
+                value = compute_loss("advise", self._model, batch, self._loss)
             if not torch.isfinite(value):
                 raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
             torch.autograd.backward(value)
@@ -134,9 +140,7 @@ class Study:
         """
 
         def step() -> None:
-            with torch.autocast("cpu", torch.bfloat16):
-                value = compute_loss("advise", self._model, self._batches[0], self._loss)
-            torch.autograd.backward(value)
+            self.gradients(self._batches[0], torch.bfloat16)
 
         times: list[float] = []
         try:

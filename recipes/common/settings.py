@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -87,9 +88,11 @@ class Settings:
             return None
         return sdgp.Schedule(model, total=self.epochs, exact_first=self.exact_first, exact_last=self.exact_last)
 
-    def autocast(self, device: torch.device) -> torch.autocast:
-        dtype = torch.float16 if self.amp == "float16" else torch.bfloat16
-        return torch.autocast(device.type, dtype, enabled=self.amp != "off")
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        """The autocast of the config. With amp = "off" an autocast around it stays on."""
+        if self.amp == "off":
+            return nullcontext()
+        return torch.autocast(device.type, torch.float16 if self.amp == "float16" else torch.bfloat16)
 
     def scaler(self, device: torch.device) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(device.type, enabled=self.amp == "float16")

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -99,8 +98,7 @@ def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
     torch.manual_seed(0)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        # Autocast that is off would turn off the autocast around it, which measures plain steps in bfloat16.
-        with contextlib.nullcontext() if config.amp == "off" else config.autocast(world.device):
+        with config.autocast(world.device):
             return cross_entropy(model, images, labels)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
