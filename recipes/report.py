@@ -31,7 +31,8 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
 _PRUNING = ("method", "pattern", "weight_grad", "plan", "backend", "exact_first", "exact_last", "layers")
-_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size"}  # the setting that names a table
+# The setting that names a table, by recipe.
+_MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size", "classify": "size"}
 _PUBLISHED_WIDTH = 128
 
 Line: TypeAlias = dict[str, Any]

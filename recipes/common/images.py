@@ -94,9 +94,9 @@ def decode(path: str) -> Tensor:
         raise ValueError(f"{path}: {error}") from None
 
 
-def classify(model: nn.Module, images: Tensor, labels: Tensor, label_smoothing: float) -> Measured:
-    """The cross-entropy of a micro-batch, and its top-1 in percent, summed over the images."""
-    scores = model(images)
+def classify(model: nn.Module, inputs: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Measured:
+    """The cross-entropy of a micro-batch, and its top-1 in percent, summed over the samples."""
+    scores = model(inputs)
     loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
     hits = (scores.argmax(1) == labels).sum()
     return Measured(loss, len(labels), {"top1": 100 * hits})

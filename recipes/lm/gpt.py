@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from ..common import checkpoint
 from ..common.config import NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
@@ -67,13 +68,33 @@ class GPT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def forward(self, text: Tensor, targets: Tensor) -> Tensor:
-        """Returns the mean loss in nats. Both arguments are (batch, context)."""
+    def features(self, text: Tensor) -> Tensor:
+        """Returns (batch, context, width) for bytes, (batch, context)."""
         x = self.bytes(text) + self.positions.weight[: text.shape[1]]
         for block in self.blocks:
             x = block(x)
-        scores = F.linear(self.norm(x), self.bytes.weight)
+        normalized: Tensor = self.norm(x)
+        return normalized
+
+    def forward(self, text: Tensor, targets: Tensor) -> Tensor:
+        """Returns the mean loss in nats. Both arguments are (batch, context)."""
+        scores = F.linear(self.features(text), self.bytes.weight)
         return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
+
+
+def from_checkpoint(path: str, context: int) -> GPT:
+    """Loads the model from a checkpoint of this recipe.
+
+    Raises:
+        UserError: if the file is no such checkpoint, or was trained with another context.
+    """
+    weights, training = checkpoint.load(Path(path))
+    try:
+        model = GPT(*SIZES[training["config"]["size"]], context)
+        model.load_state_dict(weights)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(f"config: expected model to be a checkpoint of recipes.lm.gpt, got {path}: {error}") from None
+    return model
 
 
 PRUNED = {"all": ("qkv", "out", "up", "down"), "attention": ("qkv", "out"), "mlp": ("up", "down")}

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from ..common import checkpoint
 from ..common.config import Count, NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
@@ -72,23 +71,10 @@ def _is_gpt(config: Config) -> bool:
     return config.model.endswith(".safetensors")
 
 
-def _gpt(config: Config) -> gpt.GPT:
-    """Loads the model from a checkpoint of recipes.lm.gpt."""
-    weights, training = checkpoint.load(Path(config.model))
-    try:
-        model = gpt.GPT(*gpt.SIZES[training["config"]["size"]], config.context)
-        model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"config: expected model to be a checkpoint of recipes.lm.gpt, got {config.model}: {error}"
-        ) from None
-    return model
-
-
 def prepare(config: Config, world: World) -> nn.Module:
     torch.manual_seed(0)  # the same base for every seed
     if _is_gpt(config):
-        base: nn.Module = _gpt(config)
+        base: nn.Module = gpt.from_checkpoint(config.model, config.context)
     elif config.model:
         options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
         base = _pretrained(transformers.AutoModelForCausalLM, config, **options)

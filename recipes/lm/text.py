@@ -7,7 +7,7 @@ import hashlib
 import math
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +22,8 @@ from ..common.process import World
 from ..common.settings import Settings
 
 _HELD_OUT = 20  # one in this many files, or parts of a single file, is for validation
+_STANDARD_LIBRARY = Path(sysconfig.get_path("stdlib"))
+_SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}  # in the standard library
 
 
 class Text(NamedTuple):
@@ -31,6 +33,13 @@ class Text(NamedTuple):
     train: Tensor  # (bytes), uint8
     validation: Tensor  # (bytes), uint8
     validation_bytes: int = 0  # if the validation part is tokens, its number of bytes
+
+
+class Classes(NamedTuple):
+    """A text for each class."""
+
+    name: str  # the name in the results, as for a text
+    texts: list[Text]
 
 
 @dataclass(frozen=True)
@@ -83,26 +92,68 @@ def load_text(path: Path | None, least: int) -> Text:
         UserError: if the file is not readable or too short.
     """
     if path is None:
-        skipped = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
-        name, pieces = "Python standard library", _files(Path(sysconfig.get_path("stdlib")), "*.py", skipped)
+        name, pieces = "Python standard library", _files(_STANDARD_LIBRARY, "*.py", _SKIPPED)
     else:
         name = printable(path.name)
         try:
             pieces = _files(path, "*", set()) if path.is_dir() else _parts(path.read_bytes())
         except OSError as error:
             raise UserError(f"--data: expected text, got {path}: {error.strerror}") from None
-    parts: tuple[list[bytes], list[bytes]] = ([], [])
-    for number, piece in pieces:
-        parts[number % _HELD_OUT == _HELD_OUT - 1].append(piece)
-    train, validation = (b"".join(part) for part in parts)
+    train, validation = _split(name, pieces, least)
+    digest = hashlib.sha256(train + validation).hexdigest()[:8]
+    return Text(f"{name}, {len(train) / 1e6:.1f} MB, sha256 {digest}", _numbers(train), _numbers(validation))
+
+
+def load_classes(path: Path | None, least: int) -> Classes:
+    """Loads each folder at ``path`` as a class, or the 16 largest packages of the standard library.
+
+    Args:
+        least: the number of bytes that each part of a class must have.
+
+    Raises:
+        UserError: if there are fewer than two folders, or a file in them is not readable, or a class is too short.
+    """
+    root, pattern, skipped = (_STANDARD_LIBRARY, "*.py", _SKIPPED) if path is None else (path, "*", set())
+    try:
+        folders = sorted(child for child in root.iterdir() if child.is_dir() and child.name not in skipped)
+        whole = {printable(folder.name): _joined(_files(folder, pattern, skipped)) for folder in folders}
+    except OSError as error:
+        raise UserError(f"--data: expected a folder of folders, got {root}: {error.strerror}") from None
+    if path is None:
+        whole = dict(sorted(sorted(whole.items(), key=lambda item: -len(item[1]))[:16]))
+    if len(whole) < 2:
+        raise UserError(f"--data: expected a folder for each of two or more classes, got {len(whole)} in {root}")
+    texts, digest = [], hashlib.sha256()
+    for name, text in whole.items():
+        digest.update(text)
+        train, validation = _split(name, _parts(text), least)
+        texts.append(Text(name, _numbers(train), _numbers(validation)))
+    source = "Python standard library" if path is None else printable(root.name)
+    return Classes(f"{source}, {len(texts)} classes, sha256 {digest.hexdigest()[:8]}", texts)
+
+
+def _split(name: str, pieces: list[tuple[int, bytes]], least: int) -> tuple[bytes, bytes]:
+    """Joins numbered pieces to a text to train on and one to validate with.
+
+    Raises:
+        UserError: if one of them has fewer than ``least`` bytes.
+    """
+    train = _joined(piece for piece in pieces if piece[0] % _HELD_OUT != _HELD_OUT - 1)
+    validation = _joined(piece for piece in pieces if piece[0] % _HELD_OUT == _HELD_OUT - 1)
     if min(len(train), len(validation)) < least:
         raise UserError(
             f"--data: expected at least {least} bytes to train on and to validate with, "
             f"got {len(train)} and {len(validation)} in {name}"
         )
-    digest = hashlib.sha256(train + validation).hexdigest()[:8]
-    numbers = [torch.frombuffer(bytearray(part), dtype=torch.uint8) for part in (train, validation)]
-    return Text(f"{name}, {len(train) / 1e6:.1f} MB, sha256 {digest}", numbers[0], numbers[1])
+    return train, validation
+
+
+def _joined(pieces: Iterable[tuple[int, bytes]]) -> bytes:
+    return b"".join(piece for _, piece in pieces)
+
+
+def _numbers(text: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
 
 
 def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:

@@ -21,7 +21,7 @@ from ..cifar10.config import Config as Cifar10Config
 from ..common.process import World
 from ..common.run import Job
 from ..common.settings import Settings
-from ..lm import gpt, lora, text
+from ..lm import classify, gpt, lora, text
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
@@ -125,7 +125,7 @@ def _gpt_parts(config: gpt.Config, data: text.Text, world: World) -> Parts:
         gpt.prepare(config, world),
         partial(gpt.make_optimizer, config=config),
         loss,
-        _text_batches(config, data, world),
+        _endless(lambda: text.batches(data.train, config, world, 1)),
         partial(gpt.is_pruned, config),
     )
 
@@ -135,14 +135,26 @@ def _lora_parts(config: lora.Config, data: text.Text, world: World) -> Parts:
         lora.prepare(config, world),
         partial(lora.make_optimizer, config=config),
         partial(lora.loss_of, config=config),
-        _text_batches(config, data, world),
+        _endless(lambda: text.batches(data.train, config, world, 1)),
         lora.is_pruned,
     )
 
 
-def _text_batches(config: text.TextSettings, data: text.Text, world: World) -> Iterator[tuple[Tensor, Tensor]]:
+def _classify_parts(config: classify.Config, data: text.Classes, world: World) -> Parts:
+    torch.manual_seed(0)
+    return Parts(
+        classify.prepare(config, len(data.texts), world),
+        partial(classify.make_optimizer, config=config),
+        cross_entropy,
+        _endless(lambda: classify.batches(data, config, world, 1)),
+        classify.is_pruned,
+    )
+
+
+def _endless(steps: Callable[[], Iterator[list[tuple[Tensor, Tensor]]]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the micro-batches of one step after the other."""
     while True:
-        for micro_batches in text.batches(data.train, config, world, 1):
+        for micro_batches in steps():
             yield from micro_batches
 
 
@@ -160,16 +172,16 @@ _RESNET9 = {
 }
 _VIT = _RESNET9 | {"net": "vit", "width": 128, "lr": 2e-3, "weight_decay": 0.05, "clip": 1.0}
 _GPT = {"size": "small", "epochs": 8, "epoch_steps": 50, "batch_size": 16, "lr": 2e-3, "validation_bytes": 2**16}
-_LORA = {
+_FINE_TUNING = {
     "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # the plain run of the task "gpt"
-    "rank": 8,
     "epochs": 8,
     "epoch_steps": 25,
     "batch_size": 16,
-    "lr": 3e-3,
     "warmup": 1.0,
     "validation_bytes": 2**16,
 }
+_LORA = _FINE_TUNING | {"rank": 8, "lr": 3e-3}
+_CLASSIFY = _FINE_TUNING | {"lr": 1e-3}
 
 
 def _text_task(
@@ -179,6 +191,7 @@ def _text_task(
     parts: Callable[[Any, Any, World], Parts],
     data: Path | None,
     pruned: tuple[tuple[str, str], ...],
+    metric: str = "bits_per_byte",
 ) -> Task:
     """A task of a language model: eight epochs, and 7/8 and 3/4 of the steps and of a batch of 16."""
     return Task(
@@ -189,7 +202,7 @@ def _text_task(
         data,
         recipe.train,
         parts,
-        "bits_per_byte",
+        metric,
         lambda config: config.epochs * config.epoch_steps * config.batch_size,
         lambda share: {"epochs": round(8 * share), "warmup": share},
         lambda share: {"batch_size": round(16 * share)},
@@ -230,5 +243,8 @@ TASKS = {
         _lora_parts,
         Path(torch.__file__).parent / "include" / "torch",
         (("8:16", ""), ("4:16", "")),
+    ),
+    "classify": _text_task(
+        "classify", classify, _CLASSIFY, _classify_parts, None, (("8:16", "8:16"), ("4:16", "4:16")), "test_loss"
     ),
 }

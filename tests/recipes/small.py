@@ -24,13 +24,14 @@ SMALL = {  # recipe: (module, settings); each run has two epochs of three steps
     ),
     "gpt": ("lm.gpt", "weight_grad=4:16 epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
     "lora": ("lm.lora", "epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
+    "classify": ("lm.classify", "epochs=2 epoch_steps=3 batch_size=4 context=16 validation_bytes=512"),
 }
 IMAGES = ("cifar10", "imagenet")
 
 
 def command(recipe: str, out: Path, images: Path, *more: str, row: str = "mvue_2_4") -> list[str]:
     module, settings = SMALL[recipe]
-    folder = RECIPES / ("lm" if recipe in ("gpt", "lora") else recipe) / "configs"
+    folder = RECIPES / ("lm" if SMALL[recipe][0].startswith("lm.") else recipe) / "configs"
     file = folder / (f"resnet18_{row}.toml" if recipe == "imagenet" else f"{row}.toml")
     result = [f"recipes.{module}", str(file), "--out", str(out)]
     result += ["--data", str(images)] if recipe in IMAGES else []

@@ -40,7 +40,7 @@ def test_trains_and_evaluates(
     assert first["layers"]["pruned"] > 0
     assert [point["epoch"] for point in first["curve"]] == [1, 2]
     assert first["curve"][0]["train_loss"] != second["curve"][0]["train_loss"]
-    metric = "top1" if recipe in IMAGES else "bits_per_byte"
+    metric = "bits_per_byte" if recipe in ("gpt", "lora") else "top1"
     assert first[metric] == first["curve"][-1][metric]
     capsys.readouterr()
     path = tmp_path / recipe
@@ -70,6 +70,27 @@ def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch:
     # Every token is two bytes, and its 257 values are still almost equally likely: about log2(257) / 2 bits per byte.
     assert line["bits_per_byte"] == pytest.approx(4, abs=0.5)
     assert "expected a causal language model" in fails(monkeypatch, [*words, "--set", f"model={tmp_path}", "--resume"])
+
+
+def test_classify_starts_from_a_gpt(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two classes that differ in their bytes must be told apart, and the pretrained body must be used."""
+    run(monkeypatch, command("gpt", tmp_path / "gpt", images))
+    for name, text in (("small", b"abc " * 5000), ("large", b"ABC " * 5000)):
+        (tmp_path / "classes" / name).mkdir(parents=True)
+        (tmp_path / "classes" / name / "text").write_bytes(text)
+    model = f"model={saved(tmp_path / 'gpt')}"
+    words = command("classify", tmp_path / "runs", images, "--data", str(tmp_path / "classes"), "--set", model)
+    run(monkeypatch, [*words, "--set", "epoch_steps=20"])
+    (line,) = lines(tmp_path / "runs")
+    assert line["data"].startswith("classes, 2 classes, sha256 ")
+    assert line["top1"] == 100
+    trained, base = checkpoint.load(saved(tmp_path / "runs")).weights, checkpoint.load(saved(tmp_path / "gpt")).weights
+    assert torch.nn.functional.cosine_similarity(trained["body.bytes.weight"], base["bytes.weight"]).min() > 0.5
+    (tmp_path / "classes" / "small" / "text").write_bytes(b"abc")
+    other = [*words, "--out", str(tmp_path / "other")]
+    assert "expected at least 17 bytes to train on and to validate with" in fails(monkeypatch, other)
+    assert "a folder for each of two or more classes" in fails(monkeypatch, [*other, "--data", str(tmp_path / "runs")])
+    assert "expected a folder of folders" in fails(monkeypatch, [*other, "--data", str(tmp_path / "missing")])
 
 
 def test_noise(
@@ -122,7 +143,7 @@ def test_reduced_precision(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("cifar10", ""), ("imagenet", ""), ("gpt", ""), ("gpt", "shard=true"), ("lora", "")]
+    ("recipe", "more"), [("cifar10", ""), ("imagenet", ""), ("gpt", ""), ("gpt", "shard=true"), ("lora", ""), ("classify", "")]
 )
 def test_two_processes(recipe: str, more: str, images: Path, tmp_path: Path) -> None:
     settings = ["--set", more] if more else []

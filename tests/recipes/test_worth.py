@@ -93,15 +93,18 @@ def test_precision_of_the_measured_steps(name: str, outer: bool, images: Path) -
 
 
 def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LoRA begins with the model that the plain run of the GPT ended with."""
+    """Fine-tuning begins with the model that the plain run of the GPT ended with."""
     monkeypatch.setattr(tasks, "RESULTS", tmp_path)
     tiny = {"epochs": 2, "epoch_steps": 2, "batch_size": 4, "context": 16, "validation_bytes": 512, "warmup": 0.5}
-    of_name = {"gpt": {"size": "tiny"}, "lora": {"model": str(tmp_path / "runs/gpt/seed0/checkpoint.safetensors")}}
-    (tmp_path / "text").write_bytes(b"to be or not to be, " * 2000)
+    model = {"model": str(tmp_path / "runs/gpt/seed0/checkpoint.safetensors")}
+    of_name = {"gpt": {"size": "tiny"}, "lora": model, "classify": model}
+    for folder in ("data/first", "data/second"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "text").write_bytes(b"to be or not to be, " * 2000)
     for name, settings in of_name.items():
         small = TASKS[name]._replace(
             base={**TASKS[name].base, **tiny, **settings},
-            data=tmp_path / "text",
+            data=tmp_path / "data",
             shorter=lambda share: {"epochs": round(2 * share)},
             smaller=lambda share: {"batch_size": round(4 * share)},
             lengths=(0.5,),
@@ -120,7 +123,7 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ("rescale 2:4", 24),
         ]
         assert [arm.cost for arm in report.arms(small, lines)] == [1.0, 0.5, 0.5, 1.0, 1.0]
-        assert all(math.isfinite(line["bits_per_byte"]) for line in lines)
+        assert all(math.isfinite(line[small.metric]) for line in lines)
         run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
         assert set(json.loads((tmp_path / f"{name}-saved-x.json").read_text())["result"]) == {"2:4"}
 
