@@ -19,7 +19,7 @@ SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_
 SECOND_ARGS ?= -m "not slow" $(addprefix --ignore=tests/test_,cuda_on_host.py fuzz_ops.py docs.py compress_nm.py statistics.py plot.py)
 BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d weight_grad auto train_step
 
-CXX_FILES := $(shell find cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
+CXX_FILES := $(shell find benchmarks cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 
 # FUZZ_RUNS: inputs of the kernel fuzzer, about 18 kernel calls each. FUZZ_EXAMPLES: cases of each test that fuzzes the
 # ops, 20 op calls each.

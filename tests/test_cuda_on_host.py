@@ -92,7 +92,7 @@ def memory_of(x: Tensor) -> tuple[ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int
 def prune(
     kernels: ctypes.CDLL, x: Tensor, n: int, m: int, dim: int, method: str, seed: Tensor, scale: bool = False
 ) -> tuple[Tensor, int]:
-    """Runs prune_nm. Also returns its path: rows per thread * 4 + vectors read * 2 + vectors written."""
+    """Runs prune_nm. Also returns its path: share of a thread * 4 + vectors read * 2 + vectors written."""
     output = torch.empty_like(x).fill_(7)
     dim %= x.ndim
     others = [d for d in range(x.ndim) if d != dim]
@@ -156,14 +156,45 @@ def test_every_path_is_taken(kernels: ctypes.CDLL) -> None:
     def path(x: Tensor, m: int, dim: int) -> int:
         return prune(kernels, x, 1, m, dim, "magnitude", draw_seed())[1]
 
-    one_row, two_rows, vectors = 4, 8, 3
-    assert path(torch.randn(8, 64), 4, 1) == one_row + vectors
-    assert path(torch.randn(8, 64, 6, 6).bfloat16(), 4, 1) == two_rows
-    assert path(torch.randn(8, 64, 6, 6), 4, 1) == one_row  # one row of 4-byte values fills a warp's access
-    assert path(torch.randn(8, 64, 5, 5).bfloat16(), 4, 1) == one_row  # an odd number of rows
-    assert path(torch.randn(8, 64, 6, 6).bfloat16().contiguous(memory_format=torch.channels_last), 8, 1) == 4 + vectors
-    assert path(torch.randn(8, 63), 3, 1) == one_row
-    assert path(torch.randn(513)[1:], 4, 0) == one_row + 1  # reads begin unaligned
+    group, two_rows, span, vectors = 0, 4, 8, 3
+    assert path(torch.randn(8, 64), 4, 1) == group + vectors
+    assert path(torch.randn(8, 64, 6, 6), 4, 1) == group  # one row of 4-byte values fills a warp's access
+    assert path(torch.randn(8, 63), 3, 1) == group
+    assert path(torch.randn(513)[1:], 4, 0) == group + 1  # reads begin unaligned
+    images = torch.randn(8, 64, 6, 6).bfloat16()
+    assert path(images, 4, 1) == two_rows
+    assert path(images, 16, 1) == two_rows
+    assert path(images, 32, 1) == group
+    assert path(torch.randn(8, 64, 5, 5).bfloat16(), 4, 1) == group  # an odd number of rows
+    for m in (4, 8):
+        assert path(images.contiguous(memory_format=torch.channels_last), m, 1) == span + vectors
+        assert path(torch.randn(4, 5, 24).half(), m, 2) == span + vectors  # all rows are one
+        assert path(torch.randn(3, 5, 24).half(), m, 2) == group + vectors  # 22.5 spans
+        assert path(torch.randn(4, 80).half()[:, :72], m, 1) == group + vectors  # rows of 4.5 spans
+        assert path(torch.randn(4, 80).half()[:, :64], m, 1) == span + vectors
+        assert path(torch.randn(4, 84).half()[:, :64], m, 1) == group + (vectors if m == 4 else 1)
+    assert path(images.contiguous(memory_format=torch.channels_last), 16, 1) == group + vectors
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", [(1, 4), (2, 4), (3, 4), (1, 8), (4, 8), (7, 8)])
+def test_spans_and_pairs(kernels: ctypes.CDLL, pattern: tuple[int, int], method: str) -> None:
+    """Threads that take several groups must give what the CPU gives, with ties, signed zeros, inf and NaN."""
+    for shape, dim in (((6, 96), 1), ((2, 64, 4, 6), 1), ((2, 9, 4, 6), 1)):
+        for memory_format in (torch.contiguous_format, torch.channels_last)[: len(shape) - 2 or 1]:
+            x = torch.randn(shape)
+            x[torch.rand_like(x) < 0.3] = 1.0
+            x[torch.rand_like(x) < 0.2] = -1.0
+            x[torch.rand_like(x) < 0.2] = -0.0
+            x[torch.rand_like(x) < 0.1] = 0.0
+            for special in (0.0, torch.inf, torch.nan):
+                x.view(-1)[::97] = special
+                for dtype in (torch.float16, torch.bfloat16):
+                    given, seed = x.to(dtype).contiguous(memory_format=memory_format), draw_seed()
+                    for scale in (False, True):
+                        op = torch.ops.sdgp._prune_nm_scale if scale else torch.ops.sdgp.prune_nm
+                        actual, _ = prune(kernels, given, *pattern, dim, method, seed, scale)
+                        same_as_reference(actual, op(given, *pattern, dim, method, seed), method)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -175,7 +206,7 @@ def test_neighbouring_rows_of_every_group_size(kernels: ctypes.CDLL, m: int, met
         for dtype in (torch.float16, torch.bfloat16):
             actual, path = prune(kernels, x.to(dtype), 3, m, dim, method, seed)
             same_as_reference(actual, torch.ops.sdgp.prune_nm(x.to(dtype), 3, m, dim, method, seed), method)
-            assert path == (8 if m <= 16 else 4)
+            assert path == (4 if m <= 16 else 0)
 
 
 def test_long_sums_of_rescale(kernels: ctypes.CDLL) -> None:
@@ -306,6 +337,33 @@ def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:
             _, expected = sparse_semi_structured_from_dense_cutlass(square)
             actual = tiles[col // 64, row // 128, col % 64 // 32, row % 128 // 32]
             assert torch.equal(actual, expected.flatten())
+
+
+LISTING = """
+    Function : prune_x
+        /*0000*/  @P0 EXIT ;              /* 0x0 */
+        /*0010*/  IADD3 R1, R1, R2 ;
+        /*0020*/  @!P1 BRA 0x50 ;
+        /*0030*/  LDG.E.U16 R3, desc[UR4][R2.64] ;
+        /*0040*/  BRA 0x70 ;
+        /*0050*/  FADD R3, R3, R4 ;
+        /*0060*/  @P2 BRA 0x90 ;
+        /*0070*/  STG.E R3 ;
+        /*0080*/  EXIT ;
+        /*0090*/  ISETP.GT.AND P3, PT, R3, RZ, PT ;
+        /*00a0*/  BRA 0x70 ;
+        /*00b0*/  BRA 0xb0 ;
+"""
+
+
+def test_the_longest_path_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import sass  # type: ignore[import-not-found]
+
+    code = sass.functions(LISTING)["prune_x"]
+    assert sass.longest_path(code) == (9, 2)  # through 0x90, not through the load of a single element
+    with pytest.raises(ValueError, match="a loop"):
+        sass.longest_path([(at, text.replace("0x70", "0x10")) for at, text in code])
 
 
 # Stands in for a driver that is newer than any runtime. The CUDA runtime looks up the driver's functions by name. The

@@ -9,6 +9,8 @@
 #include <cuda_fp16.h>
 #endif
 
+#include <cmath>
+
 #include "../../cpp/kernels/pruning.h"
 #include "host_device.cuh"
 
@@ -86,7 +88,12 @@ SDGP_HOST_DEVICE typename C::Bits without_sign(typename C::Bits x) {
 
 template <class C>
 SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
-  return C::widen(without_sign<C>(x));
+  const auto value = C::widen(x);
+  if constexpr (sizeof value == 4) {
+    return fabsf(value);  // costs no instruction on a GPU
+  } else {
+    return fabs(value);
+  }
 }
 
 // Rounds to the stored precision.

@@ -29,7 +29,8 @@ struct TileWord {
 SDGP_HOST_DEVICE TileWord tile_word(Layout24 layout, int64_t rows, int64_t cols, int64_t tile_row, int64_t tile_col,
                                     int word) {
   if (layout == Layout24::kCusparseLtSm90) {
-    // Blocks of 64 rows x 32 columns, in row-major order. Two words hold rows r and r + 8 of the 32 columns.
+    // Blocks of 64 rows x 32 columns, in row-major order. Two words hold rows r and r + 8 of the 32 columns: quads 0,
+    // 1, 4 and 5, then the others.
     const int half = word % 2, row = word / 2 % 8, row16 = word / 16 % 4, col32 = word / 64 % 2, row64 = word / 128;
     const int64_t at = (tile_row / 64 + row64) * 2 * cols + (tile_col / 32 + col32) * 64 + word % 64;
     return {at, row64 * 64 + row16 * 16 + row, col32 * 8 + half * 2};
@@ -46,17 +47,16 @@ SDGP_HOST_DEVICE TileWord tile_word(Layout24 layout, int64_t rows, int64_t cols,
   return {(tile_col / 64 * (rows / 128) + tile_row / 128) * kTileWords + word, first_row, first_quad};
 }
 
-// The distance from nibble 0 of a word to nibble i.
-struct NibbleStep {
-  int row;
-  int quad;
-};
-
-SDGP_HOST_DEVICE NibbleStep nibble_step(Layout24 layout, int i) {
-  // Hopper alternates between the two rows, over quads 0 4 1 5 (in the second word 2 6 3 7). Ampere takes four quads of
-  // one row, then four of the other.
-  if (layout == Layout24::kCusparseLtSm90) return {i % 2 * 8, i / 4 + i / 2 % 2 * 4};
-  return {i / 4 * 8, i % 4};
+// Combines the nibbles of a word. `nibbles` is where its first quad is in a table (kTileRows, kTileQuads / 2) with two
+// quads per byte.
+SDGP_HOST_DEVICE uint32_t combine(Layout24 layout, const uint8_t* nibbles) {
+  const uint8_t* lower = nibbles + 8 * (kTileQuads / 2);
+  if (layout == Layout24::kCusparseLtSm90) {  // alternates between the two rows, over quads 0 4 1 5
+    const uint32_t row = nibbles[0] | uint32_t{nibbles[2]} << 8, row8 = lower[0] | uint32_t{lower[2]} << 8;
+    return (row & 0x0f0fu) | (row8 & 0x0f0fu) << 4 | ((row >> 4 & 0x0f0fu) | (row8 & 0xf0f0u)) << 16;
+  }
+  // four quads of one row, then four of the other
+  return nibbles[0] | uint32_t{nibbles[1]} << 8 | uint32_t{lower[0]} << 16 | uint32_t{lower[1]} << 24;
 }
 
 }  // namespace sdgp::cuda

@@ -6,8 +6,10 @@
 // Note [Pack tile]
 // A block of 256 threads takes kTileRows x kTileCols elements, which are whole words of metadata in every layout. A
 // thread takes 16 bytes of a row at a time or, if a group is larger, one group. It writes the values straight to memory
-// and the nibbles to a table in shared memory, one byte each. The threads then combine the nibbles into words in the
-// order of the layout. Elements beyond the matrix, up to whole tiles, count as zeros.
+// and the nibbles to a table in shared memory. The threads then combine the nibbles into words in the order of the
+// layout. Elements beyond the matrix, up to whole tiles, count as zeros.
+//
+// Two quads are packed at a time (Note [Pairs of groups]).
 #pragma once
 
 #include "metadata.cuh"
@@ -18,59 +20,88 @@ namespace sdgp::cuda {
 constexpr int kTileThreads = 256;
 static_assert(kTileWords == kTileThreads, "one word of metadata a thread");
 
-// Returns, as a nibble, the places of the two kept elements of a quad: those that are not +0, else the lowest places.
+// Packs two quads, in four words of two elements. `kept` flags the elements that stay, at most two in each quad. Their
+// sizes are raised to `least`, which is a pair, too.
+SDGP_HOST_DEVICE void pack_quads(const uint32_t* word, const uint32_t* kept, const uint32_t* least, uint32_t* values,
+                                 uint8_t* nibbles) {
+  const uint32_t two = (kept[0] & kept[1]) | (kept[2] & kept[3]) | ((kept[0] | kept[1]) & (kept[2] | kept[3]));
+  // Two places. If fewer elements stay, place 0 and then place 1 fill up, with zeros.
+  const uint32_t from_0 = kept[0] | ~two;          // the first place is 0, else 1 or 2
+  const uint32_t second_odd = kept[3] | ~kept[2];  // the second place is 1 or 3
+  const uint32_t second_high = kept[3] | kept[2];  // 2 or 3
+  const uint32_t places = ((~from_0 & kept[1]) >> 15 & 0x10001u) | ((~from_0 & ~kept[1]) >> 14 & 0x20002u) |
+                          (second_odd >> 13 & 0x40004u) | (second_high >> 12 & 0x80008u);
+  *nibbles = static_cast<uint8_t>(places | places >> 12);
+  const uint32_t bytes = (places & 0x30003u) * 0x22u + (places >> 2 & 0x30003u) * 0x2200u + 0x10101010u;
+  const uint32_t first = two | kept[0], second = (kept[1] | second_high) & (two | ~kept[0]);  // flag what stays
+  SDGP_UNROLL
+  for (int quad = 0; quad < 2; ++quad) {
+    const uint32_t raw = permute(word[2 * quad], word[2 * quad + 1], quad == 0 ? bytes & 0xffff : bytes >> 16);
+    const uint32_t larger = larger_pair(raw & ~kFlags, least[quad]);
+    values[quad] = ((raw & kFlags) | larger) & permute(first, second, quad == 0 ? 0xdd99 : 0xffbb);
+  }
+}
+
+// Loads 8 elements, or as many as are left in the row, and zeros.
 template <class Bits>
-SDGP_HOST_DEVICE int places_of(const Bits* quad) {
-  int kept[2] = {-1, -1};
+SDGP_HOST_DEVICE void load_8(const Bits* from, int left, bool vectors, uint32_t* word) {
+  if (vectors && left >= 8) return load_vectors<uint32_t, 4>(reinterpret_cast<const uint32_t*>(from), word);
   SDGP_UNROLL
-  for (int j = 0; j < 4; ++j) {
-    if (quad[j] == 0) continue;
-    if (kept[0] < 0) {
-      kept[0] = j;
-    } else if (kept[1] < 0) {
-      kept[1] = j;
-    }
-  }
-  if (kept[0] < 0) return 0b0100;                                // none: places 0 and 1
-  if (kept[1] < 0) return kept[0] == 0 ? 0b0100 : kept[0] << 2;  // one: it and the lowest other place
-  return kept[0] | kept[1] << 2;
-}
-
-// Writes kM pruned elements: the values to memory, the nibbles to the tile's table.
-template <class Bits, int kM>
-SDGP_HOST_DEVICE void pack_group(const Bits* x, Bits* values, uint8_t* nibbles) {
-  Bits kept[kM / 2];
-  SDGP_UNROLL
-  for (int q = 0; q < kM / 4; ++q) {
-    const int places = places_of(x + 4 * q);
-    nibbles[q] = static_cast<uint8_t>(places);
-    SDGP_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int place = places >> (2 * i) & 3;
-      Bits value = x[4 * q];
-      SDGP_UNROLL
-      for (int j = 1; j < 4; ++j) value = place == j ? x[4 * q + j] : value;
-      kept[2 * q + i] = value;
-    }
-  }
-  if constexpr (kM == 4) {
-    memcpy(values, kept, sizeof kept);
-  } else {
-    store_vectors<Bits, kM / 2>(kept, values);
+  for (int i = 0; i < 4; ++i) {
+    const uint32_t low = 2 * i < left ? from[2 * i] : 0, high = 2 * i + 1 < left ? from[2 * i + 1] : 0;
+    word[i] = low | high << 16;
   }
 }
 
-// Prunes kSpan elements, which are one or more groups of kM <= kSpan elements.
+// select_span, group by group.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void prune_span(typename C::Bits* x, const PackArgs& args, const Pruning& mixed, int64_t row,
-                                 int64_t col) {
+SDGP_HOST_DEVICE void select_groups(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group,
+                                    uint32_t* kept, uint32_t* least) {
+  using Bits = typename C::Bits;
+  Bits x[kSpan];
+  bool keep[kSpan];
+  SDGP_UNROLL
+  for (int i = 0; i < kSpan; ++i) x[i] = static_cast<Bits>(word[i / 2] >> (i % 2 * 16));
   SDGP_UNROLL
   for (int g = 0; g < kSpan / kM; ++g) {
-    const int64_t first = col + g * kM;
-    if (first >= args.in_cols) break;
-    const int64_t groups = ceil_div<int64_t>(args.in_cols, kM);
-    const auto group = static_cast<uint64_t>(row * groups + first / kM);
-    prune_group<C, kMethod, kM>(x + g * kM, mixed, group_length(kM, args.in_cols, first / kM), group);
+    const uint64_t group = first_group + static_cast<uint64_t>(g);
+    if constexpr (kMethod == Method::kMvue && kM >= 4) {  // a quad with two groups has two steps
+      const MvueChoice<C, kM> choice(x + g * kM, mixed.n, mixed.seed, group);
+      SDGP_UNROLL
+      for (int j = 0; j < kM; ++j) {
+        keep[g * kM + j] = choice.keep[j];
+        least[(g * kM + j) / 4] = choice.least * 0x10001u;
+      }
+    } else {
+      const int length = left < (g + 1) * kM ? left - g * kM : kM;
+      prune_group<C, kMethod, kM>(x + g * kM, mixed, length, group);
+      SDGP_UNROLL
+      for (int j = 0; j < kM; ++j) keep[g * kM + j] = x[g * kM + j] != 0;
+    }
+  }
+  SDGP_UNROLL
+  for (int i = 0; i < kSpan / 2; ++i) word[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
+  SDGP_UNROLL
+  for (int i = 0; i < kSpan / 2; ++i) {
+    const int at = i / 4 * 8 + i % 4;
+    kept[i] = (keep[at] ? 0x8000u : 0) | (keep[at + 4] ? 0x80000000u : 0);
+  }
+}
+
+// Selects in kSpan elements, whole groups, in words of two. `left` is the number of elements up to the end of the row.
+// Sets kept[4 * i] to kept[4 * i + 3] and least[2 * i] to least[2 * i + 1] for the i-th eight elements (pack_quads).
+// Methods that change values otherwise change `word`.
+template <class C, Method kMethod, int kM, int kSpan>
+SDGP_HOST_DEVICE void select_span(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group, uint32_t* kept,
+                                  uint32_t* least) {
+  SDGP_UNROLL
+  for (int q = 0; q < kSpan / 4; ++q) least[q] = 0;
+  if constexpr (kMethod == Method::kMagnitude && kM == 4) {
+    uint32_t pair[4];
+    to_pairs<4>(word, word + 2, pair);
+    flag_largest<4>(pair, mixed.n, kept);
+  } else {
+    select_groups<C, kMethod, kM, kSpan>(word, mixed, left, first_group, kept, least);
   }
 }
 
@@ -78,43 +109,51 @@ SDGP_HOST_DEVICE bool rows_lie_in_vectors(const PackArgs& args) {
   return reinterpret_cast<uintptr_t>(args.in) % 16 == 0 && args.row_stride % 8 == 0;
 }
 
-// Does one thread's share of the first half of a block's work. `nibbles` is (kTileRows, kTileQuads).
+SDGP_HOST_DEVICE int at_most(int64_t value, int most) { return value < most ? static_cast<int>(value) : most; }
+
+// Does one thread's share of the first half of a block's work. `nibbles` is (kTileRows, kTileQuads / 2), two per byte.
 template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
                                   uint8_t* nibbles) {
   using Bits = typename C::Bits;
   constexpr int kSpan = kM < 8 ? 8 : kM;
   constexpr int kSpans = kTileCols / kSpan;
+  constexpr int kStep = kTileThreads / kSpans;  // rows from a thread's span to its next one
   const bool vectors = rows_lie_in_vectors(args);
   Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
   mixed.scale = false;  // an operand has no multipliers; the constant removes their code
-  for (int i = thread; i < kTileRows * kSpans; i += kTileThreads) {
-    const int64_t row = tile_row + i / kSpans;
-    const int64_t col = tile_col + i % kSpans * kSpan;
-    Bits x[1][kSpan] = {};
-    if (row < args.in_rows && col < args.in_cols) {
-      const int64_t left = args.in_cols - col;
-      const int length = left < kSpan ? static_cast<int>(left) : kSpan;
-      const Bits* from = static_cast<const Bits*>(args.in) + row * args.row_stride + col;
-      load_group<Bits, kSpan, 1>(from, 1, length, vectors && length == kSpan, x);
-      prune_span<C, kMethod, kM, kSpan>(x[0], args, mixed, row, col);
+  const int tile_span = thread % kSpans;
+  const int64_t row = tile_row + thread / kSpans, col = tile_col + tile_span * kSpan;
+  const int rows = at_most(args.in_rows - row, kTileRows), cols = at_most(args.in_cols - col, kSpan);  // of the matrix
+  const int64_t groups = ceil_div<int64_t>(args.in_cols, kM);
+  const Bits* from = static_cast<const Bits*>(args.in) + row * args.row_stride + col;
+  Bits* to = static_cast<Bits*>(args.packed) + row * (args.cols / 2) + col / 2;
+  nibbles += thread / kSpans * (kTileQuads / 2) + tile_span * (kSpan / 8);
+  SDGP_UNROLL
+  for (int i = 0; i < kTileRows / kStep; ++i) {
+    const int left = i * kStep < rows ? cols : 0;
+    uint32_t word[kSpan / 2], kept[kSpan / 2], least[kSpan / 4], values[kSpan / 4];
+    SDGP_UNROLL
+    for (int at = 0; at < kSpan; at += 8) load_8(from + at, left - at, vectors, word + at / 2);
+    const auto first_group = static_cast<uint64_t>((row + i * kStep) * groups + col / kM);
+    select_span<C, kMethod, kM, kSpan>(word, mixed, left, first_group, kept, least);
+    SDGP_UNROLL
+    for (int at = 0; at < kSpan / 8; ++at) {
+      pack_quads(word + 4 * at, kept + 4 * at, least + 2 * at, values + 2 * at, nibbles + at);
     }
-    pack_group<Bits, kSpan>(x[0], static_cast<Bits*>(args.packed) + row * (args.cols / 2) + col / 2,
-                            nibbles + (row - tile_row) * kTileQuads + (col - tile_col) / 4);
+    store_vectors<uint32_t, kSpan / 4>(values, reinterpret_cast<uint32_t*>(to));
+    from += kStep * args.row_stride;
+    to += kStep * (args.cols / 2);
+    nibbles += kStep * (kTileQuads / 2);
   }
 }
 
 // Does one thread's share of the second half, after all threads finished the first: writes one word of metadata.
 SDGP_HOST_DEVICE void pack_metadata(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
                                     const uint8_t* nibbles) {
-  const TileWord first = tile_word(args.layout, args.rows, args.cols, tile_row, tile_col, thread);
-  uint32_t word = 0;
-  SDGP_UNROLL
-  for (int i = 0; i < 8; ++i) {
-    const NibbleStep step = nibble_step(args.layout, i);
-    word |= static_cast<uint32_t>(nibbles[(first.row + step.row) * kTileQuads + first.quad + step.quad]) << (4 * i);
-  }
-  static_cast<uint32_t*>(args.packed)[args.rows * args.cols / 4 + first.at] = word;
+  const TileWord word = tile_word(args.layout, args.rows, args.cols, tile_row, tile_col, thread);
+  static_cast<uint32_t*>(args.packed)[args.rows * args.cols / 4 + word.at] =
+      combine(args.layout, nibbles + (word.row * kTileQuads + word.quad) / 2);
 }
 
 // Calls `call` with the method and the group size of the compiled kernel for these arguments.

@@ -8,7 +8,7 @@ namespace sdgp::cuda {
 
 template <class C, Method kMethod, int kM>
 __global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
-  constexpr int kNibbles = kTileRows * kTileQuads;
+  constexpr int kNibbles = kTileRows * kTileQuads / 2;
   SDGP_SHARED(uint8_t, nibbles, kNibbles);
   const int64_t tiles_across = args.cols / kTileCols;
   const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;

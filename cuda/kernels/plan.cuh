@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Tells a thread of a pruning kernel where its group is. A thread takes one group, or the groups of kV neighbouring
-// rows. Thread numbers run through the output in memory order.
+// Tells a thread of a pruning kernel where its groups are. Thread numbers run through the output in memory order.
 #pragma once
 
 #include "../../cpp/kernels/args.h"
@@ -41,6 +40,16 @@ struct ThreadAxis {
   int64_t out_stride;
   int64_t group_step;   // of the logical group index
   int64_t factor_step;  // of rescale's factors
+
+  ThreadAxis with_size(uint64_t new_size) const {
+    return {Divisor::of(new_size), in_stride, out_stride, group_step, factor_step};
+  }
+
+  // The axis whose steps are `count` steps of this one.
+  ThreadAxis grouped(int count) const {
+    return {Divisor::of(size.size / static_cast<uint64_t>(count)), count * in_stride, count * out_stride,
+            count * group_step, count * factor_step};
+  }
 };
 
 struct PruneParams {
@@ -53,12 +62,12 @@ struct PruneParams {
   int64_t in_stride;
   int64_t out_stride;
   int64_t factor_step;      // from element to element
-  int64_t row_group_step;   // from one of the kV rows to the next
-  int64_t row_factor_step;  // the same for factors
-  bool vector_in;           // a group consists of aligned vectors
+  int64_t next_group_step;  // from a thread's group to its next one
+  int64_t next_factor_step;
+  bool vector_in;  // a group consists of aligned vectors
   bool vector_out;
   uint64_t threads;
-  int group_axis;
+  int partial_axis;  // the axis of the groups if the last group of a row is shorter, else -1
   int axes;
   ThreadAxis axis[kMaxAxes];  // outermost first
 };
@@ -68,7 +77,7 @@ struct Place {
   int64_t out = 0;
   int64_t factor = 0;
   uint64_t group = 0;  // logical index in the tensor
-  int64_t in_row = 0;  // index of the group in its row
+  int64_t in_row = 0;  // index of the group in its row; 0 if all groups are whole
 };
 
 SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
@@ -82,7 +91,7 @@ SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
     place.out += at * axis.out_stride;
     place.factor += at * axis.factor_step;
     place.group += static_cast<uint64_t>(at * axis.group_step);
-    if (a == params.group_axis) place.in_row = at;
+    if (a == params.partial_axis) place.in_row = at;
   }
   return place;
 }
@@ -95,16 +104,45 @@ inline int compiled_size(int m) {
   return visit_at_least(GroupSizes{}, m, []<int kM>(Constant<kM>) { return kM; });
 }
 
-// Returns how many neighbouring rows a thread takes: as many as one 4-byte access moves. The registers of a thread hold
-// only one row of larger groups.
-constexpr int rows_per_thread(int element_size, int compiled_m) {
-  return element_size == 2 && compiled_m <= 16 ? 2 : 1;
+// What one thread takes. 16-bit types have all three, for some group sizes.
+enum class Share {
+  kGroup,    // one group
+  kTwoRows,  // the same group of two neighbouring rows, which one 4-byte access moves
+  kSpan,     // kSpanSize consecutive elements, which are whole groups, in vectors of 16 bytes
+};
+
+using Shares = EnumValues<Share, 3>;
+
+constexpr int kSpanSize = 16;
+
+constexpr bool has_kernel(Share share, int element_size, int compiled_m) {
+  if (share == Share::kGroup) return true;
+  // The registers of a thread hold only one row of larger groups.
+  return element_size == 2 && compiled_m <= (share == Share::kTwoRows ? 16 : kSpanSize / 2);
 }
 
 struct PrunePlan {
   PruneParams params;
-  int rows_per_thread;
+  Share share;
 };
+
+// Merges the axis of the groups with the outer ones that continue it. Returns its new index.
+inline int merge_group_axis(PruneParams& params, int group_axis) {
+  int merged = group_axis;
+  for (; merged > 0; --merged) {
+    const ThreadAxis& group = params.axis[merged];
+    ThreadAxis& outer = params.axis[merged - 1];
+    const auto groups = static_cast<int64_t>(group.size.size);
+    if (outer.in_stride != group.in_stride * groups || outer.out_stride != group.out_stride * groups ||
+        outer.group_step != group.group_step * groups || outer.factor_step != group.factor_step * groups) {
+      break;
+    }
+    outer = group.with_size(group.size.size * outer.size.size);
+  }
+  params.axes -= group_axis - merged;
+  for (int a = merged + 1; a < params.axes; ++a) params.axis[a] = params.axis[a + group_axis - merged];
+  return merged;
+}
 
 // Supports at most kMaxAxes - 1 dimensions besides the pruned one.
 inline PrunePlan plan_prune(const PruneArgs& args) {
@@ -118,26 +156,30 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   params.out_stride = args.out_stride;
   const int64_t groups = ceil_div<int64_t>(args.size, args.pruning.m);
   const int64_t factors_per_sample = args.dim_per_factor ? args.size : 1;
-  params.factor_step = args.dim_per_factor ? 1 : 0;
+  const bool has_factors = !traits(args.pruning.method).by_group;
+  params.factor_step = has_factors && args.dim_per_factor ? 1 : 0;
 
   // The output stride of the groups decides the place of their axis. The dimensions are already sorted by theirs.
   const int64_t group_stride = args.pruning.m * args.out_stride;
-  const ThreadAxis group_axis{Divisor::of(static_cast<uint64_t>(groups)), args.pruning.m * args.in_stride, group_stride,
-                              1, args.pruning.m * params.factor_step};
-  params.group_axis = -1;
+  const ThreadAxis groups_axis{Divisor::of(static_cast<uint64_t>(groups)), args.pruning.m * args.in_stride,
+                               group_stride, 1, args.pruning.m * params.factor_step};
+  int group_axis = -1;
   for (int d = 0; d < args.ndim; ++d) {
     const Dim& dim = args.dims[d];
-    if (params.group_axis < 0 && dim.out_stride < group_stride) {
-      params.group_axis = params.axes;
-      params.axis[params.axes++] = group_axis;
+    if (group_axis < 0 && dim.out_stride < group_stride) {
+      group_axis = params.axes;
+      params.axis[params.axes++] = groups_axis;
     }
     params.axis[params.axes++] = {Divisor::of(static_cast<uint64_t>(dim.size)), dim.in_stride, dim.out_stride,
-                                  dim.row_step * groups, dim.per_factor ? factors_per_sample : 0};
+                                  dim.row_step * groups, has_factors && dim.per_factor ? factors_per_sample : 0};
   }
-  if (params.group_axis < 0) {
-    params.group_axis = params.axes;
-    params.axis[params.axes++] = group_axis;
+  if (group_axis < 0) {
+    group_axis = params.axes;
+    params.axis[params.axes++] = groups_axis;
   }
+
+  params.partial_axis = args.size % args.pruning.m != 0 ? group_axis : -1;
+  if (params.partial_axis < 0) group_axis = merge_group_axis(params, group_axis);
 
   const auto element_size = static_cast<size_t>(traits(args.dtype).size);
   const int compiled_m = compiled_size(args.pruning.m);
@@ -155,25 +197,30 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   params.vector_in = whole && args.in_stride == 1 && aligned(args.in, vector_bytes, true);
   params.vector_out = whole && args.out_stride == 1 && aligned(args.out, vector_bytes, false);
 
-  // Neighbouring rows share a thread if they form pairs that are aligned in both tensors.
-  plan.rows_per_thread = 1;
-  ThreadAxis& last = params.axis[params.axes - 1];
-  const auto rows = static_cast<uint64_t>(rows_per_thread(traits(args.dtype).size, compiled_m));
-  if (rows > 1 && params.group_axis != params.axes - 1 && last.in_stride == 1 && last.out_stride == 1 &&
-      last.size.size % rows == 0) {
+  // A thread takes two rows or a span if both tensors have them, aligned.
+  plan.share = Share::kGroup;
+  const auto try_share = [&](Share share, int count, size_t bytes) {
+    ThreadAxis& last = params.axis[params.axes - 1];
+    if (!has_kernel(share, traits(args.dtype).size, compiled_m) || last.size.size % static_cast<uint64_t>(count) != 0) {
+      return;
+    }
     const ThreadAxis one = last;
-    const auto step = static_cast<int64_t>(rows);
-    last = {Divisor::of(one.size.size / rows), step, step, step * one.group_step, step * one.factor_step};
-    const size_t bytes = rows * element_size;
-    const bool even = static_cast<size_t>(args.in_stride) * element_size % bytes == 0 &&
-                      static_cast<size_t>(args.out_stride) * element_size % bytes == 0;
-    if (even && aligned(args.in, bytes, true) && aligned(args.out, bytes, false)) {
-      params.row_group_step = one.group_step;
-      params.row_factor_step = one.factor_step;
-      plan.rows_per_thread = static_cast<int>(rows);
+    last = one.grouped(count);
+    if (aligned(args.in, bytes, true) && aligned(args.out, bytes, false)) {
+      params.next_group_step = one.group_step;
+      params.next_factor_step = one.factor_step;
+      plan.share = share;
     } else {
       last = one;
     }
+  };
+  const ThreadAxis& last = params.axis[params.axes - 1];
+  const bool last_is_groups = group_axis == params.axes - 1;
+  if (last_is_groups && params.vector_in && params.vector_out) {
+    try_share(Share::kSpan, kSpanSize / args.pruning.m, 16);
+  } else if (!last_is_groups && last.in_stride == 1 && last.out_stride == 1 && args.in_stride % 2 == 0 &&
+             args.out_stride % 2 == 0) {
+    try_share(Share::kTwoRows, 2, 4);
   }
   params.threads = 1;
   for (int a = 0; a < params.axes; ++a) params.threads *= params.axis[a].size.size;

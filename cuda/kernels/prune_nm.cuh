@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// One thread's work in prune_nm: load a group, prune it, store it.
+// One thread's work in prune_nm: load its groups, prune them, store them.
 //
 // Note [Thread layout]
-// A thread owns one group, so no thread waits for another. If groups are neighbours in memory (the last dimension,
+// A thread owns whole groups, so no thread waits for another. If groups are neighbours in memory (the last dimension,
 // channels_last), a thread reads its group in vectors of up to 16 bytes, and a warp's accesses are consecutive. If rows
 // are neighbours in memory (NCHW along C), one access of a warp takes element j of 32 neighbouring rows. For 16-bit
-// types, each thread takes two rows.
+// types, instructions and not memory limit the speed. There a thread takes two rows, or several neighbouring groups
+// that fill two vectors: it finds its place once for all of them, and selects in two groups at a time.
 #pragma once
 
+#include "pairs.cuh"
 #include "plan.cuh"
 #include "select_nm.cuh"
 
@@ -44,40 +46,19 @@ SDGP_HOST_DEVICE void store_vectors(const Bits* x, Bits* to) {
   }
 }
 
-// x[v][j] is element j of row v.
-template <class Bits, int kM, int kV>
-SDGP_HOST_DEVICE void load_group(const Bits* from, int64_t stride, int length, bool vectors, Bits (*x)[kM]) {
-  if (kV == 1 && vectors) return load_vectors<Bits, kM>(from, x[0]);
+template <class Bits, int kM>
+SDGP_HOST_DEVICE void load_group(const Bits* from, int64_t stride, int length, bool vectors, Bits* x) {
+  if (vectors) return load_vectors<Bits, kM>(from, x);
   SDGP_UNROLL
-  for (int j = 0; j < kM; ++j) {
-    Bits row[kV] = {};
-    if (j < length) {
-      if constexpr (kV == 2) {
-        const auto pair = *reinterpret_cast<const uint32_t*>(from + j * stride);
-        memcpy(row, &pair, sizeof pair);
-      } else {
-        row[0] = from[j * stride];
-      }
-    }
-    SDGP_UNROLL
-    for (int v = 0; v < kV; ++v) x[v][j] = row[v];
-  }
+  for (int j = 0; j < kM; ++j) x[j] = j < length ? from[j * stride] : Bits{0};
 }
 
-template <class Bits, int kM, int kV>
-SDGP_HOST_DEVICE void store_group(const Bits (*x)[kM], Bits* to, int64_t stride, int length, bool vectors) {
-  if (kV == 1 && vectors) return store_vectors<Bits, kM>(x[0], to);
+template <class Bits, int kM>
+SDGP_HOST_DEVICE void store_group(const Bits* x, Bits* to, int64_t stride, int length, bool vectors) {
+  if (vectors) return store_vectors<Bits, kM>(x, to);
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
-    if (j >= length) continue;
-    if constexpr (kV == 2) {
-      const Bits row[2] = {x[0][j], x[1][j]};
-      uint32_t pair;
-      memcpy(&pair, row, sizeof pair);
-      *reinterpret_cast<uint32_t*>(to + j * stride) = pair;
-    } else {
-      to[j * stride] = x[0][j];
-    }
+    if (j < length) to[j * stride] = x[j];
   }
 }
 
@@ -86,40 +67,114 @@ SDGP_HOST_DEVICE int group_length(int m, int64_t size, int64_t group_in_row) {
   return left < m ? static_cast<int>(left) : m;
 }
 
-template <class C, Method kMethod, int kM, int kV>
+// Prunes group number `index` of the thread.
+template <class C, Method kMethod, int kM>
+SDGP_HOST_DEVICE void prune_one(typename C::Bits* x, const PruneParams& params, const Pruning& mixed,
+                                const Place& place, int length, int index) {
+  if constexpr (kMethod == Method::kRescale) {
+    const auto* factor =
+        static_cast<const typename C::E*>(params.factors) + place.factor + index * params.next_factor_step;
+    prune_rescale<C, kM>(x, mixed, length, factor, params.factor_step);
+  } else {
+    const uint64_t group = place.group + static_cast<uint64_t>(index * params.next_group_step);
+    prune_group<C, kMethod, kM>(x, mixed, length, group);
+  }
+}
+
+// Whether groups are pruned in pairs.
+template <Method kMethod, int kM>
+constexpr bool in_pairs = kMethod == Method::kMagnitude && (kM == 4 || kM == 8);
+
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_pair(uint32_t* pair, const Pruning& pruning) {
+  uint32_t kept[kM];
+  flag_largest<kM>(pair, pruning.n, kept);
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) pair[j] = spread(kept[j]) & (pruning.scale ? C::kOne * 0x10001u : pair[j]);
+}
+
+template <class C, Method kMethod, int kM>
+SDGP_HOST_DEVICE void prune_two_rows(const PruneParams& params, const Pruning& mixed, const Place& place, int length) {
+  using Bits = typename C::Bits;
+  const Bits* from = static_cast<const Bits*>(params.in) + place.in;
+  uint32_t pair[kM];
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    pair[j] = j < length ? *reinterpret_cast<const uint32_t*>(from + j * params.in_stride) : 0;
+  }
+  if constexpr (in_pairs<kMethod, kM>) {
+    prune_pair<C, kM>(pair, mixed);
+  } else {
+    Bits x[2][kM];
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      x[0][j] = static_cast<Bits>(pair[j]);
+      x[1][j] = static_cast<Bits>(pair[j] >> 16);
+    }
+    SDGP_UNROLL
+    for (int v = 0; v < 2; ++v) prune_one<C, kMethod, kM>(x[v], params, mixed, place, length, v);
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) pair[j] = x[0][j] | static_cast<uint32_t>(x[1][j]) << 16;
+  }
+  Bits* to = static_cast<Bits*>(params.out) + place.out;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    if (j < length) *reinterpret_cast<uint32_t*>(to + j * params.out_stride) = pair[j];
+  }
+}
+
+template <class C, Method kMethod, int kM>
+SDGP_HOST_DEVICE void prune_span(const PruneParams& params, const Pruning& mixed, const Place& place) {
+  using Bits = typename C::Bits;
+  const Bits* from = static_cast<const Bits*>(params.in) + place.in;
+  Bits* to = static_cast<Bits*>(params.out) + place.out;
+  if constexpr (in_pairs<kMethod, kM>) {
+    constexpr int kWords = kM / 2;
+    uint32_t word[kSpanSize / 2];
+    load_vectors<uint32_t, kSpanSize / 2>(reinterpret_cast<const uint32_t*>(from), word);
+    SDGP_UNROLL
+    for (int at = 0; at < kSpanSize / 2; at += 2 * kWords) {
+      uint32_t pair[kM];
+      to_pairs<kM>(word + at, word + at + kWords, pair);
+      prune_pair<C, kM>(pair, mixed);
+      from_pairs<kM>(pair, word + at, word + at + kWords);
+    }
+    store_vectors<uint32_t, kSpanSize / 2>(word, reinterpret_cast<uint32_t*>(to));
+  } else {
+    Bits x[kSpanSize];
+    load_vectors<Bits, kSpanSize>(from, x);
+    SDGP_UNROLL
+    for (int g = 0; g < kSpanSize / kM; ++g) prune_one<C, kMethod, kM>(x + g * kM, params, mixed, place, kM, g);
+    store_vectors<Bits, kSpanSize>(x, to);
+  }
+}
+
+template <class C, Method kMethod, int kM, Share kShare>
 SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
   using Bits = typename C::Bits;
   const Place place = find_place(params, thread);
-  const int length = group_length(params.pruning.m, params.size, place.in_row);
-  Bits x[kV][kM];
-  load_group<Bits, kM, kV>(static_cast<const Bits*>(params.in) + place.in, params.in_stride, length, params.vector_in,
-                           x);
   const Pruning mixed = with_mixed_seed<kMethod>(params.pruning, params.seed);
-  SDGP_UNROLL
-  for (int v = 0; v < kV; ++v) {
-    if constexpr (kMethod == Method::kRescale) {
-      const auto* factor =
-          static_cast<const typename C::E*>(params.factors) + place.factor + v * params.row_factor_step;
-      prune_rescale<C, kM>(x[v], mixed, length, factor, params.factor_step);
-    } else {
-      const uint64_t group = place.group + static_cast<uint64_t>(v * params.row_group_step);
-      prune_group<C, kMethod, kM>(x[v], mixed, length, group);
-    }
+  const int length = group_length(params.pruning.m, params.size, place.in_row);
+  if constexpr (kShare == Share::kTwoRows) {
+    prune_two_rows<C, kMethod, kM>(params, mixed, place, length);
+  } else if constexpr (kShare == Share::kSpan) {
+    prune_span<C, kMethod, kM>(params, mixed, place);
+  } else {
+    Bits x[kM];
+    load_group<Bits, kM>(static_cast<const Bits*>(params.in) + place.in, params.in_stride, length, params.vector_in, x);
+    prune_one<C, kMethod, kM>(x, params, mixed, place, length, 0);
+    store_group<Bits, kM>(x, static_cast<Bits*>(params.out) + place.out, params.out_stride, length, params.vector_out);
   }
-  store_group<Bits, kM, kV>(x, static_cast<Bits*>(params.out) + place.out, params.out_stride, length,
-                            params.vector_out);
 }
 
-// Calls `call` with the method, the group size and the rows per thread of the compiled kernel for this plan.
+// Calls `call` with the method, the group size and the share of a thread of the compiled kernel for this plan.
 template <class C, class Call>
 void visit_prune(const PrunePlan& plan, const Call& call) {
   visit(Methods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
     visit_at_least(GroupSizes{}, plan.params.pruning.m, [&]<int kM>(Constant<kM> size) {
-      constexpr int kRows = rows_per_thread(sizeof(typename C::Bits), kM);
-      if constexpr (kRows > 1) {
-        if (plan.rows_per_thread == kRows) return call(method, size, Constant<kRows>{});
-      }
-      call(method, size, Constant<1>{});
+      visit(Shares{}, plan.share, [&]<Share kShare>(Constant<kShare> share) {
+        if constexpr (has_kernel(kShare, sizeof(typename C::Bits), kM)) call(method, size, share);
+      });
     });
   });
 }

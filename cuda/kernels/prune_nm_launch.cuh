@@ -9,10 +9,10 @@
 
 namespace sdgp::cuda {
 
-template <class C, Method kMethod, int kM, int kV>
+template <class C, Method kMethod, int kM, Share kShare>
 __global__ void __launch_bounds__(kThreads) prune_nm_kernel(const __grid_constant__ PruneParams params) {
   const uint64_t thread = uint64_t{blockIdx.x} * kThreads + threadIdx.x;
-  if (thread < params.threads) prune_thread<C, kMethod, kM, kV>(params, thread);
+  if (thread < params.threads) prune_thread<C, kMethod, kM, kShare>(params, thread);
 }
 
 template <class C>
@@ -21,8 +21,8 @@ void launch_prune_nm(const PruneArgs& args, const int64_t* seed, const void* fac
   plan.params.seed = seed;
   plan.params.factors = factors;
   const uint64_t blocks = blocks_of(plan.params.threads);
-  visit_prune<C>(plan, [&]<Method kMethod, int kM, int kV>(Constant<kMethod>, Constant<kM>, Constant<kV>) {
-    launch(&prune_nm_kernel<C, kMethod, kM, kV>, blocks, kThreads, stream, plan.params);
+  visit_prune<C>(plan, [&]<Method kMethod, int kM, Share kShare>(Constant<kMethod>, Constant<kM>, Constant<kShare>) {
+    launch(&prune_nm_kernel<C, kMethod, kM, kShare>, blocks, kThreads, stream, plan.params);
   });
   check_launch("prune_nm");
 }

@@ -134,13 +134,13 @@ struct LaneSums {
     const int length = group_length(params.pruning.m, params.size, group);
     const Bits* from = static_cast<const Bits*>(params.in) + sample * params.sample_stride +
                        position_offset(params, position) + group * params.pruning.m * params.in_stride;
-    Bits x[1][kM];
-    load_group<Bits, kM, 1>(from, params.in_stride, length, params.vector_in, x);
-    const Mask<kM> keep = select_magnitude<C, kM>(x[0], params.pruning.n);
+    Bits x[kM];
+    load_group<Bits, kM>(from, params.in_stride, length, params.vector_in, x);
+    const Mask<kM> keep = select_magnitude<C, kM>(x, params.pruning.n);
     const bool per_row = params.lanes == Lanes::kGroupsOfRow;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
-      const E size = magnitude<C>(x[0][j]);
+      const E size = magnitude<C>(x[j]);
       const E kept_size = has<kM>(keep, j) ? size : E{0};
       if (per_row) {
         all[0] += size;

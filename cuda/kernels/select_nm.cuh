@@ -65,7 +65,10 @@ SDGP_HOST_DEVICE Mask<kM> select_largest(const K* key, int n) {
     sort<K, kM>(sorted, std::make_integer_sequence<int, SortingNetwork<kM>::count()>{});
     K threshold = 0;
     SDGP_UNROLL
-    for (int j = 0; j < kM; ++j) threshold = j == kM - n ? sorted[j] : threshold;  // an index would need memory
+    for (int j = 0; j < kM; ++j) {
+      const K all = j == kM - n ? ~K{0} : K{0};  // a choice between elements would put the array into memory
+      threshold |= sorted[j] & all;
+    }
     int left = n;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) left -= key[j] > threshold;
@@ -188,56 +191,92 @@ SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning,
   }
 }
 
-// See Note [mvue].
+// What mvue does with a group: the elements that stay, and the least size of them.
 template <class C, int kM>
-SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
-  const int n = mixed.n;
+struct MvueChoice {
   using E = typename C::E;
-  using Bits = typename C::Bits;
-  constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
-  E total = 0;
-  SDGP_UNROLL
-  for (int j = 0; j < kM; ++j) total += magnitude<C>(x[j]);
-  if (total - total != 0) {  // inf or NaN
-    apply_mask<C, kM>(x, select_magnitude<C, kM>(x, n), mixed.scale);
-    return;
-  }
+  using K = typename C::K;
+  bool keep[kM];
+  bool above[kM];  // stays unchanged
+  E size[kM];
   E step = std::numeric_limits<E>::infinity();
-  E rest = total;
-  int places = n;
-  for (int round = 0; round < n; ++round) {
-    if (places <= 0 || !(rest > 0)) break;
-    const E quotient = rest / static_cast<E>(places);
-    const E mean = quotient > kSmallest ? quotient : kSmallest;  // if it underflowed
-    if (!(mean < step)) break;
-    step = mean;
+  K least = 0;  // the step, as a magnitude
+
+  // Returns whether the step fell to this mean.
+  SDGP_HOST_DEVICE bool lower(E mean, bool may) {
+    constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
+    mean = mean > kSmallest ? mean : kSmallest;  // if it underflowed
+    may = may & (mean < step);
+    step = may ? mean : step;
+    return may;
+  }
+
+  // Counts the elements above the step. Sets `rest` to the sum of the others.
+  SDGP_HOST_DEVICE int count_above(E& rest) const {
+    int count = 0;
     rest = 0;
-    places = n;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
-      const E size = magnitude<C>(x[j]);
-      const bool above = size >= step;
-      if (!above) rest += size;
-      places -= above;
+      const bool is_above = size[j] >= step;
+      if (!is_above) rest += size[j];
+      count += is_above;
     }
+    return count;
   }
-  const E value = rounded<C>(step);
-  E point = RandomState(mixed.seed, group).uniform<E>() * step;
-  E reached = 0;
-  int left = n;
+
+  // See Note [mvue].
+  SDGP_HOST_DEVICE MvueChoice(const typename C::Bits* x, int n, uint64_t mixed_seed, uint64_t group) {
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) size[j] = magnitude<C>(x[j]);
+    E rest = size[0];
+    SDGP_UNROLL
+    for (int j = 1; j < kM; ++j) rest += size[j];
+    if (rest - rest != 0) {  // inf or NaN
+      const Mask<kM> largest = select_magnitude<C, kM>(x, n);
+      SDGP_UNROLL
+      for (int j = 0; j < kM; ++j) keep[j] = above[j] = has<kM>(largest, j);
+      return;
+    }
+    if (n <= 2) {  // without a division: the mean changes once more only if one of two places is taken
+      lower(n == 2 ? rest * E{0.5} : rest, rest > 0);
+      const int count = count_above(rest);
+      lower(rest, (n == 2) & (count == 1) & (rest > 0));
+    } else {
+      int places = n;
+      for (int round = 1; lower(rest / static_cast<E>(places), (places > 0) & (rest > 0)) && round < n; ++round) {
+        places = n - count_above(rest);
+      }
+    }
+    E point = RandomState(mixed_seed, group).uniform<E>() * step;
+    E reached = 0;
+    int left = n;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) {
+      above[j] = size[j] >= step;
+      if (!above[j]) reached += size[j];
+      const bool hit = reached > point;
+      if (hit) point += step;
+      keep[j] = (above[j] || hit) && left > 0;
+      left -= keep[j];
+    }
+    least = C::narrow(step);
+  }
+};
+
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
+  using Bits = typename C::Bits;
+  using K = typename C::K;
+  const MvueChoice<C, kM> choice(x, mixed.n, mixed.seed, group);
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
-    const E size = magnitude<C>(x[j]);
-    const bool above = size >= step;
-    if (!above) reached += size;
-    const bool hit = reached > point;
-    if (hit) point += step;
-    const bool keep = (above || hit) && left > 0;
-    left -= keep;
-    const E larger = size > value ? size : value;
-    const auto kept = static_cast<Bits>(C::narrow(larger) | (x[j] ^ without_sign<C>(x[j])));
-    x[j] = keep ? kept : Bits{0};
-    if (mixed.scale && without_sign<C>(x[j]) != 0) x[j] = above ? C::kOne : C::narrow(step / size);
+    const K key = without_sign<C>(x[j]);
+    const K larger = key > choice.least ? key : choice.least;  // numbers without a sign compare as their bits do
+    const auto kept = static_cast<Bits>(larger | (x[j] ^ key));
+    x[j] = choice.keep[j] ? kept : Bits{0};
+    if (mixed.scale && choice.keep[j]) {
+      x[j] = choice.above[j] ? C::kOne : without_sign<C>(kept) != 0 ? C::narrow(choice.step / choice.size[j]) : Bits{0};
+    }
   }
 }
 

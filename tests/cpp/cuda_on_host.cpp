@@ -93,7 +93,7 @@ extern "C" int prune_on_host(const void* in, void* in_memory, int64_t in_bytes, 
   }
   output.copy_back();
   const PrunePlan plan = plan_prune(args);
-  return plan.rows_per_thread * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // the paths that were taken
+  return static_cast<int>(plan.share) * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // the paths that were taken
 }
 
 extern "C" void pack_on_host(const void* in, void* in_memory, int64_t in_bytes, int64_t in_rows, int64_t in_cols,

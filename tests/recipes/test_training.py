@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small import IMAGES, ROOT, SMALL, command, fails, lines, run, saved
+from small import ROOT, SMALL, command, fails, lines, run, saved
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import ByteLevel
@@ -143,7 +143,8 @@ def test_reduced_precision(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "more"), [("cifar10", ""), ("imagenet", ""), ("gpt", ""), ("gpt", "shard=true"), ("lora", ""), ("classify", "")]
+    ("recipe", "more"),
+    [("cifar10", ""), ("imagenet", ""), ("gpt", ""), ("gpt", "shard=true"), ("lora", ""), ("classify", "")],
 )
 def test_two_processes(recipe: str, more: str, images: Path, tmp_path: Path) -> None:
     settings = ["--set", more] if more else []
