@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The measurements of gpu_report.py. Each subject prints its rows while it runs.
+"""The measurements of gpu_report.py. Each subject prints its rows while it runs, and is stored when it ends.
 
     prune_nm       GB/s read and written, compared with clone()
     pack           prune and pack to 2:4, compared with clone(), PyTorch's compressor and its 4 x 4 tile kernel
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,8 @@ METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
 ROUNDS = 11
 TURN_MS = 2.0  # milliseconds of work between two readings of the clock
 CUDA = torch.device("cuda")
+PACKED = (16384, 8192)  # 256 MiB of 16-bit values
+SQUARE = 8192  # the side of the product that shows what the GPU can do
 
 Row = dict[str, Any]
 
@@ -112,7 +115,7 @@ def show_prune_nm(row: Row) -> str:
 
 
 def pack() -> Iterator[Row]:
-    x = torch.randn(16384, 8192, device=CUDA).bfloat16()  # 256 MiB
+    x = torch.randn(*PACKED, device=CUDA).bfloat16()
     layout = _semi_structured.metadata_layout(x.device.index, x.dtype)
     pruned = sdgp.prune_nm(x, 2, 4)
     for pattern in ("2:4", "1:4", "1:8", "2:8", "2:16"):
@@ -149,7 +152,8 @@ MLPS = {
     "ViT-B": ((12608, 50432), (768, 3072)),
     "ViT-L": ((12608, 50432), (1024, 4096)),
     "GPT-2": ((16384,), (768, 3072)),
-    "Llama-7B": ((4096, 16384), (4096, 11008)),
+    "Llama-3-8B": ((4096, 16384), (4096, 14336)),
+    "Llama-13B": ((4096, 16384), (5120, 13824)),
     "Llama-70B": ((4096, 16384, 65536), (8192, 28672)),
 }
 # (model, tokens, in, out)
@@ -161,7 +165,8 @@ LINEARS = [
         for shape in (mlp, mlp[::-1])
     ),
     ("GPT-2", 16384, 768, 2304),
-    ("Llama-7B", 16384, 4096, 4096),
+    ("Llama-3-8B", 4096, 4096, 4096),
+    ("Llama-3-8B", 16384, 4096, 4096),
     ("ResNet-50 1x1", 64 * 56**2, 64, 256),
     ("ResNet-50 1x1", 64 * 28**2, 512, 128),
     ("ResNet-50 1x1", 64 * 14**2, 1024, 256),
@@ -169,10 +174,10 @@ LINEARS = [
 
 
 def data_gradient() -> Iterator[Row]:
-    square = torch.randn(8192, 8192, device=CUDA).bfloat16()
+    square = torch.randn(SQUARE, SQUARE, device=CUDA).bfloat16()
     large = square.repeat(2, 2)  # half a gigabyte, far more than the L2 cache
     times = interleaved({"product": partial(torch.matmul, square, square), "copy": large.clone})
-    tflop_per_s = 2 * 8192**3 / times["product"] / 1e9
+    tflop_per_s = 2 * SQUARE**3 / times["product"] / 1e9
     gb_per_s = 2 * large.nbytes / times["copy"] / 1e6
     for model, *sizes in LINEARS:
         free()
@@ -318,8 +323,9 @@ SUBJECTS: dict[str, tuple[Callable[[], Iterator[Row]], Callable[[Row], str]]] = 
 }
 
 
-def measure(subject: str, clock: Clock) -> list[Row]:
-    rows, show = [], SUBJECTS[subject][1]
+def measure(subject: str, clock: Clock) -> tuple[list[Row], bool]:
+    """Returns the rows of a subject, and whether an error ended it."""
+    rows, failed, show = [], False, SUBJECTS[subject][1]
     try:
         for row in SUBJECTS[subject][0]():
             rows.append(row)
@@ -329,15 +335,18 @@ def measure(subject: str, clock: Clock) -> list[Row]:
         print(f"{subject}: out of time after {len(rows)} rows", flush=True)
     except (RuntimeError, ImportError) as error:  # continue with the next subject
         print(f"{subject}: stopped after {len(rows)} rows: {error}", flush=True)
+        failed = True
     free()
-    return rows
+    return rows, failed
 
 
-def write_markdown(results: dict[str, list[Row]], where: dict[str, Any], name: str) -> None:
-    title = f"# sdgp on {where['gpu']}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"
-    parts = [title]
-    for subject, rows in results.items():
-        lines = "\n".join(SUBJECTS[subject][1](row) for row in rows)
+def write_markdown(name: str) -> None:
+    """Writes all stored results, also those of earlier calls, as NAME.md."""
+    stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    where = next(iter(stored.values()))["machine"]
+    parts = [f"# sdgp on {where['gpu']}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"]
+    for subject, result in stored.items():
+        lines = "\n".join(SUBJECTS[subject][1](row) for row in result["rows"])
         parts.append(f"\n## {subject}\n\n```\n{lines}\n```\n")
     (RESULTS / f"{name}.md").write_text("".join(parts), encoding="utf-8")
 
@@ -355,13 +364,15 @@ def main() -> None:
         "cuda": torch.version.cuda,
     }
     torch.manual_seed(0)
-    results = {}
+    failed = []
     for subject in args.subject:
-        results[subject] = measure(subject, clock)
-        if args.store:
-            store(subject, where, results[subject], args.store)
-    if args.store:
-        write_markdown(results, where, args.store)
+        rows, stopped = measure(subject, clock)
+        failed += [subject] if stopped else []
+        if args.store and rows:
+            store(subject, where, rows, args.store)
+            write_markdown(args.store)
+    if failed:
+        raise SystemExit(f"gpu: stopped early: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Builds, tests and measures sdgp on this machine's GPU with one command, from a bare checkout.
 
-The program builds sdgp for the architecture of this GPU, runs the GPU tests, measures (gpu.py), and writes
-benchmarks/results/NAME.json, NAME.md and NAME.png. It needs torch with CUDA, nvcc, and the requirements of
-`pip install --no-build-isolation .`. It takes less than nine minutes. It reports what it skips for lack of time.
+The program runs the parts below in this order, each in its own process. A part that fails, or runs out of time, does
+not stop the next one, and what was measured is stored at once: benchmarks/results/NAME.json, NAME.md and NAME.png. It
+needs torch with CUDA, nvcc, and the requirements of `pip install --no-build-isolation .`.
 
-    python benchmarks/gpu_report.py                  # NAME: the GPU's name, as in nvidia-h100-80gb-hbm3
-    python benchmarks/gpu_report.py --minutes 5 --skip-tests
+    python benchmarks/gpu_report.py                                       # NAME: the GPU's name, as in nvidia-h200
+    python benchmarks/gpu_report.py --parts build tests --minutes 5       # later the rest: --parts pack train_step plot
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -22,56 +23,77 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-RESERVE = 20  # seconds for the table and the plot
+# The share of the time left that a part may take. The last parts take what they need.
+PARTS = {
+    "build": 1.0,  # for the architecture of this GPU alone
+    "tests": 0.5,
+    "sanitizer": 0.3,  # compute-sanitizer on some of the tests
+    "pack": 0.2,
+    "data_gradient": 0.4,
+    "train_step": 0.7,
+    "prune_nm": 0.9,
+    "plot": 1.0,
+}
 
 
-def run(name: str, command: list[str], seconds: float, **environment: str) -> bool:
-    """Runs a command in the checkout, and prints how long it took and how it ended."""
-    print(f"--- {name}: {' '.join(command)}", flush=True)
+def command(part: str, name: str, seconds: float) -> list[str]:
+    """Returns the command of a part."""
+    python = [sys.executable]
+    if part == "build":
+        architecture = "{}{}-real".format(*torch.cuda.get_device_capability())
+        defines = [f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}", "-Ccmake.define.SDGP_CUDA=ON"]
+        return [*python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", *defines, "."]
+    if part == "tests":
+        return [*python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    if part == "sanitizer":
+        return ["make", "cuda-sanitize", f"PYTHON={sys.executable}"]
+    if part == "plot":
+        return [*python, "benchmarks/plot.py", f"benchmarks/results/{name}.json"]
+    return [*python, "benchmarks/gpu.py", "--subject", part, "--store", name, "--seconds", f"{0.9 * seconds:.0f}"]
+
+
+def missing(part: str) -> str | None:
+    """Returns the tool that a part needs and that is not on PATH."""
+    tools = {"build": "nvcc", "sanitizer": "compute-sanitizer"}
+    return tools[part] if part in tools and shutil.which(tools[part]) is None else None
+
+
+def run(part: str, words: list[str], seconds: float) -> bool:
+    """Runs a part in the checkout, and prints how long it took and how it ended."""
+    print(f"--- {part}: {' '.join(words)}", flush=True)
     start = time.monotonic()
     try:
-        ended = subprocess.run(
-            command, cwd=ROOT, env={**os.environ, **environment}, timeout=max(1, seconds), check=False
-        ).returncode
+        environment = {**os.environ, "REQUIRE_CUDA": "1"}
+        ended = subprocess.run(words, cwd=ROOT, env=environment, timeout=max(1, seconds), check=False).returncode
     except subprocess.TimeoutExpired:
         ended = -1
     outcome = "ok" if ended == 0 else "out of time" if ended == -1 else f"failed with {ended}"
-    print(f"--- {name}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
+    print(f"--- {part}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
     return ended == 0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--name", help="of the results' files")
-    parser.add_argument("--minutes", type=float, default=9)
-    parser.add_argument("--skip-build", action="store_true", help="sdgp is installed, with CUDA")
-    parser.add_argument("--skip-tests", action="store_true")
+    parser.add_argument("--minutes", type=float, default=9, help="for all parts together")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit(f"gpu_report: expected a GPU, got torch {torch.__version__} that finds none")
     name = args.name or re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
     end = time.monotonic() + 60 * args.minutes
-    python = [sys.executable]
-    built = True
-    if not args.skip_build:
-        architecture = "{}{}-real".format(*torch.cuda.get_device_capability())
-        defines = [f"-Ccmake.define.CMAKE_CUDA_ARCHITECTURES={architecture}", "-Ccmake.define.SDGP_CUDA=ON"]
-        install = [*python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", *defines, "."]
-        built = run("build", install, end - time.monotonic())
-    if not built:
-        raise SystemExit(1)
-    tested = args.skip_tests or run(
-        "tests",
-        [*python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py"],
-        (end - time.monotonic()) * 0.6,
-        REQUIRE_CUDA="1",
-    )
-    left = end - time.monotonic() - RESERVE
-    measured = run(
-        "measure", [*python, "benchmarks/gpu.py", "--store", name, "--seconds", f"{left:.0f}"], left + RESERVE
-    )
-    drawn = run("plot", [*python, "benchmarks/plot.py", f"benchmarks/results/{name}.json"], RESERVE)
-    raise SystemExit(0 if tested and measured and drawn else 1)
+    failed = []
+    for part in (part for part in PARTS if part in args.parts):
+        if (tool := missing(part)) is not None:
+            print(f"--- {part}: left out, needs {tool}", flush=True)
+            failed += ["build"] if part == "build" else []
+            continue
+        seconds = (end - time.monotonic()) * PARTS[part]
+        if not run(part, command(part, name, seconds), seconds):
+            failed.append(part)
+        if "build" in failed:
+            break
+    raise SystemExit(f"gpu_report: failed: {', '.join(failed)}" if failed else 0)
 
 
 if __name__ == "__main__":
