@@ -48,7 +48,7 @@ class Slower(sdgp.Chooser):
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gives products and steps fixed times, so that no result depends on a clock."""
-    monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
     with Told():
         yield
 
@@ -222,7 +222,7 @@ def test_hint_of_plain_bfloat16(
                 raise TypeError("numpy has no bfloat16")
         return loss(model, batch)
 
-    monkeypatch.setattr("sdgp._study.seconds", seconds)
+    monkeypatch.setattr("sdgp._steps.seconds", seconds)
     plan = sdgp.advise(net(), *batches(), loss=noticed)
     assert inside == steps * [torch.bfloat16]
     assert [note for note in plan.notes if "bfloat16" in note and hint in note] == plan.notes[: bool(hint)]

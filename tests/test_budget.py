@@ -24,7 +24,7 @@ from sdgp import _plan
 @pytest.fixture(autouse=True)
 def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Gives products and steps fixed times, and makes noise cheap, so that pruning pays."""
-    monkeypatch.setattr("sdgp._study.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
     monkeypatch.setattr(_plan, "STEPS_PER_NOISE", 0.01)
     with Told():
         yield

@@ -11,18 +11,15 @@ import torch
 from torch import nn
 
 from ._convert import paused, why_plain
+from ._hints import hints
 from ._layer import PruningLayer, prune_in_place
 from ._models import check_module, layers_of
-from ._noise import (
-    Norm,
-    difference,
-    samples_of,
-    tensors_of,
-)
+from ._noise import Norm, difference, samples_of, tensors_of
 from ._pattern import Pattern, PatternLike, Pruning
 from ._plan import Plan
 from ._step import Loss, state_kept
-from ._study import Memory, Study, UnusableBatch, alike, sparsity
+from ._steps import Memory, Steps, UnusableBatch, alike
+from ._study import Study, sparsity
 from ._twins import twin_of
 
 
@@ -133,28 +130,29 @@ def advised(
     if not twins:
         raise ValueError("advise: expected a model with layers to prune, got none: see sdgp.report(model)")
     names = {module: name for name, module in layers_of(model)}
-    study = Study(model, names, batches, loss, norm, twins, rounds, patterns is None, memory)
+    steps = Steps(model, batches, loss, norm, rounds, memory)
+    study = Study(steps, names, twins, narrow_for_wide=patterns is None)
     others = [tensor for batch in batches for tensor in tensors_of(batch) if tensor.is_leaf]
     others += [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
     with state_kept(model, *others), paused(model):
         say("steps")
-        study.time_steps()
+        steps.time()
         say("products")
         study.measure_products()
         say("noise of the batch")
-        noise = study.batch_noise()
+        noise = steps.batch_noise(study.exact)
         say("noise on its way through the layers")
         study.measure_amplifications()
         candidates = study.candidates(noise)
         reasons = {name: reasons[name] if name in reasons else study.why_not(module) for module, name in names.items()}
-        notes = study.notes(optimizer, candidates)
+        notes = list(hints(steps, study, optimizer, candidates))
         plan = Plan(candidates, reasons, memory.step_ms, norm.kind, noise.error, notes)
         for _ in range(3):
             if not plan.chosen:
                 break
             say("the whole plan")
             with _pruned(model, plan):
-                pruned = study.gradients(batches[0])
+                pruned = steps.gradients(batches[0])
             measured = norm.squared(difference(pruned, study.exact)) / noise.mean
             if plan.take_measured(measured):
                 break

@@ -21,7 +21,7 @@ from ._decision import Decision
 from ._models import check_module
 from ._pattern import PatternLike
 from ._step import Loss
-from ._study import Memory, UnusableBatch
+from ._steps import Memory, UnusableBatch
 from ._watch import check_writable
 
 # The keys of `state_dict`.

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .._study import UnusableBatch
+from .._steps import UnusableBatch
 from ._callback import ScheduleCallback
 
 # The two packages have separate Callback classes. Use the package that the program has imported, if any.

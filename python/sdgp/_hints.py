@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""The notes of ``sdgp.advise``: what saves time without noise, and what makes its answer less certain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+
+from ._choose import LEAST_WORK
+from ._pattern import UNBIASED_METHODS
+from ._plan import Candidate
+from ._steps import Steps
+from ._study import Study
+
+#: The saving by bfloat16 from which a note mentions it. Smaller ones may be measuring errors.
+_LEAST_SAVING = 0.1
+
+
+def hints(
+    steps: Steps, study: Study, optimizer: torch.optim.Optimizer | None, candidates: list[Candidate]
+) -> Iterator[str]:
+    """Yields one sentence for each thing that the user can change or should know."""
+    if steps.bfloat16_saved > _LEAST_SAVING:
+        saved = f"{steps.bfloat16_saved:.0%}"
+        yield f"plain bfloat16 saves {saved} of a step: use torch.autocast inside loss= first, and ask again"
+    if len(steps.batches) == 1:
+        yield "one batch gives the noise only to a factor of about two: pass more batches"
+    if optimizer is not None and steps.norm.kind == "euclidean" and "betas" in optimizer.defaults:
+        yield "noise is measured in the Euclidean norm: the optimizer is not Adam, or has made no step"
+    if study.unmeasured and not study.amplified:
+        yield f"the noise of data gradients could not be measured: {study.unmeasured}"
+    if steps.without_gradient:
+        yield f"parameters that get no gradient: {steps.without_gradient}; set requires_grad=False"
+    if idle := _idle(steps, optimizer):
+        yield f"parameters with a gradient that the optimizer does not use: {idle}; set requires_grad=False"
+    useless = [study.names[module] or "(model)" for module, factor in study.amplified.items() if factor == 0]
+    if useless:
+        listed = ", ".join(useless[:3]) + (", …" if len(useless) > 3 else "")
+        yield f"the data gradient of {listed} reaches no trained parameter: detach the input"
+    if 0 < study.largest_work < LEAST_WORK and all(row.sparse_ms is None for row in candidates):
+        times = math.ceil(LEAST_WORK / study.largest_work)
+        yield f"the largest layer is too small to gain: use a batch {times} times as large"
+    if any(row.method not in UNBIASED_METHODS for row in candidates):
+        yield "methods other than mvue are biased: their errors do not average out"
+
+
+def _idle(steps: Steps, optimizer: torch.optim.Optimizer | None) -> int:
+    """Returns the number of parameters that require a gradient and are in no group of the optimizer."""
+    if optimizer is None:
+        return 0
+    used = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    return sum(p.requires_grad and p not in used for p in steps.model.parameters())
