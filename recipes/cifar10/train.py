@@ -23,7 +23,8 @@ from ..common.images import classify
 from ..common.images import is_pruned as is_pruned_convolution
 from ..common.launch import launch
 from ..common.process import World, derive_seed
-from ..common.run import Job, Measured, Run
+from ..common.record import Job
+from ..common.run import Measured, Run
 from ..common.transformer import Block, decay_matrices
 from .config import Config
 from .data import Cifar, Images, load

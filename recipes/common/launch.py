@@ -16,7 +16,7 @@ from . import checkpoint, config, process
 from .config import difference
 from .errors import UserError
 from .process import World
-from .run import Job
+from .record import Job
 from .settings import Settings
 
 _Config = TypeVar("_Config", bound=Settings)

@@ -1,51 +1,23 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The bookkeeping of a run: its folder, progress, checkpoints, a JSON line per epoch, and one for the result.
-
-runs/<recipe>/<config>/seed0/checkpoint.safetensors   saved after each epoch, and when a signal stops the run
-runs/<recipe>/<config>/seed0/metrics.jsonl            one line per epoch
-runs/<recipe>.jsonl                                   one line per finished run; recipes/report.py reads it
-"""
+"""The training loop of all recipes: steps, epochs, progress, and what a run counts."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-import sdgp
-from sdgp._machine import machine
-
-from . import checkpoint
-from .config import difference
-from .errors import UserError
-from .files import append_line, replacing
 from .finite import FiniteCheck
 from .process import Stop, World, derive_seed
+from .record import Curve, Job, Record
 from .settings import Settings
 
-ROOT = Path(__file__).parents[2]
-_MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py")
-
-_SAVED = {"config", "seed", "world", "step", "optimizer", "scaler", "products", "totals", "epoch", "curve"}
-
 _Batch = TypeVar("_Batch")
-
-
-class Job(NamedTuple):
-    """The files of a run, and whether the run resumes from them."""
-
-    folder: Path  # the folder for its checkpoint and metrics
-    results: Path  # the file for its result line
-    resume: bool
 
 
 class Measured(NamedTuple):
@@ -73,13 +45,13 @@ class Run:
     """
 
     def __init__(self, job: Job, config: Settings, seed: int, world: World, *, epoch_steps: int, unit: str) -> None:
-        self._job, self._config, self._seed, self._world = job, config, seed, world
+        self._config, self._seed, self._world = config, seed, world
+        self._record = Record(job, config, seed, world)
         self._epoch_steps, self._unit = epoch_steps, unit
-        self._settings = dataclasses.asdict(config)
         self._totals = {"seconds": 0.0, "waiting": 0.0, "units": 0.0}  # over all steps so far
         self._epoch: dict[str, float] = {}  # sums over the epoch's steps, on the host
         self._pending: dict[str, Tensor] = {}  # sums over later steps, still on the device
-        self._curve: list[dict[str, float]] = []
+        self._curve: Curve = []
         text = "[bold]{task.description}[/] epoch {task.fields[epoch]}"
         shown = TextColumn("{task.percentage:3.0f}% {task.fields[shown]}")
         self._progress = Progress(
@@ -93,46 +65,14 @@ class Run:
     # --- start and end
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restores model and optimizer from the checkpoint, if the job resumes one.
-
-        Raises:
-            UserError: if the checkpoint has another config or number of processes, a checkpoint exists but the job does
-                not resume, or the run's folder is not writable.
-        """
+        """Restores model and optimizer from the checkpoint, if the job resumes one. Raises what ``Record`` raises."""
         self._model, self._optimizer, self._scaler = model, optimizer, self._config.scaler(self._world.device)
         self._finite = FiniteCheck(model, gradients=not self._scaler.is_enabled())
         self._first = 0  # the step to continue with
-        _make(self._job.folder)
-        path = self._job.folder / "checkpoint.safetensors"
-        if not self._job.resume:
-            if path.exists():
-                raise UserError(f"{path} exists: go on with --resume, or choose another --out")
+        training = self._record.restore(model, optimizer, self._scaler)
+        if training is None:
             return
-        if not path.exists():
-            return
-        weights, training = checkpoint.load(path)
-        if missing := _SAVED - training.keys():
-            raise UserError(
-                f"--resume: expected a checkpoint of a recipe, got {path} without {', '.join(sorted(missing))}"
-            )
-        if changed := difference(training["config"], self._settings):
-            raise UserError(f"--resume: expected the config of {path}, got changes: {changed}")
-        if training["world"] != self._world.size:
-            was, now = training["world"], self._world.size
-            raise UserError(f"--resume: expected {was} processes as {path} was saved by, got {now}")
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=cast(dict[str, Any], weights),
-            optim_state_dict=training["optimizer"],
-            options=StateDictOptions(full_state_dict=True, strict=not _is_partly_frozen(model)),
-        )
-        _match_layouts(optimizer)
-        self._scaler.load_state_dict(training["scaler"])
-        sdgp.chooser.load_state_dict(training["products"])
         self._totals, self._epoch, self._curve = training["totals"], training["epoch"], training["curve"]
-        if self._world.is_first:  # a crash may have come between a line and its checkpoint
-            _write_lines(self._job.folder / "metrics.jsonl", self._curve)
         self._first = training["step"]
         self._progress.update(self._task, completed=self._first)
 
@@ -247,7 +187,7 @@ class Run:
         self._curve.append(line)
         self._epoch = {}
         if self._world.is_first:
-            _write_lines(self._job.folder / "metrics.jsonl", self._curve)
+            self._record.write_curve(self._curve)
             said = ", ".join(f"{name} {value:g}" for name, value in line.items())
             self._progress.console.print(f"{self._config.row} seed {self._seed}: {said}", soft_wrap=True)
         self._save(step)
@@ -258,34 +198,12 @@ class Run:
 
     def finish(self, recipe: str, **result: Any) -> None:
         """Writes the result line to the run's folder and to the results file, unless they already have it."""
-        line = {
-            "recipe": recipe,
-            "row": self._config.row,
-            "seed": self._seed,
-            **result,
+        measured = {
             "minutes": round(self._totals["seconds"] / 60, 2),
             f"{self._unit}_per_s": round(self._speed, 1),
             "waiting": round(self._waiting, 4),
-            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
-            "layers": _layers(self._model),
-            "processes": self._world.size,
-            "device": _device(self._world.device),
-            "machine": machine(ROOT, *_MEASURED),
-            "config": self._settings,
-            "curve": self._curve,
         }
-        if not self._world.is_first:
-            return
-        kept, results = self._job.folder / "result.json", self._job.results
-        if not kept.exists():
-            _write_lines(kept, [line])
-        try:  # comes second: if it fails, a resumed run appends the line that result.json keeps
-            append_line(results, kept.read_text(encoding="utf-8").rstrip("\n"))
-        except OSError as error:
-            raise UserError(
-                f"--results: expected a file that can be written, got {results}: {error.strerror}; {kept} has the "
-                "line, and --resume appends it"
-            ) from None
+        self._record.finish(self._model, recipe, {**result, **measured}, self._curve)
 
     @property
     def last(self) -> dict[str, float]:
@@ -323,65 +241,5 @@ class Run:
 
     def _save(self, step: int) -> None:
         self._collect()
-        frozen = _is_partly_frozen(self._model)  # the checkpoint does not need frozen parameters
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)
-        weights, optimizer = get_state_dict(self._model, self._optimizer, options=options)
-        if not self._world.is_first:
-            return
-        training = {
-            "config": self._settings,
-            "seed": self._seed,
-            "world": self._world.size,
-            "step": step,
-            "optimizer": optimizer,
-            "scaler": self._scaler.state_dict(),
-            "products": sdgp.chooser.state_dict(),
-            "totals": self._totals,
-            "epoch": self._epoch,
-            "curve": self._curve,
-        }
-        checkpoint.save(self._job.folder / "checkpoint.safetensors", cast(dict[str, Tensor], weights), training)
-
-
-def _is_partly_frozen(model: nn.Module) -> bool:
-    return not all(parameter.requires_grad for parameter in model.parameters())
-
-
-def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Gives the optimizer's buffers the strides of their parameters, as in an uninterrupted run.
-
-    A checkpoint stores contiguous tensors. With other strides, results would round differently.
-    """
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
-                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _make(folder: Path) -> None:
-    """Creates the folder and checks that it is writable, so that the run fails before its first step if it is not."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".tmp").touch()
-        (folder / ".tmp").unlink(missing_ok=True)  # another process of the run may have removed it
-    except OSError as error:
-        raise UserError(f"--out: expected a folder that can be written, got {folder}: {error.strerror}") from None
-
-
-def _write_lines(path: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    try:
-        with replacing(path) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: could not be written: {error.strerror}; the last checkpoint stays") from None
-
-
-def _layers(model: nn.Module) -> dict[str, int]:
-    """Counts the layers that prune, and the layers whose last data gradient took the sparse product."""
-    products = [row.product for row in sdgp.report(model) if row.gradient == "data"]
-    pruned = sum(product not in ("plain", "exact") for product in products)  # it is "" before the first backward
-    return {"pruned": pruned, "sparse": products.count("sparse")}
-
-
-def _device(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        counted = {"step": step, "totals": self._totals, "epoch": self._epoch, "curve": self._curve}
+        self._record.save(self._model, self._optimizer, self._scaler, counted)

@@ -22,7 +22,8 @@ from ..common.errors import UserError
 from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Measured, Run
+from ..common.record import Job
+from ..common.run import Measured, Run
 from ..common.transformer import decay_matrices
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches

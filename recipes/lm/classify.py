@@ -25,7 +25,8 @@ from ..common.errors import UserError
 from ..common.images import classify
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Measured, Run
+from ..common.record import Job
+from ..common.run import Measured, Run
 from ..common.transformer import decay_matrices
 from . import gpt
 from .text import Classes, TextSettings, load_classes

@@ -28,7 +28,8 @@ from ..common.config import NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Measured, Run
+from ..common.record import Job
+from ..common.run import Measured, Run
 from ..common.transformer import Block, decay_matrices
 from .text import Text, TextSettings, batches, load_text
 

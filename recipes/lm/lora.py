@@ -29,7 +29,8 @@ from ..common.config import Count, NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.run import Job, Measured, Run
+from ..common.record import Job
+from ..common.run import Measured, Run
 from . import gpt
 from .text import Text, TextSettings, batches, load_text
 

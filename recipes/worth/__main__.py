@@ -23,7 +23,7 @@ import torch
 from ..common import process
 from ..common.errors import Diverged, UserError
 from ..common.files import append_line
-from ..common.run import Job
+from ..common.record import Job
 from ..common.settings import Settings
 from .tasks import TASKS, Task
 

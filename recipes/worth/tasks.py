@@ -19,7 +19,7 @@ from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
 from ..cifar10.config import Config as Cifar10Config
 from ..common.process import World
-from ..common.run import Job
+from ..common.record import Job
 from ..common.settings import Settings
 from ..lm import classify, gpt, lora, text
 

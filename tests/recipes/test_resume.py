@@ -22,7 +22,7 @@ import sdgp
 from recipes.common import checkpoint
 from recipes.common.errors import UserError
 from recipes.common.process import Stop
-from recipes.common.run import _match_layouts
+from recipes.common.record import _match_layouts
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 

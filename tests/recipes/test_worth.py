@@ -98,13 +98,13 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = {"epochs": 2, "epoch_steps": 2, "batch_size": 4, "context": 16, "validation_bytes": 512, "warmup": 0.5}
     model = {"model": str(tmp_path / "runs/gpt/seed0/checkpoint.safetensors")}
     of_name = {"gpt": {"size": "tiny"}, "lora": model, "classify": model}
-    for folder in ("data/first", "data/second"):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "text").write_bytes(b"to be or not to be, " * 2000)
+    for text in (tmp_path / "text", tmp_path / "classes" / "one" / "text", tmp_path / "classes" / "other" / "text"):
+        text.parent.mkdir(parents=True, exist_ok=True)
+        text.write_bytes(b"to be or not to be, " * 2000)
     for name, settings in of_name.items():
         small = TASKS[name]._replace(
             base={**TASKS[name].base, **tiny, **settings},
-            data=tmp_path / "data",
+            data=tmp_path / ("classes" if name == "classify" else "text"),
             shorter=lambda share: {"epochs": round(2 * share)},
             smaller=lambda share: {"batch_size": round(4 * share)},
             lengths=(0.5,),
