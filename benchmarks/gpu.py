@@ -3,7 +3,7 @@
 
     prune_nm       GB/s read and written, compared with clone()
     pack           prune and pack to 2:4, compared with clone(), PyTorch's compressor and its 4 x 4 tile kernel
-    data_gradient  the sparse product, packing included, compared with the exact one
+    gradients      both sparse products of a linear layer, packing included, compared with the exact ones
     train_step     whole steps: plain, sparse forced, auto; and their peak memory
 
 Each result is the median of 11 rounds; every round runs all candidates. The bounds next to the measurements assume the
@@ -123,6 +123,9 @@ def pack() -> Iterator[Row]:
         candidates: dict[str, Callable[[], Any]] = {"clone": x.clone}
         if layout is not None:
             candidates |= {method: partial(pack_24, x, n, m, method, None, layout) for method in METHODS}
+            candidates |= {
+                f"columns {method}": partial(pack_24, x.t(), n, m, method, None, layout) for method in METHODS
+            }
         if torch.backends.cusparselt.is_available():
             candidates["_cslt_compress"] = partial(torch._cslt_compress, pruned)
             candidates["4x4 tile"] = partial(torch._sparse_semi_structured_tile, x, use_cutlass=False)
@@ -145,7 +148,7 @@ def show_pack(row: Row) -> str:
     return f"{head} | {ratios} (bound {row['times_clone_at_the_bound']}x)"
 
 
-# data_gradient
+# gradients
 
 # model: (numbers of tokens, the two widths of the feed-forward)
 MLPS = {
@@ -173,7 +176,7 @@ LINEARS = [
 ]
 
 
-def data_gradient() -> Iterator[Row]:
+def gradients() -> Iterator[Row]:
     square = torch.randn(SQUARE, SQUARE, device=CUDA).bfloat16()
     large = square.repeat(2, 2)  # half a gigabyte, far more than the L2 cache
     times = interleaved({"product": partial(torch.matmul, square, square), "copy": large.clone})
@@ -193,12 +196,23 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
     def sparse(method: str) -> Tensor:
         return _semi_structured.multiply(_semi_structured.pack(grad, pattern, method), weight)
 
+    input = torch.randn(tokens, features_in, device=CUDA, dtype=torch.bfloat16)
+
+    def sparse_weight(method: str) -> Tensor:
+        return _semi_structured.multiply(_semi_structured.pack(grad.t(), pattern, method), input)
+
     times = interleaved(
         {
             "exact": lambda: grad @ weight,
             "product alone": lambda: _semi_structured.multiply(operand, weight),
             "magnitude": lambda: sparse("magnitude"),
             "mvue": lambda: sparse("mvue"),
+        }
+    )
+    weight_times = interleaved(
+        {
+            "exact": lambda: grad.t() @ input,
+            **{method: partial(sparse_weight, method) for method in ("magnitude", "mvue")},
         }
     )
     flop = 2 * tokens * features_in * features_out
@@ -212,16 +226,21 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
         "exact_tflop_per_s": round(flop / times["exact"] / 1e9),
         "times_exact": {key: round(times["exact"] / ms, 3) for key, ms in times.items() if key != "exact"},
         "times_exact_at_the_bound": round(times["exact"] / bound_ms, 2),
+        "weight_exact_ms": round(weight_times["exact"], 4),
+        "weight_times_exact": {
+            key: round(weight_times["exact"] / weight_times[key], 3) for key in ("magnitude", "mvue")
+        },
         "gflop": round(flop / 1e9, 1),
         "mbytes": round(moved / 1e6, 1),
     }
 
 
-def show_data_gradient(row: Row) -> str:
+def show_gradients(row: Row) -> str:
     ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_exact"].items())
     head = f"gradient | {row['model']:13s} {row['tokens']:6d} x {row['in']:5d} -> {row['out']:5d}"
     exact = f"exact {row['exact_ms']:8.3f} ms {row['exact_tflop_per_s']:4d} TFLOP/s"
-    return f"{head} | {exact} | {ratios} (bound {row['times_exact_at_the_bound']:.2f}x)"
+    weights = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["weight_times_exact"].items())
+    return f"{head} | {exact} | {ratios} (bound {row['times_exact_at_the_bound']:.2f}x) | weight: {weights}"
 
 
 # train_step
@@ -317,7 +336,7 @@ def show_train_step(row: Row) -> str:
 
 SUBJECTS: dict[str, tuple[Callable[[], Iterator[Row]], Callable[[Row], str]]] = {
     "pack": (pack, show_pack),
-    "data_gradient": (data_gradient, show_data_gradient),
+    "gradients": (gradients, show_gradients),
     "train_step": (train_step, show_train_step),
     "prune_nm": (lambda: prune_nm(256), show_prune_nm),
 }

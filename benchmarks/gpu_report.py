@@ -29,7 +29,7 @@ PARTS = {
     "tests": 0.5,
     "sanitizer": 0.3,  # compute-sanitizer on some of the tests
     "pack": 0.2,
-    "data_gradient": 0.4,
+    "gradients": 0.4,
     "train_step": 0.7,
     "prune_nm": 0.9,
     "plot": 1.0,

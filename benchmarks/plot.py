@@ -37,13 +37,16 @@ def plot_pack(axes: Axes, rows: Rows) -> None:
     axes.set(title="prune and pack to 2:4, bfloat16", ylabel="time, in clones", ylim=(0, None))
 
 
-def plot_data_gradient(axes: Axes, rows: Rows) -> None:
+def plot_gradients(axes: Axes, rows: Rows) -> None:
     labels = [f"{row['model']}, {row['tokens']}: {row['in']} → {row['out']}" for row in rows]
     for candidate in rows[0]["times_exact"] if rows else ():
         axes.plot([row["times_exact"][candidate] for row in rows], range(len(rows)), "o", label=candidate)
+    for candidate in rows[0]["weight_times_exact"] if rows else ():
+        ratios = [row["weight_times_exact"][candidate] for row in rows]
+        axes.plot(ratios, range(len(rows)), "s", fillstyle="none", label=f"weight gradient, {candidate}")
     axes.set_yticks(range(len(rows)), labels, fontsize=7)
     axes.axvline(1, color="grey", linewidth=0.8)
-    axes.set(title="data gradient, 2:4, bfloat16", xlabel="times as fast as exact")
+    axes.set(title="gradients of linear layers, 2:4, bfloat16", xlabel="times as fast as exact")
 
 
 def plot_train_step(axes: Axes, rows: Rows) -> None:
@@ -120,7 +123,7 @@ def _density(row: dict[str, Any]) -> float:
 GPU_PLOTS = {
     "prune_nm": plot_prune_nm,
     "pack": plot_pack,
-    "data_gradient": plot_data_gradient,
+    "gradients": plot_gradients,
     "train_step": plot_train_step,
 }
 CPU_PLOTS = {

@@ -21,7 +21,7 @@ __device__ void prune(PruneParams params) {
   if (thread < params.threads) prune_thread<C, kMethod, 4, Share::kSpan>(params, thread);
 }
 
-template <class C, Method kMethod>
+template <class C, Method kMethod, bool kColumns>
 __device__ void pack(PackArgs args) {
   SDGP_SHARED(uint8_t, nibbles, kTileRows* kTileQuads / 2);
   args.pruning.n = 2;
@@ -31,20 +31,28 @@ __device__ void pack(PackArgs args) {
   const int64_t tiles_across = args.cols / kTileCols;
   const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
   const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
+  const int thread = static_cast<int>(threadIdx.x);
   __builtin_assume(rows_lie_in_vectors(args));
   __builtin_assume(args.rows % kTileRows == 0 && args.cols % kTileCols == 0);
   __builtin_assume(tile_row + kTileRows <= args.rows && tile_col + kTileCols <= args.cols);
-  pack_values<C, kMethod, 4>(args, tile_row, tile_col, static_cast<int>(threadIdx.x), nibbles);
-  __syncthreads();
-  pack_metadata(args, tile_row, tile_col, static_cast<int>(threadIdx.x), nibbles);
+  if constexpr (kColumns) {
+    SDGP_SHARED(uint32_t, values, kTileRows* kSharedWords);
+    pack_columns<C, kMethod, 4>(args, tile_row, tile_col, thread, values, nibbles);
+    __syncthreads();
+    store_values<typename C::Bits>(args, tile_row, tile_col, thread, values);
+  } else {
+    pack_values<C, kMethod, 4>(args, tile_row, tile_col, thread, nibbles);
+    __syncthreads();
+  }
+  pack_metadata(args, tile_row, tile_col, thread, nibbles);
 }
 
-#define SDGP_COUNTED(name, function, method, Params)                                              \
-  extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ Params params) { \
-    function<BFloat16, method>(params);                                                           \
-  }
+#define SDGP_COUNTED(name, call, Params) \
+  extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ Params params) { call(params); }
 
-SDGP_COUNTED(prune_magnitude, prune, Method::kMagnitude, PruneParams)
-SDGP_COUNTED(prune_mvue, prune, Method::kMvue, PruneParams)
-SDGP_COUNTED(pack_magnitude, pack, Method::kMagnitude, PackArgs)
-SDGP_COUNTED(pack_mvue, pack, Method::kMvue, PackArgs)
+SDGP_COUNTED(prune_magnitude, (prune<BFloat16, Method::kMagnitude>), PruneParams)
+SDGP_COUNTED(prune_mvue, (prune<BFloat16, Method::kMvue>), PruneParams)
+SDGP_COUNTED(pack_magnitude, (pack<BFloat16, Method::kMagnitude, false>), PackArgs)
+SDGP_COUNTED(pack_mvue, (pack<BFloat16, Method::kMvue, false>), PackArgs)
+SDGP_COUNTED(pack_columns_magnitude, (pack<BFloat16, Method::kMagnitude, true>), PackArgs)
+SDGP_COUNTED(pack_columns_mvue, (pack<BFloat16, Method::kMvue, true>), PackArgs)

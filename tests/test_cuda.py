@@ -169,9 +169,13 @@ def test_the_layout_is_known(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (2, 8), (2, 12), (2, 16), (1, 32), (2, 64)])
 @pytest.mark.parametrize("shape", [(256, 192, 128), (100, 70, 50), (1, 8, 8), (513, 64, 257)])
-def test_product(dtype: torch.dtype, method: str, pattern: tuple[int, int], shape: tuple[int, int, int]) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_product(
+    dtype: torch.dtype, method: str, pattern: tuple[int, int], shape: tuple[int, int, int], transposed: bool
+) -> None:
     rows, cols, columns = shape
-    matrix = torch.randn(rows, cols, device="cuda").to(dtype)
+    matrix = torch.randn((cols, rows) if transposed else (rows, cols), device="cuda").to(dtype)
+    matrix = matrix.t() if transposed else matrix
     dense = torch.randn(cols, columns, device="cuda").to(dtype)
     seed = draw_seed().cuda()
     operand = semi_structured.pack(matrix, sdgp.Pattern(*pattern), method, seed)
@@ -188,7 +192,7 @@ def test_linear(method: str) -> None:
     results = []
     for backend in ("sparse", "dense"):
         torch.manual_seed(0)
-        output = sdgp.linear(x, weight, method=method, backend=backend)
+        output = sdgp.linear(x, weight, method=method, backend=backend, weight_grad=("2:4", method))
         results.append(gradients(output, grad, x, weight))
     for actual, expected in zip(*results, strict=True):
         close(actual, expected)

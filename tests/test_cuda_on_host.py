@@ -225,7 +225,7 @@ def pack(
     packed = torch.full((rows * cols // 16 * 9,), 7, dtype=x.dtype)
     kernels.pack_on_host(
         *memory_of(x),
-        *map(ctypes.c_int64, (*x.shape, x.stride(0))),
+        *map(ctypes.c_int64, (*x.shape, *x.stride())),
         DTYPES_BY_KERNEL.index(x.dtype),
         METHODS_BY_KERNEL.index(method),
         n,
@@ -256,9 +256,10 @@ def test_threads_in_any_order(kernels: ctypes.CDLL) -> None:
             actual, _ = prune(kernels, x, 2, 4, dim, method, seed)
             same_as_reference(actual, torch.ops.sdgp.prune_nm(x, 2, 4, dim, method, seed), method)
     x, seed = torch.randn(300, 200).half(), draw_seed()
-    values, metadata = pack(kernels, x, 2, 4, "mvue", seed, "cutlass_sm80")
-    dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(values.shape[0], -1))
-    same(dense, padded(torch.ops.sdgp.prune_nm(x, 2, 4, -1, "mvue", seed)))
+    for matrix in (x, x.t()):
+        values, metadata = pack(kernels, matrix, 2, 4, "mvue", seed, "cutlass_sm80")
+        dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(values.shape[0], -1))
+        same(dense, padded(torch.ops.sdgp.prune_nm(matrix, 2, 4, -1, "mvue", seed)))
 
 
 def padded(x: Tensor) -> Tensor:
@@ -269,10 +270,18 @@ def padded(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue"])
 @pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (1, 8), (2, 8), (2, 16), (1, 32)])
 @pytest.mark.parametrize("shape", [(256, 192), (130, 70), (3, 200), (128, 64)])
+@pytest.mark.parametrize("columns", [False, True])
 def test_packs_what_prune_nm_keeps(
-    kernels: ctypes.CDLL, dtype: torch.dtype, method: str, pattern: tuple[int, int], shape: tuple[int, int]
+    kernels: ctypes.CDLL,
+    dtype: torch.dtype,
+    method: str,
+    pattern: tuple[int, int],
+    shape: tuple[int, int],
+    columns: bool,
 ) -> None:
-    x, seed = torch.randn(shape).to(dtype), draw_seed()
+    """With ``columns``, these are contiguous in memory: the matrix is a transposed one."""
+    x, seed = (torch.randn(shape[::-1]).t() if columns else torch.randn(shape)).to(dtype), draw_seed()
+    assert x.stride(0) == 1 if columns else x.stride(1) == 1
     values, metadata = pack(kernels, x, *pattern, method, seed, "cutlass_sm80")
     rows, cols = values.shape[0], 2 * values.shape[1]
     dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(rows, cols // 16))
@@ -287,6 +296,11 @@ def test_strided_rows_and_special_values(kernels: ctypes.CDLL) -> None:
         values, metadata = pack(kernels, view, 2, 4, "magnitude", draw_seed(), "cutlass_sm80")
         dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(128, 4))
         same(dense, sdgp.prune_nm(view, 2, 4))
+        for method in ("magnitude", "mvue"):
+            seed = draw_seed()
+            values, metadata = pack(kernels, view.t(), 2, 4, method, seed, "cutlass_sm80")
+            dense = sparse_semi_structured_to_dense_cutlass(values, metadata.view(128, 8))
+            same(dense, padded(torch.ops.sdgp.prune_nm(view.t(), 2, 4, -1, method, seed)))
 
 
 def full_24(rows: int, cols: int) -> Tensor:
@@ -320,9 +334,10 @@ def test_metadata_of_cusparselt_on_hopper(kernels: ctypes.CDLL) -> None:
             at = col // 32 * 256 + row % 8 * 8 + row % 64 // 16 * 64 + row // 64 * 8 * cols
             at += order.index(quad % 8)  # a byte holds rows r and r + 8
             expected[at] |= quads[row, quad] << (4 * (row % 16 // 8))
-    values, metadata = pack(kernels, x, 2, 4, "magnitude", draw_seed(), "cusparselt_sm90")
-    assert torch.equal(values, x[x != 0].view(rows, cols // 2))
-    assert torch.equal(metadata.view(torch.uint8), expected.to(torch.uint8))
+    for matrix in (x, x.t().contiguous().t()):  # contiguous rows, contiguous columns
+        values, metadata = pack(kernels, matrix, 2, 4, "magnitude", draw_seed(), "cusparselt_sm90")
+        assert torch.equal(values, x[x != 0].view(rows, cols // 2))
+        assert torch.equal(metadata.view(torch.uint8), expected.to(torch.uint8))
 
 
 def test_metadata_of_cusparselt_on_ampere(kernels: ctypes.CDLL) -> None:

@@ -96,16 +96,21 @@ def test_every_subject_is_measured_and_stored(
     for subject in gpu.SUBJECTS:
         monkeypatch.setattr(sys, "argv", ["gpu", "--subject", subject, "--store", "x"])
         gpu.main()
-    monkeypatch.setitem(gpu.SUBJECTS, "data_gradient", (broken, gpu.show_data_gradient))
+    monkeypatch.setitem(gpu.SUBJECTS, "gradients", (broken, gpu.show_gradients))
     monkeypatch.setattr(sys, "argv", ["gpu", "--store", "x"])
-    with pytest.raises(SystemExit, match="stopped early: data_gradient"):  # and the others are measured
+    with pytest.raises(SystemExit, match="stopped early: gradients"):  # and the others are measured
         gpu.main()
     stored = json.loads((tmp_path / "x.json").read_text())
     assert set(stored) == set(gpu.SUBJECTS)
     assert all(result["rows"] and result["machine"]["gpu"] == "NVIDIA Rehearsal" for result in stored.values())
     report = (tmp_path / "x.md").read_text()
     assert all(f"## {subject}\n" in report for subject in gpu.SUBJECTS)
-    assert "data_gradient: stopped after 1 rows: no memory" in capsys.readouterr().out
+    assert "gradients: stopped after 1 rows: no memory" in capsys.readouterr().out
+    import plot  # type: ignore[import-not-found]
+
+    monkeypatch.setattr(sys, "argv", ["plot", str(tmp_path / "x.json")])
+    plot.main()
+    assert (tmp_path / "x.png").stat().st_size > 1000
 
 
 def test_a_failing_part_does_not_stop_the_next(

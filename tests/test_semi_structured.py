@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import sdgp
 from sdgp import _semi_structured as semi_structured
-from sdgp._autograd import LinearProducts
+from sdgp._autograd import LinearProducts, LinearWeightProducts
 from sdgp._choose import obstacle
 from sdgp._decision import Site
 from sdgp._pattern import Pattern, Pruning
@@ -82,9 +82,9 @@ def test_an_obstacle_leaves_auto_exact_and_pruned_dense() -> None:
 
 def test_the_obstacles_of_a_device() -> None:
     pruning = Pruning.parse("op", "2:4", "mvue", "auto")
-    assert obstacle(pruning, torch.device("cpu"), torch.float64, groups=2) is None
-    assert "got meta" in str(obstacle(pruning, torch.device("meta"), torch.float16))
-    assert "got groups=2" in str(obstacle(pruning, CUDA, torch.float16, groups=2))
+    assert obstacle("conv2d", "data", pruning, torch.device("cpu"), torch.float64, groups=2) is None
+    assert "got meta" in str(obstacle("linear", "data", pruning, torch.device("meta"), torch.float16))
+    assert "got groups=2" in str(obstacle("conv2d", "data", pruning, CUDA, torch.float16, groups=2))
 
 
 @pytest.mark.parametrize("layout", ["cusparselt_sm80", "cusparselt_sm90", "cutlass_sm80"])
@@ -103,3 +103,17 @@ def test_shapes_of_a_product(layout: str, shape: tuple[int, int, int], monkeypat
             product = semi_structured._multiply_packed(operand.packed, layout, operand.padded_cols, padded)
             assert product.shape == (operand.packed.shape[0], 64)
         assert semi_structured.multiply(operand, dense).shape == (rows, columns)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("rows", "out", "width"), [(256, 128, 64), (200, 100, 50), (7, 3, 5)])
+def test_shapes_of_a_weight_gradient(
+    rows: int, out: int, width: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(semi_structured, "metadata_layout", lambda index, dtype: "cusparselt_sm90")
+    pruning = Pruning.parse("linear", "2:4", "mvue", "sparse")
+    with FakeTensorMode():
+        grad = torch.empty(rows, out, device="cuda", dtype=torch.bfloat16)
+        weight = torch.empty((width, out) if transposed else (out, width), device="cuda", dtype=torch.bfloat16)
+        products = LinearWeightProducts(grad, grad.new_empty(rows, width), weight, transposed, pruning)
+        assert products.sparse().shape == products.exact().shape == weight.shape

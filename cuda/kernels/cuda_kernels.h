@@ -22,12 +22,13 @@ struct RescaleBytes {
 RescaleBytes rescale_bytes(const PruneArgs& args);
 void launch_rescale_factors(const PruneArgs& args, void* partial, void* factors, void* stream);
 
-// A matrix of 16-bit floats with contiguous rows, and the operand that it becomes.
+// A matrix of 16-bit floats, and the operand that it becomes. One of its strides is 1.
 struct PackArgs {
   const void* in;
   int64_t in_rows;
   int64_t in_cols;
   int64_t row_stride;
+  int64_t col_stride;
   DType dtype;
   Pruning pruning;  // a method that works by group; m is one of PackedSizes
   const int64_t* seed;

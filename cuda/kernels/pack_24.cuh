@@ -9,7 +9,9 @@
 // and the nibbles to a table in shared memory. The threads then combine the nibbles into words in the order of the
 // layout. Elements beyond the matrix, up to whole tiles, count as zeros.
 //
-// Two quads are packed at a time (Note [Pairs of groups]).
+// Two quads are packed at a time (Note [Pairs of groups]). If columns and not rows are contiguous in memory (the output
+// gradient, transposed for the weight gradient), a thread takes the same elements of two neighbouring rows, so that a
+// warp reads consecutive memory, and the values go through shared memory, too.
 #pragma once
 
 #include "metadata.cuh"
@@ -21,9 +23,9 @@ constexpr int kTileThreads = 256;
 static_assert(kTileWords == kTileThreads, "one word of metadata a thread");
 
 // Packs two quads, in four words of two elements. `kept` flags the elements that stay, at most two in each quad. Their
-// sizes are raised to `least`, which is a pair, too.
-SDGP_HOST_DEVICE void pack_quads(const uint32_t* word, const uint32_t* kept, const uint32_t* least, uint32_t* values,
-                                 uint8_t* nibbles) {
+// sizes are raised to `least`, which is a pair, too. Returns a nibble in each half of a word.
+SDGP_HOST_DEVICE uint32_t pack_quads(const uint32_t* word, const uint32_t* kept, const uint32_t* least,
+                                     uint32_t* values) {
   const uint32_t two = (kept[0] & kept[1]) | (kept[2] & kept[3]) | ((kept[0] | kept[1]) & (kept[2] | kept[3]));
   // Two places. If fewer elements stay, place 0 and then place 1 fill up, with zeros.
   const uint32_t from_0 = kept[0] | ~two;          // the first place is 0, else 1 or 2
@@ -31,7 +33,6 @@ SDGP_HOST_DEVICE void pack_quads(const uint32_t* word, const uint32_t* kept, con
   const uint32_t second_high = kept[3] | kept[2];  // 2 or 3
   const uint32_t places = ((~from_0 & kept[1]) >> 15 & 0x10001u) | ((~from_0 & ~kept[1]) >> 14 & 0x20002u) |
                           (second_odd >> 13 & 0x40004u) | (second_high >> 12 & 0x80008u);
-  *nibbles = static_cast<uint8_t>(places | places >> 12);
   const uint32_t bytes = (places & 0x30003u) * 0x22u + (places >> 2 & 0x30003u) * 0x2200u + 0x10101010u;
   const uint32_t first = two | kept[0], second = (kept[1] | second_high) & (two | ~kept[0]);  // flag what stays
   SDGP_UNROLL
@@ -40,6 +41,7 @@ SDGP_HOST_DEVICE void pack_quads(const uint32_t* word, const uint32_t* kept, con
     const uint32_t larger = larger_pair(raw & ~kFlags, least[quad]);
     values[quad] = ((raw & kFlags) | larger) & permute(first, second, quad == 0 ? 0xdd99 : 0xffbb);
   }
+  return places;
 }
 
 // Loads 8 elements, or as many as are left in the row, and zeros.
@@ -53,15 +55,13 @@ SDGP_HOST_DEVICE void load_8(const Bits* from, int left, bool vectors, uint32_t*
   }
 }
 
-// select_span, group by group.
+// Selects in kSpan elements of a row, whole groups. `left` is the number of elements up to the end of the row. Sets
+// which stay, and for each quad the least magnitude of what stays. Methods that change values otherwise change `x`.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void select_groups(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group,
-                                    uint32_t* kept, uint32_t* least) {
-  using Bits = typename C::Bits;
-  Bits x[kSpan];
-  bool keep[kSpan];
+SDGP_HOST_DEVICE void select_span(typename C::Bits* x, const Pruning& mixed, int left, uint64_t first_group, bool* keep,
+                                  uint32_t* least) {
   SDGP_UNROLL
-  for (int i = 0; i < kSpan; ++i) x[i] = static_cast<Bits>(word[i / 2] >> (i % 2 * 16));
+  for (int q = 0; q < kSpan / 4; ++q) least[q] = 0;
   SDGP_UNROLL
   for (int g = 0; g < kSpan / kM; ++g) {
     const uint64_t group = first_group + static_cast<uint64_t>(g);
@@ -70,7 +70,7 @@ SDGP_HOST_DEVICE void select_groups(uint32_t* word, const Pruning& mixed, int le
       SDGP_UNROLL
       for (int j = 0; j < kM; ++j) {
         keep[g * kM + j] = choice.keep[j];
-        least[(g * kM + j) / 4] = choice.least * 0x10001u;
+        least[(g * kM + j) / 4] = choice.least;
       }
     } else {
       const int length = left < (g + 1) * kM ? left - g * kM : kM;
@@ -79,29 +79,43 @@ SDGP_HOST_DEVICE void select_groups(uint32_t* word, const Pruning& mixed, int le
       for (int j = 0; j < kM; ++j) keep[g * kM + j] = x[g * kM + j] != 0;
     }
   }
-  SDGP_UNROLL
-  for (int i = 0; i < kSpan / 2; ++i) word[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
-  SDGP_UNROLL
-  for (int i = 0; i < kSpan / 2; ++i) {
-    const int at = i / 4 * 8 + i % 4;
-    kept[i] = (keep[at] ? 0x8000u : 0) | (keep[at + 4] ? 0x80000000u : 0);
-  }
 }
 
-// Selects in kSpan elements, whole groups, in words of two. `left` is the number of elements up to the end of the row.
-// Sets kept[4 * i] to kept[4 * i + 3] and least[2 * i] to least[2 * i + 1] for the i-th eight elements (pack_quads).
-// Methods that change values otherwise change `word`.
+SDGP_HOST_DEVICE uint32_t flags_of(bool low, bool high) { return (low ? 0x8000u : 0) | (high ? 0x80000000u : 0); }
+
+// Whether a quad is a group that is selected by its flags alone.
+template <Method kMethod, int kM>
+constexpr bool by_flags = kMethod == Method::kMagnitude && kM == 4;
+
+// Prunes and packs kSpan elements of a row, in words of two.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void select_span(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group, uint32_t* kept,
-                                  uint32_t* least) {
-  SDGP_UNROLL
-  for (int q = 0; q < kSpan / 4; ++q) least[q] = 0;
-  if constexpr (kMethod == Method::kMagnitude && kM == 4) {
+SDGP_HOST_DEVICE void pack_span(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group, uint32_t* values,
+                                uint8_t* nibbles) {
+  using Bits = typename C::Bits;
+  uint32_t kept[kSpan / 2], least[kSpan / 4];
+  if constexpr (by_flags<kMethod, kM>) {
     uint32_t pair[4];
     to_pairs<4>(word, word + 2, pair);
     flag_largest<4>(pair, mixed.n, kept);
+    least[0] = least[1] = 0;
   } else {
-    select_groups<C, kMethod, kM, kSpan>(word, mixed, left, first_group, kept, least);
+    Bits x[kSpan];
+    bool keep[kSpan];
+    SDGP_UNROLL
+    for (int i = 0; i < kSpan; ++i) x[i] = static_cast<Bits>(word[i / 2] >> (i % 2 * 16));
+    select_span<C, kMethod, kM, kSpan>(x, mixed, left, first_group, keep, least);
+    SDGP_UNROLL
+    for (int i = 0; i < kSpan / 2; ++i) {
+      const int at = i / 4 * 8 + i % 4;
+      word[i] = x[2 * i] | static_cast<uint32_t>(x[2 * i + 1]) << 16;
+      kept[i] = flags_of(keep[at], keep[at + 4]);
+    }
+  }
+  SDGP_UNROLL
+  for (int at = 0; at < kSpan / 8; ++at) {
+    const uint32_t pair[2] = {least[2 * at] * 0x10001u, least[2 * at + 1] * 0x10001u};
+    const uint32_t places = pack_quads(word + 4 * at, kept + 4 * at, pair, values + 2 * at);
+    nibbles[at] = static_cast<uint8_t>(places | places >> 12);
   }
 }
 
@@ -132,19 +146,123 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
   SDGP_UNROLL
   for (int i = 0; i < kTileRows / kStep; ++i) {
     const int left = i * kStep < rows ? cols : 0;
-    uint32_t word[kSpan / 2], kept[kSpan / 2], least[kSpan / 4], values[kSpan / 4];
+    uint32_t word[kSpan / 2], values[kSpan / 4];
     SDGP_UNROLL
     for (int at = 0; at < kSpan; at += 8) load_8(from + at, left - at, vectors, word + at / 2);
     const auto first_group = static_cast<uint64_t>((row + i * kStep) * groups + col / kM);
-    select_span<C, kMethod, kM, kSpan>(word, mixed, left, first_group, kept, least);
-    SDGP_UNROLL
-    for (int at = 0; at < kSpan / 8; ++at) {
-      pack_quads(word + 4 * at, kept + 4 * at, least + 2 * at, values + 2 * at, nibbles + at);
-    }
+    pack_span<C, kMethod, kM, kSpan>(word, mixed, left, first_group, values, nibbles);
     store_vectors<uint32_t, kSpan / 4>(values, reinterpret_cast<uint32_t*>(to));
     from += kStep * args.row_stride;
     to += kStep * (args.cols / 2);
     nibbles += kStep * (kTileQuads / 2);
+  }
+}
+
+constexpr int kRowWords = kTileCols / 4;     // of the values in a tile
+constexpr int kSharedWords = kRowWords + 1;  // one more: the rows of a warp begin in different banks
+
+// Prunes and packs kSpan elements of two neighbouring rows. pair[j] holds element j of both. `values` and `nibbles` are
+// those of the first row; the second one follows in the tables.
+template <class C, Method kMethod, int kM, int kSpan>
+SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int left, uint64_t first_group,
+                                     uint64_t row_groups, uint32_t* values, uint8_t* nibbles) {
+  using Bits = typename C::Bits;
+  uint32_t kept[kSpan], least[2][kSpan / 4] = {};
+  if constexpr (by_flags<kMethod, kM>) {
+    SDGP_UNROLL
+    for (int at = 0; at < kSpan; at += 4) flag_largest<4>(pair + at, mixed.n, kept + at);
+  } else {
+    Bits x[2][kSpan];
+    bool keep[2][kSpan];
+    SDGP_UNROLL
+    for (int j = 0; j < kSpan; ++j) {
+      x[0][j] = static_cast<Bits>(pair[j]);
+      x[1][j] = static_cast<Bits>(pair[j] >> 16);
+    }
+    SDGP_UNROLL
+    for (int v = 0; v < 2; ++v) {
+      select_span<C, kMethod, kM, kSpan>(x[v], mixed, left, first_group + static_cast<uint64_t>(v) * row_groups,
+                                         keep[v], least[v]);
+    }
+    SDGP_UNROLL
+    for (int j = 0; j < kSpan; ++j) {
+      pair[j] = x[0][j] | static_cast<uint32_t>(x[1][j]) << 16;
+      kept[j] = flags_of(keep[0][j], keep[1][j]);
+    }
+  }
+  SDGP_UNROLL
+  for (int at = 0; at < kSpan / 8; ++at) {
+    uint32_t places[2];
+    SDGP_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int quad = 2 * at + half;
+      uint32_t word[4], both[2];
+      from_pairs<4>(pair + 4 * quad, word, word + 2);
+      const uint32_t raised[2] = {least[0][quad] * 0x10001u, least[1][quad] * 0x10001u};
+      places[half] = pack_quads(word, kept + 4 * quad, raised, both);
+      values[quad] = both[0];
+      values[kSharedWords + quad] = both[1];
+    }
+    const uint32_t bytes = places[0] | places[1] << 4;
+    nibbles[at] = static_cast<uint8_t>(bytes);
+    nibbles[kTileQuads / 2 + at] = static_cast<uint8_t>(bytes >> 16);
+  }
+}
+
+// Does pack_values' work for a matrix whose columns are contiguous. `values` is (kTileRows, kSharedWords).
+template <class C, Method kMethod, int kM>
+SDGP_HOST_DEVICE void pack_columns(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
+                                   uint32_t* values, uint8_t* nibbles) {
+  using Bits = typename C::Bits;
+  constexpr int kSpan = kM < 8 ? 8 : kM;
+  constexpr int kPairs = kTileRows / 2;
+  const bool aligned = reinterpret_cast<uintptr_t>(args.in) % 4 == 0 && args.col_stride % 2 == 0;
+  Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
+  mixed.scale = false;
+  const int row = thread % kPairs * 2;
+  const int rows = at_most(args.in_rows - tile_row - row, 2);
+  const auto groups = static_cast<uint64_t>(ceil_div<int64_t>(args.in_cols, kM));
+  SDGP_UNROLL
+  for (int i = 0; i < ceil_div(kPairs * kTileCols / kSpan, kTileThreads); ++i) {
+    const int span = thread / kPairs + i * (kTileThreads / kPairs);
+    if (span >= kTileCols / kSpan) continue;
+    const int64_t col = tile_col + span * kSpan;
+    const int left = rows > 0 ? at_most(args.in_cols - col, kSpan) : 0;
+    const Bits* from = static_cast<const Bits*>(args.in) + tile_row + row + col * args.col_stride;
+    uint32_t pair[kSpan];
+    SDGP_UNROLL
+    for (int j = 0; j < kSpan; ++j) {
+      const Bits* at = from + j * args.col_stride;
+      pair[j] = 0;
+      if (j < left) {
+        if (aligned && rows == 2) {
+          pair[j] = *reinterpret_cast<const uint32_t*>(at);
+        } else {
+          pair[j] = at[0] | (rows == 2 ? static_cast<uint32_t>(at[1]) << 16 : 0);
+        }
+      }
+    }
+    const auto first_group = static_cast<uint64_t>(tile_row + row) * groups + static_cast<uint64_t>(col / kM);
+    pack_pair_span<C, kMethod, kM, kSpan>(pair, mixed, left, first_group, groups,
+                                          values + row * kSharedWords + span * (kSpan / 4),
+                                          nibbles + row * (kTileQuads / 2) + span * (kSpan / 8));
+  }
+}
+
+// Writes a thread's share of a tile's values, after all threads finished pack_columns.
+template <class Bits>
+SDGP_HOST_DEVICE void store_values(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
+                                   const uint32_t* values) {
+  constexpr int kVectors = kRowWords / 4;  // of a row
+  SDGP_UNROLL
+  for (int i = 0; i < kTileRows * kVectors / kTileThreads; ++i) {
+    const int vector = thread + i * kTileThreads;
+    const int row = vector / kVectors, at = vector % kVectors * 4;
+    uint32_t word[4];
+    SDGP_UNROLL
+    for (int j = 0; j < 4; ++j) word[j] = values[row * kSharedWords + at + j];
+    Bits* to = static_cast<Bits*>(args.packed) + (tile_row + row) * (args.cols / 2) + tile_col / 2 + 2 * at;
+    store_vectors<uint32_t, 4>(word, reinterpret_cast<uint32_t*>(to));
   }
 }
 

@@ -6,7 +6,8 @@
 
 namespace sdgp::cuda {
 
-template <class C, Method kMethod, int kM>
+// kColumns: the columns of the matrix are contiguous, otherwise its rows.
+template <class C, Method kMethod, int kM, bool kColumns>
 __global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
   constexpr int kNibbles = kTileRows * kTileQuads / 2;
   SDGP_SHARED(uint8_t, nibbles, kNibbles);
@@ -14,8 +15,15 @@ __global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_cons
   const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
   const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
   const int thread = static_cast<int>(threadIdx.x);
-  pack_values<C, kMethod, kM>(args, tile_row, tile_col, thread, nibbles);
-  __syncthreads();
+  if constexpr (kColumns) {
+    SDGP_SHARED(uint32_t, values, kTileRows* kSharedWords);
+    pack_columns<C, kMethod, kM>(args, tile_row, tile_col, thread, values, nibbles);
+    __syncthreads();
+    store_values<typename C::Bits>(args, tile_row, tile_col, thread, values);
+  } else {
+    pack_values<C, kMethod, kM>(args, tile_row, tile_col, thread, nibbles);
+    __syncthreads();
+  }
   pack_metadata(args, tile_row, tile_col, thread, nibbles);
 }
 
@@ -23,7 +31,9 @@ template <class C>
 void launch_pack_24(const PackArgs& args, void* stream) {
   const auto blocks = static_cast<uint64_t>(args.rows / kTileRows * (args.cols / kTileCols));
   visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
-    launch(&pack_24_kernel<C, kMethod, kM>, blocks, kTileThreads, stream, args);
+    const auto kernel =
+        args.col_stride == 1 ? &pack_24_kernel<C, kMethod, kM, false> : &pack_24_kernel<C, kMethod, kM, true>;
+    launch(kernel, blocks, kTileThreads, stream, args);
   });
   check_launch("pack_24");
 }

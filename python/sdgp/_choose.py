@@ -42,20 +42,21 @@ _FORCED = {product: Decision(product, f'backend="{product}"') for product in ("d
 
 
 def obstacle(
-    pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1, gradient: str = "data"
+    op: str, gradient: str, pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1
 ) -> str | None:
     """Returns why a gradient has no sparse product, as "requirement, got actual", or None if it has one.
 
     Args:
-        groups: the number of groups of a convolution.
+        op: ``"linear"`` or ``"conv2d"``.
         gradient: ``"data"`` or ``"weight"``.
+        groups: the number of groups of a convolution.
     """
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"a device that has a sparse product (cpu, cuda), got {device}"
-    if gradient == "weight":
-        return f"a cpu for a weight gradient, got {device}"
+    if op != "linear" and gradient == "weight":
+        return f"a cpu for the weight gradient of a convolution, got {device}"
     if groups > 1:
         return f"a convolution of one group on cuda, got groups={groups}"
     return _semi_structured.obstacle(device, dtype, pruning.pattern)
@@ -87,7 +88,7 @@ def static_rule(
 ) -> bool:
     """Returns whether the sparse product won clearly wherever it was measured: the rule if nothing can be measured.
 
-    On GPUs the rule rests on measurements by others, of linear layers with at least 4096 rows.
+    On GPUs the rule rests on measurements by others, of data gradients of linear layers with at least 4096 rows.
 
     Args:
         gradient: ``"data"`` or ``"weight"``.
@@ -96,7 +97,8 @@ def static_rule(
     n, m = pruning.pattern
     if device.type == "cuda":
         large = min(weight_shape) >= 2048 and values >= 4096 * max(weight_shape)
-        return op == "linear" and large and obstacle(pruning, device, dtype, gradient=gradient) is None
+        known = op == "linear" and gradient == "data" and large
+        return known and obstacle(op, gradient, pruning, device, dtype) is None
     large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 2**18
     return device.type == "cpu" and dtype == torch.float32 and 4 * n <= m and large
 
@@ -291,7 +293,7 @@ def _other(pruning: Pruning) -> str:
 
 
 def _obstacle(site: Site) -> str | None:
-    return obstacle(site.pruning, site.device, site.dtype, site.groups, site.gradient)
+    return obstacle(site.op, site.gradient, site.pruning, site.device, site.dtype, site.groups)
 
 
 def _static(site: Site, why: str) -> Decision:

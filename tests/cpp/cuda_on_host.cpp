@@ -93,17 +93,19 @@ extern "C" int prune_on_host(const void* in, void* in_memory, int64_t in_bytes, 
   }
   output.copy_back();
   const PrunePlan plan = plan_prune(args);
-  return static_cast<int>(plan.share) * 4 + plan.params.vector_in * 2 + plan.params.vector_out;  // the paths that were taken
+  return static_cast<int>(plan.share) * 4 + plan.params.vector_in * 2 +
+         plan.params.vector_out;  // the paths that were taken
 }
 
 extern "C" void pack_on_host(const void* in, void* in_memory, int64_t in_bytes, int64_t in_rows, int64_t in_cols,
-                             int64_t row_stride, int dtype, int method, int n, int m, int64_t seed, int layout,
-                             int64_t rows, int64_t cols, void* packed, int64_t packed_bytes) {
+                             int64_t row_stride, int64_t col_stride, int dtype, int method, int n, int m, int64_t seed,
+                             int layout, int64_t rows, int64_t cols, void* packed, int64_t packed_bytes) {
   Copy input(in_memory, in_bytes), output(packed, packed_bytes);
   const PackArgs args{.in = input.at(in),
                       .in_rows = in_rows,
                       .in_cols = in_cols,
                       .row_stride = row_stride,
+                      .col_stride = col_stride,
                       .dtype = static_cast<DType>(dtype),
                       .pruning = {.method = static_cast<Method>(method), .n = n, .m = m, .seed = 0, .scale = false},
                       .seed = &seed,

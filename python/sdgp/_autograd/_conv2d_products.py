@@ -49,7 +49,7 @@ class _Conv2dGradient:
 
     def obstacle(self) -> str | None:
         grad = self.grad_output
-        return obstacle(self.pruning, grad.device, grad.dtype, self.geometry.groups, gradient=self.gradient)
+        return obstacle("conv2d", self.gradient, self.pruning, grad.device, grad.dtype, self.geometry.groups)
 
     def exact(self) -> Tensor:
         return self._multiply(self.grad_output)

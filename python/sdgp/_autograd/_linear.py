@@ -227,7 +227,7 @@ class LinearProducts:
         return self.grad_output.numel() * self.weight.shape[1]
 
     def obstacle(self) -> str | None:
-        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype)
+        return obstacle("linear", "data", self.pruning, self.grad_output.device, self.grad_output.dtype)
 
     def exact(self) -> Tensor:
         return self.grad_output @ self.weight
@@ -267,7 +267,7 @@ class LinearWeightProducts:
         return self.grad_output.numel() * self.input.shape[1]
 
     def obstacle(self) -> str | None:
-        return obstacle(self.pruning, self.grad_output.device, self.grad_output.dtype, gradient="weight")
+        return obstacle("linear", "weight", self.pruning, self.grad_output.device, self.grad_output.dtype)
 
     def exact(self) -> Tensor:
         return _multiply_rows(self.grad_output, self.input, self.weight, self.transposed)
@@ -280,7 +280,11 @@ class LinearWeightProducts:
     def sparse(self, seed: OptionalTensor = None) -> Tensor:
         n, m = self.pruning.pattern
         grad, method = rescaled(detached(self.grad_output).t(), -1, self.pruning)
-        result = prune_nm_matmul(grad, self.input, n, m, method, seed)  # (out, in)
+        if grad.is_cuda:  # (out, in)
+            operand = _semi_structured.pack(grad, self.pruning.pattern, method, seed)
+            result = _semi_structured.multiply(operand, self.input)
+        else:
+            result = prune_nm_matmul(grad, self.input, n, m, method, seed)
         if self.transposed:
             result = result.t()
         return result.contiguous() if self.weight.is_contiguous() else result.t().contiguous().t()
