@@ -105,7 +105,7 @@ def load_text(path: Path | None, least: int) -> Text:
 
 
 def load_classes(path: Path | None, least: int) -> Classes:
-    """Loads each folder at ``path`` as a class, or the 16 largest packages of the standard library.
+    """Loads each folder at ``path`` as a class, or the eight largest packages of the standard library.
 
     Args:
         least: the number of bytes that each part of a class must have.
@@ -120,7 +120,7 @@ def load_classes(path: Path | None, least: int) -> Classes:
     except OSError as error:
         raise UserError(f"--data: expected a folder of folders, got {root}: {error.strerror}") from None
     if path is None:
-        whole = dict(sorted(sorted(whole.items(), key=lambda item: -len(item[1]))[:16]))
+        whole = dict(sorted(sorted(whole.items(), key=lambda item: -len(item[1]))[:8]))
     if len(whole) < 2:
         raise UserError(f"--data: expected a folder for each of two or more classes, got {len(whole)} in {root}")
     texts, digest = [], hashlib.sha256()
