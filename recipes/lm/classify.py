@@ -5,8 +5,8 @@
     python -m recipes.lm.classify recipes/lm/configs/mvue_2_4.toml --set model=CHECKPOINT --data DIR
 
 CHECKPOINT: a checkpoint.safetensors of recipes.lm.gpt; without it the weights are random. Each folder in DIR is a
-class. Without DIR the classes are the eight largest packages of Python's standard library (PSF-2.0). One in twenty parts
-of each class is for validation.
+class. Without DIR the classes are the eight largest packages of Python's standard library (PSF-2.0). One in twenty
+parts of each class is for validation.
 """
 
 from __future__ import annotations
