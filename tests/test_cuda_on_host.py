@@ -280,6 +280,8 @@ def test_packs_what_prune_nm_keeps(
     columns: bool,
 ) -> None:
     """With ``columns``, these are contiguous in memory: the matrix is a transposed one."""
+    if columns and pattern[1] != 4:
+        pytest.skip("the op copies it")
     x, seed = (torch.randn(shape[::-1]).t() if columns else torch.randn(shape)).to(dtype), draw_seed()
     assert x.stride(0) == 1 if columns else x.stride(1) == 1
     values, metadata = pack(kernels, x, *pattern, method, seed, "cutlass_sm80")

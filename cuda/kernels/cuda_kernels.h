@@ -22,7 +22,7 @@ struct RescaleBytes {
 RescaleBytes rescale_bytes(const PruneArgs& args);
 void launch_rescale_factors(const PruneArgs& args, void* partial, void* factors, void* stream);
 
-// A matrix of 16-bit floats, and the operand that it becomes. One of its strides is 1.
+// A matrix of 16-bit floats, and the operand that it becomes. col_stride is 1 or, if m is 4, row_stride may be.
 struct PackArgs {
   const void* in;
   int64_t in_rows;

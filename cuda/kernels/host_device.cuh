@@ -9,10 +9,13 @@
 
 #if defined(__CUDACC__)
 #define SDGP_HOST_DEVICE __host__ __device__ __forceinline__
+#define SDGP_PRAGMA(text) _Pragma(#text)
 #define SDGP_UNROLL _Pragma("unroll")
+#define SDGP_UNROLL_BY(times) SDGP_PRAGMA(unroll times)
 #else
 #define SDGP_HOST_DEVICE inline
 #define SDGP_UNROLL
+#define SDGP_UNROLL_BY(times)
 #endif
 
 namespace sdgp::cuda {

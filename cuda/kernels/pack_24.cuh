@@ -143,7 +143,9 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
   const Bits* from = static_cast<const Bits*>(args.in) + row * args.row_stride + col;
   Bits* to = static_cast<Bits*>(args.packed) + row * (args.cols / 2) + col / 2;
   nibbles += thread / kSpans * (kTileQuads / 2) + tile_span * (kSpan / 8);
-  SDGP_UNROLL
+  [[maybe_unused]] constexpr int kTimes =
+      kM == 4 ? kTileRows / kStep : 1;  // of other sizes the code would only be larger
+  SDGP_UNROLL_BY(kTimes)
   for (int i = 0; i < kTileRows / kStep; ++i) {
     const int left = i * kStep < rows ? cols : 0;
     uint32_t word[kSpan / 2], values[kSpan / 4];
@@ -208,6 +210,9 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
     nibbles[kTileQuads / 2 + at] = static_cast<uint8_t>(bytes >> 16);
   }
 }
+
+// Whether there is a kernel for matrices whose columns are contiguous. Others are copied first.
+constexpr bool packs_columns(int m) { return m == 4; }
 
 // Does pack_values' work for a matrix whose columns are contiguous. `values` is (kTileRows, kSharedWords).
 template <class C, Method kMethod, int kM>

@@ -31,8 +31,10 @@ template <class C>
 void launch_pack_24(const PackArgs& args, void* stream) {
   const auto blocks = static_cast<uint64_t>(args.rows / kTileRows * (args.cols / kTileCols));
   visit_pack(args, [&]<Method kMethod, int kM>(Constant<kMethod>, Constant<kM>) {
-    const auto kernel =
-        args.col_stride == 1 ? &pack_24_kernel<C, kMethod, kM, false> : &pack_24_kernel<C, kMethod, kM, true>;
+    auto kernel = &pack_24_kernel<C, kMethod, kM, false>;
+    if constexpr (packs_columns(kM)) {
+      if (args.col_stride != 1) kernel = &pack_24_kernel<C, kMethod, kM, true>;
+    }
     launch(kernel, blocks, kTileThreads, stream, args);
   });
   check_launch("pack_24");

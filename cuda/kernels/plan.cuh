@@ -104,7 +104,7 @@ inline int compiled_size(int m) {
   return visit_at_least(GroupSizes{}, m, []<int kM>(Constant<kM>) { return kM; });
 }
 
-// What one thread takes. 16-bit types have all three, for some group sizes.
+// What one thread takes. 16-bit types have all three, for some methods and group sizes.
 enum class Share {
   kGroup,    // one group
   kTwoRows,  // the same group of two neighbouring rows, which one 4-byte access moves
@@ -115,10 +115,12 @@ using Shares = EnumValues<Share, 3>;
 
 constexpr int kSpanSize = 16;
 
-constexpr bool has_kernel(Share share, int element_size, int compiled_m) {
+constexpr bool has_kernel(Share share, Method method, int element_size, int compiled_m) {
   if (share == Share::kGroup) return true;
+  if (element_size != 2) return false;
   // The registers of a thread hold only one row of larger groups.
-  return element_size == 2 && compiled_m <= (share == Share::kTwoRows ? 16 : kSpanSize / 2);
+  if (share == Share::kTwoRows) return compiled_m <= 16;
+  return (method == Method::kMagnitude || method == Method::kMvue) && compiled_m <= kSpanSize / 2;
 }
 
 struct PrunePlan {
@@ -201,7 +203,8 @@ inline PrunePlan plan_prune(const PruneArgs& args) {
   plan.share = Share::kGroup;
   const auto try_share = [&](Share share, int count, size_t bytes) {
     ThreadAxis& last = params.axis[params.axes - 1];
-    if (!has_kernel(share, traits(args.dtype).size, compiled_m) || last.size.size % static_cast<uint64_t>(count) != 0) {
+    if (!has_kernel(share, args.pruning.method, traits(args.dtype).size, compiled_m) ||
+        last.size.size % static_cast<uint64_t>(count) != 0) {
       return;
     }
     const ThreadAxis one = last;

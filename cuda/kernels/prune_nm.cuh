@@ -173,7 +173,7 @@ void visit_prune(const PrunePlan& plan, const Call& call) {
   visit(Methods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
     visit_at_least(GroupSizes{}, plan.params.pruning.m, [&]<int kM>(Constant<kM> size) {
       visit(Shares{}, plan.share, [&]<Share kShare>(Constant<kShare> share) {
-        if constexpr (has_kernel(kShare, sizeof(typename C::Bits), kM)) call(method, size, share);
+        if constexpr (has_kernel(kShare, kMethod, sizeof(typename C::Bits), kM)) call(method, size, share);
       });
     });
   });
