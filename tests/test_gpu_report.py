@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -53,7 +53,18 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch.cuda, "Event", Event)
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Makes the modules of the benchmarks importable. Other tests have modules of these names."""
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(BENCHMARKS)
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -154,7 +165,6 @@ def test_a_command_that_fails_or_takes_too_long(faked: None, capsys: pytest.Capt
 
 
 def test_no_gpu_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARKS)
     import gpu_report
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
