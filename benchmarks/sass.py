@@ -5,7 +5,8 @@
 
 The kernels for 16-bit types are bound by instructions and not by memory. An H100 that moves data at its copy speed has
 time for 43 issued instructions per element, 21 of them for the integer and compare units. The count is that of the
-longest path through sass.cu, without the code for the edges of a matrix.
+longest path through sass.cu, without the code for the edges of a matrix. The settings of a call are constants there;
+the library's kernels, which read them at run time, take 2 to 15 instructions more (docs/performance.md).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.+?) ;")
 _RARE = ("LDG.E.U16", "CALL.REL")
 # What runs in the integer and compare units, of which a multiprocessor has half as many as of the others.
 _ALU = re.compile(
-    r"^(?:@!?P\d )?(?:IADD3|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|PLOP3|FMNMX|VIMNMX|VIADD|VIADDMNMX|IABS|P2R|R2P)\b"
+    r"^(?:@!?P\d )?(?:IADD3|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|PLOP3|FMNMX|V?IMNMX|VIADD|VIADDMNMX|IABS|P2R|R2P)\b"
 )
 
 

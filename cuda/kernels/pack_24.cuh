@@ -161,7 +161,7 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_
 }
 
 constexpr int kRowWords = kTileCols / 4;     // of the values in a tile
-constexpr int kSharedWords = kRowWords + 1;  // one more: the rows of a warp begin in different banks
+constexpr int kSharedWords = kRowWords + 1;  // one more: only two rows of a warp begin in the same bank
 
 // Prunes and packs kSpan elements of two neighbouring rows. pair[j] holds element j of both. `values` and `nibbles` are
 // those of the first row; the second one follows in the tables.

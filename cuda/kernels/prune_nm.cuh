@@ -7,7 +7,8 @@
 // channels_last), a thread reads its group in vectors of up to 16 bytes, and a warp's accesses are consecutive. If rows
 // are neighbours in memory (NCHW along C), one access of a warp takes element j of 32 neighbouring rows. For 16-bit
 // types, instructions and not memory limit the speed. There a thread takes two rows, or several neighbouring groups
-// that fill two vectors: it finds its place once for all of them, and selects in two groups at a time.
+// that fill two vectors: it finds its place once for all of them, and selects in two groups at a time. One access of a
+// warp then takes every other 16 bytes.
 #pragma once
 
 #include "pairs.cuh"
