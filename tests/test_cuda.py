@@ -185,9 +185,10 @@ def test_product(
 
 @pytest.mark.usefixtures("has_product")
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "mvue"])
-def test_linear(method: str) -> None:
-    x = torch.randn(4, 50, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = torch.randn(136, 72, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+@pytest.mark.parametrize("width", [72, 136])  # with 136, the weight is square
+def test_linear(method: str, width: int) -> None:
+    x = torch.randn(4, 50, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.randn(136, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     grad = torch.randn(4, 50, 136, device="cuda", dtype=torch.bfloat16)
     results = []
     for backend in ("sparse", "dense"):

@@ -106,7 +106,7 @@ def test_shapes_of_a_product(layout: str, shape: tuple[int, int, int], monkeypat
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("rows", "out", "width"), [(256, 128, 64), (200, 100, 50), (7, 3, 5)])
+@pytest.mark.parametrize(("rows", "out", "width"), [(256, 128, 64), (200, 100, 50), (128, 128, 128), (7, 3, 5)])
 def test_shapes_of_a_weight_gradient(
     rows: int, out: int, width: int, transposed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

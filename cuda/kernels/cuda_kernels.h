@@ -22,7 +22,10 @@ struct RescaleBytes {
 RescaleBytes rescale_bytes(const PruneArgs& args);
 void launch_rescale_factors(const PruneArgs& args, void* partial, void* factors, void* stream);
 
-// A matrix of 16-bit floats, and the operand that it becomes. col_stride is 1 or, if m is 4, row_stride may be.
+// Whether there is a kernel for matrices whose columns are contiguous, not their rows. The others must be copied first.
+constexpr bool packs_columns(int m) { return m == 4; }
+
+// A matrix of 16-bit floats, and the operand that it becomes. col_stride is 1 or, if packs_columns, row_stride may be.
 struct PackArgs {
   const void* in;
   int64_t in_rows;

@@ -211,9 +211,6 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
   }
 }
 
-// Whether there is a kernel for matrices whose columns are contiguous. Others are copied first.
-constexpr bool packs_columns(int m) { return m == 4; }
-
 // Does pack_values' work for a matrix whose columns are contiguous. `values` is (kTileRows, kSharedWords).
 template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void pack_columns(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,

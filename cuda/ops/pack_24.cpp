@@ -32,7 +32,7 @@ Tensor pack_24_cuda(const Tensor& input, const SettingsAlong<-1>& settings, std:
     prune_into_cuda(input, source, call);
     call.pruning = {.method = Method::kMagnitude, .n = 2, .m = 4, .seed = 0, .scale = false};
   }
-  const bool columns = call.pruning.m == 4 && source.stride(0) == 1;
+  const bool columns = cuda::packs_columns(call.pruning.m) && source.stride(0) == 1;
   if (source.stride(1) != 1 && !columns) source = torch::stable::contiguous(source);
   std::optional<Tensor> held;
   const cuda::PackArgs args{.in = source.const_data_ptr(),

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.checkpoint import load_weights
 from ..common.errors import UserError
 from ..common.images import classify
 from ..common.images import is_pruned as is_pruned_convolution
@@ -190,10 +191,7 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
 
 def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:
     model = prepare(config, world)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"--eval: {error}") from None
+    load_weights(model, weights)
     result = validate(model, data.test, config, world)
     return f"top-1 {result['top1']:.2f} %, loss {result['test_loss']:.3f}, of {len(data.test.labels)} images"
 

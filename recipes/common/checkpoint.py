@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import UserError
 from .files import replacing
@@ -70,6 +70,18 @@ def load(path: Path) -> Checkpoint:
         raise UserError(f"checkpoint: expected a checkpoint of a recipe, got {path} with other metadata")
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
     return Checkpoint(weights, training)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads the weights of a checkpoint that ``--eval`` names.
+
+    Raises:
+        UserError: if they are not those of the model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"--eval: {error}") from None
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from ..common.errors import UserError
+from ..common.checkpoint import load_weights
 from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World
@@ -110,10 +110,7 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
 
 def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:
     model = prepare(config, world)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"--eval: {error}") from None
+    load_weights(model, weights)
     result = accuracy(model, data, config, world)
     return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {data.val.size} images"
 

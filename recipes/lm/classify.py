@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..common.checkpoint import load_weights
 from ..common.config import Count, NonNegative
-from ..common.errors import UserError
 from ..common.images import classify
 from ..common.launch import launch
 from ..common.process import World
@@ -125,10 +125,7 @@ def train(config: Config, classes: Classes, seed: int, world: World, job: Job) -
 
 def evaluate(config: Config, classes: Classes, world: World, weights: dict[str, Tensor]) -> str:
     model = prepare(config, len(classes.texts), world)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"--eval: {error}") from None
+    load_weights(model, weights)
     result = validate(model, classes, config, world)
     return f"top-1 {result['top1']:.2f} %, loss {result['test_loss']:.3f}, {len(classes.texts)} classes"
 

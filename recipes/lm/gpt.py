@@ -162,10 +162,7 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
     model = GPT(*SIZES[config.size], config.context).to(world.device)
-    try:
-        model.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"--eval: {error}") from None
+    checkpoint.load_weights(model, weights)
     return f"{bits_per_byte(model, text.validation, config, world):.4f} bits per byte of {text.name}"
 
 
