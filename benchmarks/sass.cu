@@ -23,28 +23,17 @@ __device__ void prune(PruneParams params) {
 
 template <class C, Method kMethod, bool kColumns>
 __device__ void pack(PackArgs args) {
-  SDGP_SHARED(uint8_t, nibbles, kTileRows* kTileQuads / 2);
   args.pruning.n = 2;
   args.layout = Layout24::kCusparseLtSm90;
   args.in_rows = args.rows;
   args.in_cols = args.cols;
-  const int64_t tiles_across = args.cols / kTileCols;
-  const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
-  const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
-  const int thread = static_cast<int>(threadIdx.x);
+  const auto tiles_across = static_cast<unsigned>(args.cols / kTileCols);
+  const int64_t tile_row = int64_t{blockIdx.x / tiles_across} * kTileRows;
+  const int64_t tile_col = int64_t{blockIdx.x % tiles_across} * kTileCols;
   __builtin_assume(rows_lie_in_vectors(args));
   __builtin_assume(args.rows % kTileRows == 0 && args.cols % kTileCols == 0);
   __builtin_assume(tile_row + kTileRows <= args.rows && tile_col + kTileCols <= args.cols);
-  if constexpr (kColumns) {
-    SDGP_SHARED(uint32_t, values, kTileRows* kSharedWords);
-    pack_columns<C, kMethod, 4>(args, tile_row, tile_col, thread, values, nibbles);
-    __syncthreads();
-    store_values<typename C::Bits>(args, tile_row, tile_col, thread, values);
-  } else {
-    pack_values<C, kMethod, 4>(args, tile_row, tile_col, thread, nibbles);
-    __syncthreads();
-  }
-  pack_metadata(args, tile_row, tile_col, thread, nibbles);
+  pack_tile<C, kMethod, 4, kColumns>(args, tile_row, tile_col);
 }
 
 #define SDGP_COUNTED(name, call, Params) \

@@ -6,7 +6,7 @@
 The kernels for 16-bit types are bound by instructions and not by memory. An H100 that moves data at its copy speed has
 time for 43 issued instructions per element, 21 of them for the integer and compare units. The count is that of the
 longest path through sass.cu, without the code for the edges of a matrix. The settings of a call are constants there;
-the library's kernels, which read them at run time, take 2 to 15 instructions more (docs/performance.md).
+the library's kernels test them once per thread, which takes up to one instruction per element more.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ELEMENTS = {"prune": 16, "pack": 32}  # of a thread
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(.+?) ;")
 # Blocks with these instructions run only at an edge: single elements are loaded, or a slow division is called.
 _RARE = ("LDG.E.U16", "CALL.REL")
-# What runs in the integer and compare units, of which a multiprocessor has half as many as of the others.
+# What runs in the integer and compare units. They take half as many instructions per cycle as a multiprocessor issues.
 _ALU = re.compile(
     r"^(?:@!?P\d )?(?:IADD3|LOP3|SHF|LEA|ISETP|FSETP|SEL|FSEL|PRMT|PLOP3|FMNMX|V?IMNMX|VIADD|VIADDMNMX|IABS|P2R|R2P)\b"
 )
@@ -113,7 +113,10 @@ def _target(text: str) -> int | None:
 
 def _ends(text: str) -> bool:
     """Whether the next instruction is not reached from this one."""
-    return text.split()[0].split(".")[0] in ("EXIT", "BRA", "RET")
+    operation, *operands = text.split()
+    if operation.partition(".")[0] == "BRA":
+        return not re.match(r"!?U?P\d", operands[0])  # else it has a condition
+    return operation.partition(".")[0] in ("EXIT", "RET")
 
 
 def main() -> None:

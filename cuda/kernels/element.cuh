@@ -33,6 +33,7 @@ struct Float16 {
   using E = float;
   using K = uint32_t;
   static constexpr Bits kOne = 0x3c00;
+  static SDGP_HOST_DEVICE E widen_high(uint32_t word) { return widen(static_cast<Bits>(word >> 16)); }
 #if defined(__CUDACC__)
   static SDGP_HOST_DEVICE E widen(Bits x) { return __half2float(__ushort_as_half(x)); }
   static SDGP_HOST_DEVICE Bits narrow(E x) { return __half_as_ushort(__float2half_rn(x)); }
@@ -48,6 +49,7 @@ struct BFloat16 {
   using K = uint32_t;
   static constexpr Bits kOne = 0x3f80;
   static SDGP_HOST_DEVICE E widen(Bits x) { return bits_of<E>(static_cast<uint32_t>(x) << 16); }
+  static SDGP_HOST_DEVICE E widen_high(uint32_t word) { return bits_of<E>(word & 0xffff0000u); }
 #if defined(__CUDACC__)
   static SDGP_HOST_DEVICE Bits narrow(E x) { return __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 #else
@@ -94,6 +96,13 @@ SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
   } else {
     return fabs(value);
   }
+}
+
+// Writes the sizes of the two 16-bit elements of a word.
+template <class C>
+SDGP_HOST_DEVICE void magnitudes(uint32_t word, typename C::E& low, typename C::E& high) {
+  low = magnitude<C>(static_cast<typename C::Bits>(word));
+  high = fabsf(C::widen_high(word));
 }
 
 // Rounds to the stored precision.

@@ -23,7 +23,8 @@ constexpr int kTileThreads = 256;
 static_assert(kTileWords == kTileThreads, "one word of metadata a thread");
 
 // Packs two quads, in four words of two elements. `kept` flags the elements that stay, at most two in each quad. Their
-// sizes are raised to `least`, which is a pair, too. Returns a nibble in each half of a word.
+// sizes are raised to `least`, which is a pair, too, if kRaise. Returns a nibble in each half of a word.
+template <bool kRaise>
 SDGP_HOST_DEVICE uint32_t pack_quads(const uint32_t* word, const uint32_t* kept, const uint32_t* least,
                                      uint32_t* values) {
   const uint32_t two = (kept[0] & kept[1]) | (kept[2] & kept[3]) | ((kept[0] | kept[1]) & (kept[2] | kept[3]));
@@ -37,9 +38,8 @@ SDGP_HOST_DEVICE uint32_t pack_quads(const uint32_t* word, const uint32_t* kept,
   const uint32_t first = two | kept[0], second = (kept[1] | second_high) & (two | ~kept[0]);  // flag what stays
   SDGP_UNROLL
   for (int quad = 0; quad < 2; ++quad) {
-    const uint32_t raw = permute(word[2 * quad], word[2 * quad + 1], quad == 0 ? bytes & 0xffff : bytes >> 16);
-    const uint32_t larger = larger_pair(raw & ~kFlags, least[quad]);
-    values[quad] = ((raw & kFlags) | larger) & permute(first, second, quad == 0 ? 0xdd99 : 0xffbb);
+    const uint32_t raw = permute(word[2 * quad], word[2 * quad + 1], quad == 0 ? bytes : bytes >> 16);
+    values[quad] = (kRaise ? raised(raw, least[quad]) : raw) & permute(first, second, quad == 0 ? 0xdd99 : 0xffbb);
   }
   return places;
 }
@@ -55,18 +55,21 @@ SDGP_HOST_DEVICE void load_8(const Bits* from, int left, bool vectors, uint32_t*
   }
 }
 
-// Selects in kSpan elements of a row, whole groups. `left` is the number of elements up to the end of the row. Sets
-// which stay, and for each quad the least magnitude of what stays. Methods that change values otherwise change `x`.
+// Whether packing raises the sizes of what stays. Other methods, and groups of two, change the values when they prune.
+template <Method kMethod, int kM>
+constexpr bool raises = kMethod == Method::kMvue && kM >= 4;
+
+// Selects in kSpan elements of a row, whole groups, with these sizes. `left` is the number of elements up to the end of
+// the row. Sets which stay and, if it raises, the least magnitude of what stays for each quad; otherwise it changes
+// `x`.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void select_span(typename C::Bits* x, const Pruning& mixed, int left, uint64_t first_group, bool* keep,
-                                  uint32_t* least) {
-  SDGP_UNROLL
-  for (int q = 0; q < kSpan / 4; ++q) least[q] = 0;
+SDGP_HOST_DEVICE void select_span(typename C::Bits* x, const typename C::E* size, const Pruning& mixed, int left,
+                                  uint64_t first_group, bool* keep, uint32_t* least) {
   SDGP_UNROLL
   for (int g = 0; g < kSpan / kM; ++g) {
     const uint64_t group = first_group + static_cast<uint64_t>(g);
-    if constexpr (kMethod == Method::kMvue && kM >= 4) {  // a quad with two groups has two steps
-      const MvueChoice<C, kM> choice(x + g * kM, mixed.n, mixed.seed, group);
+    if constexpr (raises<kMethod, kM>) {
+      const MvueChoice<C, kM> choice(x + g * kM, size + g * kM, mixed.n, mixed.seed, group);
       SDGP_UNROLL
       for (int j = 0; j < kM; ++j) {
         keep[g * kM + j] = choice.keep[j];
@@ -92,18 +95,20 @@ template <class C, Method kMethod, int kM, int kSpan>
 SDGP_HOST_DEVICE void pack_span(uint32_t* word, const Pruning& mixed, int left, uint64_t first_group, uint32_t* values,
                                 uint8_t* nibbles) {
   using Bits = typename C::Bits;
-  uint32_t kept[kSpan / 2], least[kSpan / 4];
+  uint32_t kept[kSpan / 2], least[kSpan / 4] = {};
   if constexpr (by_flags<kMethod, kM>) {
     uint32_t pair[4];
     to_pairs<4>(word, word + 2, pair);
     flag_largest<4>(pair, mixed.n, kept);
-    least[0] = least[1] = 0;
   } else {
     Bits x[kSpan];
+    typename C::E size[kSpan];
     bool keep[kSpan];
     SDGP_UNROLL
     for (int i = 0; i < kSpan; ++i) x[i] = static_cast<Bits>(word[i / 2] >> (i % 2 * 16));
-    select_span<C, kMethod, kM, kSpan>(x, mixed, left, first_group, keep, least);
+    SDGP_UNROLL
+    for (int i = 0; i < kSpan; i += 2) magnitudes<C>(word[i / 2], size[i], size[i + 1]);
+    select_span<C, kMethod, kM, kSpan>(x, size, mixed, left, first_group, keep, least);
     SDGP_UNROLL
     for (int i = 0; i < kSpan / 2; ++i) {
       const int at = i / 4 * 8 + i % 4;
@@ -114,7 +119,7 @@ SDGP_HOST_DEVICE void pack_span(uint32_t* word, const Pruning& mixed, int left, 
   SDGP_UNROLL
   for (int at = 0; at < kSpan / 8; ++at) {
     const uint32_t pair[2] = {least[2 * at] * 0x10001u, least[2 * at + 1] * 0x10001u};
-    const uint32_t places = pack_quads(word + 4 * at, kept + 4 * at, pair, values + 2 * at);
+    const uint32_t places = pack_quads<raises<kMethod, kM>>(word + 4 * at, kept + 4 * at, pair, values + 2 * at);
     nibbles[at] = static_cast<uint8_t>(places | places >> 12);
   }
 }
@@ -127,15 +132,13 @@ SDGP_HOST_DEVICE int at_most(int64_t value, int most) { return value < most ? st
 
 // Does one thread's share of the first half of a block's work. `nibbles` is (kTileRows, kTileQuads / 2), two per byte.
 template <class C, Method kMethod, int kM>
-SDGP_HOST_DEVICE void pack_values(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
-                                  uint8_t* nibbles) {
+SDGP_HOST_DEVICE void pack_values(const PackArgs& args, const Pruning& mixed, int64_t tile_row, int64_t tile_col,
+                                  int thread, uint8_t* nibbles) {
   using Bits = typename C::Bits;
   constexpr int kSpan = kM < 8 ? 8 : kM;
   constexpr int kSpans = kTileCols / kSpan;
   constexpr int kStep = kTileThreads / kSpans;  // rows from a thread's span to its next one
   const bool vectors = rows_lie_in_vectors(args);
-  Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
-  mixed.scale = false;  // an operand has no multipliers; the constant removes their code
   const int tile_span = thread % kSpans;
   const int64_t row = tile_row + thread / kSpans, col = tile_col + tile_span * kSpan;
   const int rows = at_most(args.in_rows - row, kTileRows), cols = at_most(args.in_cols - col, kSpan);  // of the matrix
@@ -175,16 +178,18 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
     for (int at = 0; at < kSpan; at += 4) flag_largest<4>(pair + at, mixed.n, kept + at);
   } else {
     Bits x[2][kSpan];
+    typename C::E size[2][kSpan];
     bool keep[2][kSpan];
     SDGP_UNROLL
     for (int j = 0; j < kSpan; ++j) {
       x[0][j] = static_cast<Bits>(pair[j]);
       x[1][j] = static_cast<Bits>(pair[j] >> 16);
+      magnitudes<C>(pair[j], size[0][j], size[1][j]);
     }
     SDGP_UNROLL
     for (int v = 0; v < 2; ++v) {
-      select_span<C, kMethod, kM, kSpan>(x[v], mixed, left, first_group + static_cast<uint64_t>(v) * row_groups,
-                                         keep[v], least[v]);
+      select_span<C, kMethod, kM, kSpan>(x[v], size[v], mixed, left,
+                                         first_group + static_cast<uint64_t>(v) * row_groups, keep[v], least[v]);
     }
     SDGP_UNROLL
     for (int j = 0; j < kSpan; ++j) {
@@ -200,8 +205,8 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
       const int quad = 2 * at + half;
       uint32_t word[4], both[2];
       from_pairs<4>(pair + 4 * quad, word, word + 2);
-      const uint32_t raised[2] = {least[0][quad] * 0x10001u, least[1][quad] * 0x10001u};
-      places[half] = pack_quads(word, kept + 4 * quad, raised, both);
+      const uint32_t sizes[2] = {least[0][quad] * 0x10001u, least[1][quad] * 0x10001u};
+      places[half] = pack_quads<raises<kMethod, kM>>(word, kept + 4 * quad, sizes, both);
       values[quad] = both[0];
       values[kSharedWords + quad] = both[1];
     }
@@ -211,16 +216,29 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
   }
 }
 
+// Loads kSpan elements of two neighbouring rows, or as many as are in the matrix, and zeros.
+template <class Bits, int kSpan>
+SDGP_HOST_DEVICE void load_pairs(const Bits* from, int64_t stride, int left, int rows, bool aligned, uint32_t* pair) {
+  if (aligned && rows == 2 && left == kSpan) {
+    SDGP_UNROLL
+    for (int j = 0; j < kSpan; ++j) pair[j] = *reinterpret_cast<const uint32_t*>(from + j * stride);
+    return;
+  }
+  SDGP_UNROLL
+  for (int j = 0; j < kSpan; ++j) {
+    pair[j] = 0;
+    if (j < left) pair[j] = from[j * stride] | (rows == 2 ? static_cast<uint32_t>(from[j * stride + 1]) << 16 : 0);
+  }
+}
+
 // Does pack_values' work for a matrix whose columns are contiguous. `values` is (kTileRows, kSharedWords).
 template <class C, Method kMethod, int kM>
-SDGP_HOST_DEVICE void pack_columns(const PackArgs& args, int64_t tile_row, int64_t tile_col, int thread,
-                                   uint32_t* values, uint8_t* nibbles) {
+SDGP_HOST_DEVICE void pack_columns(const PackArgs& args, const Pruning& mixed, int64_t tile_row, int64_t tile_col,
+                                   int thread, uint32_t* values, uint8_t* nibbles) {
   using Bits = typename C::Bits;
   constexpr int kSpan = kM < 8 ? 8 : kM;
   constexpr int kPairs = kTileRows / 2;
   const bool aligned = reinterpret_cast<uintptr_t>(args.in) % 4 == 0 && args.col_stride % 2 == 0;
-  Pruning mixed = with_mixed_seed<kMethod>(args.pruning, args.seed);
-  mixed.scale = false;
   const int row = thread % kPairs * 2;
   const int rows = at_most(args.in_rows - tile_row - row, 2);
   const auto groups = static_cast<uint64_t>(ceil_div<int64_t>(args.in_cols, kM));
@@ -232,18 +250,7 @@ SDGP_HOST_DEVICE void pack_columns(const PackArgs& args, int64_t tile_row, int64
     const int left = rows > 0 ? at_most(args.in_cols - col, kSpan) : 0;
     const Bits* from = static_cast<const Bits*>(args.in) + tile_row + row + col * args.col_stride;
     uint32_t pair[kSpan];
-    SDGP_UNROLL
-    for (int j = 0; j < kSpan; ++j) {
-      const Bits* at = from + j * args.col_stride;
-      pair[j] = 0;
-      if (j < left) {
-        if (aligned && rows == 2) {
-          pair[j] = *reinterpret_cast<const uint32_t*>(at);
-        } else {
-          pair[j] = at[0] | (rows == 2 ? static_cast<uint32_t>(at[1]) << 16 : 0);
-        }
-      }
-    }
+    load_pairs<Bits, kSpan>(from, args.col_stride, left, rows, aligned, pair);
     const auto first_group = static_cast<uint64_t>(tile_row + row) * groups + static_cast<uint64_t>(col / kM);
     pack_pair_span<C, kMethod, kM, kSpan>(pair, mixed, left, first_group, groups,
                                           values + row * kSharedWords + span * (kSpan / 4),

@@ -6,25 +6,36 @@
 
 namespace sdgp::cuda {
 
-// kColumns: the columns of the matrix are contiguous, otherwise its rows.
+// Packs one tile, with all threads of a block. kColumns: the columns of the matrix are contiguous, otherwise its rows.
 template <class C, Method kMethod, int kM, bool kColumns>
-__global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
+__device__ void pack_tile(const PackArgs& args, int64_t tile_row, int64_t tile_col) {
   constexpr int kNibbles = kTileRows * kTileQuads / 2;
   SDGP_SHARED(uint8_t, nibbles, kNibbles);
-  const int64_t tiles_across = args.cols / kTileCols;
-  const int64_t tile_row = blockIdx.x / tiles_across * kTileRows;
-  const int64_t tile_col = blockIdx.x % tiles_across * kTileCols;
-  const int thread = static_cast<int>(threadIdx.x);
+  const int thread = static_cast<int>(threadIdx.x % kTileThreads);  // tells the compiler that it is not negative
+  Pruning pruning = with_mixed_seed<kMethod>(args.pruning, args.seed);
+  pruning.scale = false;  // an operand has no multipliers; the constant removes their code
   if constexpr (kColumns) {
     SDGP_SHARED(uint32_t, values, kTileRows* kSharedWords);
-    pack_columns<C, kMethod, kM>(args, tile_row, tile_col, thread, values, nibbles);
+    with_constants<kM>(pruning, [&](const Pruning& mixed) {
+      pack_columns<C, kMethod, kM>(args, mixed, tile_row, tile_col, thread, values, nibbles);
+    });
     __syncthreads();
     store_values<typename C::Bits>(args, tile_row, tile_col, thread, values);
   } else {
-    pack_values<C, kMethod, kM>(args, tile_row, tile_col, thread, nibbles);
+    with_constants<kM>(pruning, [&](const Pruning& mixed) {
+      pack_values<C, kMethod, kM>(args, mixed, tile_row, tile_col, thread, nibbles);
+    });
     __syncthreads();
   }
   pack_metadata(args, tile_row, tile_col, thread, nibbles);
+}
+
+template <class C, Method kMethod, int kM, bool kColumns>
+__global__ void __launch_bounds__(kTileThreads) pack_24_kernel(const __grid_constant__ PackArgs args) {
+  const auto tiles_across = static_cast<unsigned>(args.cols / kTileCols);  // at most the number of blocks
+  const int64_t tile_row = int64_t{blockIdx.x / tiles_across} * kTileRows;
+  const int64_t tile_col = int64_t{blockIdx.x % tiles_across} * kTileCols;
+  pack_tile<C, kMethod, kM, kColumns>(args, tile_row, tile_col);
 }
 
 template <class C>

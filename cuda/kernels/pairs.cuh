@@ -106,4 +106,9 @@ SDGP_HOST_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
 #endif
 }
 
+// Raises the sizes of two elements to `least`, which is a pair, too.
+SDGP_HOST_DEVICE uint32_t raised(uint32_t pair, uint32_t least) {
+  return (pair & kFlags) | larger_pair(pair & ~kFlags, least);
+}
+
 }  // namespace sdgp::cuda

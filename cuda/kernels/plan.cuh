@@ -75,24 +75,29 @@ struct PruneParams {
 struct Place {
   int64_t in = 0;  // element offsets of the group's first element
   int64_t out = 0;
-  int64_t factor = 0;
-  uint64_t group = 0;  // logical index in the tensor
+  int64_t factor = 0;  // set for rescale
+  uint64_t group = 0;  // logical index in the tensor, set for methods that draw
   int64_t in_row = 0;  // index of the group in its row; 0 if all groups are whole
 };
 
+template <Method kMethod>
 SDGP_HOST_DEVICE Place find_place(const PruneParams& params, uint64_t thread) {
   Place place;
-  for (int a = params.axes - 1; a >= 0; --a) {
+  const auto move = [&](int a, int64_t at) {
     const ThreadAxis& axis = params.axis[a];
-    const uint64_t rest = a > 0 ? axis.size.quotient(thread) : 0;
-    const auto at = static_cast<int64_t>(thread - rest * axis.size.size);
-    thread = rest;
     place.in += at * axis.in_stride;
     place.out += at * axis.out_stride;
-    place.factor += at * axis.factor_step;
-    place.group += static_cast<uint64_t>(at * axis.group_step);
+    if constexpr (!traits(kMethod).by_group) place.factor += at * axis.factor_step;
+    if constexpr (traits(kMethod).draws) place.group += static_cast<uint64_t>(at * axis.group_step);
     if (a == params.partial_axis) place.in_row = at;
+  };
+  SDGP_UNROLL_BY(1)  // a contiguous tensor has one axis, which is not divided
+  for (int a = params.axes - 1; a > 0; --a) {
+    const uint64_t rest = params.axis[a].size.quotient(thread);
+    move(a, static_cast<int64_t>(thread - rest * params.axis[a].size.size));
+    thread = rest;
   }
+  move(0, static_cast<int64_t>(thread));
   return place;
 }
 

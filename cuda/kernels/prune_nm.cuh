@@ -94,6 +94,34 @@ SDGP_HOST_DEVICE void prune_pair(uint32_t* pair, const Pruning& pruning) {
   for (int j = 0; j < kM; ++j) pair[j] = spread(kept[j]) & (pruning.scale ? C::kOne * 0x10001u : pair[j]);
 }
 
+// Prunes one group by mvue, in words of two elements.
+template <class C, int kM>
+SDGP_HOST_DEVICE void prune_mvue_words(uint32_t* word, const Pruning& mixed, uint64_t group) {
+  using Bits = typename C::Bits;
+  Bits x[kM];
+  typename C::E size[kM];
+  SDGP_UNROLL
+  for (int j = 0; j < kM; j += 2) {
+    x[j] = static_cast<Bits>(word[j / 2]);
+    x[j + 1] = static_cast<Bits>(word[j / 2] >> 16);
+    magnitudes<C>(word[j / 2], size[j], size[j + 1]);
+  }
+  if (mixed.scale) {
+    prune_mvue<C, kM>(x, mixed, group);
+    SDGP_UNROLL
+    for (int j = 0; j < kM; j += 2) word[j / 2] = x[j] | static_cast<uint32_t>(x[j + 1]) << 16;
+    return;
+  }
+  const MvueChoice<C, kM> choice(x, size, mixed.n, mixed.seed, group);
+  SDGP_UNROLL
+  for (int j = 0; j < kM; j += 2) {
+    uint32_t& both = word[j / 2];
+    both = raised(both, choice.least * 0x10001u);
+    both &= choice.keep[j] ? ~0u : 0xffff0000u;
+    both &= choice.keep[j + 1] ? ~0u : 0xffffu;
+  }
+}
+
 template <class C, Method kMethod, int kM>
 SDGP_HOST_DEVICE void prune_two_rows(const PruneParams& params, const Pruning& mixed, const Place& place, int length) {
   using Bits = typename C::Bits;
@@ -142,30 +170,37 @@ SDGP_HOST_DEVICE void prune_span(const PruneParams& params, const Pruning& mixed
     }
     store_vectors<uint32_t, kSpanSize / 2>(word, reinterpret_cast<uint32_t*>(to));
   } else {
-    Bits x[kSpanSize];
-    load_vectors<Bits, kSpanSize>(from, x);
+    static_assert(kMethod == Method::kMvue);
+    uint32_t word[kSpanSize / 2];
+    load_vectors<uint32_t, kSpanSize / 2>(reinterpret_cast<const uint32_t*>(from), word);
     SDGP_UNROLL
-    for (int g = 0; g < kSpanSize / kM; ++g) prune_one<C, kMethod, kM>(x + g * kM, params, mixed, place, kM, g);
-    store_vectors<Bits, kSpanSize>(x, to);
+    for (int g = 0; g < kSpanSize / kM; ++g) {
+      prune_mvue_words<C, kM>(word + g * kM / 2, mixed,
+                              place.group + static_cast<uint64_t>(g * params.next_group_step));
+    }
+    store_vectors<uint32_t, kSpanSize / 2>(word, reinterpret_cast<uint32_t*>(to));
   }
 }
 
 template <class C, Method kMethod, int kM, Share kShare>
 SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
   using Bits = typename C::Bits;
-  const Place place = find_place(params, thread);
-  const Pruning mixed = with_mixed_seed<kMethod>(params.pruning, params.seed);
+  const Place place = find_place<kMethod>(params, thread);
   const int length = group_length(params.pruning.m, params.size, place.in_row);
-  if constexpr (kShare == Share::kTwoRows) {
-    prune_two_rows<C, kMethod, kM>(params, mixed, place, length);
-  } else if constexpr (kShare == Share::kSpan) {
-    prune_span<C, kMethod, kM>(params, mixed, place);
-  } else {
-    Bits x[kM];
-    load_group<Bits, kM>(static_cast<const Bits*>(params.in) + place.in, params.in_stride, length, params.vector_in, x);
-    prune_one<C, kMethod, kM>(x, params, mixed, place, length, 0);
-    store_group<Bits, kM>(x, static_cast<Bits*>(params.out) + place.out, params.out_stride, length, params.vector_out);
-  }
+  with_constants<kM>(with_mixed_seed<kMethod>(params.pruning, params.seed), [&](const Pruning& mixed) {
+    if constexpr (kShare == Share::kTwoRows) {
+      prune_two_rows<C, kMethod, kM>(params, mixed, place, length);
+    } else if constexpr (kShare == Share::kSpan) {
+      prune_span<C, kMethod, kM>(params, mixed, place);
+    } else {
+      const Bits* from = static_cast<const Bits*>(params.in) + place.in;
+      Bits* to = static_cast<Bits*>(params.out) + place.out;
+      Bits x[kM];
+      load_group<Bits, kM>(from, params.in_stride, length, params.vector_in, x);
+      prune_one<C, kMethod, kM>(x, params, mixed, place, length, 0);
+      store_group<Bits, kM>(x, to, params.out_stride, length, params.vector_out);
+    }
+  });
 }
 
 // Calls `call` with the method, the group size and the share of a thread of the compiled kernel for this plan.

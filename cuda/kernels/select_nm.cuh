@@ -103,6 +103,23 @@ SDGP_HOST_DEVICE void apply_mask(typename C::Bits* x, Mask<kM> keep, bool scale)
   for (int j = 0; j < kM; ++j) x[j] = !has<kM>(keep, j) ? typename C::Bits{0} : scale ? C::kOne : x[j];
 }
 
+// Clears all flags but the first n.
+template <int kM>
+SDGP_HOST_DEVICE void keep_first(bool* flag, int n) {
+  if (kM == 4 && n == 2) {  // without a count
+    const bool both = flag[0] & flag[1], either = flag[0] | flag[1];
+    flag[3] = flag[3] & !(both | (either & flag[2]));
+    flag[2] = flag[2] & !both;
+    return;
+  }
+  int left = n;
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) {
+    flag[j] = flag[j] && left > 0;
+    left -= flag[j];
+  }
+}
+
 SDGP_HOST_DEVICE uint32_t mix_start(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -119,6 +136,18 @@ SDGP_HOST_DEVICE uint64_t mix_seed(uint64_t seed) {
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
   z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
   return z ^ (z >> 31);
+}
+
+// Calls `call` with `pruning`. If groups keep two of four values, the compiler knows that in this call.
+template <int kM, class Call>
+SDGP_HOST_DEVICE void with_constants(Pruning pruning, const Call& call) {
+  if (kM == 4 && pruning.n == 2 && !pruning.scale) {
+    pruning.n = 2;
+    pruning.scale = false;
+    call(pruning);
+  } else {
+    call(pruning);
+  }
 }
 
 // Returns a Pruning with a mixed seed, as the functions below expect. Reads `seed` only if the method draws.
@@ -198,67 +227,87 @@ struct MvueChoice {
   using K = typename C::K;
   bool keep[kM];
   bool above[kM];  // stays unchanged
-  E size[kM];
+  const E* size;
   E step = std::numeric_limits<E>::infinity();
   K least = 0;  // the step, as a magnitude
 
+  SDGP_HOST_DEVICE static E positive(E mean) {  // a mean may have underflowed
+    constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
+    return mean > kSmallest ? mean : kSmallest;
+  }
+
   // Returns whether the step fell to this mean.
   SDGP_HOST_DEVICE bool lower(E mean, bool may) {
-    constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
-    mean = mean > kSmallest ? mean : kSmallest;  // if it underflowed
+    mean = positive(mean);
     may = may & (mean < step);
     step = may ? mean : step;
     return may;
   }
 
-  // Counts the elements above the step. Sets `rest` to the sum of the others.
-  SDGP_HOST_DEVICE int count_above(E& rest) const {
-    int count = 0;
-    rest = 0;
+  // Finds the elements above the step. Returns the sum of the others.
+  SDGP_HOST_DEVICE E find_above() {
+    above[0] = size[0] >= step;
+    E rest = above[0] ? E{0} : size[0];
     SDGP_UNROLL
-    for (int j = 0; j < kM; ++j) {
-      const bool is_above = size[j] >= step;
-      if (!is_above) rest += size[j];
-      count += is_above;
+    for (int j = 1; j < kM; ++j) {
+      above[j] = size[j] >= step;
+      if (!above[j]) rest += size[j];
     }
+    return rest;
+  }
+
+  SDGP_HOST_DEVICE int count_above() const {
+    int count = 0;
+    SDGP_UNROLL
+    for (int j = 0; j < kM; ++j) count += above[j];
     return count;
   }
 
-  // See Note [mvue].
-  SDGP_HOST_DEVICE MvueChoice(const typename C::Bits* x, int n, uint64_t mixed_seed, uint64_t group) {
-    SDGP_UNROLL
-    for (int j = 0; j < kM; ++j) size[j] = magnitude<C>(x[j]);
+  SDGP_HOST_DEVICE bool is_one_above() const {
+    if constexpr (kM != 4) return count_above() == 1;
+    const bool low = above[0] != above[1], high = above[2] != above[3];
+    return (low & !(above[2] | above[3])) | (high & !(above[0] | above[1]));
+  }
+
+  // `sizes` are those of `x`. See Note [mvue].
+  SDGP_HOST_DEVICE MvueChoice(const typename C::Bits* x, const E* sizes, int n, uint64_t mixed_seed, uint64_t group)
+      : size(sizes) {
     E rest = size[0];
     SDGP_UNROLL
     for (int j = 1; j < kM; ++j) rest += size[j];
-    if (rest - rest != 0) {  // inf or NaN
+    if (!(rest < std::numeric_limits<E>::infinity())) {  // inf or NaN
       const Mask<kM> largest = select_magnitude<C, kM>(x, n);
       SDGP_UNROLL
       for (int j = 0; j < kM; ++j) keep[j] = above[j] = has<kM>(largest, j);
       return;
     }
-    if (n <= 2) {  // without a division: the mean changes once more only if one of two places is taken
-      lower(n == 2 ? rest * E{0.5} : rest, rest > 0);
-      const int count = count_above(rest);
-      lower(rest, (n == 2) & (count == 1) & (rest > 0));
+    if (n <= 2) {
+      // Without a division: the mean changes once more only if one of two places is taken. A mean of 0 may become the
+      // step, because the elements that it concerns are 0 either way.
+      step = positive(n == 2 ? rest * E{0.5} : rest);
+      if (n == 2) {
+        rest = find_above();
+        lower(rest, is_one_above());
+      }
     } else {
       int places = n;
       for (int round = 1; lower(rest / static_cast<E>(places), (places > 0) & (rest > 0)) && round < n; ++round) {
-        places = n - count_above(rest);
+        rest = find_above();
+        places = n - count_above();
       }
     }
     E point = RandomState(mixed_seed, group).uniform<E>() * step;
     E reached = 0;
-    int left = n;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
       above[j] = size[j] >= step;
-      if (!above[j]) reached += size[j];
+      if (j == 0) reached = above[0] ? E{0} : size[0];
+      if (j > 0 && !above[j]) reached += size[j];
       const bool hit = reached > point;
       if (hit) point += step;
-      keep[j] = (above[j] || hit) && left > 0;
-      left -= keep[j];
+      keep[j] = above[j] | hit;
     }
+    keep_first<kM>(keep, n);
     least = C::narrow(step);
   }
 };
@@ -267,7 +316,10 @@ template <class C, int kM>
 SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
   using Bits = typename C::Bits;
   using K = typename C::K;
-  const MvueChoice<C, kM> choice(x, mixed.n, mixed.seed, group);
+  typename C::E size[kM];
+  SDGP_UNROLL
+  for (int j = 0; j < kM; ++j) size[j] = magnitude<C>(x[j]);
+  const MvueChoice<C, kM> choice(x, size, mixed.n, mixed.seed, group);
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
     const K key = without_sign<C>(x[j]);

@@ -22,6 +22,7 @@
 #include <utility>
 #include <vector>
 
+#define __device__
 #define __global__
 #define __launch_bounds__(threads)
 #define __grid_constant__
