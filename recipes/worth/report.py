@@ -3,11 +3,11 @@
 
     python -m recipes.worth.report
 
-A plain run with a share x of the steps, or of the batch size, costs x. A pruned arm costs 1 - S, where S is the saving
-per step on a machine. If its loss equals the loss of a plain run with the share e, the net saving in time is
-1 - (1 - S) / e. There is one e for fewer steps and one for a smaller batch; the smaller e counts. Losses between two
-plain runs are interpolated, and losses outside are extrapolated linearly. The 95 % intervals are over the seeds, for
-the difference to the full plain run with the same seed.
+A plain run with a share x of the steps, or of the batch size, costs x. A pruned arm costs 1 - p S, where p is the share
+of its steps that are pruned, and S is what a pruned step saves on a machine. If its loss equals the loss of a plain run
+with the share e, the net saving in time is 1 - (1 - p S) / e. There is one e for fewer steps and one for a smaller
+batch; the smaller e counts. Losses between two plain runs are interpolated, and losses outside are extrapolated
+linearly. The 95 % intervals are over the seeds, for the difference to the full plain run with the same seed.
 """
 
 from __future__ import annotations
@@ -48,12 +48,16 @@ class Arm(NamedTuple):
         kind: ``"steps"``, ``"batch"`` or ``"pruned"``.
         cost: the samples of a plain arm as a share of the samples of the full run; 1 for a pruned arm.
         losses: the test loss by seed.
+        row: the name of a pruned arm without its exact steps.
+        pruned: the share of the steps that a pruned arm prunes.
     """
 
     name: str
     kind: str
     cost: float
     losses: dict[int, float]
+    row: str = ""
+    pruned: float = 1.0
 
 
 class Worth(NamedTuple):
@@ -78,7 +82,9 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
             continue
         share = task.samples(config) / full
         if "method" in overrides or "plan" in overrides:
-            found.append(Arm(config.row, "pruned", 1.0, losses))
+            exact = config.exact_first / config.epochs
+            name = f"{config.row}, first {exact:.0%} exact" if exact else config.row
+            found.append(Arm(name, "pruned", 1.0, losses, config.row, 1 - exact))
         elif "batch_size" in overrides:
             found.append(Arm(f"plain, {share:.1%} of the batch", "batch", share, losses))
         else:
@@ -140,10 +146,10 @@ def table(name: str, task: Task, found: list[Arm], saved: dict[str, dict[str, An
         if arm.kind == "pruned" and not diverged:
             worths = [worth(arm, curve) for curve in curves.values()]
             strict = _strict(arm, found)
-            tau = noise.get(arm.name)
+            tau = arm.pruned * noise.get(arm.row, 0.0)
             cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
             cells += [f"{tau:.3f}", f"{(1 / strict.equivalent - 1) / tau:.1f}"] if tau else ["", ""]
-            cells += [_net(saved[machine].get(_key(arm, machine)), strict) for machine in saved]
+            cells += [_net(saved[machine].get(_key(arm, machine)), arm, strict) for machine in saved]
         lines.append(cells + [""] * (len(lines[0]) - len(cells)))
     body = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return f"**{name}**\n\n{body}"
@@ -155,19 +161,19 @@ def _interval(value: Worth) -> str:
 
 def _key(arm: Arm, machine: str) -> str:
     """Returns the arm's name in the measured savings of a machine, or ``""`` if it has none there."""
-    if arm.name.startswith("plan "):
-        return "plan" if arm.name.endswith(f"-plan-{machine}") else ""
-    if not arm.name.startswith("mvue "):
+    if arm.row.startswith("plan "):
+        return "plan" if arm.row.endswith(f"-plan-{machine}") else ""
+    if not arm.row.startswith("mvue "):
         return ""
-    data, _, weight = arm.name.removeprefix("mvue ").partition(", weight gradient ")
+    data, _, weight = arm.row.removeprefix("mvue ").partition(", weight gradient ")
     return f"{data} + {weight}" if weight else data
 
 
-def _net(row: dict[str, Any] | None, worth: Worth) -> str:
+def _net(row: dict[str, Any] | None, arm: Arm, worth: Worth) -> str:
     """Formats the saving per step, and the net saving in time with the interval that follows from the losses."""
     if row is None:
         return ""
-    net, low, high = net_saving(row["saved"], worth)
+    net, low, high = net_saving(arm.pruned * row["saved"], worth)
     interval = "" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]"
     return f"{row['saved']:.0%} [{row['saved_low']:.0%}, {row['saved_high']:.0%}]; **{net:+.0%}**{interval}"
 
@@ -189,24 +195,27 @@ def _strict(arm: Arm, found: list[Arm]) -> Worth:
 
 
 def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -> list[str]:
-    """Returns a line of Markdown for each machine: the net saving that ``advise`` predicts, and that of the runs."""
+    """Returns lines of Markdown for each machine: the net saving that ``advise`` predicts, and that of the runs."""
     lines = []
     for machine, document in measured.items():
-        plans = [arm for arm in found if arm.name.startswith("plan ") and _key(arm, machine) == "plan"]
-        outcome = "not trained with" if "plan" in document["result"] else "no plan"
-        if plans:
-            net, low, high = net_saving(document["result"]["plan"]["saved"], _strict(plans[0], found))
-            outcome = f"{net:+.0%}" + ("" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]")
-        net = plan.net_saving(document["saved"], document["noise"], plan.STEPS_PER_NOISE)
-        predicted = f"{net:+.0%}: {document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
-        lines.append(f"| {name} | {machine} | {predicted} | {outcome} |")
+        predicted = f"{document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
+        plans = [arm for arm in found if _key(arm, machine) == "plan"]
+        for arm in plans:
+            net = plan.net_saving(arm.pruned * document["saved"], arm.pruned * document["noise"], plan.STEPS_PER_NOISE)
+            measured_net, low, high = net_saving(arm.pruned * document["result"]["plan"]["saved"], _strict(arm, found))
+            outcome = f"{measured_net:+.0%}" + ("" if math.isnan(low) else f" [{low:+.0%}, {high:+.0%}]")
+            exact = f"first {1 - arm.pruned:.0%}" if arm.pruned < 1 else "none"
+            lines.append(f"| {name} | {machine} | {predicted} | {exact} | {net:+.0%} | {outcome} |")
+        if not plans:
+            outcome = "not trained with" if "plan" in document["result"] else "no plan"
+            lines.append(f"| {name} | {machine} | {predicted} | | | {outcome} |")
     return lines
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
-    """Returns the mean noise of each arm by name, without the first point, where the model is untrained."""
+    """Returns the mean noise of each arm by name, without the first quarter of the run."""
     result = {}
-    later = points[1:]
+    later = points[max(1, len(points) // 4) :]
     patterns = {key.split()[1] for key in later[0]["noise"]} if later else set()
     means = {
         key: statistics.mean(point["noise"][key] for point in later) for key in (later[0]["noise"] if later else ())
@@ -234,9 +243,10 @@ def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, An
             row = saved[machine].get(_key(arm, machine))
             if row is None:
                 continue
-            at = 1 - row["saved"], level(arm)
+            at = 1 - arm.pruned * row["saved"], level(arm)
             axes.plot(*at, marker, color="tab:green")
-            axes.annotate(_key(arm, machine), at, xytext=(6, 4), textcoords="offset points", fontsize=8)
+            label = _key(arm, machine) + (f", first {1 - arm.pruned:.0%} exact" if arm.pruned < 1 else "")
+            axes.annotate(label, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
     axes.margins(x=0.12)
     axes.set(xlabel="cost, as a share of the full plain run", ylabel=metric, title=name)
     axes.grid(alpha=0.3)
@@ -264,7 +274,10 @@ def main() -> None:
         said += verdicts(name, found, measured)
         parts.append(f"{table(name, task, found, saved, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
-    head = "| plan for | machine | predicted: 1 - (1 - S) (1 + τ) | net saving of the runs |\n|---|---|---|---|\n"
+    head = (
+        "| task | machine | plan | exact steps | predicted net saving | net saving of the runs |\n"
+        "|---|---|---|---|---|---|\n"
+    )
     text = "\n\n".join([head + "\n".join(said), *parts])
     print(text)
     before, begin, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)

@@ -26,6 +26,8 @@ from ..lm import classify, gpt, lora, text
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
+EXACT_START = 0.25  # the share of the steps that are exact at the start of a run, while pruning costs most
+
 #: The settings of one run that differ from the settings of the task.
 Overrides = Mapping[str, Any]
 
@@ -81,13 +83,23 @@ class Task(NamedTuple):
     pruned: tuple[tuple[str, str], ...]
 
     def arms(self) -> list[Overrides]:
-        """Returns the settings of every run. The full plain run comes first."""
-        arms: list[Overrides] = [{}, *({"plan": str(path), "backend": "pruned"} for path in self.plans())]
-        arms += [self.shorter(length) for length in self.lengths]
-        arms += [self.smaller(part) for part in self.batches]
-        arms += [{"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned]
-        arms.append({"method": "rescale", "pattern": "2:4"})  # the published method
-        return arms
+        """Returns the settings of every run. The full plain run comes first.
+
+        Runs with a plan or a pattern come in pairs: with an exact start, and pruned from the first step.
+        """
+        plans: list[Overrides] = [{"plan": str(path), "backend": "pruned"} for path in self.plans()]
+        patterns: list[Overrides] = [
+            {"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned
+        ]
+        start = {"exact_first": round(EXACT_START * self.base["epochs"])}
+        return [
+            {},
+            *(arm for plan in plans for arm in ({**plan, **start}, plan)),
+            *map(self.shorter, self.lengths),
+            *map(self.smaller, self.batches),
+            *(arm for pattern in patterns for arm in ({**pattern, **start}, pattern)),
+            {"method": "rescale", "pattern": "2:4"},  # the published method
+        ]
 
     def plans(self) -> list[Path]:
         """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository."""

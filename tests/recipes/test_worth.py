@@ -53,13 +53,15 @@ def test_runs_every_arm_once(task: Task, images: Path, tmp_path: Path, monkeypat
         ("plain", 2, 4),
         ("plain", 3, 3),
         ("mvue 4:8, weight gradient 4:8", 4, 4),
+        ("mvue 4:8, weight gradient 4:8", 4, 4),
         ("rescale 2:4", 4, 4),
     ]
+    assert [line["config"]["exact_first"] for line in lines] == [0, 0, 0, 0, 1, 0, 0]
     assert all(math.isfinite(line["test_loss"]) for line in lines)
     (tmp_path / "results" / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines[1:]))
     run(monkeypatch, study, *words, 1)
     again = [json.loads(line) for line in (tmp_path / "results" / "resnet9.jsonl").read_text().splitlines()]
-    assert len(again) == 6
+    assert len(again) == 7
     assert again[-1]["test_loss"] == lines[0]["test_loss"]
 
 
@@ -95,7 +97,7 @@ def test_precision_of_the_measured_steps(name: str, outer: bool, images: Path) -
 def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fine-tuning begins with the model that the plain run of the GPT ended with."""
     monkeypatch.setattr(tasks, "RESULTS", tmp_path)
-    tiny = {"epochs": 2, "epoch_steps": 2, "batch_size": 4, "context": 16, "validation_bytes": 512, "warmup": 0.5}
+    tiny = {"epochs": 4, "epoch_steps": 1, "batch_size": 4, "context": 16, "validation_bytes": 512, "warmup": 1.0}
     model = {"model": str(tmp_path / "runs/gpt/seed0/checkpoint.safetensors")}
     of_name = {"gpt": {"size": "tiny"}, "lora": model, "classify": model}
     for text in (tmp_path / "text", tmp_path / "classes" / "one" / "text", tmp_path / "classes" / "other" / "text"):
@@ -105,7 +107,7 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         small = TASKS[name]._replace(
             base={**TASKS[name].base, **tiny, **settings},
             data=tmp_path / ("classes" if name == "classify" else "text"),
-            shorter=lambda share: {"epochs": round(2 * share)},
+            shorter=lambda share: {"epochs": round(4 * share)},
             smaller=lambda share: {"batch_size": round(4 * share)},
             lengths=(0.5,),
             batches=(0.5,),
@@ -120,9 +122,11 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ("plain", 0),
             ("plain", 0),
             ("mvue 2:4", 24),
+            ("mvue 2:4", 24),
             ("rescale 2:4", 24),
         ]
-        assert [arm.cost for arm in report.arms(small, lines)] == [1.0, 0.5, 0.5, 1.0, 1.0]
+        arms = report.arms(small, lines)
+        assert [(arm.cost, arm.pruned) for arm in arms] == [(1, 1), (0.5, 1), (0.5, 1), (1, 0.75), (1, 1), (1, 1)]
         assert all(math.isfinite(line[small.metric]) for line in lines)
         run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
         assert set(json.loads((tmp_path / f"{name}-saved-x.json").read_text())["result"]) == {"2:4"}
@@ -136,7 +140,8 @@ def test_a_run_that_diverges_is_a_result(
     for _ in range(2):  # the second time, nothing is left to run
         run(monkeypatch, study, *words)
         lines = [json.loads(line) for line in (tmp_path / "resnet9.jsonl").read_text().splitlines()]
-        assert [line["row"] for line in lines] == ["plain", "mvue 4:8, weight gradient 4:8", "rescale 2:4"]
+        mvue = "mvue 4:8, weight gradient 4:8"
+        assert [line["row"] for line in lines] == ["plain", mvue, mvue, "rescale 2:4"]
         assert all("finite" in line["diverged"] or "gradient" in line["diverged"] for line in lines)
     small = TASKS["resnet9"]
     table = report.table("resnet9", small, report.arms(small, lines), {}, {})
@@ -168,12 +173,19 @@ def test_what_a_loss_is_worth() -> None:
 
 
 def test_a_verdict_beside_its_outcome() -> None:
-    """A plan with the loss of 90 % of the steps, and of 80 % of the batch: 1 - 0.6 / 0.8 = 25 %."""
-    plan = report.Arm("plan task-plan-x", "pruned", 1.0, {0: 1.2, 1: 1.2})
+    """A plan with the loss of 90 % of the steps, and of 80 % of the batch: 1 - 0.6 / 0.8 = 25 %.
+
+    If half of the steps are pruned: 1 - 0.8 / 0.8 = 0, and predicted are 1 - (1 - 0.2) (1 + 0.05) = 16 %.
+    """
+    row = "plan task-plan-x"
+    plan = report.Arm(row, "pruned", 1.0, {0: 1.2, 1: 1.2}, row)
     found = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.8, 1.4, 1.4), arm("batch", 0.6, 1.4, 1.4), plan]
     document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1}
-    (line,) = report.verdicts("task", found, {"x": document})
-    assert line == "| task | x | +34%: 40% per step, noise τ 0.100 | +25% [+25%, +25%] |"
+    found.append(plan._replace(pruned=0.5))
+    assert report.verdicts("task", found, {"x": document}) == [
+        "| task | x | 40% per step, noise τ 0.100 | none | +34% | +25% [+25%, +25%] |",
+        "| task | x | 40% per step, noise τ 0.100 | first 50% | +16% | +0% [+0%, +0%] |",
+    ]
     (line,) = report.verdicts("task", found, {"y": document})
     assert line.endswith("| not trained with |")
 
@@ -184,7 +196,7 @@ def test_tables(
     monkeypatch.setattr(report, "HERE", tmp_path)
     results, lines = tmp_path / "results", []
     results.mkdir()
-    losses = [1.0, 1.1, 1.2, 1.05, 1.08, 1.3]
+    losses = [1.0, 1.1, 1.2, 1.05, 1.04, 1.08, 1.3]
     for overrides, loss in zip(task.arms(), losses, strict=True):
         config = vars(task.config(**{**task.base, **overrides}))
         lines += [{"config": config, "seed": seed, "test_loss": loss + seed / 10} for seed in (0, 1)]
@@ -199,13 +211,19 @@ def test_tables(
     table = capsys.readouterr().out.splitlines()
     # The loss equals that of plain training with 80 % of the steps, or with 60 % of the batch:
     # (1 / 0.6 - 1) / 0.05 = 13.3, 1 - 0.7 / 0.6 = -17 %.
-    cells = [cell.strip() for cell in next(line for line in table if "mvue" in line).split("|")[1:-1]]
+    cells = [cell.strip() for cell in next(line for line in table if "4:8 |" in line).split("|")[1:-1]]
     assert cells[0] == "mvue 4:8, weight gradient 4:8"
     assert cells[3].startswith("80%")
     assert cells[4].startswith("60%")
     assert cells[5:7] == ["0.050", "13.3"]
     assert cells[7].startswith("30% [20%, 40%]; **-17%** [-")
-    assert "| resnet9 | x | +24%: 25% per step, noise τ 0.020 | no plan |" in table
+    # With an exact start: 90 % of the steps or 80 % of the batch, (1 / 0.8 - 1) / (0.75 * 0.05) = 6.7,
+    # 1 - (1 - 0.75 * 0.3) / 0.8 = 3 %.
+    cells = [cell.strip() for cell in next(line for line in table if "exact |" in line).split("|")[1:-1]]
+    assert cells[0] == "mvue 4:8, weight gradient 4:8, first 25% exact"
+    assert (cells[3][:3], cells[4][:3], *cells[5:7]) == ("90%", "80%", "0.038", "6.7")
+    assert cells[7].startswith("30% [20%, 40%]; **+3%** [+")
+    assert "| resnet9 | x | 25% per step, noise τ 0.020 | | | no plan |" in table
     text = (tmp_path / "README.md").read_text()
     assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
     assert (results / "resnet9.png").stat().st_size > 1000
