@@ -20,6 +20,7 @@ import sdgp
 from sdgp._autograd import LinearProducts
 from sdgp._choose import LEAST_WORK, static_rule
 from sdgp._pattern import Pruning
+from sdgp._semi_structured import DEFAULT, Algorithm
 
 # The choices of auto and pruned.
 
@@ -333,7 +334,7 @@ class Named:
     def dense(self, seed: Tensor | None = None) -> Tensor:
         return self._call("dense", seed)
 
-    def sparse(self, seed: Tensor | None = None) -> Tensor:
+    def sparse(self, seed: Tensor | None = None, algorithm: Algorithm = DEFAULT) -> Tensor:
         return self._call("sparse", seed)
 
     def time(self, call: Callable[[], object], device: torch.device) -> float:

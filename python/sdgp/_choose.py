@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -11,20 +12,24 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import asdict, fields, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _semi_structured
+from ._algorithm import find_algorithm
 from ._clock import elapsed_ms
 from ._decision import Decision, Products, Site
 from ._pattern import Pattern, Pruning
+from ._semi_structured import DEFAULT, Algorithm
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
+_Way = TypeVar("_Way")
 
 # The multiply-adds of a gradient whose dense product takes about 0.2 ms. Below it, the call overhead of the sparse
 # product would cost most of what pruning saves. This is a constant, because under `auto` the path of a forward depends
@@ -118,6 +123,8 @@ class Chooser:
         least_work, least_work_cuda: below this number of multiply-adds, on a CPU and on a GPU, nothing is measured and
             no sparse product is chosen. Under ``"auto"`` both are at least 16 M.
         timer: ``timer(call, device)`` returns the milliseconds of one call.
+        search: whether to look for a faster algorithm of cuSPARSELt than its default, on GPUs. Another algorithm is
+            used only after its results were those of the default for random operands of the same size.
 
     Examples:
         >>> chooser = sdgp.Chooser(rounds=3)
@@ -138,12 +145,13 @@ class Chooser:
         least_work: int = LEAST_WORK,
         least_work_cuda: int = _LEAST_WORK_CUDA,
         timer: Callable[[Callable[[], object], torch.device], float] | None = None,
+        search: bool = True,
     ) -> None:
         if rounds < 1 or limit < 1:
             raise ValueError(f"Chooser: expected rounds >= 1 and limit >= 1, got {rounds} and {limit}")
         self._margin, self._calls_ms, self._rounds, self._limit = margin, calls_ms, rounds, limit
         self._least_work, self._least_work_cuda = least_work, least_work_cuda
-        self._timer = timer or elapsed_ms
+        self._timer, self._search = timer or elapsed_ms, search
         self._decisions: OrderedDict[Site, Decision] = OrderedDict()
         self.epoch = time.time_ns()  # changes when earlier decisions may no longer hold
         self._tokens: list[Token[Chooser]] = []
@@ -225,31 +233,54 @@ class Chooser:
         """Times the products that compete under ``pruning.backend``. It draws nothing from PyTorch's generators."""
         other = _other(pruning)
         device = products.grad_output.device
-        ms = self.measure_all(products, ("sparse", other), rounds)
+        algorithm = self._algorithm(products, rounds)
+        ms = self.measure_all(products, ("sparse", other), rounds, algorithm)
         calls = self._calls_ms if other == "exact" and device.type == "cpu" else 0.0  # a GPU hides this overhead
         if ms["sparse"] + calls < self._margin * ms[other]:
             product, why = "sparse", f"faster than {other}: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"
         else:
             product, why = other, f"sparse is not faster: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"
-        return Decision(product, why, **{f"{name}_ms": value for name, value in ms.items()})
+        times = ms.get("exact"), ms.get("dense"), ms["sparse"]
+        return Decision(product, why, *times, *algorithm)
 
-    def measure_all(self, products: Products, names: Iterable[str], rounds: int | None = None) -> dict[str, float]:
+    def _algorithm(self, products: Products, rounds: int | None) -> Algorithm:
+        """Returns the algorithm for the sparse product on a GPU. It is the default if no other one is faster."""
+        device = products.grad_output.device
+        if device.type != "cuda" or not self._search:
+            return DEFAULT
+        with torch.no_grad():
+            operand, dense = products.operands(products.grad_output.new_zeros(1, dtype=torch.int64))
+            found = find_algorithm(operand, dense)
+        if found == DEFAULT:
+            return DEFAULT
+        ways = {way: functools.partial(_semi_structured.multiply, operand, dense, way) for way in (DEFAULT, found)}
+        ms = self._medians(ways, device, rounds)
+        return found if ms[found] < self._margin * ms[DEFAULT] else DEFAULT
+
+    def measure_all(
+        self, products: Products, names: Iterable[str], rounds: int | None = None, algorithm: Algorithm = DEFAULT
+    ) -> dict[str, float]:
         """Returns the median milliseconds of each named product. Each round times every product once."""
         device = products.grad_output.device
-        seed = torch.zeros(1, dtype=torch.int64, device=device)
+        seed = products.grad_output.new_zeros(1, dtype=torch.int64)
         ways: dict[str, Callable[[], Tensor]] = {
             "exact": products.exact,
             "dense": lambda: products.dense(seed),
-            "sparse": lambda: products.sparse(seed),
+            "sparse": lambda: products.sparse(seed, algorithm),
         }
-        times: dict[str, list[float]] = {name: [] for name in names}
+        return self._medians({name: ways[name] for name in names}, device, rounds)
+
+    def _medians(
+        self, ways: Mapping[_Way, Callable[[], object]], device: torch.device, rounds: int | None
+    ) -> dict[_Way, float]:
+        times: dict[_Way, list[float]] = {way: [] for way in ways}
         with torch.no_grad():
-            for name in times:
-                ways[name]()  # warm-up
+            for call in ways.values():
+                call()  # warm-up
             for _ in range(rounds or self._rounds):
-                for name, milliseconds in times.items():
-                    milliseconds.append(self._timer(ways[name], device))
-        return {name: statistics.median(milliseconds) for name, milliseconds in times.items()}
+                for way, call in ways.items():
+                    times[way].append(self._timer(call, device))
+        return {way: statistics.median(milliseconds) for way, milliseconds in times.items()}
 
     def forget(self) -> None:
         """Drops all measurements, so that they are repeated, for example after the machine has become busier."""

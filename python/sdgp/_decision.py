@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._pattern import Pruning
+from ._semi_structured import DEFAULT, Algorithm, Operand
 
 
 class Site(NamedTuple):
@@ -53,6 +54,7 @@ class Decision:
         why: the reason, as a phrase for people.
         exact_ms, dense_ms, sparse_ms: the milliseconds of each product, with pruning and packing. None if that product
             was not measured.
+        alg_id, split_k, split_k_mode: the algorithm of cuSPARSELt that computes the sparse product on a GPU.
 
     Examples:
         >>> layer = sdgp.Linear(16, 16, backend="dense")
@@ -66,6 +68,13 @@ class Decision:
     exact_ms: float | None = None
     dense_ms: float | None = None
     sparse_ms: float | None = None
+    alg_id: int = DEFAULT.alg_id
+    split_k: int = DEFAULT.split_k
+    split_k_mode: int = DEFAULT.split_k_mode
+
+    @property
+    def algorithm(self) -> Algorithm:
+        return Algorithm(self.alg_id, self.split_k, self.split_k_mode)
 
     @property
     def prunes(self) -> bool:
@@ -95,4 +104,7 @@ class Products(Protocol):
 
     def dense(self, seed: Tensor | None = None) -> Tensor: ...
 
-    def sparse(self, seed: Tensor | None = None) -> Tensor: ...
+    def sparse(self, seed: Tensor | None = None, algorithm: Algorithm = DEFAULT) -> Tensor: ...
+
+    def operands(self, seed: Tensor | None = None) -> tuple[Operand, Tensor]:
+        """Prunes, and returns both factors of the sparse product on a GPU."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +46,17 @@ def _obstacle_of_device(index: int) -> str | None:
     return None
 
 
+class Algorithm(NamedTuple):
+    """An algorithm of cuSPARSELt, as the arguments of PyTorch's operator name it."""
+
+    alg_id: int = 0
+    split_k: int = 1
+    split_k_mode: int = -1
+
+
+DEFAULT = Algorithm()
+
+
 class Operand(NamedTuple):
     """A pruned matrix (rows, cols) in the form that the product takes.
 
@@ -74,25 +85,37 @@ def pack(matrix: Tensor, pattern: Pattern, method: str, seed: Tensor | None = No
     return Operand(packed, layout, rows, cols, padded_cols)
 
 
-def multiply(operand: Operand, dense: Tensor) -> Tensor:
+def multiply(operand: Operand, dense: Tensor, algorithm: Algorithm = DEFAULT) -> Tensor:
     """Multiplies (rows, cols) by ``dense`` (cols, columns) and returns (rows, columns)."""
     columns = dense.shape[1]
     if operand.packed.numel() == 0 or columns == 0:
         return dense.new_zeros(operand.rows, columns)
-    missing = (0, -columns % _DENSE_MULTIPLE, 0, operand.padded_cols - operand.cols)
-    if any(missing):
-        dense = F.pad(dense, missing)
-    product = _multiply_packed(operand.packed, operand.layout, operand.padded_cols, _aligned(dense))
+    product = _multiply_packed(operand.packed, operand.layout, operand.padded_cols, _padded(operand, dense), algorithm)
     return product[: operand.rows, :columns]
 
 
-def _aligned(dense: Tensor) -> Tensor:
-    """Returns ``dense`` contiguous and at an address that the libraries accept. A view may begin anywhere."""
+def search(operand: Operand, dense: Tensor) -> Algorithm:
+    """Returns the algorithm that cuSPARSELt finds for ``multiply``, or the default if the product is CUTLASS's."""
+    if operand.layout == "cutlass_sm80" or operand.packed.numel() == 0 or dense.shape[1] == 0:
+        return DEFAULT
+    # torch._cslt_sparse_mm_search returns the id alone, without split_k.
+    cusparselt: Any = torch._C._cusparselt
+    *found, _ = cusparselt.mm_search(operand.packed, _padded(operand, dense), None, None, None, False)
+    return Algorithm(*found)
+
+
+def _padded(operand: Operand, dense: Tensor) -> Tensor:
+    """Returns ``dense`` with the size and at an address that the libraries accept. A view may begin anywhere."""
+    missing = (0, -dense.shape[1] % _DENSE_MULTIPLE, 0, operand.padded_cols - operand.cols)
+    if any(missing):
+        dense = F.pad(dense, missing)
     dense = dense.contiguous()
     return dense.clone() if dense.storage_offset() * dense.element_size() % _ALIGNMENT else dense
 
 
-def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tensor) -> Tensor:
+def _multiply_packed(
+    packed: Tensor, layout: str | None, cols: int, dense: Tensor, algorithm: Algorithm = DEFAULT
+) -> Tensor:
     result: Tensor
     if layout == "cutlass_sm80":
         rows, buffer = packed.shape[0], packed.flatten()
@@ -100,7 +123,8 @@ def _multiply_packed(packed: Tensor, layout: str | None, cols: int, dense: Tenso
         metadata = buffer[rows * cols // 2 :].view(torch.int16).view(rows, cols // 16)
         result = torch._sparse_semi_structured_mm(values, metadata, dense)
     else:
-        result = torch._cslt_sparse_mm(packed, dense)  # algorithm 0: other algorithms have returned wrong results
+        alg_id, split_k, split_k_mode = algorithm
+        result = torch._cslt_sparse_mm(packed, dense, alg_id=alg_id, split_k=split_k, split_k_mode=split_k_mode)
     return result
 
 

@@ -50,7 +50,8 @@ def pruned_gradient(
     Raises:
         RuntimeError: If a transform differentiates the gradient again.
     """
-    result = products.sparse() if decision.product == "sparse" else products.dense()
+    sparse = decision.product == "sparse"
+    result = products.sparse(algorithm=decision.algorithm) if sparse else products.dense()
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or in_transform()):
         return result
     once: Tensor = _Once.apply(result.detach(), call.op, gradient, *sources)

@@ -15,6 +15,7 @@ from .. import _semi_structured
 from .._choose import obstacle
 from .._ops import conv2d_input_grad_nm, conv2d_weight_grad_nm, prune_nm
 from .._pattern import Pruning
+from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor
 from ._backward import detached, rescaled, rows
 
@@ -75,20 +76,29 @@ class Conv2dProducts(_Conv2dGradient):
     def dense(self, seed: OptionalTensor = None) -> Tensor:
         return self._multiply(prune_conv2d_grad(self.grad_output, self.geometry.groups, self.pruning, seed))
 
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+    def sparse(self, seed: OptionalTensor = None, algorithm: Algorithm = DEFAULT) -> Tensor:
         (n, m), weight = self.pruning.pattern, self.weight
-        stride, padding, dilation, groups = self.geometry
         size = self.input.shape[2:]
-        grad, method = rescaled(_by_group(detached(self.grad_output), groups, m), 1, self.pruning)
-        grad = grad.reshape(self.grad_output.shape)
-        if grad.is_cuda:
+        if self.grad_output.is_cuda:
             memory_format = torch.channels_last if self._channels_last else torch.contiguous_format
-            operand = _semi_structured.pack(rows(grad.movedim(1, -1)), self.pruning.pattern, method, seed)
-            columns = _semi_structured.multiply(operand, weight.flatten(1))  # (pixels, in x kH x kW)
-            return _fold(columns, grad, weight, size, self.geometry).contiguous(memory_format=memory_format)
+            columns = _semi_structured.multiply(*self.operands(seed), algorithm)  # (pixels, in x kH x kW)
+            return _fold(columns, self.grad_output, weight, size, self.geometry).contiguous(memory_format=memory_format)
+        stride, padding, dilation, groups = self.geometry
+        grad, method = self._rescaled()
         return conv2d_input_grad_nm(
             grad, weight, n, m, method, seed, size, stride, padding, dilation, groups, self._channels_last
         )
+
+    def operands(self, seed: OptionalTensor = None) -> tuple[Operand, Tensor]:
+        grad, method = self._rescaled()
+        return _semi_structured.pack(
+            rows(grad.movedim(1, -1)), self.pruning.pattern, method, seed
+        ), self.weight.flatten(1)
+
+    def _rescaled(self) -> tuple[Tensor, str]:
+        groups, (_, m) = self.geometry.groups, self.pruning.pattern
+        grad, method = rescaled(_by_group(detached(self.grad_output), groups, m), 1, self.pruning)
+        return grad.reshape(self.grad_output.shape), method
 
 
 class Conv2dWeightProducts(_Conv2dGradient):
@@ -102,7 +112,7 @@ class Conv2dWeightProducts(_Conv2dGradient):
         grad = prune_nm(self._pixels(), n, m, -1, self.pruning.method, seed)
         return self._multiply(grad.reshape(self.grad_output.shape))
 
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+    def sparse(self, seed: OptionalTensor = None, algorithm: Algorithm = DEFAULT) -> Tensor:
         n, m = self.pruning.pattern
         grad, method = rescaled(self._pixels(), -1, self.pruning)
         grad = grad.reshape(self.grad_output.shape)
@@ -110,6 +120,9 @@ class Conv2dWeightProducts(_Conv2dGradient):
         return conv2d_weight_grad_nm(
             grad, self.input, n, m, method, seed, kernel_size, *self.geometry, self._channels_last
         )
+
+    def operands(self, seed: OptionalTensor = None) -> tuple[Operand, Tensor]:
+        raise NotImplementedError("the weight gradient of a convolution has no sparse product on a GPU")
 
     def _pixels(self) -> Tensor:
         """Returns the gradient as (N, out, H' x W'), by reshape, because flatten has no rule for vmap."""

@@ -16,6 +16,7 @@ from .._choose import obstacle
 from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning, WeightGradLike
+from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor, autocast
 from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, wanted
 from ._call import Call, Layer, exponent, in_transform, save, start
@@ -236,13 +237,17 @@ class LinearProducts:
         n, m = self.pruning.pattern
         return prune_nm(detached(self.grad_output), n, m, -1, self.pruning.method, seed) @ self.weight
 
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+    def sparse(self, seed: OptionalTensor = None, algorithm: Algorithm = DEFAULT) -> Tensor:
         n, m = self.pruning.pattern
+        if self.grad_output.is_cuda:
+            product = _semi_structured.multiply(*self.operands(seed), algorithm)
+            return product.reshape(*self.grad_output.shape[:-1], self.weight.shape[1])
         grad, method = rescaled(detached(self.grad_output), -1, self.pruning)
-        if grad.is_cuda:
-            operand = _semi_structured.pack(rows(grad), self.pruning.pattern, method, seed)
-            return _semi_structured.multiply(operand, self.weight).reshape(*grad.shape[:-1], self.weight.shape[1])
         return prune_nm_matmul(grad, self.weight, n, m, method, seed)
+
+    def operands(self, seed: OptionalTensor = None) -> tuple[Operand, Tensor]:
+        grad, method = rescaled(detached(self.grad_output), -1, self.pruning)
+        return _semi_structured.pack(rows(grad), self.pruning.pattern, method, seed), self.weight
 
 
 @dataclass(slots=True)
@@ -277,14 +282,17 @@ class LinearWeightProducts:
         grad = prune_nm(detached(self.grad_output).t(), n, m, -1, self.pruning.method, seed).t()
         return _multiply_rows(grad, self.input, self.weight, self.transposed)
 
-    def sparse(self, seed: OptionalTensor = None) -> Tensor:
+    def sparse(self, seed: OptionalTensor = None, algorithm: Algorithm = DEFAULT) -> Tensor:
         n, m = self.pruning.pattern
-        grad, method = rescaled(detached(self.grad_output).t(), -1, self.pruning)
-        if grad.is_cuda:  # (out, in)
-            operand = _semi_structured.pack(grad, self.pruning.pattern, method, seed)
-            result = _semi_structured.multiply(operand, self.input)
+        if self.grad_output.is_cuda:
+            result = _semi_structured.multiply(*self.operands(seed), algorithm)  # (out, in)
         else:
+            grad, method = rescaled(detached(self.grad_output).t(), -1, self.pruning)
             result = prune_nm_matmul(grad, self.input, n, m, method, seed)
         if self.transposed:
             result = result.t()
         return result.contiguous() if self.weight.is_contiguous() else result.t().contiguous().t()
+
+    def operands(self, seed: OptionalTensor = None) -> tuple[Operand, Tensor]:
+        grad, method = rescaled(detached(self.grad_output).t(), -1, self.pruning)
+        return _semi_structured.pack(grad, self.pruning.pattern, method, seed), self.input
