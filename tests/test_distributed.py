@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +180,31 @@ def test_two_processes_equal_one(name: str, found: dict[str, Gradients]) -> None
 
 def distance(actual: Tensor, wanted: Tensor) -> float:
     return ((actual - wanted).norm() / wanted.norm()).item()
+
+
+def rpc_worker(rank: int, directory: str) -> None:
+    from torch.distributed import autograd, rpc
+
+    torch.set_num_threads(1)
+    options = rpc.TensorPipeRpcBackendOptions(init_method=f"file://{directory}/store")
+    rpc.init_rpc("only", rank=rank, world_size=1, rpc_backend_options=options)
+    layer = sdgp.convert(nn.Linear(16, 16), "2:4", "magnitude", backend="dense")
+    x = torch.randn(4, 16, requires_grad=True)
+    with autograd.context() as context:
+        autograd.backward(context, [layer(x).square().sum()])
+        of_leaf = autograd.get_gradients(context)
+        found = [of_leaf.get(leaf) for leaf in (x, *layer.parameters())]
+    layer(x).square().sum().backward()
+    torch.save([found, [x.grad, *(parameter.grad for parameter in layer.parameters())]], f"{directory}/gradients")
+    rpc.shutdown()
+
+
+def test_distributed_autograd(tmp_path: Path) -> None:
+    """Distributed autograd does not tell a node which of its gradients are asked for."""
+    mp.spawn(rpc_worker, (str(tmp_path),), nprocs=1)
+    found, expected = torch.load(tmp_path / "gradients")
+    for actual, wanted in zip(found, expected, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_tensor_parallel_stays_exact(found: dict[str, Gradients]) -> None:

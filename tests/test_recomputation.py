@@ -10,12 +10,13 @@ import contextlib
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import sdgp
 
@@ -233,6 +234,91 @@ def test_recomputation_under_autocast_saves_and_computes_the_same() -> None:
     expected = run("none")
     for mode in MODES:
         assert all(map(torch.equal, expected, run(mode)))
+
+
+def save_products(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    saved = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if saved else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_selective_checkpointing(backend: str, autocast: bool) -> None:
+    """All blocks share one autocast region in the forward, but each recomputation has a region of its own."""
+
+    def run(selective: bool) -> list[Tensor]:
+        x, blocks = draw_input("linear"), make("linear", method="magnitude", backend=backend)
+        settings = {"context_fn": partial(create_selective_checkpoint_contexts, save_products)} if selective else {}
+        y = x
+        with sdgp.Chooser(timer=timer(True)), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            for block in blocks:
+                y = checkpoint(block, y, use_reentrant=False, **settings)
+            y.float().square().sum().backward()
+        return [x.grad, *(parameter.grad for parameter in blocks.parameters())]
+
+    assert all(map(torch.equal, run(False), run(True)))
+
+
+class RunsInBackward(torch.autograd.Function):
+    """The identity, whose backward calls a function of the saved input and the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        ctx.call = call
+        ctx.save_for_backward(x)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.enable_grad():
+            return ctx.call(ctx.saved_tensors[0].detach().requires_grad_(), grad), None
+
+
+def test_settings_changed_inside_a_backward_hold_there() -> None:
+    """The backward of an implicit layer runs a model. That is no recomputation of an earlier forward."""
+    layer = sdgp.convert(nn.Linear(16, 16, bias=False), "2:4", "magnitude", backend="dense").requires_grad_(False)
+    x, grad = torch.randn(2, 4, 16)
+
+    def data_gradient(x: Tensor, grad: Tensor) -> Tensor:
+        return torch.autograd.grad(layer(x), x, grad)[0]
+
+    def paused(x: Tensor, grad: Tensor) -> Tensor:
+        with sdgp.paused(layer):
+            return data_gradient(x, grad)
+
+    def penalty(x: Tensor, grad: Tensor) -> Tensor:
+        with sdgp.paused(layer):
+            (slope,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+            return torch.autograd.grad(slope.square().sum(), x)[0]
+
+    def converted(x: Tensor, grad: Tensor) -> Tensor:
+        sdgp.convert(layer, "1:4", "magnitude", backend="dense")
+        return data_gradient(x, grad)
+
+    square = layer.weight.t() @ layer.weight
+    for call, expected in (
+        (paused, grad @ layer.weight),
+        (penalty, 8 * x @ square @ square),
+        (converted, sdgp.prune_nm(grad, 1, 4) @ layer.weight),
+    ):
+        leaf = x.clone().requires_grad_()
+        RunsInBackward.apply(leaf, call).backward(grad)
+        torch.testing.assert_close(leaf.grad, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_hooks_that_quantize_what_is_saved(backend: str) -> None:
+    def pack(saved: Tensor) -> tuple[Tensor, Tensor]:
+        scale = saved.abs().max() / 127
+        return (saved / scale).round().to(torch.int8), scale
+
+    layer = sdgp.convert(nn.Linear(WIDTH, WIDTH), "2:4", backend=backend)
+    x = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda packed: packed[0] * packed[1]):
+        y = layer(x)
+    y.square().mean().backward()
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 def test_gradient_penalty_through_checkpoints_under_auto_is_that_of_the_plain_model() -> None:

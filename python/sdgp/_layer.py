@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -25,9 +25,27 @@ _Module = TypeVar("_Module", bound=nn.Module)
 # since then. So each change of a layer's settings is kept for a while, with the sequence number that autograd's next
 # node was to get. A forward inside a backward looks up the settings by the sequence number of the running node. This
 # node belongs to the checkpoint and was made in the first run. A checkpoint inside another checkpoint is made in the
-# recomputation of the outer one, so it gets the current settings.
+# recomputation of the outer one, so it gets the current settings. So does a forward in a node that changed the settings
+# itself, such as a backward that runs a model inside `paused`.
 _CHANGES_KEPT = 64
-_past: WeakKeyDictionary[PruningLayer, deque[tuple[int, Pruning, str]]] = WeakKeyDictionary()
+
+
+class _Change(NamedTuple):
+    """The settings until a change: before autograd's node ``until``, changed while ``node`` ran (None: no node)."""
+
+    until: int
+    node: int | None
+    pruning: Pruning
+    held: str
+
+
+_past: WeakKeyDictionary[PruningLayer, deque[_Change]] = WeakKeyDictionary()
+
+
+def _running_node() -> int | None:
+    """Returns the sequence number of the autograd node that runs now, or None outside a backward."""
+    node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
 
 
 class PruningLayer(nn.Module):
@@ -162,16 +180,17 @@ class PruningLayer(nn.Module):
 
     def _remember(self) -> None:
         changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
-        changes.append((torch._C._autograd._get_sequence_nr(), self.pruning, self.held))
+        until = torch._C._autograd._get_sequence_nr()
+        changes.append(_Change(until, _running_node(), self.pruning, self.held))
 
     def _settings(self) -> tuple[Pruning, str]:
         """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and self in _past:
-            node = torch._C._current_autograd_node()
-            began = node._sequence_nr() if node is not None else None
-            for until, pruning, held in _past[self]:
-                if began is not None and began < until:
-                    return pruning, held
+            node, changes = _running_node(), _past[self]
+            if node is not None and changes[-1].node != node:
+                for change in changes:
+                    if node < change.until:
+                        return change.pruning, change.held
         return self.pruning, self.held
 
     def _traced(self, input: torch.fx.Proxy) -> Any:

@@ -66,6 +66,7 @@ Result run(const Dict& of) {
   if (of.at("autocast").toBool()) at::autocast::set_autocast_enabled(at::kCPU, true);
   torch::manual_seed(0);
   const at::Tensor output = call(of, weight, bias);
+  output.mul_(1);  // as torch::nn, layers allow changes in place
   at::autocast::set_autocast_enabled(at::kCPU, false);
   const std::string twice = of.at("twice").toStringRef();  // the gradient to differentiate again, or empty
   output.backward(tensor(of, "grad_output"), /*retain_graph=*/{}, !twice.empty());

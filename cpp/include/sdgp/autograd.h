@@ -98,7 +98,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                             const std::optional<at::Tensor>& bias, const Pruning& pruning) {
     save(ctx, input, weight, pruning);
     ctx->saved_data["has_bias"] = bias.has_value();
-    return at::linear(input, weight, bias);
+    const at::Tensor output = at::linear(input, weight, bias);
+    // Autograd does not allow changes in place to a view of a tensor that a Function made.
+    return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {

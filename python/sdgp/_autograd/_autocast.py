@@ -14,10 +14,13 @@ and cached. Only the cached cast keeps that accumulator alive, so the token dies
 from __future__ import annotations
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 OptionalTensor: TypeAlias = Tensor | None
 
@@ -68,10 +71,22 @@ def _casts_of_region(device: str) -> _Casts:
     casts = None if _casts is None else _casts()
     if casts is None:
         casts = _Casts()
-        leaf = torch.zeros(1, 1, device=device, requires_grad=True)
-        accumulator: Any = leaf.view_as(leaf).grad_fn
-        accumulator.next_functions[0][0].register_prehook(lambda *_, kept=casts: None)
-        # addmm, because autocast casts its arguments and it saves nothing for the backward here.
-        torch.addmm(leaf, leaf.detach().new_empty(1, 0), leaf.detach().new_empty(0, 1))
+        with _without_modes():
+            leaf = torch.zeros(1, 1, device=device, requires_grad=True)
+            accumulator: Any = leaf.view_as(leaf).grad_fn
+            accumulator.next_functions[0][0].register_prehook(lambda *_, kept=casts: None)
+            # addmm, because autocast casts its arguments and it saves nothing for the backward here.
+            torch.addmm(leaf, leaf.detach().new_empty(1, 0), leaf.detach().new_empty(0, 1))
         _casts = weakref.ref(casts)
     return casts
+
+
+def _without_modes() -> AbstractContextManager[object]:
+    """Hides the token from dispatch modes: a selective checkpoint would miss its operators in the recomputation.
+
+    Under fake tensors the token stays fake, because its device may not exist.
+    """
+    if any(isinstance(mode, FakeTensorMode) for mode in _get_current_dispatch_mode_stack()):
+        return nullcontext()
+    modes: AbstractContextManager[object] = _disable_current_modes()
+    return modes

@@ -61,10 +61,13 @@ def pruned_gradient(
 def wanted(ctx: Any) -> list[bool]:
     """Returns which gradients of input, weight and bias this backward must compute. It may be only some of them."""
     needs = list(ctx.needs_input_grad[:3])
-    if not torch.compiler.is_compiling():
-        for index, (node, _) in enumerate(ctx.next_functions):  # one per tensor argument; these come first
-            needs[index] = needs[index] and (node is None or _is_asked_for(node))
-    return needs
+    if torch.compiler.is_compiling():
+        return needs
+    asked = list(needs)
+    for index, (node, _) in enumerate(ctx.next_functions):  # one per tensor argument; these come first
+        asked[index] = asked[index] and (node is None or _is_asked_for(node))
+    # This node runs because something is asked for. Distributed autograd does not tell what.
+    return asked if any(asked) else needs
 
 
 def _is_asked_for(node: Any) -> bool:
@@ -78,7 +81,7 @@ def forward_derivative(
     ctx: Any, tangents: Sequence[OptionalTensor], product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
     """Returns the derivative of ``product(input, weight) + bias`` along the tangents of input, weight and bias."""
-    input, weight = ctx.saved_tensors
+    *_, weight, input = ctx.saved_tensors
     input_t, weight_t, bias_t = tangents[:3]
     terms = [] if bias_t is None else [bias_t]
     terms += [] if input_t is None else [product(input_t, weight)]

@@ -134,17 +134,20 @@ def start(
     """
     if not torch.is_grad_enabled() or _leaves_python():
         return None
-    weight_pruning = pruning.weight if weight.requires_grad else None
+    trains_input, trains_weight = input.requires_grad, weight.requires_grad
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        trains_input, trains_weight = _requires_grad(input), _requires_grad(weight)
+    weight_pruning = pruning.weight if trains_weight else None
     if weight_pruning is not None and not input.is_nested and along() < weight_pruning.pattern.m:
         if not (held or torch.compiler.is_compiling()):
             note(layer, _too_few(op, along(), weight_pruning), _WEIGHT)
         weight_pruning = None
-    if not (input.requires_grad or weight_pruning is not None):
+    if not (trains_input or weight_pruning is not None):
         return None  # no gradient to prune
     auto = pruning.backend == "auto"
     if torch.compiler.is_compiling():
         return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
-    asked = (*(_DATA if input.requires_grad else ()), *(_WEIGHT if weight_pruning is not None else ()))
+    asked = (*(_DATA if trains_input else ()), *(_WEIGHT if weight_pruning is not None else ()))
     if auto and work < LEAST_WORK:
         note(layer, SMALL, asked)
         remember(layer, input)
@@ -177,7 +180,7 @@ def start(
             for gradient, decision in zip(asked, exact, strict=True):
                 note(layer, decision, (gradient,))
             # A similar call may need a gradient that this call does not need.
-            needs_all = pruning.weight_grad is None or (input.requires_grad and weight.requires_grad)
+            needs_all = pruning.weight_grad is None or (trains_input and trains_weight)
             remember(layer, input if needs_all else None)
             return None
     of_weight = None if weight_pruning is None else Part(weight_pruning, sites["weight"])
@@ -194,13 +197,22 @@ def _leaves_python() -> bool:
 
 # No plain operator saves a tensor like this. If a checkpoint repeats the forward of a layer that was converted or
 # reverted since, it finds the mark in the place of another tensor. It then raises an error, and mixes nothing up.
-_MARK = torch.empty(0, dtype=torch.uint8, device="cpu")
+# Hooks that compress what is saved expect numbers, so the mark is one.
+_MARK = torch.ones(1, dtype=torch.float32, device="cpu")
 
 
-def save(ctx: Any, weight: Tensor, input: Tensor) -> None:
-    """Saves what the backward needs. With a frozen weight this excludes the input."""
+def save(ctx: Any, weight: Tensor, input: Tensor, *, jvp: bool = False) -> None:
+    """Saves what the backward needs. With a frozen weight this excludes the input.
+
+    Args:
+        jvp: saves the same for forward-mode differentiation, which always needs the input. Both must save the same
+            tensors in the same order, because vmap keeps one list of their batch dimensions.
+    """
     mark = (_MARK,) if not torch.compiler.is_compiling() and has_hooks() else ()
-    ctx.save_for_backward(*mark, weight, input if ctx.needs_input_grad[1] else None)
+    saved = *mark, weight, input if jvp or ctx.needs_input_grad[1] else None
+    ctx.save_for_backward(*saved)
+    if jvp:
+        ctx.save_for_forward(*saved)
 
 
 def _too_few(op: str, count: int, pruning: Pruning) -> Decision:
@@ -228,6 +240,13 @@ def remember(layer: Layer | None, plain_for: Tensor | None) -> None:
 def in_transform() -> bool:
     """Returns whether a torch.func transform or forward-mode differentiation surrounds this call."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _requires_grad(tensor: Tensor) -> bool:
+    """Returns whether a tensor needs a gradient at any level of the transforms around this call."""
+    while not tensor.requires_grad and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -174,8 +174,7 @@ class _Conv2dInTransform(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, call, geometry = inputs
-        _save(ctx, input, weight, call, geometry)
-        ctx.save_for_forward(input, weight)
+        _save(ctx, input, weight, call, geometry, jvp=True)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
@@ -189,10 +188,10 @@ class _Conv2dInTransform(Function):
         return forward_derivative(ctx, (input_t, weight_t, bias_t), lambda x, w: F.conv2d(x, w, None, *ctx.geometry))
 
 
-def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, geometry: Geometry) -> None:
+def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, geometry: Geometry, jvp: bool = False) -> None:
     ctx.call, ctx.geometry, ctx.input_shape = call, geometry, input.shape
     ctx.channels_last = is_channels_last(input)
-    save(ctx, weight, input)
+    save(ctx, weight, input, jvp=jvp)
 
 
 def _gradients(

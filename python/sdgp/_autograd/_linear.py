@@ -158,8 +158,7 @@ class _LinearInTransform(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         input, weight, _, call, transposed = inputs
-        _save(ctx, input, weight, call, transposed)
-        ctx.save_for_forward(input, weight)
+        _save(ctx, input, weight, call, transposed, jvp=True)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
@@ -171,10 +170,10 @@ class _LinearInTransform(Function):
         return forward_derivative(ctx, tangents, lambda x, w: _linear(x, w, None, ctx.transposed))
 
 
-def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool) -> None:
+def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool, jvp: bool = False) -> None:
     ctx.call, ctx.transposed = call, transposed
     # Save the leaf itself: a view would keep memory that ZeRO releases between forward and backward.
-    save(ctx, weight, input)
+    save(ctx, weight, input, jvp=jvp)
 
 
 def _gradients(
