@@ -25,6 +25,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Build facts of sdgp; importing it registers the ops in torch.ops.sdgp.";
   module.attr("version") = SDGP_VERSION;
   module.attr("max_group_size") = sdgp::kMaxGroupSize;
+  module.attr("dtypes") = names(sdgp::kDTypes, all);
   module.attr("methods") = names(sdgp::kMethods, all);
   module.attr("methods_that_draw") = names(sdgp::kMethods, [](const auto& method) { return method.draws; });
   module.attr("methods_by_group") = names(sdgp::kMethods, [](const auto& method) { return method.by_group; });

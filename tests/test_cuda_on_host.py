@@ -29,9 +29,10 @@ from torch.sparse._semi_structured_conversions import (
 
 import sdgp
 from sdgp._load import C
+from sdgp._ops import PRUNED_DTYPES
 
 ROOT = Path(__file__).parents[1]
-DTYPES_BY_KERNEL = (torch.float32, torch.float64, torch.float16, torch.bfloat16)  # in the order of DType
+DTYPES_BY_KERNEL = PRUNED_DTYPES  # in the order of DType
 METHODS_BY_KERNEL, LAYOUTS = C.methods, C.layouts_24  # in the order of Method and Layout24
 TILE_ROWS, TILE_COLS = C.tile_24
 

@@ -1,5 +1,6 @@
 version: str
 max_group_size: int
+dtypes: tuple[str, ...]
 methods: tuple[str, ...]
 methods_that_draw: tuple[str, ...]
 methods_by_group: tuple[str, ...]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ._layer import PruningLayer, prune_in_place, unprune_in_place
+from ._load import C
 from ._models import check_module, layers_of
 from ._ops import PRUNED_DTYPES
 from ._pattern import PatternLike, Pruning, WeightGradLike
@@ -220,9 +221,7 @@ def _why_unusual(weight: Any) -> str | None:
     if kind not in (Tensor, nn.Parameter) and not isinstance(weight, FakeTensor) and not hasattr(weight, "placements"):
         return f"its weight is a {kind.__name__}, a subclass of Tensor"
     if weight.dtype not in PRUNED_DTYPES:
-        return (
-            f"its weight is {str(weight.dtype).removeprefix('torch.')}; pruned are float32, float64, float16, bfloat16"
-        )
+        return f"its weight is {str(weight.dtype).removeprefix('torch.')}; pruned are {', '.join(C.dtypes)}"
     return None
 
 

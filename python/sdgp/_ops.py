@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _fakes as _fakes
-from . import _load as _load  # registers the ops
+from ._load import C  # registers the ops
 from ._pattern import METHODS_THAT_DRAW
 
 #: The dtypes that the kernels support.
-PRUNED_DTYPES = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
+PRUNED_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, name) for name in C.dtypes)
 
 
 def prune_nm(

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from . import CommandError
+from sdgp._load import C
 
-_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in ("float32", "float64", "float16", "bfloat16")}
+from . import CommandError
 
 
 def begin(device: str | None, threads: int | None) -> torch.device:
@@ -30,6 +30,7 @@ def parse_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """Returns the dtype for a device. The default is a dtype for which the device has a sparse product."""
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in _DTYPES:
-        raise CommandError(f"expected --dtype to be one of {', '.join(_DTYPES)}, got {name!r}")
-    return _DTYPES[name]
+    if name not in C.dtypes:
+        raise CommandError(f"expected --dtype to be one of {', '.join(C.dtypes)}, got {name!r}")
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -18,7 +18,6 @@ from sdgp import _autograd, _ops, _semi_structured, reference
 from sdgp._pattern import BACKENDS, METHODS, Pattern
 
 PATTERNS = ((2, 4), (4, 32), (3, 7))  # two patterns with a specialized kernel, one without
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 #: A description, the actual and the expected result, and the largest relative error from rounding; 0 means bit for bit.
 Comparison = tuple[str, Tensor, Tensor, float]
@@ -60,7 +59,7 @@ def _compare(what: str, actual: Tensor, expected: Tensor, tolerance: float) -> N
 
 def _prune_nm(device: torch.device) -> Iterator[Comparison]:
     seed = torch.tensor([7], device=device)
-    for dtype in DTYPES:
+    for dtype in _ops.PRUNED_DTYPES:
         for shape, dim in (((37, 70), -1), ((2, 64, 5, 5), 1)):
             x = torch.randn(shape).to(device, dtype)
             for n, m in PATTERNS:
@@ -73,7 +72,7 @@ def _prune_nm(device: torch.device) -> Iterator[Comparison]:
 
 def _compress_nm(device: torch.device) -> Iterator[Comparison]:
     _need_kernel("compress_nm", device)
-    for dtype in DTYPES:
+    for dtype in _ops.PRUNED_DTYPES:
         x = torch.randn(37, 70).to(device, dtype)
         for n, m in PATTERNS:
             found, expected = _ops.compress_nm(x, n, m), reference.compress_nm(x, n, m)
@@ -96,7 +95,7 @@ def _spmm_nm(device: torch.device) -> Iterator[Comparison]:
 
 
 def _compressed(device: torch.device) -> Iterator[tuple[str, Tensor, tuple[Tensor, Tensor], int]]:
-    for dtype in DTYPES:
+    for dtype in _ops.PRUNED_DTYPES:
         x = torch.randn(37, 70).to(device, dtype)
         for n, m in PATTERNS:
             yield f"{n}:{m}, {dtype}", x, reference.compress_nm(x, n, m), m
