@@ -207,8 +207,5 @@ def _twins(
             reasons[name] = str(why)
             continue
         plain = module.to_dense() if isinstance(module, PruningLayer) else module
-        twins[module] = [
-            twin.from_dense(plain, pruning.pattern, pruning.method, pruning.backend, weight_grad=pruning.weight_grad)
-            for pruning in settings
-        ]
+        twins[module] = [twin.sharing(plain, pruning) for pruning in settings]
     return twins, reasons

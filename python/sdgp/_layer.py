@@ -85,8 +85,13 @@ class PruningLayer(nn.Module):
         """
         if type(dense) is not cls._plain:
             raise ValueError(f"from_dense: expected an nn.{cls._plain.__name__}, got {type(dense).__name__}")
-        layer = _share(dense, cls)
-        layer._set_up(Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
+        return cls.sharing(dense, Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
+
+    @classmethod
+    def sharing(cls, plain: nn.Module, pruning: Pruning) -> Self:
+        """Does what ``from_dense`` does, with settings that were checked."""
+        layer = _share(plain, cls)
+        layer._set_up(pruning)
         return layer
 
     def to_dense(self) -> nn.Module:
