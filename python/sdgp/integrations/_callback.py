@@ -23,6 +23,9 @@ class ScheduleCallback:
     If a budget is given, a ``sdgp.Budget`` does both instead.
     """
 
+    # The arguments that a checkpoint stores. Each is in the attribute of its name, in a form that JSON can store.
+    stored = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
+
     schedule: Schedule | None = None
     budget: Budget | None = None
     budget_state: Mapping[str, Any] | None = None  # from a checkpoint

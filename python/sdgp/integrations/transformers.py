@@ -78,8 +78,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     def state(self) -> dict[str, Any]:
         """Returns the state for the Trainer's checkpoint, in types that JSON can store."""
-        arguments = ("pattern", "method", "backend", "weight_grad", "exact_first", "exact_last")
-        settings = {name: getattr(self, name) for name in arguments} | {"patterns": list(self.patterns.items())}
+        settings = {name: getattr(self, name) for name in self.stored} | {"patterns": list(self.patterns.items())}
         attributes = {"measured": self.measured, "layers": self._converted}
         if self.budget_settings is not None:
             settings["budget"] = self.budget_settings
