@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from small import IMAGES, RECIPES, ROOT, command, fails, lines, run
+from small import IMAGES, RECIPES, ROOT, SMALL, command, fails, lines, run
 from torch import nn
 
 from recipes.cifar10.train import Config as CifarConfig
@@ -19,8 +20,6 @@ from recipes.common import config
 from recipes.common.errors import UserError
 from recipes.common.finite import FiniteCheck
 from recipes.common.images import decode
-from recipes.imagenet.train import Config as ImageNetConfig
-from recipes.lm.gpt import Config as GPTConfig
 from recipes.lm.lora import Config as LoraConfig
 from recipes.lm.text import load_text
 
@@ -104,8 +103,8 @@ def test_config_files(tmp_path: Path) -> None:
 )
 def test_every_config_loads(file: Path) -> None:
     """Every config must load, and its first line must be the command that runs it."""
-    types = {"cifar10": CifarConfig, "imagenet": ImageNetConfig, "lm": GPTConfig}
-    loaded = config.load(types[file.parts[-3]], [file])
+    module = next(module for module, _ in SMALL.values() if module.split(".")[0] == file.parts[-3])
+    loaded = config.load(importlib.import_module(f"recipes.{module}").Config, [file])
     text = file.read_text().splitlines()
     assert len(text) <= 15
     assert "-m recipes." in text[0]
