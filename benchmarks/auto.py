@@ -14,10 +14,9 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
-from bench import arguments, begin, interleaved, store
+from bench import Row, arguments, begin, finish, interleaved
 from torch import Tensor, nn
 
 import sdgp
@@ -56,7 +55,7 @@ def make_call(layer: nn.Module, input: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(layer(input), wanted, grad_output)
 
 
-def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: int) -> Row:
     converted = sdgp.convert(copy.deepcopy(layer), pattern, METHOD, backend="auto")
     candidates = {
         "plain": make_call(layer, input),
@@ -81,27 +80,25 @@ def measure(name: str, layer: nn.Module, input: Tensor, pattern: str, rounds: in
     }
 
 
-def show(row: dict[str, Any]) -> None:
+def line(row: Row) -> str:
     head = f"{row['layer']:42s} | {row['pattern']:>4s} | plain {row['plain_ms']:9.4f} ms"
-    print(f"{head} | auto {row['times_plain']:.3f}x | noise {row['noise']:.3f}x | {row['chosen']}", flush=True)
+    return f"{head} | auto {row['times_plain']:.3f}x | noise {row['noise']:.3f}x | {row['chosen']}"
 
 
 def main() -> None:
     parser = arguments(__doc__, rounds="the least; quick layers get up to 1000")
     parser.add_argument("--layer", nargs="*", choices=("linear", "conv2d"), default=["linear", "conv2d"])
     parser.add_argument("--pattern", nargs="*", default=["2:4", "4:32"])
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    for kind in args.layer:
-        for name, layer, input in layers(kind):
-            for pattern in args.pattern:
-                rows.append(measure(name, layer, input, pattern, args.rounds))
-                show(rows[-1])
-    slowest = max(rows, key=lambda row: row["times_plain"])
+    args = begin(parser)
+    rows = (
+        measure(name, layer, input, pattern, args.rounds)
+        for kind in args.layer
+        for name, layer, input in layers(kind)
+        for pattern in args.pattern
+    )
+    measured = finish(args, "auto", rows, line)
+    slowest = max(measured, key=lambda row: row["times_plain"])
     print(f"slowest beside plain: {slowest['times_plain']:.3f}x, {slowest['layer']}, {slowest['pattern']}")
-    if machine is not None:
-        store("auto", machine, rows, args.store)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from bench import arguments, begin, interval, rounds_of, store, subject_here
+from bench import Row, arguments, begin, finish, median_and_interval, rounds_of, subject_here
 from torch import Tensor
 
 from sdgp._decision import Products
@@ -40,7 +40,7 @@ class Case(NamedTuple):
     products: Callable[[Pruning], Products]
 
 
-def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
+def measure(case: Case, pattern: str, rounds: int) -> Row:
     candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
     for method in METHODS:
         products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
@@ -50,10 +50,9 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
     milliseconds = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
     # Use the ratios within each round, because a slow phase of the machine affects both times.
     ratios = {
-        method: sorted(exact / sparse for exact, sparse in zip(times["exact"], times[method], strict=True))
+        method: median_and_interval(exact / sparse for exact, sparse in zip(times["exact"], times[method], strict=True))
         for method in METHODS
     }
-    low, high = interval(rounds)
     return {
         "shape": case.name,
         "pattern": pattern,
@@ -64,19 +63,19 @@ def measure(case: Case, pattern: str, rounds: int) -> dict[str, Any]:
         "clone_ms": round(milliseconds["clone"], 3),
         "exact_ms": round(milliseconds["exact"], 3),
         "sparse_ms": {method: round(milliseconds[method], 3) for method in METHODS},
-        "times_exact": {method: round(statistics.median(found), 3) for method, found in ratios.items()},
-        "interval": {method: [round(found[low], 3), round(found[high], 3)] for method, found in ratios.items()},
+        "times_exact": {method: round(median, 3) for method, (median, _, _) in ratios.items()},
+        "interval": {method: [round(low, 3), round(high, 3)] for method, (_, low, high) in ratios.items()},
     }
 
 
-def show(row: dict[str, Any]) -> None:
+def line(row: Row) -> str:
     exact = f"exact {row['exact_ms']:7.2f} ms {row['gflop'] / row['exact_ms'] * 1e3:5.1f} GFLOP/s"
     sparse = " | ".join(
         f"{method} {row['sparse_ms'][method]:7.2f} ms {row['times_exact'][method]:5.2f}x [{low:.2f}, {high:.2f}]"
         for method, (low, high) in row["interval"].items()
     )
     head = f"{row['shape']:29s} | {row['pattern']:>5s}"
-    print(f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms", flush=True)
+    return f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms"
 
 
 def speeds(dtype: torch.dtype) -> dict[str, float]:
@@ -102,24 +101,21 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
 
 
 def main(subject: str, description: str | None, cases: Callable[[torch.dtype], Iterable[Case]]) -> None:
-    """Runs the command line of all programs. It makes one case at a time, because all cases would not fit in memory."""
+    """Runs the command line of all programs. ``cases`` makes one at a time, because all would not fit in memory."""
     parser = arguments(description)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    args = parser.parse_args()
+    args = begin(parser)
     dtype = getattr(torch, args.dtype)
-    if args.dtype != "float32":
-        subject += f", {args.dtype}"
-    subject = subject_here(subject)
-    machine = (begin(args) or {}) | speeds(dtype)
-    product, clone = machine["best_dense_product_gflop_per_s"], machine["best_clone_gb_per_s"]
+    args.machine |= speeds(dtype)
+    product, clone = args.machine["best_dense_product_gflop_per_s"], args.machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
-    rows = []
-    for case in cases(dtype):
-        for pattern in args.pattern:
-            if args.shape in case.name:
-                rows.append(measure(case, pattern, args.rounds))
-                show(rows[-1])
-    if args.store:
-        store(subject, machine, rows, args.store)
+    subject = subject if args.dtype == "float32" else f"{subject}, {args.dtype}"
+    rows = (
+        measure(case, pattern, args.rounds)
+        for case in cases(dtype)
+        if args.shape in case.name
+        for pattern in args.pattern
+    )
+    finish(args, subject_here(subject), rows, line)

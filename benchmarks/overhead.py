@@ -14,12 +14,10 @@ from __future__ import annotations
 import copy
 import functools
 import random
-import statistics
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
-from bench import arguments, begin, interval, store
+from bench import Row, arguments, begin, finish, median_and_interval
 from torch import Tensor, nn
 
 import sdgp
@@ -54,18 +52,16 @@ def repeat(call: Callable[[], object]) -> None:
 
 
 def difference(call: Callable[[], object], plain: Callable[[], object], rounds: int) -> tuple[float, float, float]:
-    """Returns the median difference in microseconds and the ends of its 95 % interval, from order statistics."""
-    pairs = []
+    """Returns the median difference in microseconds and the ends of its 95 % interval."""
+    differences = []
     for index in range(rounds):
         calls = (call, plain) if index % 2 else (plain, call)  # alternate which one comes first
         times = {each: seconds(functools.partial(repeat, each)) / REPEATS for each in calls}
-        pairs.append(1e6 * (times[call] - times[plain]))
-    pairs.sort()
-    low, high = interval(rounds)
-    return statistics.median(pairs), pairs[low], pairs[high]
+        differences.append(1e6 * (times[call] - times[plain]))
+    return median_and_interval(differences)
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, rounds: int) -> Iterator[Row]:
     make, shape = LAYERS[name]
     plain, x = make(), torch.randn(shape, requires_grad=True)
     gradient = torch.randn_like(plain(x))
@@ -83,22 +79,19 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
 
         return run
 
-    rows = []
     for state, layer in states(plain).items():
         with sdgp.Chooser(timer=lambda call, device: 1.0):  # with equal times, auto finds that sparse is not faster
             step(layer)()
             for part, make_call in (("forward", forward), ("forward and backward", step)):
-                median, low, high = difference(make_call(layer), make_call(plain), rounds)
-                row = {"layer": name, "state": state, "part": part, "added_us": round(median, 2)}
-                rows.append(row | {"low_us": round(low, 2), "high_us": round(high, 2)})
-    return rows
+                added, low, high = (round(us, 2) for us in difference(make_call(layer), make_call(plain), rounds))
+                yield {"layer": name, "state": state, "part": part, "added_us": added, "low_us": low, "high_us": high}
 
 
 def train(model: nn.Module, images: Tensor) -> None:
     model(images).square().mean().backward()
 
 
-def images_of_varying_size(steps: int) -> dict[str, Any]:
+def images_of_varying_size(steps: int) -> Row:
     """Times training steps of a small network on images with sides of 48 to 111 pixels, as in object detection."""
     plain = nn.Sequential(
         nn.Conv2d(3, 64, 3, padding=1),
@@ -115,32 +108,28 @@ def images_of_varying_size(steps: int) -> dict[str, Any]:
             models = (plain, converted) if step % 2 else (converted, plain)
             times = {model: seconds(functools.partial(train, model, images)) for model in models}
             ratios.append(times[converted] / times[plain])
-        ratios = sorted(ratios[10:])
-        low, high = interval(len(ratios))
-        return {
-            "steps": steps,
-            "sites": len(chooser),
-            "times_plain": round(statistics.median(ratios), 4),
-            "low": round(ratios[low], 4),
-            "high": round(ratios[high], 4),
-        }
+        median, low, high = (round(ratio, 4) for ratio in median_and_interval(ratios[10:]))
+        return {"steps": steps, "sites": len(chooser), "times_plain": median, "low": low, "high": high}
+
+
+def rows(rounds: int) -> Iterator[Row]:
+    for name in LAYERS:
+        yield from measure(name, rounds)
+    yield images_of_varying_size(max(rounds // 10, 30))
+
+
+def line(row: Row) -> str:
+    if "layer" not in row:
+        return "images of varying size, auto: {times_plain:.3f} of plain [{low:.3f}, {high:.3f}]".format(**row)
+    head = f"{row['layer']:36s} | {row['state']:11s} | {row['part']:20s}"
+    return f"{head} | {row['added_us']:+6.1f} us [{row['low_us']:6.1f}, {row['high_us']:6.1f}]"
 
 
 def main() -> None:
     parser = arguments(__doc__)
     parser.set_defaults(rounds=1000)
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    for name in LAYERS:
-        for row in measure(name, args.rounds):
-            rows.append(row)
-            state = f"{row['state']:11s} | {row['part']:20s} | {row['added_us']:+6.1f} us"
-            print(f"{row['layer']:36s} | {state} [{row['low_us']:6.1f}, {row['high_us']:6.1f}]", flush=True)
-    rows.append(images_of_varying_size(max(args.rounds // 10, 30)))
-    print("images of varying size, auto: {times_plain:.3f} of plain [{low:.3f}, {high:.3f}]".format(**rows[-1]))
-    if machine is not None:
-        store("overhead", machine, rows, args.store)
+    args = begin(parser)
+    finish(args, "overhead", rows(args.rounds), line)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,12 @@ composition abs + topk + gather + scatter for magnitude. After the common shapes
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import argparse
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
-from bench import arguments, begin, interleaved, store
+from bench import Row, arguments, begin, finish, interleaved
 from torch import Tensor
 
 import sdgp
@@ -54,16 +55,13 @@ def composition(x: Tensor, n: int, m: int, dim: int) -> Tensor:
     return pruned.flatten(-2).movedim(-1, dim)
 
 
-def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_topk: bool) -> dict[str, Any]:
-    n, m = sdgp.Pattern.parse(pattern)
-    candidates: dict[str, Any] = {"clone": x.clone}
-    for method in METHODS:
-        candidates[method] = lambda method=method: sdgp.prune_nm(x, n, m, dim, method)
-    if against_topk:
-        candidates["topk"] = lambda: composition(x, n, m, dim)
-    seconds = interleaved(candidates, rounds)
+def measure(
+    name: str, x: Tensor, dim: int, pattern: str, candidates: Mapping[str, Callable[[], object]], rounds: int
+) -> Row:
+    """Returns the row of one tensor: the time of each candidate as a multiple of the clone's time."""
+    seconds = interleaved({"clone": x.clone, **candidates}, rounds)
     clone = seconds.pop("clone")
-    times = {method: value / clone for method, value in seconds.items()}
+    times = {candidate: value / clone for candidate, value in seconds.items()}
     if "topk" in times:
         times["topk / magnitude"] = times["topk"] / times["magnitude"]
     return {
@@ -74,14 +72,30 @@ def measure(name: str, x: Tensor, dim: int, pattern: str, rounds: int, against_t
         "pattern": pattern,
         "clone_ms": round(clone * 1e3, 4),
         "clone_gb_per_s": round(2 * x.nbytes / clone / 1e9, 2),
-        "times_clone": {method: round(value, 3) for method, value in times.items()},
+        "times_clone": {candidate: round(value, 3) for candidate, value in times.items()},
     }
 
 
-def show(mib: int, row: dict[str, Any]) -> None:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
+    for mib in args.mib:
+        for dtype in args.dtype:
+            for name, x, dim, patterns in tensors(mib, getattr(torch, dtype)):
+                against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
+                for pattern in patterns:
+                    if args.pattern is not None and pattern not in args.pattern:
+                        continue
+                    n, m = sdgp.Pattern.parse(pattern)
+                    calls = {method: partial(sdgp.prune_nm, x, n, m, dim, method) for method in METHODS}
+                    if against_topk:
+                        calls["topk"] = partial(composition, x, n, m, dim)
+                    row = measure(name, x, dim, pattern, calls, args.rounds)
+                    yield {"mib": mib, **row}
+
+
+def line(row: Row) -> str:
     times = "  ".join(f"{method} {value:5.2f}x" for method, value in row["times_clone"].items())
-    head = f"{row['tensor']:12s} | {mib:2d} MiB of float32 as {row['dtype']:8s} | {row['pattern']:>5s}"
-    print(f"{head} | clone {row['clone_ms']:6.2f} ms {row['clone_gb_per_s']:5.1f} GB/s | {times}", flush=True)
+    head = f"{row['tensor']:12s} | {row['mib']:2d} MiB of float32 as {row['dtype']:8s} | {row['pattern']:>5s}"
+    return f"{head} | clone {row['clone_ms']:6.2f} ms {row['clone_gb_per_s']:5.1f} GB/s | {times}"
 
 
 def main() -> None:
@@ -89,19 +103,8 @@ def main() -> None:
     parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
     parser.add_argument("--pattern", nargs="*", help="only these (default: all)")
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    for mib in args.mib:
-        for dtype in args.dtype:
-            for name, x, dim, patterns in tensors(mib, getattr(torch, dtype)):
-                against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
-                for pattern in patterns:
-                    if args.pattern is None or pattern in args.pattern:
-                        rows.append({"mib": mib, **measure(name, x, dim, pattern, args.rounds, against_topk)})
-                        show(mib, rows[-1])
-    if machine is not None:
-        store("prune_nm", machine, rows, args.store)
+    args = begin(parser)
+    finish(args, "prune_nm", rows(args), line)
 
 
 if __name__ == "__main__":

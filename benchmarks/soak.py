@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import gc
 import os
-from typing import Any
+from collections.abc import Iterator
 
 import torch
-from bench import arguments, begin, store
+from bench import Row, arguments, begin, finish
 from torch import Tensor, nn
 
 import sdgp
@@ -44,7 +44,7 @@ def alive() -> tuple[int, int]:
     return sum(issubclass(type(each), Tensor) for each in objects), len(objects)
 
 
-def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
+def measure(method: str, backend: str, steps: int) -> Row:
     model = nn.Sequential(
         *(nn.Conv2d(8, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.Flatten()),
         *(nn.Linear(256, 1024), nn.Linear(1024, 1024)),  # the last is large enough for auto to measure
@@ -72,20 +72,23 @@ def measure(method: str, backend: str, steps: int) -> dict[str, Any]:
     }
 
 
+def rows(steps: int) -> Iterator[Row]:
+    with sdgp.Chooser(margin=1e9, least_work=0):  # always chooses the sparse product
+        measure(*SETTINGS[0], steps)  # makes all one-time allocations of the process
+        for method, backend in SETTINGS:
+            yield measure(method, backend, steps)
+
+
+def line(row: Row) -> str:
+    grown = f"{row['growth_kib']:+} KiB, tensors {row['tensors_growth']:+}, objects {row['objects_growth']:+}"
+    return f"{row['method']:8} | {row['backend']:6} | {row['steps']} steps, {row['records']} records | {grown}"
+
+
 def main() -> None:
     parser = arguments(__doc__, "not used here")
     parser.add_argument("--steps", type=int, default=10_000)
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    with sdgp.Chooser(margin=1e9, least_work=0):  # always chooses the sparse product
-        measure(*SETTINGS[0], args.steps)  # makes all one-time allocations of the process
-        for method, backend in SETTINGS:
-            rows.append(row := measure(method, backend, args.steps))
-            grown = f"{row['growth_kib']:+} KiB, tensors {row['tensors_growth']:+}, objects {row['objects_growth']:+}"
-            print(f"{method:8} | {backend:6} | {args.steps} steps, {row['records']} records | {grown}", flush=True)
-    if machine:
-        store("soak", machine, rows, args.store)
+    args = begin(parser)
+    finish(args, "soak", rows(args.steps), line)
 
 
 if __name__ == "__main__":

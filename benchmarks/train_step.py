@@ -14,12 +14,11 @@ is what the plain model saves under autocast; if that is more, pruning in float3
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import models
 import torch
-from bench import arguments, begin, store, subject_here
+from bench import Row, arguments, begin, finish, subject_here
 from torch import Tensor, nn
 
 from sdgp._timing import steps_beside_plain
@@ -62,19 +61,20 @@ def text(batch: int, length: int) -> tuple[Tensor, Tensor]:
     return stream[:, :-1], stream[:, 1:]
 
 
-def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def rows(args: argparse.Namespace) -> Iterator[Row]:
     autocast = torch.bfloat16 if args.bfloat16 else None
-    rows = steps_beside_plain(*MODELS[name](), args.pattern, METHOD, args.backend, args.rounds, autocast)
-    return [{"model": name, **row} for row in rows]
+    for name in args.model:
+        for row in steps_beside_plain(*MODELS[name](), args.pattern, METHOD, args.backend, args.rounds, autocast):
+            yield {"model": name, **row}
 
 
-def show(row: dict[str, Any]) -> None:
+def line(row: Row) -> str:
     head = f"{row['model']:11s} | {row['method']} {row['pattern']:>11s} | {row['backend']:6s}"
     saved = f"{row['saved']:+6.1%} [{row['saved_low']:+.1%}, {row['saved_high']:+.1%}] saved"
     times = f"plain {row['plain_ms']:8.1f} ms | converted {row['converted_ms']:8.1f} ms | {saved}"
     others = f"noise {row['noise']:+.1%}, bfloat16 {row['bfloat16_saved']:+.1%}"
     data, weights = (f"{row[f'{kind}_sparse']} of {row[kind]}" for kind in ("layers", "weights"))
-    print(f"{head} | {times} ({others}) | sparse: {data} data, {weights} weight gradients", flush=True)
+    return f"{head} | {times} ({others}) | sparse: {data} data, {weights} weight gradients"
 
 
 def main() -> None:
@@ -84,15 +84,9 @@ def main() -> None:
     parser.add_argument("--pattern", nargs="*", default=["8:16", "4:16", "8:16 + 8:16", "4:16 + 4:16"])
     parser.add_argument("--backend", nargs="*", choices=("auto", "pruned", "sparse"), default=["auto"])
     parser.add_argument("--bfloat16", action="store_true", help="all under bfloat16 autocast, the plain model too")
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    for name in args.model:
-        rows += measure(name, args)
-        for row in rows[-len(args.pattern) * len(args.backend) :]:
-            show(row)
-    if machine is not None:
-        store(subject_here("train_step, bfloat16" if args.bfloat16 else "train_step"), machine, rows, args.store)
+    args = begin(parser)
+    subject = "train_step, bfloat16" if args.bfloat16 else "train_step"
+    finish(args, subject_here(subject), rows(args), line)
 
 
 if __name__ == "__main__":

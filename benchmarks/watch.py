@@ -11,26 +11,23 @@ the later call at every 1000th step.
 from __future__ import annotations
 
 import copy
-from typing import Any
 
-import torch.nn.functional as F
-from bench import arguments, begin, interleaved, store
+from bench import Row, arguments, begin, finish, interleaved
 from torch import Tensor, nn
 from train_step import METHOD, MODELS
 
 import sdgp
-from sdgp._timing import seconds, training_step
+from sdgp._timing import cross_entropy, seconds, training_step
 
 EVERY = 100
 EVERY_ADVICE = 1000
 
 
 def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    input, target = batch
-    return F.cross_entropy(model(input).flatten(0, -2), target.flatten())
+    return cross_entropy(model, *batch)
 
 
-def measure(name: str, rounds: int) -> dict[str, Any]:
+def measure(name: str, rounds: int) -> Row:
     model, input, target = MODELS[name]()
     budget = sdgp.Budget(copy.deepcopy(model), loss, every=1)
     advices = [seconds(lambda: budget.step((input, target))) for _ in range(2)]
@@ -55,22 +52,19 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     }
 
 
+def line(row: Row) -> str:
+    times = (
+        f"plain {row['plain_ms']:9.2f} ms | recorded {row['recorded_ms']:9.2f} ms | {row['cost']:6.2%} every {EVERY}"
+    )
+    advice = f"first {row['first_advice_steps']}, later {row['advice_steps']} steps: {row['advice_cost']:.2%}"
+    return f"{row['model']:12} | {row['layers']:3} layers | {times} | advice: {advice} every {EVERY_ADVICE}"
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    args = parser.parse_args()
-    machine = begin(args)
-    rows = []
-    print(
-        f"{'model':12} | {'layers':>6} | {'plain ms':>9} | {'recorded ms':>11} | cost, every {EVERY} | advice, in steps"
-    )
-    for name in args.model:
-        rows.append(row := measure(name, args.rounds))
-        times = f"{row['plain_ms']:9.2f} | {row['recorded_ms']:11.2f} | {row['cost']:15.2%}"
-        advice = f"first {row['first_advice_steps']}, later {row['advice_steps']}: {row['advice_cost']:.2%}"
-        print(f"{row['model']:12} | {row['layers']:6} | {times} | {advice}", flush=True)
-    if machine:
-        store("watch", machine, rows, args.store)
+    args = begin(parser)
+    finish(args, "watch", (measure(name, args.rounds) for name in args.model), line)
 
 
 if __name__ == "__main__":
