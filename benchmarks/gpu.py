@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -24,37 +23,23 @@ from typing import Any
 
 import models
 import torch
-import torch.nn.functional as F
-from bench import MEASURED, RESULTS, ROOT, store
+import torchvision
+from bench import MEASURED, ROOT, Row, store
+from gpu_lines import LINES, write_markdown
+from prune_nm import METHODS, PATTERNS
 from torch import Tensor, nn
 
 import sdgp
 from sdgp import Pattern, _semi_structured
 from sdgp._machine import machine
 from sdgp._ops import pack_24
+from sdgp._timing import training_step
 
-PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
-METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
 ROUNDS = 11
 TURN_MS = 2.0  # milliseconds of work between two readings of the clock
 CUDA = torch.device("cuda")
 PACKED = (16384, 8192)  # 256 MiB of 16-bit values
 SQUARE = 8192  # the side of the product that shows what the GPU can do
-
-Row = dict[str, Any]
-
-
-class OutOfTime(Exception):
-    pass
-
-
-class Clock:
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        if time.monotonic() > self.end:
-            raise OutOfTime
 
 
 def interleaved(candidates: dict[str, Callable[[], Any]], rounds: int = ROUNDS) -> dict[str, float]:
@@ -105,12 +90,6 @@ def prune_nm(mib: int) -> Iterator[Row]:
                 }
 
 
-def show_prune_nm(row: Row) -> str:
-    shares = "  ".join(f"{name} {share:4.0%}" for name, share in row["of_clone"].items())
-    head = f"prune_nm | {row['tensor']:21s} {row['dtype']:8s} | {row['pattern']:>5s}"
-    return f"{head} | clone {row['gb_per_s']['clone']:5d} GB/s | {shares}"
-
-
 # pack
 
 
@@ -140,12 +119,6 @@ def pack() -> Iterator[Row]:
             "times_clone": ratios,
             "times_clone_at_the_bound": round(moved / (2 * x.nbytes), 3),
         }
-
-
-def show_pack(row: Row) -> str:
-    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_clone"].items())
-    head = f"pack     | {row['pattern']:>5s} | clone {row['clone_ms']:.3f} ms"
-    return f"{head} | {ratios} (bound {row['times_clone_at_the_bound']}x)"
 
 
 # gradients
@@ -190,31 +163,21 @@ def gradients() -> Iterator[Row]:
 def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: float, gb_per_s: float) -> Row:
     grad = torch.randn(tokens, features_out, device=CUDA, dtype=torch.bfloat16)
     weight = torch.randn(features_out, features_in, device=CUDA, dtype=torch.bfloat16)
+    input = torch.randn(tokens, features_in, device=CUDA, dtype=torch.bfloat16)
     pattern = Pattern(2, 4)
     operand = _semi_structured.pack(grad, pattern, "magnitude")
 
     def sparse(method: str) -> Tensor:
         return _semi_structured.multiply(_semi_structured.pack(grad, pattern, method), weight)
 
-    input = torch.randn(tokens, features_in, device=CUDA, dtype=torch.bfloat16)
-
     def sparse_weight(method: str) -> Tensor:
         return _semi_structured.multiply(_semi_structured.pack(grad.t(), pattern, method), input)
 
-    times = interleaved(
-        {
-            "exact": lambda: grad @ weight,
-            "product alone": lambda: _semi_structured.multiply(operand, weight),
-            "magnitude": lambda: sparse("magnitude"),
-            "mvue": lambda: sparse("mvue"),
-        }
-    )
-    weight_times = interleaved(
-        {
-            "exact": lambda: grad.t() @ input,
-            **{method: partial(sparse_weight, method) for method in ("magnitude", "mvue")},
-        }
-    )
+    methods = ("magnitude", "mvue")
+    candidates = {"exact": lambda: grad @ weight, "product alone": lambda: _semi_structured.multiply(operand, weight)}
+    times = interleaved(candidates | {method: partial(sparse, method) for method in methods})
+    weight_candidates = {"exact": lambda: grad.t() @ input}
+    weight_times = interleaved(weight_candidates | {method: partial(sparse_weight, method) for method in methods})
     flop = 2 * tokens * features_in * features_out
     moved = grad.nbytes + 2 * operand.packed.nbytes + weight.nbytes + 2 * tokens * features_in
     bound_ms = max(flop / 2 / tflop_per_s / 1e9, moved / gb_per_s / 1e6)
@@ -224,43 +187,20 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
         "out": features_out,
         "exact_ms": round(times["exact"], 4),
         "exact_tflop_per_s": round(flop / times["exact"] / 1e9),
-        "times_exact": {key: round(times["exact"] / ms, 3) for key, ms in times.items() if key != "exact"},
+        "times_exact": times_exact(times),
         "times_exact_at_the_bound": round(times["exact"] / bound_ms, 2),
         "weight_exact_ms": round(weight_times["exact"], 4),
-        "weight_times_exact": {
-            key: round(weight_times["exact"] / weight_times[key], 3) for key in ("magnitude", "mvue")
-        },
+        "weight_times_exact": times_exact(weight_times),
         "gflop": round(flop / 1e9, 1),
         "mbytes": round(moved / 1e6, 1),
     }
 
 
-def show_gradients(row: Row) -> str:
-    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_exact"].items())
-    head = f"gradient | {row['model']:13s} {row['tokens']:6d} x {row['in']:5d} -> {row['out']:5d}"
-    exact = f"exact {row['exact_ms']:8.3f} ms {row['exact_tflop_per_s']:4d} TFLOP/s"
-    weights = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["weight_times_exact"].items())
-    return f"{head} | {exact} | {ratios} (bound {row['times_exact_at_the_bound']:.2f}x) | weight: {weights}"
+def times_exact(times: dict[str, float]) -> dict[str, float]:
+    return {key: round(times["exact"] / ms, 3) for key, ms in times.items() if key != "exact"}
 
 
 # train_step
-
-Step = Callable[[], None]
-
-
-def make_step(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) -> Step:
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.SGD(trained, lr=1e-4, momentum=0.9, foreach=True)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            output = model(input)
-            loss = F.cross_entropy(output.flatten(0, -2), target.flatten())
-        torch.autograd.backward(loss)
-        optimizer.step()
-
-    return step
 
 
 def llama() -> tuple[nn.Module, Tensor, Tensor, bool]:
@@ -275,8 +215,6 @@ def llama_lora() -> tuple[nn.Module, Tensor, Tensor, bool]:
 
 
 def vit() -> tuple[nn.Module, Tensor, Tensor, bool]:
-    import torchvision
-
     images = torch.randn(64, 3, 224, 224, device=CUDA)
     return torchvision.models.vit_l_16().to(CUDA), images, torch.randint(1000, (64,), device=CUDA), True
 
@@ -298,14 +236,14 @@ def train_step() -> Iterator[Row]:
 
 
 def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) -> Row:
-    narrow = {f"{at}.narrow" for at, layer in model.named_modules() if isinstance(layer, models.Adapter)}
-    narrow |= {f"{at}.widen" for at, layer in model.named_modules() if isinstance(layer, models.Adapter)}
+    def pruned(layer: nn.Module, at: str) -> bool:
+        return not at.endswith((".narrow", ".widen"))  # the small matrices of an adapter
+
     twins = {"plain": model}
     for backend in ("sparse", "auto"):
-        twins[backend] = sdgp.convert(
-            copy.deepcopy(model), "2:4", backend=backend, filter=lambda layer, at: at not in narrow
-        )
-    steps = {key: make_step(twin, input, target, autocast) for key, twin in twins.items()}
+        twins[backend] = sdgp.convert(copy.deepcopy(model), "2:4", backend=backend, filter=pruned)
+    dtype = torch.bfloat16 if autocast else None
+    steps = {key: training_step(twin, input, target, dtype) for key, twin in twins.items()}
     peaks = {}
     for key, step in steps.items():
         step()  # auto measures here
@@ -325,49 +263,32 @@ def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) ->
     }
 
 
-def show_train_step(row: Row) -> str:
-    saved = "  ".join(f"{key} {share:+.1%}" for key, share in row["saved"].items())
-    peaks = "  ".join(f"{key} {mib}" for key, mib in row["peak_mib_above_start"].items())
-    head = f"step     | {row['model']:15s} | plain {row['plain_ms']:8.2f} ms | saved: {saved}"
-    return f"{head} | auto sparse in {row['layers_sparse']} of {row['layers']} | peak MiB: {peaks}"
+# All subjects, the most important ones first
 
-
-# The report
-
-SUBJECTS: dict[str, tuple[Callable[[], Iterator[Row]], Callable[[Row], str]]] = {
-    "pack": (pack, show_pack),
-    "gradients": (gradients, show_gradients),
-    "train_step": (train_step, show_train_step),
-    "prune_nm": (lambda: prune_nm(256), show_prune_nm),
+SUBJECTS: dict[str, Callable[[], Iterator[Row]]] = {
+    "pack": pack,
+    "gradients": gradients,
+    "train_step": train_step,
+    "prune_nm": partial(prune_nm, 256),
 }
 
 
-def measure(subject: str, clock: Clock) -> tuple[list[Row], bool]:
-    """Returns the rows of a subject, and whether an error ended it."""
-    rows, failed, show = [], False, SUBJECTS[subject][1]
+def measure(subject: str, end: float) -> tuple[list[Row], bool]:
+    """Returns the rows of a subject that were measured before ``time.monotonic()`` is ``end``, and whether an error
+    ended it."""
+    rows, failed = [], False
     try:
-        for row in SUBJECTS[subject][0]():
+        for row in SUBJECTS[subject]():
             rows.append(row)
-            print(show(row), flush=True)
-            clock.check()
-    except OutOfTime:
-        print(f"{subject}: out of time after {len(rows)} rows", flush=True)
+            print(LINES[subject](row), flush=True)
+            if time.monotonic() > end:
+                print(f"{subject}: out of time after {len(rows)} rows", flush=True)
+                break
     except (RuntimeError, ImportError) as error:  # continue with the next subject
         print(f"{subject}: stopped after {len(rows)} rows: {error}", flush=True)
         failed = True
     free()
     return rows, failed
-
-
-def write_markdown(name: str) -> None:
-    """Writes all stored results, also those of earlier calls, as NAME.md."""
-    stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    where = next(iter(stored.values()))["machine"]
-    parts = [f"# sdgp on {where['gpu']}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"]
-    for subject, result in stored.items():
-        lines = "\n".join(SUBJECTS[subject][1](row) for row in result["rows"])
-        parts.append(f"\n## {subject}\n\n```\n{lines}\n```\n")
-    (RESULTS / f"{name}.md").write_text("".join(parts), encoding="utf-8")
 
 
 def main() -> None:
@@ -376,7 +297,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=480)
     parser.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json and NAME.md")
     args = parser.parse_args()
-    clock = Clock(args.seconds)
+    end = time.monotonic() + args.seconds
     where = machine(ROOT, *MEASURED) | {
         "gpu": torch.cuda.get_device_name(),
         "capability": "{}.{}".format(*torch.cuda.get_device_capability()),
@@ -385,7 +306,7 @@ def main() -> None:
     torch.manual_seed(0)
     failed = []
     for subject in args.subject:
-        rows, stopped = measure(subject, clock)
+        rows, stopped = measure(subject, end)
         failed += [subject] if stopped else []
         if args.store and rows:
             store(subject, where, rows, args.store)

@@ -72,6 +72,7 @@ def gpu(faked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     """The measurements, with small shapes."""
     import bench  # type: ignore[import-not-found]
     import gpu  # type: ignore[import-not-found]
+    import gpu_lines  # type: ignore[import-not-found]
 
     def product(grad: Tensor, pattern: sdgp.Pattern, method: str) -> semi_structured.Operand:
         pruned = sdgp.prune_nm(grad, *pattern, -1, method)
@@ -90,8 +91,8 @@ def gpu(faked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     small |= {"LINEARS": [("tiny", 64, 32, 64)], "MODELS": {"tiny": tiny}}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
-    monkeypatch.setitem(gpu.SUBJECTS, "prune_nm", (lambda: gpu.prune_nm(1), gpu.show_prune_nm))
-    for module in (bench, gpu):
+    monkeypatch.setitem(gpu.SUBJECTS, "prune_nm", lambda: gpu.prune_nm(1))
+    for module in (bench, gpu_lines):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     module_: ModuleType = gpu
     return module_
@@ -107,7 +108,7 @@ def test_every_subject_is_measured_and_stored(
     for subject in gpu.SUBJECTS:
         monkeypatch.setattr(sys, "argv", ["gpu", "--subject", subject, "--store", "x"])
         gpu.main()
-    monkeypatch.setitem(gpu.SUBJECTS, "gradients", (broken, gpu.show_gradients))
+    monkeypatch.setitem(gpu.SUBJECTS, "gradients", broken)
     monkeypatch.setattr(sys, "argv", ["gpu", "--store", "x"])
     with pytest.raises(SystemExit, match="stopped early: gradients"):  # and the others are measured
         gpu.main()
