@@ -18,7 +18,6 @@ from gradients import Case, main
 from torch import Tensor
 
 from sdgp._autograd import Conv2dProducts, Geometry
-from sdgp._pattern import Pruning
 
 
 class Shape(NamedTuple):
@@ -67,10 +66,6 @@ def tensors(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return input, grad_output, weight
 
 
-def products(shape: Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> Conv2dProducts:
-    return Conv2dProducts(grad_output, input, weight, geometry(shape), pruning)
-
-
 def cases(dtype: torch.dtype) -> Iterator[Case]:
     for shape in SHAPES:
         input, grad_output, weight = tensors(shape, dtype)
@@ -80,7 +75,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             operand=weight,
             result_bytes=input.nbytes,
             flop=2 * grad_output.numel() * shape.channels_in * shape.kernel**2,
-            products=partial(products, shape, grad_output, input, weight),
+            products=partial(Conv2dProducts, grad_output, input, weight, geometry(shape)),
         )
 
 

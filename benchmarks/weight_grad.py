@@ -17,20 +17,8 @@ import conv2d
 import spmm_nm
 import torch
 from gradients import Case, main
-from torch import Tensor
 
 from sdgp._autograd import Conv2dWeightProducts, LinearWeightProducts
-from sdgp._pattern import Pruning
-
-
-def linear_products(grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning) -> LinearWeightProducts:
-    return LinearWeightProducts(grad_output, input, weight, False, pruning)
-
-
-def conv2d_products(
-    shape: conv2d.Shape, grad_output: Tensor, input: Tensor, weight: Tensor, pruning: Pruning
-) -> Conv2dWeightProducts:
-    return Conv2dWeightProducts(grad_output, input, weight, conv2d.geometry(shape), pruning)
 
 
 def cases(dtype: torch.dtype) -> Iterator[Case]:
@@ -44,7 +32,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             operand=input,
             result_bytes=weight.nbytes,
             flop=2 * tokens * features_in * features_out,
-            products=partial(linear_products, grad_output, input, weight),
+            products=partial(LinearWeightProducts, grad_output, input, weight, False),
         )
     for shape in conv2d.SHAPES:
         input, grad_output, weight = conv2d.tensors(shape, dtype)
@@ -54,7 +42,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
             operand=input,
             result_bytes=weight.nbytes,
             flop=2 * grad_output.numel() * shape.channels_in * shape.kernel**2,
-            products=partial(conv2d_products, shape, grad_output, input, weight),
+            products=partial(Conv2dWeightProducts, grad_output, input, weight, conv2d.geometry(shape)),
         )
 
 
