@@ -13,6 +13,7 @@ test.beton (with ffcv). All images are decoded into memory, on the GPU if there 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,7 @@ from ..common.images import is_pruned as is_pruned_convolution
 from ..common.launch import launch
 from ..common.process import World, derive_seed
 from ..common.record import Job
-from ..common.run import Measured, Run
+from ..common.run import Run
 from ..common.transformer import Block, decay_matrices
 from .config import Config
 from .data import Cifar, Images, load
@@ -171,22 +172,18 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
     steps = config.steps(config.epoch_size(len(data.train.labels)), world)
     torch.manual_seed(seed)
     model = prepare(config, world)
-    run = Run(job, config, seed, world, epoch_steps=steps, unit="images")
-    run.restore(model, make_optimizer(model, config))
-    wrapped = config.wrap(model, world)
-
-    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        return ([batch] for batch in batches(data.train, config, seed, epoch, first, world))
-
-    def forward(images: Tensor, labels: Tensor) -> Measured:
-        return classify(wrapped, images, labels, config.label_smoothing)
 
     def validated(epoch: int) -> dict[str, float]:
         due = epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
         return validate(model, data.test, config, world) if due else {}
 
-    if run.fit(steps_of, forward, config.learning_rate, validated):
-        run.finish("cifar10", data=data.name, top1=run.last["top1"], test_loss=run.last["test_loss"])
+    run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
+    if run.fit(
+        batches=lambda epoch, first: ([batch] for batch in batches(data.train, config, seed, epoch, first, world)),
+        forward=partial(classify, label_smoothing=config.label_smoothing),
+        validate=validated,
+    ):
+        run.finish("cifar10", data.name, "top1", "test_loss")
 
 
 def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:

@@ -35,6 +35,7 @@ class ImageSettings(Settings):
     channels_last: bool = True
     classes: Count = 10
     bad_images: Literal["error", "skip"] = "error"
+    unit = "images"
 
     @property
     def memory_format(self) -> torch.memory_format:

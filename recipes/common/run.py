@@ -6,11 +6,12 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from .finite import FiniteCheck
 from .process import Stop, World, derive_seed
@@ -18,6 +19,7 @@ from .record import Curve, Job, Record
 from .settings import Settings
 
 _Batch = TypeVar("_Batch")
+_MicroBatches: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 class Measured(NamedTuple):
@@ -34,67 +36,79 @@ class Measured(NamedTuple):
     sums: Mapping[str, Tensor]
 
 
+#: A function of model, input and target.
+Forward: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Measured]
+
+
+def update(
+    model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, config: Settings, epoch: float
+) -> None:
+    """Updates the parameters, after the gradients are complete and unscaled. ``epoch``: the time in epochs."""
+    if config.clip:
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip)
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate(epoch)
+    scaler.step(optimizer)
+    scaler.update()
+
+
 class Run:
     """One training run, from its first step or a checkpoint to its result line.
 
     Args:
-        job: the files of the run.
+        job: the files of the run. If it resumes, model and optimizer are restored from the checkpoint.
         config, seed: the settings of the run. A checkpoint with another config is rejected.
-        epoch_steps: the number of steps per epoch.
-        unit: what the throughput counts, for example "images".
+        steps: the number of steps per epoch.
     """
 
-    def __init__(self, job: Job, config: Settings, seed: int, world: World, *, epoch_steps: int, unit: str) -> None:
+    def __init__(
+        self, job: Job, config: Settings, seed: int, world: World, model: nn.Module, optimizer: Optimizer, steps: int
+    ) -> None:
         self._config, self._seed, self._world = config, seed, world
-        self._record = Record(job, config, seed, world)
-        self._epoch_steps, self._unit = epoch_steps, unit
+        self._model, self._optimizer, self._scaler = model, optimizer, config.scaler(world.device)
+        self._epoch_steps = steps
+        self._finite = FiniteCheck(model, gradients=not self._scaler.is_enabled())
+        self._first = 0  # the step to continue with
         self._totals = {"seconds": 0.0, "waiting": 0.0, "units": 0.0}  # over all steps so far
         self._epoch: dict[str, float] = {}  # sums over the epoch's steps, on the host
         self._pending: dict[str, Tensor] = {}  # sums over later steps, still on the device
         self._curve: Curve = []
+        self._record = Record(job, config, seed, world)
+        if (saved := self._record.restore(model, optimizer, self._scaler)) is not None:
+            self._first, self._totals = saved["step"], saved["totals"]
+            self._epoch, self._curve = saved["epoch"], saved["curve"]
         text = "[bold]{task.description}[/] epoch {task.fields[epoch]}"
         shown = TextColumn("{task.percentage:3.0f}% {task.fields[shown]}")
         self._progress = Progress(
             TextColumn(text), BarColumn(), shown, TimeRemainingColumn(), disable=not world.is_first
         )
-        description = f"{config.row} seed {seed}"
         self._task = self._progress.add_task(
-            description, total=config.epochs * epoch_steps, epoch=1, shown="", start=False
+            f"{config.row} seed {seed}",
+            total=config.epochs * steps,
+            completed=self._first,
+            epoch=1,
+            shown="",
+            start=False,
         )
-
-    # --- start and end
-
-    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Restores model and optimizer from the checkpoint, if the job resumes one. Raises what ``Record`` raises."""
-        self._model, self._optimizer, self._scaler = model, optimizer, self._config.scaler(self._world.device)
-        self._finite = FiniteCheck(model, gradients=not self._scaler.is_enabled())
-        self._first = 0  # the step to continue with
-        training = self._record.restore(model, optimizer, self._scaler)
-        if training is None:
-            return
-        self._totals, self._epoch, self._curve = training["totals"], training["epoch"], training["curve"]
-        self._first = training["step"]
-        self._progress.update(self._task, completed=self._first)
 
     def fit(
         self,
-        batches: Callable[[int, int], Iterable[Sequence[tuple[Tensor, Tensor]]]],
-        forward: Callable[[Tensor, Tensor], Measured],
-        learning_rate: Callable[[float], float],
+        batches: Callable[[int, int], Iterable[_MicroBatches]],
+        forward: Forward,
         validate: Callable[[int], Mapping[str, float]],
     ) -> bool:
         """Trains from the restored step to the last epoch.
 
         Args:
             batches: from an epoch and its first step, the micro-batches of each step: (input, target).
-            forward: from input and target. It runs under the config's autocast.
-            learning_rate: from the time in epochs.
+            forward: from the model, which may be wrapped, input and target. It runs under the config's autocast.
             validate: from the epoch that has ended; what it returns goes into the epoch's line.
 
         Returns:
             False if a signal stopped the run before its end.
         """
         first, schedule = self._first, self._config.schedule(self._model)
+        wrapped = self._config.wrap(self._model, self._world)
         with contextlib.closing(Stop(self._world)) as self._stop, self._progress:
             self._progress.start_task(self._task)
             for epoch in range(first // self._epoch_steps, self._config.epochs):
@@ -102,9 +116,7 @@ class Run:
                 if schedule is not None:
                     schedule.seek(epoch)
                 for step, micro_batches in self._steps(first, batches(epoch, first % self._epoch_steps)):
-                    for group in self._optimizer.param_groups:
-                        group["lr"] = learning_rate((step + 1) / self._epoch_steps)
-                    units = self._step(step, micro_batches, forward)
+                    units = self._step(step, wrapped, micro_batches, forward)
                     if self._stopped_after_step(step, epoch, units):
                         return False
                 first = (epoch + 1) * self._epoch_steps
@@ -112,15 +124,13 @@ class Run:
                     return False
         return True
 
-    def _step(
-        self, step: int, micro_batches: Sequence[tuple[Tensor, Tensor]], forward: Callable[[Tensor, Tensor], Measured]
-    ) -> int:
+    def _step(self, step: int, model: nn.Module, micro_batches: _MicroBatches, forward: Forward) -> int:
         """Trains one step. Returns its images or tokens."""
         self._optimizer.zero_grad()
         mean, units = torch.zeros((), device=self._world.device), 0
         for input, target in micro_batches:
             with self._config.autocast(self._world.device):
-                loss, count, sums = forward(input, target)
+                loss, count, sums = forward(model, input, target)
                 loss = loss / len(micro_batches)
             self._scaler.scale(loss).backward()
             mean += loss.detach()
@@ -128,14 +138,9 @@ class Run:
             self._add(sums)
         self._scaler.unscale_(self._optimizer)
         self._finite.update(step, mean)
-        if self._config.clip:
-            nn.utils.clip_grad_norm_(self._model.parameters(), self._config.clip)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+        update(self._model, self._optimizer, self._scaler, self._config, (step + 1) / self._epoch_steps)
         self._add({"loss": mean * units})
         return units
-
-    # --- around the steps
 
     def _steps(self, step: int, batches: Iterable[_Batch]) -> Iterator[tuple[int, _Batch]]:
         """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""
@@ -182,7 +187,11 @@ class Run:
         means = dict(zip(names, sums, strict=True))
         units = means.pop("units")
         line = {"epoch": epoch + 1, **{f"train_{name}": value / units for name, value in means.items()}, **metrics}
-        line |= {"seconds": self._totals["seconds"], f"{self._unit}_per_s": self._speed, "waiting": self._waiting}
+        line |= {
+            "seconds": self._totals["seconds"],
+            f"{self._config.unit}_per_s": self._speed,
+            "waiting": self._waiting,
+        }
         line = {name: round(value, 5) for name, value in line.items()}
         self._curve.append(line)
         self._epoch = {}
@@ -196,21 +205,21 @@ class Run:
         self._say_stopped(step)
         return True
 
-    def finish(self, recipe: str, **result: Any) -> None:
-        """Writes the result line to the run's folder and to the results file, unless they already have it."""
-        measured = {
+    def finish(self, recipe: str, data: str, *metrics: str) -> None:
+        """Writes the result line to the run's folder and to the results file, unless they already have it.
+
+        Args:
+            recipe, data: their names.
+            metrics: which values of the last epoch are the result.
+        """
+        result = {
+            "data": data,
+            **{name: self._curve[-1][name] for name in metrics},
             "minutes": round(self._totals["seconds"] / 60, 2),
-            f"{self._unit}_per_s": round(self._speed, 1),
+            f"{self._config.unit}_per_s": round(self._speed, 1),
             "waiting": round(self._waiting, 4),
         }
-        self._record.finish(self._model, recipe, {**result, **measured}, self._curve)
-
-    @property
-    def last(self) -> dict[str, float]:
-        """The line of the last epoch."""
-        return self._curve[-1]
-
-    # --- internals
+        self._record.finish(self._model, recipe, result, self._curve)
 
     def _say_stopped(self, step: int) -> None:
         if self._world.is_first:
@@ -236,7 +245,7 @@ class Run:
             return
         self._collect()
         means = (f"{k} {v / self._epoch['units']:.3f}" for k, v in self._epoch.items() if k != "units")
-        speed = f"{self._speed:.0f} {self._unit}/s, {100 * self._waiting:.0f}% waiting"
+        speed = f"{self._speed:.0f} {self._config.unit}/s, {100 * self._waiting:.0f}% waiting"
         self._progress.update(self._task, shown=", ".join((*means, speed)))
 
     def _save(self, step: int) -> None:

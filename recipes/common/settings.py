@@ -8,10 +8,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 import sdgp
@@ -36,6 +37,7 @@ class Settings:
     clip: NonNegative = 0.0  # the largest norm of the gradient; 0: no limit
     amp: Literal["off", "bfloat16", "float16"] = "off"
     compile: bool = False
+    unit: ClassVar[str]  # what the throughput counts
 
     def __post_init__(self) -> None:
         if self.exact_first + self.exact_last > self.epochs:
@@ -75,9 +77,9 @@ class Settings:
         except ValueError as error:  # includes JSONDecodeError
             raise UserError(f"config: {error}") from None
 
-    def wrap(self, model: nn.Module, world: World, *, sharded: bool = False) -> nn.Module:
-        """Wraps the model in DistributedDataParallel, unless sharded, and compiles it if the config says so."""
-        wrapped = DistributedDataParallel(model) if world.size > 1 and not sharded else model
+    def wrap(self, model: nn.Module, world: World) -> nn.Module:
+        """Wraps the model in DistributedDataParallel, unless it is sharded, and compiles it if the config says so."""
+        wrapped = model if world.size == 1 or isinstance(model, FSDPModule) else DistributedDataParallel(model)
         if self.compile:
             wrapped.compile()
         return wrapped
@@ -87,6 +89,10 @@ class Settings:
         if not any(row.pattern for row in sdgp.report(model)):
             return None
         return sdgp.Schedule(model, total=self.epochs, exact_first=self.exact_first, exact_last=self.exact_last)
+
+    def learning_rate(self, epoch: float) -> float:
+        """Returns the learning rate at a time in epochs."""
+        raise NotImplementedError
 
     def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
         """The autocast of the config. With amp = "off" an autocast around it stays on."""

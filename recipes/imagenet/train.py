@@ -12,6 +12,7 @@ published pruned networks did.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from ..common.images import classify, is_pruned
 from ..common.launch import launch
 from ..common.process import World
 from ..common.record import Job
-from ..common.run import Measured, Run
+from ..common.run import Run
 from ..common.transformer import decay_matrices
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches
@@ -90,22 +91,18 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
     steps = config.steps(data.train.size, world)
     torch.manual_seed(seed)
     model = prepare(config, world)
-    run = Run(job, config, seed, world, epoch_steps=steps, unit="images")
-    run.restore(model, make_optimizer(model, config))
-    wrapped = config.wrap(model, world)
 
     def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         size = resolution(config, epoch)
         return ([batch] for batch in train_batches(data.train, config, seed, epoch, first, size, world))
 
-    def forward(images: Tensor, labels: Tensor) -> Measured:
-        return classify(wrapped, images, labels, config.label_smoothing)
-
-    def validated(epoch: int) -> dict[str, float]:
-        return {"resolution": resolution(config, epoch), **accuracy(model, data, config, world)}
-
-    if run.fit(steps_of, forward, config.learning_rate, validated):
-        run.finish("imagenet", data=data.name, top1=run.last["top1"])
+    run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
+    if run.fit(
+        batches=steps_of,
+        forward=partial(classify, label_smoothing=config.label_smoothing),
+        validate=lambda epoch: {"resolution": resolution(config, epoch), **accuracy(model, data, config, world)},
+    ):
+        run.finish("imagenet", data.name, "top1")
 
 
 def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:

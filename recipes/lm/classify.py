@@ -26,7 +26,7 @@ from ..common.images import classify
 from ..common.launch import launch
 from ..common.process import World
 from ..common.record import Job
-from ..common.run import Measured, Run
+from ..common.run import Run
 from ..common.transformer import decay_matrices
 from . import gpt
 from .text import Classes, TextSettings, load_classes
@@ -41,6 +41,7 @@ class Config(TextSettings):
     lr: NonNegative = 1e-3
     warmup: NonNegative = 0.5
     weight_decay: NonNegative = 0.1
+    unit = "sequences"
 
 
 class Classifier(nn.Module):
@@ -109,18 +110,13 @@ def validate(model: nn.Module, classes: Classes, config: Config, world: World) -
 def train(config: Config, classes: Classes, seed: int, world: World, job: Job) -> None:
     torch.manual_seed(seed)
     model = prepare(config, len(classes.texts), world)
-    run = Run(job, config, seed, world, epoch_steps=config.epoch_steps, unit="sequences")
-    run.restore(model, make_optimizer(model, config))
-    wrapped = config.wrap(model, world)
-
-    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        return batches(classes, config, world, config.epoch_steps - first)
-
-    def forward(tokens: Tensor, labels: Tensor) -> Measured:
-        return classify(wrapped, tokens, labels)
-
-    if run.fit(steps_of, forward, config.learning_rate, lambda epoch: validate(model, classes, config, world)):
-        run.finish("classify", data=classes.name, top1=run.last["top1"], test_loss=run.last["test_loss"])
+    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
+    if run.fit(
+        batches=lambda epoch, first: batches(classes, config, world, config.epoch_steps - first),
+        forward=classify,
+        validate=lambda epoch: validate(model, classes, config, world),
+    ):
+        run.finish("classify", classes.name, "top1", "test_loss")
 
 
 def evaluate(config: Config, classes: Classes, world: World, weights: dict[str, Tensor]) -> str:

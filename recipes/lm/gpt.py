@@ -12,7 +12,6 @@ Without --data it trains on the source of Python's standard library (PSF-2.0), w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -143,21 +142,13 @@ def load(config: Config, path: Path | None, world: World) -> Text:
 def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
     torch.manual_seed(seed)
     model = prepare(config, world)
-    run = Run(job, config, seed, world, epoch_steps=config.epoch_steps, unit="tokens")
-    run.restore(model, make_optimizer(model, config))
-    wrapped = config.wrap(model, world, sharded=config.shard)
-
-    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        return batches(text.train, config, world, config.epoch_steps - first)
-
-    def forward(tokens: Tensor, targets: Tensor) -> Measured:
-        return Measured(wrapped(tokens, targets), tokens.numel(), {})
-
-    def validated(epoch: int) -> dict[str, float]:
-        return {"bits_per_byte": bits_per_byte(model, text.validation, config, world)}
-
-    if run.fit(steps_of, forward, config.learning_rate, validated):
-        run.finish("gpt", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
+    if run.fit(
+        batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
+        forward=lambda model, tokens, targets: Measured(model(tokens, targets), tokens.numel(), {}),
+        validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text.validation, config, world)},
+    ):
+        run.finish("gpt", text.name, "bits_per_byte")
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:

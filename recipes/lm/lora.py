@@ -14,7 +14,6 @@ half of all products.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -148,21 +147,13 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
     for name, parameter in model.named_parameters():
         if "lora_A" in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again, because peft used the seed of the base
-    run = Run(job, config, seed, world, epoch_steps=config.epoch_steps, unit="tokens")
-    run.restore(model, make_optimizer(model, config))
-    wrapped = config.wrap(model, world)
-
-    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        return batches(text.train, config, world, config.epoch_steps - first)
-
-    def forward(tokens: Tensor, targets: Tensor) -> Measured:
-        return Measured(loss_of(wrapped, tokens, targets, config), tokens.numel(), {})
-
-    def validated(epoch: int) -> dict[str, float]:
-        return {"bits_per_byte": bits_per_byte(model, text, config, world)}
-
-    if run.fit(steps_of, forward, config.learning_rate, validated):
-        run.finish("lora", data=text.name, bits_per_byte=run.last["bits_per_byte"])
+    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
+    if run.fit(
+        batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
+        forward=lambda model, tokens, targets: Measured(loss_of(model, tokens, targets, config), tokens.numel(), {}),
+        validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text, config, world)},
+    ):
+        run.finish("lora", text.name, "bits_per_byte")
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:

@@ -55,6 +55,7 @@ class TextSettings(Settings):
     warmup: NonNegative = 1.0  # epochs; after it, the learning rate follows a cosine to a hundredth of lr
     clip: NonNegative = 1.0
     validation_bytes: Count = 2**17
+    unit = "tokens"
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,6 +31,7 @@ from sdgp._timing import steps_beside_plain
 from ..common import process
 from ..common.errors import UserError
 from ..common.files import replacing
+from ..common.run import update
 from .tasks import TASKS, Parts, Task
 
 HERE = Path(__file__).parent
@@ -47,7 +48,7 @@ def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
 def advice(task: Task, data: Any) -> sdgp.Plan:
     config, parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
-    for step in range(total_steps(config) // 4):
+    for step in range(config.epochs * epoch_steps(config) // 4):
         train(config, parts, optimizer, step)
     return ask(parts, optimizer, rounds=5)
 
@@ -76,7 +77,7 @@ def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     config, parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
-    steps = total_steps(config)
+    steps = config.epochs * epoch_steps(config)
     for step in range(steps):
         if step % (steps // POINTS) == 0:
             with _Untimed():
@@ -95,19 +96,11 @@ def epoch_steps(config: Any) -> int:
     return steps
 
 
-def total_steps(config: Any) -> int:
-    steps: int = config.epochs * epoch_steps(config)
-    return steps
-
-
 def train(config: Any, parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = config.learning_rate((step + 1) / epoch_steps(config))
     optimizer.zero_grad()
-    parts.loss(parts.model, *next(parts.batches)).backward()
-    if clip := getattr(config, "clip", 0.0):
-        torch.nn.utils.clip_grad_norm_(parts.model.parameters(), clip)
-    optimizer.step()
+    loss = parts.loss(parts.model, *next(parts.batches))
+    loss.backward()
+    update(parts.model, optimizer, config.scaler(loss.device), config, (step + 1) / epoch_steps(config))
 
 
 def ask(parts: Parts, optimizer: torch.optim.Optimizer, **settings: Any) -> sdgp.Plan:
