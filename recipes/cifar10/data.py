@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +11,10 @@ from typing import NamedTuple
 import torch
 from rich.progress import track
 from torch import Tensor
-from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets import CIFAR10
 
 from ..common.errors import UserError
-from ..common.images import decode, normalize
+from ..common.images import decode, list_images, normalize
 from ..common.process import World
 from .config import Config
 
@@ -77,39 +76,21 @@ def _read_torchvision(folder: Path, part: str, config: Config) -> Images:
 
 
 def _read_folder(folder: Path, part: str, config: Config) -> Images:
-    try:
-        listing = ImageFolder(str(folder / part))
-    except FileNotFoundError as error:  # no class folder, or an empty one
-        raise UserError(f"--data: {error}") from None
-    if len(listing.classes) != config.classes:
-        raise UserError(
-            f"--data: expected {config.classes} class folders in {folder / part}, got {len(listing.classes)}"
-        )
-    read = _reader(config.bad_images)
-    with ThreadPoolExecutor() as pool:
-        paths = [path for path, _ in listing.samples]
-        decoded = list(track(pool.map(read, paths), f"decoding {part}", len(paths), transient=True))
-    good = [(pixels, label) for pixels, (_, label) in zip(decoded, listing.samples, strict=True) if pixels is not None]
-    by_size = {tuple(pixels.shape): path for pixels, path in zip(decoded, paths, strict=True) if pixels is not None}
-    if len(by_size) != 1:
-        raise UserError(f"--data: expected images of one size in {folder / part}, got {by_size or 'no good image'}")
-    if len(good) < len(paths):
-        print(f"{folder / part}: skipped {len(paths) - len(good)} of {len(paths)} images that cannot be read")
-    return Images(torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good]))
-
-
-def _reader(bad_images: str) -> Callable[[str], Tensor | None]:
     def read(path: str) -> Tensor | None:
         try:
             return decode(path).permute(1, 2, 0)
         except ValueError as error:
-            if bad_images == "skip":
-                return None
-            raise UserError(
-                f"--data: expected an image, got {error}; --set bad_images=skip leaves such files out"
-            ) from None
+            config.skip(str(error))
+            return None
 
-    return read
+    paths, labels = zip(*list_images(folder / part, config.classes).samples, strict=True)
+    with ThreadPoolExecutor() as pool:
+        decoded = list(track(pool.map(read, paths), f"decoding {part}", len(paths), transient=True))
+    good = [(pixels, label) for pixels, label in zip(decoded, labels, strict=True) if pixels is not None]
+    by_size = {tuple(pixels.shape): path for pixels, path in zip(decoded, paths, strict=True) if pixels is not None}
+    if len(by_size) != 1:
+        raise UserError(f"--data: expected images of one size in {folder / part}, got {by_size or 'no good image'}")
+    return Images(torch.stack([pixels for pixels, _ in good]), torch.tensor([label for _, label in good]))
 
 
 def _read_beton(folder: Path, part: str, config: Config) -> Images:

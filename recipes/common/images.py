@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Code that the image recipes share: the settings of both published recipes, and the normalization of a batch."""
+"""Code that the image recipes share: the settings of both published recipes, reading and normalizing images."""
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .config import Count, NonNegative
@@ -60,6 +62,16 @@ class ImageSettings(Settings):
     def learning_rate(self, epoch: float) -> float:
         return self.lr * min(epoch / self.peak_epoch, (self.epochs - epoch) / (self.epochs - self.peak_epoch))
 
+    def skip(self, reason: str) -> None:
+        """Prints why an image is left out.
+
+        Raises:
+            UserError: if the config does not allow it.
+        """
+        if self.bad_images == "error":
+            raise UserError(f"--data: expected an image, got {reason}; --set bad_images=skip leaves such files out")
+        print(f"skipped {reason}")
+
 
 def is_pruned(module: nn.Module, name: str) -> bool:
     """Whether the published runs pruned a layer: they pruned all convolutions except the first, and no linear layer."""
@@ -78,6 +90,24 @@ def _on(device: torch.device, mean: RGB, std: RGB) -> tuple[Tensor, Tensor]:
     return torch.tensor(mean, device=device).view(3, 1, 1), torch.tensor(std, device=device).view(3, 1, 1)
 
 
+def list_images(folder: Path, classes: int) -> ImageFolder:
+    """Lists the images of a folder of class folders.
+
+    Raises:
+        UserError: if a class has no images, or there is another number of classes.
+    """
+    try:
+        listing = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise UserError(f"--data: {error}") from None
+    if len(listing.classes) != classes:
+        raise UserError(
+            f"--data: expected {classes} class folders in {folder}, got {len(listing.classes)}; --set classes=N trains "
+            "on another number"
+        )
+    return listing
+
+
 def decode(path: str) -> Tensor:
     """Decodes an image file to (3, height, width), uint8.
 
@@ -89,9 +119,7 @@ def decode(path: str) -> Tensor:
             if file.mode.startswith(("I", "F")):  # convert("RGB") would clip these values to 255 without a word
                 raise ValueError(f"expected 8 bits per channel, got Pillow's mode {file.mode}")
             return pil_to_tensor(file.convert("RGB"))
-    except (
-        Exception
-    ) as error:  # Pillow's decoders raise OSError, SyntaxError, struct.error, DecompressionBombError, ...
+    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ValueError(f"{path}: {error}") from None
 
 

@@ -47,32 +47,20 @@ def launch(
         world = process.start(args.device)
         try:
             if args.eval is not None:
-                print(_evaluate(args.eval, settings, args.data, world, load, evaluate))
+                weights, training = checkpoint.load(args.eval)
+                if changed := difference(training.get("config", {}), dataclasses.asdict(settings)):
+                    print(f"--eval: the checkpoint was trained with another config: {changed}", file=sys.stderr)
+                print(evaluate(settings, load(settings, args.data, world), world, weights))
                 return
             data = load(settings, args.data, world)
             for seed in range(args.seed, args.seed + args.seeds):
                 folder = args.out / recipe / "+".join(file.stem for file in args.config) / f"seed{seed}"
-                train(
-                    settings, data, seed, world, Job(folder, args.results or args.out / f"{recipe}.jsonl", args.resume)
-                )
+                results = args.results or args.out / f"{recipe}.jsonl"
+                train(settings, data, seed, world, Job(folder, results, args.resume))
         finally:
             process.stop()
     except UserError as error:
         sys.exit(f"{recipe}: {error}")
-
-
-def _evaluate(
-    path: Path,
-    settings: _Config,
-    data: Path | None,
-    world: World,
-    load: Callable[[_Config, Path | None, World], Any],
-    evaluate: Callable[[_Config, Any, World, dict[str, torch.Tensor]], str],
-) -> str:
-    weights, training = checkpoint.load(path)
-    if changed := difference(training.get("config", {}), dataclasses.asdict(settings)):
-        print(f"--eval: the checkpoint was trained with another config: {changed}", file=sys.stderr)
-    return evaluate(settings, load(settings, data, world), world, weights)
 
 
 def _count(text: str) -> int:

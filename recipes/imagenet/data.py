@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ..common.errors import UserError
 from ..common.files import printable
-from ..common.images import decode, normalize
+from ..common.images import decode, list_images, normalize
 from ..common.process import World, derive_seed
 from .config import Config
 
@@ -51,16 +51,7 @@ def load(config: Config, folder: Path | None, world: World) -> ImageNet:
         return ImageNet(f"{folder.name}, ffcv", *parts)
     if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         raise UserError(f"--data: expected train/ and val/, or train.beton and val.beton in {folder}, got neither")
-    try:
-        listings = [ImageFolder(str(folder / part)) for part in ("train", "val")]
-    except FileNotFoundError as error:
-        raise UserError(f"--data: {error}") from None
-    for part, listing in zip(("train", "val"), listings, strict=True):
-        if len(listing.classes) != config.classes:
-            raise UserError(
-                f"--data: expected {config.classes} class folders in {folder / part}, got {len(listing.classes)}; "
-                "--set classes=N trains on another number"
-            )
+    listings = [list_images(folder / part, config.classes) for part in ("train", "val")]
     if listings[0].classes != listings[1].classes:
         odd = sorted(set(listings[0].classes) ^ set(listings[1].classes))
         raise UserError(f"--data: expected the same classes in train/ and val/, got {', '.join(odd[:5])} in one only")
@@ -123,21 +114,22 @@ def _collate(samples: list[tuple[Tensor | None, int, str]]) -> tuple[Tensor, Ten
     return images, torch.tensor([label for _, label in good]), [reason for _, _, reason in samples if reason]
 
 
+def _worker_count(config: Config, world: World) -> int:
+    return config.workers if config.workers >= 0 else max((os.cpu_count() or 2) // world.size, 1)
+
+
 def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: World) -> Iterator[tuple[Tensor, Tensor]]:
-    workers = config.workers if config.workers >= 0 else max((os.cpu_count() or 2) // world.size, 1)
     loader: DataLoader[Any] = DataLoader(
         data,
         batch_sampler=batches,
-        num_workers=workers,
+        num_workers=_worker_count(config, world),
         collate_fn=_collate,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator(),  # else starting workers would advance the generator of the training step
     )
     for images, labels, bad in loader:
         for reason in bad:
-            if config.bad_images == "error":
-                raise UserError(f"--data: expected an image, got {reason}; --set bad_images=skip leaves such files out")
-            print(f"skipped {reason}")
+            config.skip(reason)
         if len(labels):
             yield (
                 normalize(images.to(world.device, non_blocking=True), _MEAN, _STD, config.memory_format),
@@ -166,7 +158,7 @@ def _ffcv(
     loader = Loader(
         str(part.path),
         batch_size=len(batches[0]),
-        num_workers=config.workers if config.workers > 0 else max((os.cpu_count() or 2) // world.size, 1),
+        num_workers=max(_worker_count(config, world), 1),
         order=OrderOption.SEQUENTIAL,
         indices=torch.cat(list(batches)).numpy(),
         pipelines={"image": images, "label": [IntDecoder(), ToTensor()]},

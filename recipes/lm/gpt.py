@@ -30,7 +30,7 @@ from ..common.process import World
 from ..common.record import Job
 from ..common.run import Measured, Run
 from ..common.transformer import Block, decay_matrices
-from .text import Text, TextSettings, batches, load_text
+from .text import Text, TextSettings, batches, load_text, mean_loss
 
 SIZES = {  # layers, heads, width
     "tiny": (6, 4, 128),
@@ -106,19 +106,9 @@ def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
 
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) -> float:
-    """Returns the loss in bits per byte over the first ``validation_bytes``, in adjacent windows."""
+    """Returns the loss in bits per byte over the first ``validation_bytes``."""
     model.eval()
-    windows = text[: config.validation_bytes + 1].long().unfold(0, config.context + 1, config.context)
-    rounds = -(-len(windows) // (64 * world.size))  # the same in each process, else FSDP would wait forever
-    sums = torch.zeros(2, device=world.device)
-    for index in range(rounds):
-        at = 64 * (index * world.size + world.rank)
-        batch = (windows[at : at + 64] if at < len(windows) else windows[:1]).to(world.device)
-        with config.autocast(world.device):
-            loss = model(batch[:, :-1], batch[:, 1:])
-        sums += torch.stack([loss.float(), torch.ones_like(loss)]).mul(len(batch) if at < len(windows) else 0)
-    total, count = world.sum(sums).tolist()
-    return total / count / math.log(2)
+    return mean_loss(model, text[: config.validation_bytes + 1], config, world, batch=64) / math.log(2)
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,7 @@ from ..common.process import World
 from ..common.record import Job
 from ..common.run import Measured, Run
 from . import gpt
-from .text import Text, TextSettings, batches, load_text
+from .text import Text, TextSettings, batches, load_text, mean_loss
 
 SIZES = {  # layers, heads, key and value heads, width, inner width
     "tiny": (4, 4, 2, 256, 688),
@@ -116,13 +117,8 @@ def load(config: Config, path: Path | None, world: World) -> Text:
 @torch.no_grad()
 def bits_per_byte(model: nn.Module, text: Text, config: Config, world: World) -> float:
     model.eval()
-    windows = text.validation.long().unfold(0, config.context + 1, config.context)
-    total = torch.zeros((), device=world.device)
-    for window in windows[world.rank :: world.size].split(16):
-        batch = window.to(world.device)
-        with config.autocast(world.device):
-            total += loss_of(model, batch[:, :-1], batch[:, 1:], config).float() * len(batch)
-    per_token = float(world.sum(total)) / len(windows) / math.log(2)
+    loss = partial(loss_of, model, config=config)
+    per_token = mean_loss(loss, text.validation, config, world, batch=16) / math.log(2)
     return per_token * len(text.validation) / (text.validation_bytes or len(text.validation))
 
 

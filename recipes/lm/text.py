@@ -7,7 +7,7 @@ import hashlib
 import math
 import sysconfig
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -155,6 +155,26 @@ def _joined(pieces: Iterable[tuple[int, bytes]]) -> bytes:
 
 def _numbers(text: bytes) -> Tensor:
     return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+
+
+def mean_loss(
+    loss: Callable[[Tensor, Tensor], Tensor], text: Tensor, config: TextSettings, world: World, batch: int
+) -> float:
+    """Returns the mean of ``loss``, which gets inputs and targets, over the adjacent windows of a text.
+
+    Args:
+        batch: the number of windows for one call of ``loss``.
+    """
+    windows = text.long().unfold(0, config.context + 1, config.context)
+    rounds = -(-len(windows) // (batch * world.size))  # the same in each process, else FSDP would wait forever
+    total = torch.zeros((), device=world.device)
+    for index in range(rounds):
+        at = batch * (index * world.size + world.rank)
+        part = (windows[at : at + batch] if at < len(windows) else windows[:1]).to(world.device)
+        with config.autocast(world.device):
+            value = loss(part[:, :-1], part[:, 1:])
+        total += value.float() * (len(part) if at < len(windows) else 0)
+    return float(world.sum(total)) / len(windows)
 
 
 def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
