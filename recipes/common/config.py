@@ -9,7 +9,7 @@ import math
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
 
 from .errors import UserError
 
@@ -18,22 +18,15 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Count", "Natural", "NonNegative", "Positive", "difference", "load", "tomllib"]
+__all__ = ["Count", "Natural", "NonNegative", "difference", "load", "tomllib"]
 
 _Config = TypeVar("_Config")
 
 
-class _From(NamedTuple):
-    """The least value of a setting, and whether that value itself is allowed."""
-
-    least: float
-    inclusive: bool = True
-
-
-Count: TypeAlias = Annotated[int, _From(1)]
-Natural: TypeAlias = Annotated[int, _From(0)]
-NonNegative: TypeAlias = Annotated[float, _From(0)]
-Positive: TypeAlias = Annotated[float, _From(0, inclusive=False)]
+# Types with the least value of a setting.
+Count: TypeAlias = Annotated[int, 1]
+Natural: TypeAlias = Annotated[int, 0]
+NonNegative: TypeAlias = Annotated[float, 0]
 
 
 def load(cls: type[_Config], files: Iterable[Path], overrides: Iterable[str] = ()) -> _Config:
@@ -107,7 +100,6 @@ def _typed(key: str, value: Any, wanted: Any, source: str) -> Any:
         raise UserError(f"config: expected {key} to be {wanted.__name__}, got {value!r} ({source})")
     if wanted is float and not math.isfinite(value):
         raise UserError(f"config: expected {key} to be finite, got {value} ({source})")
-    if least is not None and not (value >= least.least if least.inclusive else value > least.least):
-        sign = ">=" if least.inclusive else ">"
-        raise UserError(f"config: expected {key} {sign} {least.least}, got {value} ({source})")
+    if least is not None and value < least:
+        raise UserError(f"config: expected {key} >= {least}, got {value} ({source})")
     return value
