@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from ..common.checkpoint import load_weights
 from ..common.errors import UserError
-from ..common.images import classify
 from ..common.images import is_pruned as is_pruned_convolution
 from ..common.launch import launch
 from ..common.process import World, derive_seed
 from ..common.record import Job
-from ..common.run import Run
+from ..common.run import Run, classify
 from ..common.transformer import Block, decay_matrices
 from .config import Config
 from .data import Cifar, Images, load

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
@@ -18,7 +17,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .config import Count, NonNegative
 from .errors import UserError
 from .process import World
-from .run import Measured
 from .settings import Settings
 
 RGB = tuple[float, float, float]
@@ -121,11 +119,3 @@ def decode(path: str) -> Tensor:
             return pil_to_tensor(file.convert("RGB"))
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError, ...
         raise ValueError(f"{path}: {error}") from None
-
-
-def classify(model: nn.Module, inputs: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Measured:
-    """The cross-entropy of a micro-batch, and its top-1 in percent, summed over the samples."""
-    scores = model(inputs)
-    loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
-    hits = (scores.argmax(1) == labels).sum()
-    return Measured(loss, len(labels), {"top1": 100 * hits})

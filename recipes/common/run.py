@@ -6,9 +6,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,7 +19,6 @@ from .process import Stop, World, derive_seed
 from .record import Curve, Job, Record
 from .settings import Settings
 
-_Batch = TypeVar("_Batch")
 _MicroBatches: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
@@ -40,10 +40,22 @@ class Measured(NamedTuple):
 Forward: TypeAlias = Callable[[nn.Module, Tensor, Tensor], Measured]
 
 
+def classify(model: nn.Module, inputs: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Measured:
+    """The cross-entropy of a micro-batch, and its top-1 in percent, summed over the samples."""
+    scores = model(inputs)
+    loss = F.cross_entropy(scores, labels, label_smoothing=label_smoothing)
+    hits = (scores.argmax(1) == labels).sum()
+    return Measured(loss, len(labels), {"top1": 100 * hits})
+
+
 def update(
     model: nn.Module, optimizer: Optimizer, scaler: torch.amp.GradScaler, config: Settings, epoch: float
 ) -> None:
-    """Updates the parameters, after the gradients are complete and unscaled. ``epoch``: the time in epochs."""
+    """Ends a step, whose gradients are complete and unscaled: clips them and moves the parameters.
+
+    Args:
+        epoch: the time in epochs, for the learning rate.
+    """
     if config.clip:
         nn.utils.clip_grad_norm_(model.parameters(), config.clip)
     for group in optimizer.param_groups:
@@ -142,7 +154,7 @@ class Run:
         self._add({"loss": mean * units})
         return units
 
-    def _steps(self, step: int, batches: Iterable[_Batch]) -> Iterator[tuple[int, _Batch]]:
+    def _steps(self, step: int, batches: Iterable[_MicroBatches]) -> Iterator[tuple[int, _MicroBatches]]:
         """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""
         iterator = iter(batches)
         while True:

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torchvision import models
 
 from ..common.checkpoint import load_weights
-from ..common.images import classify, is_pruned
+from ..common.images import is_pruned
 from ..common.launch import launch
 from ..common.process import World
 from ..common.record import Job
-from ..common.run import Run
+from ..common.run import Run, classify
 from ..common.transformer import decay_matrices
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches

@@ -22,11 +22,10 @@ from torch import Tensor, nn
 
 from ..common.checkpoint import load_weights
 from ..common.config import Count, NonNegative
-from ..common.images import classify
 from ..common.launch import launch
 from ..common.process import World
 from ..common.record import Job
-from ..common.run import Run
+from ..common.run import Run, classify
 from ..common.transformer import decay_matrices
 from . import gpt
 from .text import Classes, TextSettings, load_classes
