@@ -23,16 +23,13 @@ Results: TypeAlias = dict[str, dict[str, Any]]
 
 def plot_prune_nm(axes: Axes, rows: Rows) -> None:
     rows = [row for row in rows if row["dtype"] == "bfloat16" and row["tensor"].startswith("(rows")]
-    for method in rows[0]["of_clone"] if rows else ():
-        axes.plot([row["pattern"] for row in rows], [row["of_clone"][method] for row in rows], marker="o", label=method)
+    _plot_over_patterns(axes, rows, "of_clone")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(title="prune_nm, bfloat16, last dimension", ylabel="share of clone()'s bandwidth", ylim=(0, None))
 
 
 def plot_pack(axes: Axes, rows: Rows) -> None:
-    for candidate in rows[0]["times_clone"] if rows else ():
-        times = [row["times_clone"].get(candidate) for row in rows]
-        axes.plot([row["pattern"] for row in rows], times, marker="o", label=candidate)
+    _plot_over_patterns(axes, rows, "times_clone")
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(title="prune and pack to 2:4, bfloat16", ylabel="time, in clones", ylim=(0, None))
 
@@ -60,19 +57,20 @@ def plot_train_step(axes: Axes, rows: Rows) -> None:
 
 def plot_cpu_prune_nm(axes: Axes, rows: Rows) -> None:
     """Plots the methods at density 1/2. Dashed lines are along the channels of NCHW."""
-    methods = ("magnitude", "rescale", "rescale_group", "random", "mvue")
-    for tensor, style in (("(rows, C)", "-"), ("NCHW", "--")):
-        chosen = [
-            row
-            for row in rows
-            if (row["tensor"], row["dtype"], row["mib"]) == (tensor, "float32", 16) and _density(row) == 0.5
-        ]
-        for color, method in enumerate(methods):
-            times = [row["times_clone"][method] for row in chosen]
-            label = method if style == "-" else f"{method}, channels of NCHW"
-            axes.plot([row["pattern"] for row in chosen], times, style, marker="o", color=f"C{color}", label=label)
+    chosen = [row for row in rows if (row["dtype"], row["mib"]) == ("float32", 16) and _density(row) == 0.5]
+    for tensor, style, note in (("(rows, C)", "-", ""), ("NCHW", "--", ", channels of NCHW")):
+        _plot_over_patterns(axes, [row for row in chosen if row["tensor"] == tensor], "times_clone", style, note)
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set(title="prune_nm of 16 MiB of float32, half kept", ylabel="time, in clones", ylim=(0, None))
+
+
+def _plot_over_patterns(axes: Axes, rows: Rows, key: str, style: str = "-", note: str = "") -> None:
+    """Plots a line for each candidate."""
+    patterns = [row["pattern"] for row in rows]
+    candidates = [name for name in rows[0][key] if not name.startswith("topk")] if rows else []
+    for color, name in enumerate(candidates):
+        times = [row[key].get(name) for row in rows]
+        axes.plot(patterns, times, style, marker="o", color=f"C{color}", label=f"{name}{note}")
 
 
 def plot_cpu_product(axes: Axes, rows: Rows, of: str = "data") -> None:
