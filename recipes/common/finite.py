@@ -23,8 +23,9 @@ class FiniteCheck:
         named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         self._names, self._parameters = [name for name, _ in named], [parameter for _, parameter in named]
         self._gradients, self._every = gradients, every
-        self._loss_step: Tensor | None = None  # the step of the first bad loss; -1: none yet
-        self._first: Tensor | None = None  # per parameter, the step of the first bad gradient; -1: none yet
+        device = next(model.parameters()).device
+        self._loss_step = torch.tensor(-1, device=device)  # the step of the first bad loss; -1: none yet
+        self._first = torch.full((len(named),), -1, device=device)  # the same for each parameter's gradient
 
     def update(self, step: int, loss: Tensor) -> None:
         """Checks one step. Call this method after each backward, before anything changes the gradients.
@@ -32,11 +33,8 @@ class FiniteCheck:
         Raises:
             Diverged: if the loss was not finite in this step or in one of the last ``every`` steps.
         """
-        if self._loss_step is None:
-            self._loss_step = torch.tensor(-1, device=loss.device)
-            self._first = torch.full((len(self._names),), -1, device=loss.device)
         _note(self._loss_step, step, loss.detach().isfinite())
-        if self._gradients and self._first is not None:
+        if self._gradients:
             gradients = [_local(p.grad) if p.grad is not None else p.new_zeros(()) for p in self._parameters]
             _note(self._first, step, torch.stack(torch._foreach_norm(gradients)).isfinite())
         if step % self._every == 0:
@@ -44,9 +42,10 @@ class FiniteCheck:
 
     def check(self) -> None:
         """Fetches the result now, and raises the error of ``update`` if a loss was not finite."""
-        if self._loss_step is None or self._first is None or int(self._loss_step) < 0:
+        step = int(self._loss_step)
+        if step < 0:
             return
-        step, firsts = int(self._loss_step), self._first.tolist()
+        firsts = self._first.tolist()
         bad = [first for first in firsts if first >= 0]
         message = f"loss: expected a finite number, got none at step {step}"
         if bad and (first := min(bad)) <= step:
