@@ -17,7 +17,7 @@ import torch
 from gradients import Case, main
 from torch import Tensor
 
-from sdgp._autograd import Conv2dProducts, Geometry
+from sdgp._autograd import Conv2dProducts, Conv2dWeightProducts, Geometry
 
 
 class Shape(NamedTuple):
@@ -66,16 +66,18 @@ def tensors(shape: Shape, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return input, grad_output, weight
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype, *, of_weight: bool = False) -> Iterator[Case]:
+    """Yields the data gradient of each layer, or the weight gradient."""
+    products = Conv2dWeightProducts if of_weight else Conv2dProducts
     for shape in SHAPES:
         input, grad_output, weight = tensors(shape, dtype)
         yield Case(
             name=name(shape),
             grad_output=grad_output,
-            operand=weight,
-            result_bytes=input.nbytes,
+            operand=input if of_weight else weight,
+            result_bytes=(weight if of_weight else input).nbytes,
             flop=2 * grad_output.numel() * shape.channels_in * shape.kernel**2,
-            products=partial(Conv2dProducts, grad_output, input, weight, geometry(shape)),
+            products=partial(products, grad_output, input, weight, geometry(shape)),
         )
 
 

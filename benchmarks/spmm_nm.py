@@ -17,22 +17,27 @@ from functools import partial
 import torch
 from gradients import Case, main
 
-from sdgp._autograd import LinearProducts
+from sdgp._autograd import LinearProducts, LinearWeightProducts
 
 SHAPES = ((4096, 768, 3072), (4096, 3072, 768), (2048, 1024, 4096))  # tokens, in, out
 
 
-def cases(dtype: torch.dtype) -> Iterator[Case]:
+def cases(dtype: torch.dtype, *, of_weight: bool = False) -> Iterator[Case]:
+    """Yields the data gradient of each layer, or the weight gradient."""
     for tokens, features_in, features_out in SHAPES:
-        grad_output = torch.randn(tokens, features_out, dtype=dtype)
-        weight = torch.randn(features_out, features_in, dtype=dtype)
+        input, grad_output, weight = (
+            torch.randn(shape, dtype=dtype)
+            for shape in ((tokens, features_in), (tokens, features_out), (features_out, features_in))
+        )
+        data_products = partial(LinearProducts, grad_output, weight)
+        weight_products = partial(LinearWeightProducts, grad_output, input, weight, False)
         yield Case(
             name=f"linear {tokens}, {features_in} -> {features_out}",
             grad_output=grad_output,
-            operand=weight,
-            result_bytes=dtype.itemsize * tokens * features_in,
+            operand=input if of_weight else weight,
+            result_bytes=(weight if of_weight else input).nbytes,
             flop=2 * tokens * features_in * features_out,
-            products=partial(LinearProducts, grad_output, weight),
+            products=weight_products if of_weight else data_products,
         )
 
 
