@@ -227,6 +227,12 @@ def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
+def _label(arm: Arm) -> str:
+    """The name of a pruned arm, whatever the machine of its plan."""
+    words = "plan" if arm.row.startswith("plan ") else arm.row.replace(", weight gradient ", " + ")
+    return words + (f", first {1 - arm.pruned:.0%} exact" if arm.pruned < 1 else "")
+
+
 def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, Any]], path: Path) -> None:
     """Plots loss against cost: the curves of the plain arms, and each pruned arm at its cost on each machine."""
 
@@ -237,20 +243,21 @@ def plot(name: str, metric: str, found: list[Arm], saved: dict[str, dict[str, An
     for kind, curve in _curves(found).items():
         points = sorted((arm.cost, level(arm)) for arm in curve)
         axes.plot(*zip(*points, strict=True), ".-", label=_KINDS[kind])
-    for machine, marker in zip(saved, "osD^", strict=False):
-        axes.plot([], [], marker, color="tab:green", label=f"pruned, {machine}")
+    labels = list(dict.fromkeys(_label(arm) for arm in found if arm.kind == "pruned"))
+    shown, markers = set(), "osD^"
+    for machine, marker in zip(saved, markers, strict=False):
         for arm in found:
             row = saved[machine].get(_key(arm, machine))
-            if row is None:
-                continue
-            at = 1 - arm.pruned * row["saved"], level(arm)
-            axes.plot(*at, marker, color="tab:green")
-            label = _key(arm, machine) + (f", first {1 - arm.pruned:.0%} exact" if arm.pruned < 1 else "")
-            axes.annotate(label, at, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    axes.margins(x=0.12)
+            if row is not None:
+                color = f"C{2 + labels.index(_label(arm)) % 8}"
+                label = None if _label(arm) in shown else _label(arm)
+                axes.plot(1 - arm.pruned * row["saved"], level(arm), marker, color=color, label=label)
+                shown.add(_label(arm))
+    for machine, marker in zip(saved, markers, strict=False):
+        axes.plot([], [], marker, color="black", fillstyle="none", label=machine)
     axes.set(xlabel="cost, as a share of the full plain run", ylabel=metric, title=name)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize=8)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
