@@ -97,7 +97,7 @@ def test_matches_plain_pytorch(name: str, method: str) -> None:
     (pruned,) = torch.autograd.grad(output, x, grad_output)
     with sdgp.paused(model):
         (exact,) = torch.autograd.grad(model(x), x, grad_output)
-    kept = model.prune(grad_output, None)
+    kept = model.prune(grad_output, model.pruning, None)
     expected = plainly(grad_output[:samples], kept[:samples], exact[:samples], pruned[:samples])
     found = last(watch, "(model)")
     if name == "circular":  # g and p belong to the padded input
@@ -197,6 +197,31 @@ def test_exact_layers_are_not_recorded() -> None:
         with sdgp.paused(model):
             step(model, torch.randn(256, 256))
         assert watch["1"]["step"] == [2]
+
+
+def test_a_backward_after_the_pause_is_not_recorded() -> None:
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:8", "random")
+    schedule = sdgp.Schedule(model, exact_first=1, patterns={2: "2:4"})
+    watch = sdgp.watch(model, every=1, window=1, exact_below=0.9)
+    outputs = []
+    for _ in range(3):
+        outputs.append(model(torch.randn(4, 8, requires_grad=True)))
+        schedule.step()
+        outputs[-1].sum().backward()
+        with sdgp.paused(model):
+            outputs.append(model(torch.randn(4, 8, requires_grad=True)))
+        outputs[-1].sum().backward()
+    assert [record["step"] for record in watch.values()] == [[2], [2]]  # step 2 set both aside
+    assert {record["density"][0] for record in watch.values()} == {1 / 8}  # the pattern of the forward
+
+
+def test_a_layer_that_is_reverted_before_the_backward() -> None:
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    watch = sdgp.watch(model, every=1)
+    output = model(torch.randn(4, 8, requires_grad=True))
+    sdgp.revert(model[0])
+    output.sum().backward()
+    assert list(watch) == ["1"]
 
 
 def test_autocast_and_channels_last() -> None:

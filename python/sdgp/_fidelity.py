@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ._layer import PruningLayer
-from ._pattern import METHODS_THAT_DRAW
+from ._pattern import METHODS_THAT_DRAW, Pruning
 from ._step import stand_in
 
 METRICS = ("cosine", "error", "bias", "l1_kept", "l2_kept", "zeros", "density")
@@ -44,11 +44,12 @@ class Sums(NamedTuple):
     values: float
 
 
-def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) -> Tensor:
+def measure(layer: PruningLayer, pruning: Pruning, grad_output: Tensor, shape: Tensor, seed: int) -> Tensor:
     """Returns the ``Sums`` of one call as a tensor on the gradient's device, without synchronizing with the device.
 
     Args:
-        layer: the layer whose settings are judged.
+        layer: the layer that was called.
+        pruning: the settings that are judged.
         grad_output: the output gradient of the call.
         shape: a tensor on the meta device with the shape and strides of the call's input.
         seed: the seed of the draws, below 2^62. PyTorch's generators are not used.
@@ -62,14 +63,14 @@ def measure(layer: PruningLayer, grad_output: Tensor, shape: Tensor, seed: int) 
         return gradient if gradient.dtype == torch.float64 else gradient.float()
 
     def draw(number: int) -> Tensor:
-        return layer.prune(grad_output, torch.full((1,), 2 * seed + number, device=grad_output.device))
+        return layer.prune(grad_output, pruning, torch.full((1,), 2 * seed + number, device=grad_output.device))
 
     with torch.no_grad():
         exact = data_gradient(grad_output)
         kept = draw(0)
         pruned = data_gradient(kept)
         error = pruned - exact
-        other = data_gradient(draw(1)) - exact if layer.pruning.method in METHODS_THAT_DRAW else error
+        other = data_gradient(draw(1)) - exact if pruning.method in METHODS_THAT_DRAW else error
         values = grad_output if grad_output.dtype == torch.float64 else grad_output.float()
         absolute, stays = values.abs(), kept != 0
         left = torch.where(stays, absolute, 0)

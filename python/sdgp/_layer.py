@@ -134,18 +134,15 @@ class PruningLayer(nn.Module):
     @property
     def prunes_data(self) -> bool:
         """``is_pruning`` for the data gradient only."""
-        return self._prunes(self.pruning.data, self.decision)
+        return not self.held and prunes(self.pruning.data, self.decision)
 
     @property
     def prunes_weight(self) -> bool:
         """``is_pruning`` for the weight gradient only."""
         pruning = self.pruning.weight
-        return pruning is not None and self.weight.requires_grad and self._prunes(pruning, self.weight_decision)
-
-    def _prunes(self, pruning: Pruning, decision: Decision | None) -> bool:
-        if self.held or pruning.is_identity:
+        if pruning is None or self.held or not self.weight.requires_grad:
             return False
-        return pruning.backend != "auto" if decision is None else decision.prunes
+        return prunes(pruning, self.weight_decision)
 
     @classmethod
     def too_narrow(cls, layer: nn.Module, pattern: Pattern) -> str | None:
@@ -167,10 +164,10 @@ class PruningLayer(nn.Module):
         """Returns the weight gradient of a call, pruned as ``pruning.weight`` says, to measure it."""
         raise NotImplementedError
 
-    def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
+    def prune(self, grad_output: Tensor, pruning: Pruning, seed: Tensor | None) -> Tensor:
         """Returns the output gradient as it enters the data-gradient product: pruned along the output features."""
-        n, m = self.pruning.pattern
-        return prune_nm(grad_output, n, m, -1, self.pruning.method, seed)
+        n, m = pruning.pattern
+        return prune_nm(grad_output, n, m, -1, pruning.method, seed)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.pruning}"
@@ -209,6 +206,13 @@ class PruningLayer(nn.Module):
         except NameError:  # some tracers do not know the module that they trace
             return None
         return tracer.create_proxy("call_module", target, (input,), {}) if target else None
+
+
+def prunes(pruning: Pruning, decision: Decision | None) -> bool:
+    """Returns whether a product prunes that nobody holds exact, as far as its last decision tells."""
+    if pruning.is_identity:
+        return False
+    return pruning.backend != "auto" if decision is None else decision.prunes
 
 
 def calls_plain(layer: nn.Module, input: object) -> bool:

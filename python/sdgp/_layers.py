@@ -177,9 +177,9 @@ class Conv2d(PruningLayer, nn.Conv2d):
             return input, self.padding
         return F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode), 0
 
-    def prune(self, grad_output: Tensor, seed: Tensor | None) -> Tensor:
+    def prune(self, grad_output: Tensor, pruning: Pruning, seed: Tensor | None) -> Tensor:
         batched = grad_output if grad_output.ndim == 4 else grad_output.unsqueeze(0)
-        return prune_conv2d_grad(batched, self.groups, self.pruning, seed).view_as(grad_output)
+        return prune_conv2d_grad(batched, self.groups, pruning, seed).view_as(grad_output)
 
 
 # Pickles and messages name the public class. torch.load(weights_only=True) may load it with its settings.

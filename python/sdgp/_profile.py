@@ -131,7 +131,7 @@ def profile(
     with state_kept(model):
         step()  # warms up; with backend="auto", the layers choose their products here
         products = {row.layer: row.product for row in report(model) if row.gradient == "data"}
-        with on_gradient(layers, lambda layer, grad, input: gradients[layer].append((grad, input))):
+        with on_gradient(layers, lambda layer: lambda grad, input: gradients[layer].append((grad, input))):
             step()
         for _ in range(rounds):
             for call, elapsed in times.items():

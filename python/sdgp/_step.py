@@ -17,6 +17,9 @@ _Layer = TypeVar("_Layer", bound=nn.Module)
 #: ``loss(model, batch)`` returns the scalar at which backward begins.
 Loss: TypeAlias = Callable[[Any, Any], Tensor]
 
+#: Receives the output gradient and the input of a layer call, in its backward.
+Receive: TypeAlias = Callable[[Tensor, Tensor], None]
+
 
 def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """Runs the forward and returns the loss: ``loss(model, batch)`` if ``loss`` is given.
@@ -81,13 +84,13 @@ class Handles:
 
 
 def on_gradient(
-    layers: Iterable[_Layer], receive: Callable[[_Layer, Tensor, Tensor], None], *, weights: bool = False
+    layers: Iterable[_Layer], begin: Callable[[_Layer], Receive | None], *, weights: bool = False
 ) -> Handles:
-    """Calls ``receive(layer, grad_output, input)`` in the backward of each layer call that has a data gradient.
-
-    This lasts until the handles are removed.
+    """Follows each layer call that has a data gradient to its backward, until the handles are removed.
 
     Args:
+        begin: ``begin(layer)`` is called after the forward. It returns what the backward calls with the output gradient
+            and the input, or None.
         weights: include layer calls that have only a weight gradient. ``input`` is then the detached input if there is
             a weight gradient and nobody has changed the input in place since. Otherwise ``input`` is on the meta
             device: only its shape and strides matter, and keeping its values would cost memory. In both cases
@@ -101,13 +104,16 @@ def on_gradient(
             return
         if not (output.requires_grad and (input.requires_grad or of_weight)):
             return
+        receive = begin(layer)
+        if receive is None:
+            return
         shape = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
         # Keep no reference to the input itself: after a change in place, its new history would lead to this hook.
         values = input.detach().requires_grad_(input.requires_grad) if of_weight else shape
         version = input._version
 
         def run(grad: Tensor) -> None:
-            receive(layer, grad.detach(), values if values._version == version else shape)
+            receive(grad.detach(), values if values._version == version else shape)
 
         hook: Any = output.register_hook
         hook(run)

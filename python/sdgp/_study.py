@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -65,7 +66,7 @@ class Study:
 
     def measure_products(self) -> None:
         """Measures the time and noise of all candidates, in a backward that also computes the exact gradients."""
-        with on_gradient(self._twins, self._receive, weights=True):
+        with on_gradient(self._twins, lambda module: functools.partial(self._receive, module), weights=True):
             self.exact = self._steps.gradients(self._steps.batches[0])
 
     def _receive(self, module: nn.Module, grad_output: Tensor, input: Tensor) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import statistics
@@ -18,11 +19,11 @@ from torch import Tensor, nn
 
 from . import _fidelity
 from ._fidelity import METRICS, Sums
-from ._layer import PruningLayer
+from ._layer import PruningLayer, prunes
 from ._models import format_table, pruning_layers
 from ._pattern import Pruning
 from ._renamed import renamed
-from ._step import Handles, Hook, on_gradient
+from ._step import Handles, Hook, Receive, on_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,17 +158,21 @@ class Watch(Mapping[str, Record]):
             return
         if self.step % self._every == 0:
             layers = [layer for layer in self._names if isinstance(layer, PruningLayer)]
-            self._layer_hooks = on_gradient(layers, self._receive)
+            self._layer_hooks = on_gradient(layers, self._after_forward)
             self._pending_step = self.step
         self.step += 1
 
     def _rest(self) -> None:
         self._layer_hooks.remove()
 
-    def _receive(self, layer: PruningLayer, grad_output: Tensor, shape: Tensor) -> None:
-        if layer.prunes_data:
+    def _after_forward(self, layer: PruningLayer) -> Receive | None:
+        pruning, held = layer._settings()  # the backward uses them too, whatever changes until then
+        return None if held else functools.partial(self._receive, layer, pruning.data)
+
+    def _receive(self, layer: PruningLayer, pruning: Pruning, grad_output: Tensor, shape: Tensor) -> None:
+        if isinstance(layer, PruningLayer) and prunes(pruning, layer.decision):
             seed = (self._pending_step << 20) + len(self._pending)
-            self._pending.append((layer, layer.pruning, _fidelity.measure(layer, grad_output, shape, seed)))
+            self._pending.append((layer, pruning, _fidelity.measure(layer, pruning, grad_output, shape, seed)))
 
     def _collect(self) -> None:
         """Fetches the measurements of the last watched step from the device and records them.
