@@ -55,8 +55,9 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         output = pruned_linear(samples, self.weight, self.bias, *self._settings(), self, transposed=True)
         return output.view(*x.shape[:-1], self.nf)
 
-    def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        return LinearProducts(grad_output, self.weight.detach().t().to(grad_output.dtype), self.pruning.data)
+    def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
+        weight = self.weight if weight is None else weight
+        return LinearProducts(grad_output, weight.detach().t().to(grad_output.dtype), self.pruning.data)
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
         assert self.pruning.weight is not None
@@ -68,5 +69,5 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
 
     @staticmethod
     def _channels(layer: Any) -> int:
-        channels: int = layer.weight.shape[1]
+        channels: int = layer.nf
         return channels

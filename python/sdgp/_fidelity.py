@@ -44,12 +44,15 @@ class Sums(NamedTuple):
     values: float
 
 
-def measure(layer: PruningLayer, pruning: Pruning, grad_output: Tensor, shape: Tensor, seed: int) -> Tensor:
+def measure(
+    layer: PruningLayer, pruning: Pruning, weight: Tensor | None, grad_output: Tensor, shape: Tensor, seed: int
+) -> Tensor:
     """Returns the ``Sums`` of one call as a tensor on the gradient's device, without synchronizing with the device.
 
     Args:
         layer: the layer that was called.
         pruning: the settings that are judged.
+        weight: the weight of the call. None: the layer's weight now.
         grad_output: the output gradient of the call.
         shape: a tensor on the meta device with the shape and strides of the call's input.
         seed: the seed of the draws, below 2^62. PyTorch's generators are not used.
@@ -59,7 +62,7 @@ def measure(layer: PruningLayer, pruning: Pruning, grad_output: Tensor, shape: T
     input = stand_in(shape, grad_output)
 
     def data_gradient(grad_output: Tensor) -> Tensor:
-        gradient = layer.products(grad_output, input).exact()
+        gradient = layer.products(grad_output, input, weight).exact()
         return gradient if gradient.dtype == torch.float64 else gradient.float()
 
     def draw(number: int) -> Tensor:

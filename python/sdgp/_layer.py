@@ -10,6 +10,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ._decision import Decision, Products
 from ._ops import prune_nm
@@ -140,7 +141,7 @@ class PruningLayer(nn.Module):
     def prunes_weight(self) -> bool:
         """``is_pruning`` for the weight gradient only."""
         pruning = self.pruning.weight
-        if pruning is None or self.held or not self.weight.requires_grad:
+        if pruning is None or self.held or not trains_weight(self):
             return False
         return prunes(pruning, self.weight_decision)
 
@@ -153,11 +154,15 @@ class PruningLayer(nn.Module):
     @staticmethod
     def _channels(layer: Any) -> int:
         """Returns the number of output channels, per group for a convolution."""
-        channels: int = layer.weight.shape[0]
+        channels: int = layer.out_features
         return channels
 
-    def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        """Returns the data gradient of a call, to measure it. Only the shape and strides of ``input`` matter."""
+    def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
+        """Returns the data gradient of a call, to measure it. Only the shape and strides of ``input`` matter.
+
+        Args:
+            weight: the weight of the call. None: the layer's weight now.
+        """
         raise NotImplementedError
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
@@ -213,6 +218,22 @@ def prunes(pruning: Pruning, decision: Decision | None) -> bool:
     if pruning.is_identity:
         return False
     return pruning.backend != "auto" if decision is None else decision.prunes
+
+
+def weight_sources(layer: Any) -> list[Tensor]:
+    """Returns the weight, or the tensors that a parametrization computes it from.
+
+    To read a parametrized weight may train its parametrization or draw random numbers.
+    """
+    if not parametrize.is_parametrized(layer, "weight"):
+        return [layer.weight]
+    parametrization = layer.parametrizations.weight
+    return [*parametrization.parameters(), *parametrization.buffers()]
+
+
+def trains_weight(layer: nn.Module) -> bool:
+    """Returns whether the weight needs a gradient."""
+    return any(tensor.requires_grad for tensor in weight_sources(layer))
 
 
 def calls_plain(layer: nn.Module, input: object) -> bool:

@@ -72,8 +72,9 @@ class Linear(PruningLayer, nn.Linear):
             return output
         return pruned_linear(input, self.weight, self.bias, *self._settings(), self)
 
-    def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        return LinearProducts(grad_output, self.weight.detach().to(grad_output.dtype), self.pruning.data)
+    def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
+        weight = self.weight if weight is None else weight
+        return LinearProducts(grad_output, weight.detach().to(grad_output.dtype), self.pruning.data)
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
         assert self.pruning.weight is not None
@@ -151,21 +152,23 @@ class Conv2d(PruningLayer, nn.Conv2d):
 
     @staticmethod
     def _channels(layer: Any) -> int:
-        channels: int = layer.weight.shape[0] // layer.groups
+        channels: int = layer.out_channels // layer.groups
         return channels
 
-    def products(self, grad_output: Tensor, input: Tensor) -> Products:
-        return Conv2dProducts(*self._operands(grad_output, input), self.pruning.data)
+    def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
+        return Conv2dProducts(*self._operands(grad_output, input, weight), self.pruning.data)
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
         assert self.pruning.weight is not None
         return Conv2dWeightProducts(*self._operands(grad_output, input.detach()), self.pruning.weight)
 
-    def _operands(self, grad_output: Tensor, input: Tensor) -> tuple[Tensor, Tensor, Tensor, Geometry]:
+    def _operands(
+        self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Geometry]:
         stride: Any = self.stride
         dilation: Any = self.dilation
         input, padding = self._pad(input.to(grad_output.dtype))
-        weight = self.weight.detach()
+        weight = (self.weight if weight is None else weight).detach()
         input, geometry = conv2d_geometry(input, weight, stride, padding, dilation, self.groups)
         if input.ndim == 3:
             input, grad_output = input.unsqueeze(0), grad_output.unsqueeze(0)

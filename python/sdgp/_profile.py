@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ._choose import current_chooser, kernels_run
 from ._convert import paused
-from ._layer import PruningLayer
+from ._layer import PruningLayer, weight_sources
 from ._models import format_table, pruning_layers
 from ._report import report
 from ._step import Loss, on_gradient, run_step, stand_in, state_kept
@@ -125,7 +125,7 @@ def profile(
             step()
 
     result = Profile()
-    device = next(iter(layers)).weight.device
+    device = weight_sources(next(iter(layers)))[0].device
     gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     times: dict[Callable[[], None], list[float]] = {exact_step: [], step: []}
     with state_kept(model):
@@ -136,22 +136,22 @@ def profile(
         for _ in range(rounds):
             for call, elapsed in times.items():
                 elapsed.append(seconds(call, device))
-    result.exact_ms, result.step_ms = (1e3 * statistics.median(times[call]) for call in (exact_step, step))
-    for layer, name in layers.items():
-        for grad_output, input in gradients[layer]:
-            ms = _measure(layer, grad_output, input, rounds)
-            result.append(
-                LayerProfile(
-                    layer=name,
-                    shape=str(tuple(grad_output.shape)),
-                    pattern=str(layer.pruning.pattern),
-                    exact_ms=ms["exact"],
-                    dense_ms=ms["dense"],
-                    sparse_ms=ms.get("sparse", math.nan),
-                    share=ms["exact"] / result.exact_ms,
-                    product=products[name],
+        result.exact_ms, result.step_ms = (1e3 * statistics.median(times[call]) for call in (exact_step, step))
+        for layer, name in layers.items():
+            for grad_output, input in gradients[layer]:
+                ms = _measure(layer, grad_output, input, rounds)
+                result.append(
+                    LayerProfile(
+                        layer=name,
+                        shape=str(tuple(grad_output.shape)),
+                        pattern=str(layer.pruning.pattern),
+                        exact_ms=ms["exact"],
+                        dense_ms=ms["dense"],
+                        sparse_ms=ms.get("sparse", math.nan),
+                        share=ms["exact"] / result.exact_ms,
+                        product=products[name],
+                    )
                 )
-            )
     print(result)
     return result
 

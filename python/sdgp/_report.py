@@ -11,7 +11,7 @@ from torch import nn
 from ._choose import IDENTITY
 from ._convert import stated_reason
 from ._decision import Decision
-from ._layer import PruningLayer
+from ._layer import PruningLayer, trains_weight, weight_sources
 from ._models import check_module, format_table, layers_of
 from ._pattern import UNBIASED_METHODS, Pruning
 
@@ -108,7 +108,7 @@ def _row(name: str, module: PruningLayer, gradient: str, pruning: Pruning, decis
         product, ms, why = "exact", None, module.held
     elif pruning.is_identity:
         product, ms, why = IDENTITY.product, None, IDENTITY.why
-    elif gradient == "weight" and not module.weight.requires_grad:
+    elif gradient == "weight" and not trains_weight(module):
         product, ms, why = "exact", None, "the weight is frozen"
     elif decision is not None:
         product, ms, why = decision.product, decision.ms, decision.why
@@ -128,7 +128,7 @@ def _hint(modules: Iterable[nn.Module]) -> str:
     """Returns a hint about wider patterns that could replace those of layers on a CPU, or an empty string."""
     pairs: dict[str, str] = {}
     for module in modules:
-        if isinstance(module, PruningLayer) and module.weight.device.type == "cpu":
+        if isinstance(module, PruningLayer) and weight_sources(module)[0].device.type == "cpu":
             pattern, wider = module.pruning.pattern, module.pruning.pattern.wider
             if wider is not None and module.too_narrow(module, wider) is None:
                 pairs[str(pattern)] = str(wider)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils.hooks import RemovableHandle
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -119,6 +121,27 @@ def on_gradient(
         hook(run)
 
     return Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers)
+
+
+def note_weights(layers: Iterable[nn.Module]) -> tuple[dict[nn.Module, Tensor], Handles]:
+    """Notes the weight that a parametrization computes in each forward, until the handles are removed.
+
+    To read it once more may train the parametrization, or draw another one.
+
+    Returns:
+        The last weight of each layer with a parametrized one, and the handles.
+    """
+    noted: dict[nn.Module, Tensor] = {}
+
+    def note(layer: nn.Module, parametrization: nn.Module, args: tuple[()], weight: Tensor) -> None:
+        if not torch.compiler.is_compiling():
+            noted[layer] = weight.detach()
+
+    parametrized: Any = [layer for layer in layers if parametrize.is_parametrized(layer, "weight")]
+    return noted, Handles(
+        layer.parametrizations.weight.register_forward_hook(Hook(functools.partial(note, layer)))
+        for layer in parametrized
+    )
 
 
 def stand_in(shape: Tensor, grad_output: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from ._layer import PruningLayer, prunes
 from ._models import format_table, pruning_layers
 from ._pattern import Pruning
 from ._renamed import renamed
-from ._step import Handles, Hook, Receive, on_gradient
+from ._step import Handles, Hook, Receive, note_weights, on_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -78,7 +78,8 @@ class Watch(Mapping[str, Record]):
         self._last: dict[str, deque[Sums]] = {}  # the finite records in the window
         self._pending: list[tuple[PruningLayer, Pruning, Tensor]] = []
         self._pending_step = 0
-        self._layer_hooks = Handles()
+        self._weights: dict[nn.Module, Tensor] = {}  # those that a parametrization computed in the last forward
+        self._layer_hooks: list[Handles] = []
         self._model_hook = model.register_forward_pre_hook(Hook(self._before_forward))
 
     def __getitem__(self, layer: str) -> Record:
@@ -158,21 +159,26 @@ class Watch(Mapping[str, Record]):
             return
         if self.step % self._every == 0:
             layers = [layer for layer in self._names if isinstance(layer, PruningLayer)]
-            self._layer_hooks = on_gradient(layers, self._after_forward)
+            self._weights, of_weights = note_weights(layers)
+            self._layer_hooks = [on_gradient(layers, self._after_forward), of_weights]
             self._pending_step = self.step
         self.step += 1
 
     def _rest(self) -> None:
-        self._layer_hooks.remove()
+        for hooks in self._layer_hooks:
+            hooks.remove()
+        self._weights = {}
 
     def _after_forward(self, layer: PruningLayer) -> Receive | None:
         pruning, held = layer._settings()  # the backward uses them too, whatever changes until then
-        return None if held else functools.partial(self._receive, layer, pruning.data)
+        return None if held else functools.partial(self._receive, layer, pruning.data, self._weights.get(layer))
 
-    def _receive(self, layer: PruningLayer, pruning: Pruning, grad_output: Tensor, shape: Tensor) -> None:
+    def _receive(
+        self, layer: PruningLayer, pruning: Pruning, weight: Tensor | None, grad_output: Tensor, shape: Tensor
+    ) -> None:
         if isinstance(layer, PruningLayer) and prunes(pruning, layer.decision):
             seed = (self._pending_step << 20) + len(self._pending)
-            self._pending.append((layer, pruning, _fidelity.measure(layer, pruning, grad_output, shape, seed)))
+            self._pending.append((layer, pruning, _fidelity.measure(layer, pruning, weight, grad_output, shape, seed)))
 
     def _collect(self) -> None:
         """Fetches the measurements of the last watched step from the device and records them.
