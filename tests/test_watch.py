@@ -7,9 +7,11 @@ Watching must not change the training.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 import torch.nn.functional as F
 from compare import Timer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import sdgp
 from sdgp._fidelity import METRICS
@@ -183,6 +186,53 @@ def test_recomputed_layers_are_recorded_once() -> None:
     watch = sdgp.watch(outer, every=1)
     step(outer, torch.randn(2, 8))
     assert {name: record["step"] for name, record in watch.items()} == {"0.0": [0], "0.1": [0]}
+
+
+def batched_gradient(model: nn.Module, x: Tensor) -> None:
+    torch.autograd.grad(model(x.requires_grad_()), x, torch.randn(3, 4, 8), is_grads_batched=True)
+
+
+def fake(model: nn.Module, x: Tensor) -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        model(mode.from_tensor(x)).sum().backward()
+    model.zero_grad()
+
+
+UNRECORDED: dict[str, Callable[[nn.Module, Tensor], object]] = {
+    "grad": lambda model, x: torch.func.grad(lambda x: model(x).sum())(x),
+    "vmap of grad": lambda model, x: torch.func.vmap(torch.func.grad(lambda x: model(x).sum()))(x),
+    "jacrev": lambda model, x: torch.func.jacrev(model)(x),
+    "batched gradient": batched_gradient,
+    "fake tensors": fake,
+    "meta": lambda model, x: step(model.to("meta"), x.to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", UNRECORDED)
+def test_what_a_watch_leaves_alone(name: str) -> None:
+    """Neither the step nor the watch may fail."""
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), backend="dense")
+    watch = sdgp.watch(model, every=1)
+    UNRECORDED[name](model, torch.randn(4, 8))
+    assert not watch
+
+
+def test_a_selective_checkpoint_meets_the_same_operators() -> None:
+    """The hooks of a later forward also run in the recomputation of an earlier one."""
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        saves = op in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if saves else CheckpointPolicy.PREFER_RECOMPUTE
+
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), backend="dense")
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    outer = nn.Sequential(model)
+    outer.forward = lambda x: checkpoint(model, x, use_reentrant=False, context_fn=contexts)
+    watch = sdgp.watch(outer, every=2)
+    x = torch.randn(4, 8, requires_grad=True)
+    outer(x)
+    (outer(x) + outer(x)).sum().backward()  # steps 1 and 2
+    assert {name: record["step"] for name, record in watch.items()} == {"0.0": [2], "0.1": [2]}
 
 
 def test_exact_layers_are_not_recorded() -> None:

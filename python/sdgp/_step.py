@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.hooks import RemovableHandle
 
 _Layer = TypeVar("_Layer", bound=nn.Module)
@@ -90,6 +91,8 @@ def on_gradient(
 ) -> Handles:
     """Follows each layer call that has a data gradient to its backward, until the handles are removed.
 
+    Calls under torch.compile or the transforms of torch.func, and batched gradients, are left out.
+
     Args:
         begin: ``begin(layer)`` is called after the forward. It returns what the backward calls with the output gradient
             and the input, or None.
@@ -102,25 +105,37 @@ def on_gradient(
     def after_forward(layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], output: Tensor) -> None:
         input = (*args, *kwargs.values())[0]
         of_weight = weights and layer.weight.requires_grad
-        if torch.compiler.is_compiling() or output.is_nested:
+        if output.is_nested or _is_transformed(output):
             return
         if not (output.requires_grad and (input.requires_grad or of_weight)):
             return
         receive = begin(layer)
         if receive is None:
             return
-        shape = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
-        # Keep no reference to the input itself: after a change in place, its new history would lead to this hook.
-        values = input.detach().requires_grad_(input.requires_grad) if of_weight else shape
+        with _disable_current_modes():  # a checkpoint's mode expects the same operators whether this hook exists or not
+            shape = torch.empty_strided(input.shape, input.stride(), device="meta").requires_grad_(input.requires_grad)
+            # Keep no reference to the input itself: after a change in place, its new history would lead to this hook.
+            values = input.detach().requires_grad_(input.requires_grad) if of_weight else shape
         version = input._version
 
         def run(grad: Tensor) -> None:
-            receive(grad.detach(), values if values._version == version else shape)
+            if not _is_transformed(grad):
+                with _disable_current_modes():
+                    receive(grad.detach(), values if values._version == version else shape)
 
         hook: Any = output.register_hook
         hook(run)
 
     return Handles(layer.register_forward_hook(Hook(after_forward), with_kwargs=True) for layer in layers)
+
+
+def _is_transformed(tensor: Tensor) -> bool:
+    """Returns whether torch.compile, torch.func or a batched gradient (``is_grads_batched``) surrounds this call."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+    )
 
 
 def note_weights(layers: Iterable[nn.Module]) -> tuple[dict[nn.Module, Tensor], Handles]:
@@ -134,8 +149,9 @@ def note_weights(layers: Iterable[nn.Module]) -> tuple[dict[nn.Module, Tensor], 
     noted: dict[nn.Module, Tensor] = {}
 
     def note(layer: nn.Module, parametrization: nn.Module, args: tuple[()], weight: Tensor) -> None:
-        if not torch.compiler.is_compiling():
-            noted[layer] = weight.detach()
+        if not _is_transformed(weight):
+            with _disable_current_modes():
+                noted[layer] = weight.detach()
 
     parametrized: Any = [layer for layer in layers if parametrize.is_parametrized(layer, "weight")]
     return noted, Handles(

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _fidelity
 from ._fidelity import METRICS, Sums
@@ -176,6 +177,8 @@ class Watch(Mapping[str, Record]):
     def _receive(
         self, layer: PruningLayer, pruning: Pruning, weight: Tensor | None, grad_output: Tensor, shape: Tensor
     ) -> None:
+        if isinstance(grad_output, FakeTensor) or grad_output.is_meta:
+            return  # there are no values
         if isinstance(layer, PruningLayer) and prunes(pruning, layer.decision):
             seed = (self._pending_step << 20) + len(self._pending)
             self._pending.append((layer, pruning, _fidelity.measure(layer, pruning, weight, grad_output, shape, seed)))
@@ -275,8 +278,8 @@ def watch(
     Weight gradients are not recorded. If ``exact_below`` sets a layer aside, both its gradients are exact.
 
     A step is a forward in training mode with gradients enabled. If there are several forwards before one step of the
-    optimizer, each one counts. Under torch.compile nothing is recorded. Every process records its own part of the
-    batch.
+    optimizer, each one counts. Nothing is recorded under torch.compile, the transforms of torch.func, batched gradients
+    and fake tensors. Every process records its own part of the batch.
 
     Args:
         model: a model that ``sdgp.convert`` has converted.
