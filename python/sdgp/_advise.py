@@ -17,7 +17,7 @@ from ._models import check_module, layers_of
 from ._noise import Norm, difference, samples_of, tensors_of
 from ._pattern import Pattern, PatternLike, Pruning
 from ._plan import Plan
-from ._step import Loss, state_kept
+from ._step import Loss, check_optimizer, state_kept
 from ._steps import Memory, Steps, UnusableBatch, alike
 from ._study import Study, sparsity
 from ._twins import twin_of
@@ -72,7 +72,8 @@ def advise(
         A ``Plan`` for ``sdgp.convert(model, plan)``. ``sdgp.plot`` draws the plan and its candidates.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``advise: requirement, got actual``.
+        ValueError: if an argument is invalid, or an optimizer steps in the backward. The message reads
+            ``advise: requirement, got actual``.
 
     Examples:
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
@@ -110,8 +111,7 @@ def advised(
     if isinstance(model, torch._dynamo.OptimizedModule):
         raise ValueError("advise: expected the model itself, got a compiled one, which runs no hooks")
     norm = Norm.of("advise", model, optimizer)
-    if any(parameter._post_accumulate_grad_hooks for parameter in norm.scales):
-        raise ValueError("advise: expected an optimizer that steps after backward, got hooks that may step within it")
+    check_optimizer("advise", norm.scales)
     batches = alike(batches)
     samples = samples_of(batches[0])
     if len(batches) == 1 and (samples is None or samples < 2):
@@ -134,7 +134,7 @@ def advised(
     study = Study(steps, names, twins, narrow_for_wide=patterns is None)
     others = [tensor for batch in batches for tensor in tensors_of(batch) if tensor.is_leaf]
     others += [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-    with state_kept(model, *others), paused(model):
+    with state_kept("advise", model, *others), paused(model):
         say("steps")
         steps.time()
         say("products")

@@ -15,7 +15,7 @@ from ._convert import paused
 from ._layer import PruningLayer, weight_sources
 from ._models import format_table, pruning_layers
 from ._report import report
-from ._step import Loss, on_gradient, run_step, stand_in, state_kept
+from ._step import Loss, check_optimizer, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
 
 
@@ -105,7 +105,8 @@ def profile(
         A ``Profile``, which is a list of ``LayerProfile``.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``profile: requirement, got actual``.
+        ValueError: if an argument is invalid, or an optimizer steps in the backward. The message reads
+            ``profile: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), "2:4")
@@ -116,6 +117,8 @@ def profile(
     layers = pruning_layers("profile", model)
     if rounds < 1:
         raise ValueError(f"profile: expected rounds >= 1, got {rounds}")
+
+    check_optimizer("profile", model.parameters())
 
     def step() -> None:
         run_step("profile", model, batch, loss)
@@ -128,7 +131,7 @@ def profile(
     device = weight_sources(next(iter(layers)))[0].device
     gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     times: dict[Callable[[], None], list[float]] = {exact_step: [], step: []}
-    with state_kept(model):
+    with state_kept("profile", model):
         step()  # warms up; with backend="auto", the layers choose their products here
         products = {row.layer: row.product for row in report(model) if row.gradient == "data"}
         with on_gradient(layers, lambda layer: lambda grad, input: gradients[layer].append((grad, input))):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -46,8 +46,31 @@ def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Te
 
 
 def run_step(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> None:
-    """Runs a forward (``compute_loss``) and its backward."""
-    torch.autograd.backward(compute_loss(op, model, batch, loss))
+    """Runs a forward (``compute_loss``) and its backward (``run_backward``)."""
+    run_backward(op, compute_loss(op, model, batch, loss), model.parameters())
+
+
+def run_backward(op: str, value: Tensor, parameters: Iterable[Tensor]) -> None:
+    """Runs a backward.
+
+    Raises:
+        ValueError: If it changed a parameter, so that to measure would be to train: ``op: requirement, got actual``.
+    """
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    versions = [parameter._version for parameter in trained]
+    torch.autograd.backward(value)
+    if versions != [parameter._version for parameter in trained]:
+        raise _steps_in_backward(op, "one step by an optimizer inside it")
+
+
+def check_optimizer(op: str, parameters: Iterable[Tensor]) -> None:
+    """Raises ValueError if hooks may step an optimizer in the backward."""
+    if any(p._post_accumulate_grad_hooks or hasattr(p, "_in_backward_optimizers") for p in parameters):
+        raise ValueError(f"{op}: expected an optimizer that steps after backward, got hooks that may step within it")
+
+
+def _steps_in_backward(op: str, got: str) -> ValueError:
+    return ValueError(f"{op}: expected a backward that leaves the parameters as they are, got {got}")
 
 
 class Hook:
@@ -185,34 +208,54 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def state_kept(model: nn.Module, *others: Tensor) -> Iterator[None]:
-    """Restores gradients (also of ``others``), buffers, generators and the layers' decisions after the block."""
+def state_kept(op: str, model: nn.Module, *others: Tensor) -> Iterator[None]:
+    """Restores gradients (also of ``others``), buffers, generators and the layers' decisions after the block.
+
+    It restores all that it can if something cannot be restored.
+
+    Raises:
+        ValueError: If the hook of a parameter changed it: ``op: requirement, got actual``. It is restored too.
+    """
     parameters = [*model.parameters(), *others]
-    gradients = [parameter.grad for parameter in parameters]
-    buffers = [
-        (module._buffers, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    decisions = [
-        (vars(layer), name, vars(layer)[name])
-        for layer in model.modules()
-        for name in ("decision", "weight_decision")
-        if name in vars(layer)
-    ]
-    for parameter in parameters:
-        parameter.grad = None
+    with ExitStack() as stack:
+        hooked = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter._backward_hooks]
+        stack.callback(_restore_parameters, op, hooked)
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    stack.callback(_restore_buffer, module._buffers, name, buffer, buffer.detach().clone())
+            for name in ("decision", "weight_decision"):
+                if name in vars(module):
+                    stack.callback(_restore_decision, vars(module), name, vars(module)[name])
+        for parameter in parameters:
+            stack.callback(setattr, parameter, "grad", parameter.grad)
+            parameter.grad = None
+        stack.enter_context(torch.random.fork_rng())
+        yield
+
+
+def _restore_parameters(op: str, before: list[tuple[Tensor, Tensor]]) -> None:
+    changed = [(parameter, values) for parameter, values in before if not _equal(parameter, values)]
+    for parameter, values in changed:
+        parameter.data.copy_(values)
+    if changed:
+        raise _steps_in_backward(op, "hooks that change them")
+
+
+def _restore_buffer(buffers: dict[str, Tensor | None], name: str, buffer: Tensor, before: Tensor) -> None:
+    buffers[name] = buffer  # a forward may have replaced it
+    if not _equal(buffer, before):
+        with torch.inference_mode(buffer.is_inference()):
+            buffer.data.copy_(before)  # keeps its version: an earlier forward may have saved these values
+
+
+def _restore_decision(attributes: dict[str, Any], name: str, decision: object) -> None:
+    if name in attributes:  # the layer was not reverted inside the block
+        attributes[name] = decision
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
     try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
-        with torch.no_grad():
-            for place, name, buffer, before in buffers:
-                place[name] = buffer  # a forward may have replaced it
-                buffer.copy_(before)
-        for attributes, name, decision in decisions:
-            if name in attributes:  # it was not reverted inside the block
-                attributes[name] = decision
+        return torch.equal(one, other)
+    except RuntimeError:  # no such operator for meta or sparse tensors
+        return False

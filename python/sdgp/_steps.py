@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ._decision import Decision
 from ._noise import Estimate, Gradients, Norm, batch_noise, noise_of_halves, part_of, samples_of, tensors_of
-from ._step import Loss, compute_loss
+from ._step import Loss, compute_loss, run_backward
 from ._timing import seconds
 
 
@@ -72,7 +72,7 @@ class Steps:
                 value = self.loss(batch)
             if not torch.isfinite(value):
                 raise UnusableBatch(f"advise: expected a finite loss, got {value.item()}")
-            torch.autograd.backward(value)
+            run_backward("advise", value, parameters)
         self.without_gradient = sum(parameter.grad is None for parameter in parameters)
         return {p: torch.zeros_like(p) if p.grad is None else p.grad.to_dense() for p in parameters}
 
