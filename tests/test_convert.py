@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -233,9 +236,31 @@ def test_paused_outlives_convert_and_revert() -> None:
         assert set(notes(model).values()) == {"exact: paused"}
         sdgp.revert(model)
         assert products(model) == ["plain", "plain"]
-        sdgp.convert(model, "1:4", backend="pruned")  # makes a new layer, which is not paused
-        assert "exact" not in products(model)
+        sdgp.convert(model, "1:4", backend="pruned")
+        assert set(notes(model).values()) == {"exact: paused"}
+    assert "exact" not in products(model)
     assert not {"pruning", "holds", "decision"} & set(vars(sdgp.revert(model)[3]))
+
+
+def test_pauses_may_overlap() -> None:
+    model = sdgp.convert(small(), backend="dense")
+    first, second = (contextlib.ExitStack() for _ in range(2))
+    first.enter_context(sdgp.paused(model))
+    second.enter_context(sdgp.paused(model))
+    first.close()
+    assert products(model) == ["exact", "exact"]
+    second.close()
+    assert products(model) == ["dense", "dense"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_a_copy_from_inside_a_pause_is_not_paused(copied: Callable[[nn.Module], nn.Module]) -> None:
+    layer = sdgp.convert(nn.Linear(8, 8), backend="dense")
+    sdgp.Schedule(layer, exact_first=1)
+    with sdgp.paused(layer):
+        twin = copied(layer)
+        assert products(layer) == ["exact"]
+    assert twin.holds == layer.holds == {"schedule": "scheduled, exact_first=1"}
 
 
 def test_a_replaced_class_is_refused() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ._layer import PruningLayer, prune_in_place, unprune_in_place
+from ._layer import PruningLayer, pause, prune_in_place, resume, unprune_in_place
 from ._load import C
 from ._models import check_module, layers_of
 from ._ops import PRUNED_DTYPES
@@ -116,6 +116,8 @@ def revert(model: _Model) -> _Model:
 def paused(model: nn.Module) -> Iterator[None]:
     """Makes forwards of ``model`` inside the block record exact gradients, for warm-up steps or the last epochs.
 
+    This includes layers that are converted inside the block, but not copies of layers. Pauses may overlap in any order.
+
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
         >>> with sdgp.paused(model):
@@ -123,16 +125,14 @@ def paused(model: nn.Module) -> Iterator[None]:
         >>> loss.backward()  # exact
     """
     check_module("paused", model)
-    layers = [layer for layer in model.modules() if isinstance(layer, PruningLayer)]
-    before = [layer.holds.get("paused", "") for layer in layers]
+    layers = [layer for _, layer in layers_of(model)]
     for layer in layers:
-        layer.hold("paused", "paused")
+        pause(layer)
     try:
         yield
     finally:
-        for layer, why in zip(layers, before, strict=True):
-            if isinstance(layer, PruningLayer):  # it was not reverted inside the block
-                layer.hold("paused", why)
+        for layer in layers:
+            resume(layer)
 
 
 def _check_classes(op: str, model: nn.Module) -> None:

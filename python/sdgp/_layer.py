@@ -40,6 +40,9 @@ class _Change(NamedTuple):
     held: str
 
 
+# The number of pauses that each layer is in, plain layers included: they may be converted in the pause.
+_pauses: dict[nn.Module, int] = {}
+
 _past: WeakKeyDictionary[PruningLayer, deque[_Change]] = WeakKeyDictionary()
 
 
@@ -177,8 +180,12 @@ class PruningLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self.pruning}"
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy or pickle does not take part in a pause, whose end would not reach it.
+        return {**vars(self), "holds": {who: why for who, why in self.holds.items() if who != "paused"}}
+
     def _set_up(self, pruning: Pruning) -> None:
-        self.pruning, self.holds = pruning, {}
+        self.pruning, self.holds = pruning, {"paused": "paused"} if self in _pauses else {}
         self._forget()
 
     def _forget(self) -> None:
@@ -252,6 +259,25 @@ def call_plain(layer: Any, input: Any) -> Any:
         return type(layer).forward(layer, input)
     traced = layer._traced(input)
     return layer._plain.forward(layer, input) if traced is None else traced
+
+
+def pause(layer: nn.Module) -> None:
+    """Keeps the gradients of a layer's forwards exact, also if it is converted later, until ``resume``.
+
+    Pauses may overlap in any order.
+    """
+    _pauses[layer] = _pauses.get(layer, 0) + 1
+    if isinstance(layer, PruningLayer):
+        layer.hold("paused", "paused")
+
+
+def resume(layer: nn.Module) -> None:
+    """Ends one pause of a layer."""
+    _pauses[layer] -= 1
+    if not _pauses[layer]:
+        del _pauses[layer]
+        if isinstance(layer, PruningLayer):
+            layer.hold("paused", "")
 
 
 def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning) -> None:
