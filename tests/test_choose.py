@@ -6,7 +6,9 @@ auto and pruned must choose correctly, and a run that resumes from a checkpoint 
 
 from __future__ import annotations
 
+import concurrent.futures
 import json
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 import sdgp
 from sdgp._autograd import LinearProducts
-from sdgp._choose import LEAST_WORK, static_rule
+from sdgp._choose import LEAST_WORK, current_chooser, static_rule
 from sdgp._pattern import Pruning
 from sdgp._semi_structured import DEFAULT, Algorithm
 
@@ -313,6 +315,25 @@ def test_backwards_use_the_chooser_of_their_forward() -> None:
     with sdgp.chooser:  # it is already the default
         output = layer(x)
     assert (len(outer), len(inner), len(sdgp.chooser)) == (1, 1, before)
+
+
+def test_two_threads_may_use_one_chooser() -> None:
+    shared, _ = chooser(sparse_wins=True)
+    begun, ended = threading.Event(), threading.Event()
+
+    def overlap() -> bool:
+        with shared:
+            begun.set()
+            return ended.wait(60) and current_chooser() is shared
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        with shared:
+            result = pool.submit(overlap)
+            assert begun.wait(60)
+            assert current_chooser() is shared
+        assert current_chooser() is sdgp.chooser
+        ended.set()
+        assert result.result()
 
 
 # How products are timed.

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from dataclasses import asdict, fields, replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -154,19 +154,18 @@ class Chooser:
         self._timer, self._search = timer or elapsed_ms, search
         self._decisions: OrderedDict[Site, Decision] = OrderedDict()
         self.epoch = time.time_ns()  # changes when earlier decisions may no longer hold
-        self._tokens: list[Token[Chooser]] = []
 
     def __len__(self) -> int:
         return len(self._decisions)
 
     def __enter__(self) -> Self:
-        self._tokens.append(_current.set(self))
+        _choosers.set((*_choosers.get(), self))
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _current.reset(self._tokens.pop())
+        _choosers.set(_choosers.get()[:-1])
 
     def foresee(self, site: Site, work: int) -> Decision | None:
         """Returns the decision if it is known without measuring, or None if the products must be timed.
@@ -361,8 +360,10 @@ def _decision(named: Mapping[str, Any]) -> Decision:
 #: The chooser that every forward outside ``with Chooser():`` uses.
 chooser = Chooser()
 
-_current: ContextVar[Chooser] = ContextVar("chooser", default=chooser)
+# The choosers whose blocks this thread or task is in, the innermost last.
+_choosers: ContextVar[tuple[Chooser, ...]] = ContextVar("choosers", default=())
 
 
 def current_chooser() -> Chooser:
-    return _current.get()
+    choosers = _choosers.get()
+    return choosers[-1] if choosers else chooser
