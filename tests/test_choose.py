@@ -483,6 +483,7 @@ def test_a_state_of_another_version_loads() -> None:
         site = json.loads(key)
         site["pruning"] = {"later": 1} | dict(reversed(site["pruning"].items()))
         site = {"later": [1, 2]} | dict(reversed(site.items()))
+        del site["transposed"]  # of the first versions
         changed[json.dumps(site)] = {"later": None} | dict(reversed(decision.items()))
     other, _ = restored(changed)
     assert other.state_dict() == state

@@ -80,12 +80,12 @@ def test_autocast(backend: str) -> None:
         torch.testing.assert_close(got, wanted, rtol=2e-2, atol=5e-2)
 
 
-def test_a_linear_layer_of_the_same_shape_has_a_decision_of_its_own() -> None:
-    x = torch.randn(8, 16, requires_grad=True)
+@pytest.mark.parametrize("linear", [nn.Linear(16, 32), nn.Linear(32, 16)], ids=["same sizes", "same weight shape"])
+def test_a_linear_layer_of_the_same_shape_has_a_decision_of_its_own(linear: nn.Linear) -> None:
     with sdgp.Chooser(timer=Timer(1.0, 2.0), least_work=0) as chooser:
-        for count, layer in enumerate((Conv1D(32, 16), nn.Linear(16, 32)), 1):
+        for count, (layer, features) in enumerate(((Conv1D(32, 16), 16), (linear, linear.in_features)), 1):
             sdgp.convert(layer, backend="pruned")
-            layer(x).sum().backward()
+            layer(torch.randn(128 // features, features, requires_grad=True)).sum().backward()
             assert layer.decision.product == "sparse"
             assert len(chooser) == count
 

@@ -28,6 +28,7 @@ class Site(NamedTuple):
         groups: the number of groups of a convolution.
         geometry: stride, padding and dilation of a convolution, in one flat tuple.
         gradient: ``"data"`` or ``"weight"``.
+        transposed: whether the weight is (in, out), as in the Conv1D of transformers.
     """
 
     op: str
@@ -43,6 +44,7 @@ class Site(NamedTuple):
     geometry: tuple[int | str, ...] = ()
     channels_last: bool = False
     gradient: str = "data"
+    transposed: bool = False
 
 
 @dataclass(frozen=True)

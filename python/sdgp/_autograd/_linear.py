@@ -111,6 +111,7 @@ def pruned_linear(
             weight_shape=weight.shape,
             weight_contiguous=weight.is_contiguous(),
             values=exponent(input.numel()),
+            transposed=transposed,
         )
 
     def count_rows() -> int:
