@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -217,6 +218,22 @@ def test_without_grad_it_is_the_plain_operator() -> None:
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
             assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("backend", ["auto", "dense"])
+@pytest.mark.parametrize("weight_grad", [None, "2:4"])
+@pytest.mark.parametrize(
+    ("plain", "shape"), [(nn.Linear(1, 8), ()), (nn.Conv2d(1, 8, 3), (6, 6)), (nn.Conv2d(1, 8, 3), (1, 1, 1, 6, 6))]
+)
+def test_shapes_that_the_plain_layer_refuses(
+    plain: nn.Module, shape: tuple[int, ...], weight_grad: str | None, backend: str
+) -> None:
+    layer = sdgp.convert(copy.deepcopy(plain), backend=backend, weight_grad=weight_grad)
+    x = torch.randn(shape, requires_grad=True)
+    with pytest.raises(RuntimeError) as expected:
+        plain(x)
+    with pytest.raises(RuntimeError, match=re.escape(str(expected.value))):
+        layer(x)
 
 
 # Autograd.

@@ -121,6 +121,8 @@ def pruned_conv2d(
     def count_pixels() -> int:
         return _output_pixels(input, weight, stride, padding, dilation)
 
+    if input.ndim not in (3, 4):
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # PyTorch's own error
     work = multiply_adds(input, weight, groups)
     call = start("conv2d", pruning, held, layer, input, weight, work, make_site, count_pixels)
     if call is None:

@@ -117,6 +117,8 @@ def pruned_linear(
     def count_rows() -> int:
         return input.numel() // max(input.shape[-1], 1)
 
+    if input.ndim == 0:
+        return _linear(input, weight, bias, transposed)  # PyTorch's own error
     work = input.numel() * weight.shape[1 if transposed else 0]
     call = start("linear", pruning, held, layer, input, weight, work, make_site, count_rows)
     if call is None:
