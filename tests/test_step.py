@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.optim import _apply_optimizer_in_backward
 
 import sdgp
 
@@ -34,6 +35,8 @@ def after_accumulation(model: nn.Module) -> None:
 
 
 def of_torch(model: nn.Module) -> None:
+    from torch.distributed.optim import _apply_optimizer_in_backward
+
     _apply_optimizer_in_backward(torch.optim.SGD, model.parameters(), {"lr": 0.1})
 
 
@@ -137,3 +140,18 @@ def test_the_rest_is_restored_if_a_buffer_cannot_be() -> None:
     assert [layer.decision for layer in model[3:]] == decisions
     assert model[3].bias.grad is gradient
     assert torch.equal(torch.get_rng_state(), generator)
+
+
+@each_measure
+def test_a_sharded_model_is_refused(measure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        model = fully_shard(small(), mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match=rf"^{measure}: expected a model that is not sharded, got FSDPSequential"):
+            MEASURES[measure](model)
+    finally:
+        dist.destroy_process_group()

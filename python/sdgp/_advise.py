@@ -13,7 +13,7 @@ from torch import nn
 from ._convert import paused, why_plain
 from ._hints import hints
 from ._layer import PruningLayer, prune_in_place
-from ._models import check_module, layers_of
+from ._models import check_module, check_whole, layers_of
 from ._noise import Norm, difference, samples_of, tensors_of
 from ._pattern import Pattern, PatternLike, Pruning
 from ._plan import Plan
@@ -104,6 +104,7 @@ def advised(
 ) -> Plan:
     """Does the work of ``advise``, and reuses the times that earlier calls left in ``memory``."""
     check_module("advise", model)
+    check_whole("advise", model)
     if not batches:
         raise ValueError("advise: expected at least one batch, got none")
     if rounds < 1:

@@ -18,7 +18,7 @@ from torch import nn
 from ._advise import advised
 from ._convert import convert
 from ._decision import Decision
-from ._models import check_module
+from ._models import check_module, is_sharded
 from ._pattern import PatternLike
 from ._step import Loss
 from ._steps import Memory, UnusableBatch
@@ -199,7 +199,7 @@ class Budget:
 def _check_alone(model: nn.Module) -> None:
     """Raises ValueError if one process cannot run the model without the others."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.SyncBatchNorm) or type(module).__name__.startswith("FSDP"):
+        if isinstance(module, nn.SyncBatchNorm) or is_sharded(module):
             kind = type(module).__name__
             raise ValueError(f"Budget: expected a model that one process can run alone, got {kind} {name}")
     if sharded := [name for name, parameter in model.named_parameters() if hasattr(parameter, "placements")]:

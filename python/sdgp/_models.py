@@ -19,6 +19,19 @@ def check_module(op: str, model: object) -> None:
         raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Returns whether FSDP shards the module, so that its weights are whole only while it runs."""
+    return type(module).__name__.startswith(("FSDP", "FullySharded"))
+
+
+def check_whole(op: str, model: nn.Module) -> None:
+    """Raises ValueError if FSDP shards a part of the model: nothing can be measured with shards of weights."""
+    for name, module in model.named_modules():
+        if is_sharded(module):
+            kind = type(module).__name__
+            raise ValueError(f"{op}: expected a model that is not sharded, got {kind} {name or '(model)'}")
+
+
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields each module that multiplies by weights once, with its first name."""
     kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ._choose import current_chooser, kernels_run
 from ._convert import paused
 from ._layer import PruningLayer, weight_sources
-from ._models import format_table, pruning_layers
+from ._models import check_whole, format_table, pruning_layers
 from ._report import report
 from ._step import Loss, check_optimizer, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
@@ -118,6 +118,7 @@ def profile(
     if rounds < 1:
         raise ValueError(f"profile: expected rounds >= 1, got {rounds}")
 
+    check_whole("profile", model)
     check_optimizer("profile", model.parameters())
 
     def step() -> None:
