@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import pickle
 import re
 from collections.abc import Callable
 from typing import Any
@@ -178,6 +179,24 @@ def test_copies_and_saved_models_keep_the_phase() -> None:
     assert reasons(twin) == {"scheduled, exact_first=1"}
     sdgp.Schedule(twin)  # a new schedule takes over
     assert reasons(twin) == {""}
+
+
+@pytest.mark.parametrize("patterns", [{}, {1: "1:4"}])
+@pytest.mark.parametrize(
+    "copied", [lambda model: model, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))]
+)
+def test_a_new_schedule_knows_the_layers_own_patterns(
+    copied: Callable[[nn.Module], nn.Module], patterns: dict[float, str]
+) -> None:
+    model = small(weight_grad="2:4")
+    sdgp.Schedule(model, patterns={1: "2:8"}).step()
+    assert [row.pattern for row in sdgp.report(model) if row.gradient == "data"] == ["2:8", "1:1"]
+    twin = copied(model)
+    sdgp.Schedule(twin, patterns=patterns)
+    assert {row.pattern for row in sdgp.report(twin)} == {"2:4"}
+    sdgp.convert(twin, "1:2", backend="pruned")  # then this is their own
+    sdgp.Schedule(twin, patterns=patterns)
+    assert {row.pattern for row in sdgp.report(twin)} == {"1:2"}
 
 
 def test_state_dict() -> None:

@@ -61,6 +61,7 @@ class PruningLayer(nn.Module):
             ``"watch"``); empty if there is no holder.
         decision: the decision of the last backward for the data gradient.
         weight_decision: the same for the weight gradient, if ``pruning.weight_grad`` is set.
+        unscheduled: the layer's own pattern while a ``Schedule`` replaces it.
         plain_for: the ``signature`` of calls that the plain operator computes directly (``is_plain_again``).
     """
 
@@ -69,6 +70,7 @@ class PruningLayer(nn.Module):
     holds: dict[str, str]
     decision: Decision | None
     weight_decision: Decision | None
+    unscheduled: Pattern | None = None
     plain_for: tuple[object, ...] | None
     _plain: ClassVar[type[nn.Module]]
 
@@ -288,6 +290,7 @@ def prune_in_place(module: nn.Module, twin: type[PruningLayer], pruning: Pruning
     """
     if isinstance(module, PruningLayer):
         module.use(pruning)
+        module.unscheduled = None
         module.hold("watch", "")
         module._forget()
     else:
@@ -302,7 +305,7 @@ def unprune_in_place(module: PruningLayer) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision", "weight_decision", "plain_for"):
+    for name in ("pruning", "holds", "decision", "weight_decision", "unscheduled", "plain_for"):
         vars(module).pop(name, None)
 
 

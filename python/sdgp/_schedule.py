@@ -70,7 +70,7 @@ class Schedule:
         exact_last = renamed("Schedule", "dense_last", dense_last, "exact_last", exact_last)
         # Each layer with its own pattern, which it keeps until the first entry of ``patterns``.
         self._layers: dict[nn.Module, Pattern] = {
-            layer: layer.pruning.pattern for layer in pruning_layers("Schedule", model)
+            layer: layer.unscheduled or layer.pruning.pattern for layer in pruning_layers("Schedule", model)
         }
         if total is not None and total < 1:
             raise ValueError(f"Schedule: expected total >= 1, got {total}")
@@ -108,8 +108,9 @@ class Schedule:
             narrow = pattern and layer.too_narrow(layer, pattern)
             if narrow and layer.pruning.weight_grad is not None:  # a hold would make the weight gradient exact too
                 now, narrow = _EXACT, None
-            if self._patterns:
+            if self._patterns or layer.unscheduled is not None:  # by another schedule
                 layer.use(replace(layer.pruning, pattern=now))
+                layer.unscheduled = None if now == own else own
             layer.hold("schedule", why or narrow or "")
 
     @property
