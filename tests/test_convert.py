@@ -193,6 +193,24 @@ def test_report() -> None:
     assert products(model) == ["plain", "plain"]  # auto leaves both plain
 
 
+@pytest.mark.parametrize("weight_grad", [None, "2:4"])
+@pytest.mark.parametrize("backend", ["auto", "pruned", "dense"])
+def test_report_of_a_first_layer(backend: str, weight_grad: str | None) -> None:
+    model = sdgp.convert(small(), backend=backend, weight_grad=weight_grad)
+    x = torch.randn(2, 3, 8, 8)
+    with torch.no_grad():
+        model(x)
+    before = sdgp.report(model)[0]
+    model(x).sum().backward()
+    after = sdgp.report(model)[0]
+    assert "the input needs no gradient" not in before.note
+    assert after.note == "exact: the input needs no gradient"
+    if backend != "auto":
+        model(x.requires_grad_()).sum().backward()
+        model(x.detach())  # as in an evaluation without no_grad
+        assert sdgp.report(model)[0].product == "dense"
+
+
 def test_report_of_what_was_measured() -> None:
     model = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
     sdgp.convert(model, backend="pruned", filter=lambda module, name: name == "1")

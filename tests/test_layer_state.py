@@ -71,7 +71,8 @@ def test_work(layer: Any, shape: tuple[int, ...], work: int) -> None:
 def test_which_decision_is_noted(layer: Any, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape, requires_grad=True)
     layer(x.detach()).sum().backward()
-    assert layer.decision is None  # there was no data gradient
+    assert layer.decision == sdgp.Decision("exact", "the input needs no gradient")
+    sdgp.convert(layer, backend="pruned")
     output = layer(x)
     assert layer.decision is None  # the backward decides
     output.sum().backward()

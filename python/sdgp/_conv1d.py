@@ -50,6 +50,7 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         if calls_plain(self, x):
             plain: Tensor = call_plain(self, x)
             return plain
+        self._note_input(x)
         # For a contiguous input with at most three dimensions, F.linear calls the same addmm as Conv1D.
         samples = x.reshape(-1, x.shape[-1]) if x.ndim < 3 else x.flatten(1, -2).contiguous()
         output = pruned_linear(samples, self.weight, self.bias, *self._settings(), self, transposed=True)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
+_NO_GRADIENT = Decision("exact", "the input needs no gradient")
+
 # Note [Settings of a recomputation]
 # Reentrant checkpointing repeats a forward and stores nothing about the first run. A pause or a schedule may have ended
 # since then. So each change of a layer's settings is kept for a while, with the sequence number that autograd's next
@@ -208,6 +210,13 @@ class PruningLayer(nn.Module):
                     if node < change.until:
                         return change.pruning, change.held
         return self.pruning, self.held
+
+    def _note_input(self, input: Tensor) -> None:
+        """Notes that the input of a forward needs no gradient, until a forward has a decision to make."""
+        if torch.compiler.is_compiling() or self.decision is not None or input.requires_grad:
+            return
+        if torch.is_grad_enabled() and not torch._C._are_functorch_transforms_active():
+            self.decision = _NO_GRADIENT
 
     def _traced(self, input: torch.fx.Proxy) -> Any:
         """Returns the node of a call under torch.fx, or None if torch.fx must trace the plain layer's operators.

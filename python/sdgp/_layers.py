@@ -70,6 +70,7 @@ class Linear(PruningLayer, nn.Linear):
         if calls_plain(self, input):
             output: Tensor = call_plain(self, input)
             return output
+        self._note_input(input)
         return pruned_linear(input, self.weight, self.bias, *self._settings(), self)
 
     def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
@@ -145,6 +146,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         if is_traced(input) or is_plain_again(self, input):
             traced: Tensor = super()._conv_forward(input, weight, bias)
             return traced
+        self._note_input(input)
         stride: Any = self.stride
         dilation: Any = self.dilation
         input, padding = self._pad(input)
