@@ -217,7 +217,7 @@ def test_parametrized_weights() -> None:
 
 def test_whole_models_load_with_weights_only(tmp_path: Any) -> None:
     model = nn.Sequential(sdgp.Linear(8, 8), sdgp.Conv2d(8, 8, 3, backend="dense"))
-    model[0].hold("paused", "paused")
+    model[0].hold("schedule", "scheduled")
     torch.save(model, tmp_path / "model.pt")
     with torch.serialization.safe_globals([nn.Sequential, set]):
         loaded = torch.load(tmp_path / "model.pt", weights_only=True)
