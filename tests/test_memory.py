@@ -265,7 +265,7 @@ def test_out_of_memory_on_a_gpu_passes_through(monkeypatch: pytest.MonkeyPatch) 
     layer = sdgp.Linear(64, 64, backend="sparse")
     x = torch.randn(8, 64, requires_grad=True)
 
-    def fail(*_: object) -> Tensor:
+    def fail(*_: object, **__: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
