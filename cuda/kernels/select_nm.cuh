@@ -282,8 +282,8 @@ struct MvueChoice {
       return;
     }
     if (n <= 2) {
-      // Without a division: the mean changes once more only if one of two places is taken. A mean of 0 may become the
-      // step, because the elements that it concerns are 0 either way.
+      // Without a division: the mean changes once more only if one of two places is taken. A mean of 0 becomes the
+      // smallest number, which changes nothing: all elements below the step are 0 then.
       step = positive(n == 2 ? rest * E{0.5} : rest);
       if (n == 2) {
         rest = find_above();
