@@ -248,11 +248,11 @@ class Chooser:
         if device.type != "cuda" or not self._search:
             return DEFAULT
         with torch.no_grad():
-            operand, dense = products.operands(products.grad_output.new_zeros(1, dtype=torch.int64))
-            found = find_algorithm(operand, dense)
-        if found == DEFAULT:
+            operands = products.operands(products.grad_output.new_zeros(1, dtype=torch.int64))
+            found = DEFAULT if operands is None else find_algorithm(*operands)
+        if operands is None or found == DEFAULT:
             return DEFAULT
-        ways = {way: functools.partial(_semi_structured.multiply, operand, dense, way) for way in (DEFAULT, found)}
+        ways = {way: functools.partial(_semi_structured.multiply, *operands, way) for way in (DEFAULT, found)}
         ms = self._medians(ways, device, rounds)
         return found if ms[found] < self._margin * ms[DEFAULT] else DEFAULT
 

@@ -108,5 +108,5 @@ class Products(Protocol):
 
     def sparse(self, seed: Tensor | None = None, algorithm: Algorithm = DEFAULT) -> Tensor: ...
 
-    def operands(self, seed: Tensor | None = None) -> tuple[Operand, Tensor]:
-        """Prunes, and returns both factors of the sparse product on a GPU."""
+    def operands(self, seed: Tensor | None = None) -> tuple[Operand, Tensor] | None:
+        """Prunes, and returns both factors of the sparse product on a GPU, or None if GPUs have none."""
