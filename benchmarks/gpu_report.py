@@ -2,11 +2,12 @@
 """Builds, tests and measures sdgp on this machine's GPU with one command, from a bare checkout.
 
 The program runs the parts below in this order, each in its own process. A part that fails, or runs out of time, does
-not stop the next one, and what was measured is stored at once: benchmarks/results/NAME.json, NAME.md and NAME.png. It
-needs torch with CUDA, nvcc, and the requirements of `pip install --no-build-isolation .`.
+not stop the next one, and what was measured is stored at once: benchmarks/results/NAME.json, NAME.md, NAME.png, and
+NAME-gpt.jsonl for whole training runs. It needs torch with CUDA, nvcc, and the requirements of
+`pip install --no-build-isolation .`. The whole takes some twenty minutes; what does not fit can follow:
 
     python benchmarks/gpu_report.py                                       # NAME: the GPU's name, as in nvidia-h200
-    python benchmarks/gpu_report.py --parts build tests --minutes 5       # later the rest: --parts pack train_step plot
+    python benchmarks/gpu_report.py --parts gpt_plain gpt_pruned          # the training runs, if there was no time
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ PARTS = {
     "train_step": 0.7,
     "prune_nm": 0.9,
     "plot": 1.0,
+    "gpt_plain": 0.5,  # whole runs of recipes/lm, which need four minutes each
+    "gpt_pruned": 1.0,
 }
 
 
@@ -47,9 +50,23 @@ def command(part: str, name: str, seconds: float) -> list[str]:
         return [*python, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", "tests/test_cuda.py"]
     if part == "sanitizer":
         return ["make", "cuda-sanitize", f"PYTHON={sys.executable}"]
+    if part.startswith("gpt_"):
+        return [*python, *gpt(part, name)]
     if part == "plot":
         return [*python, "benchmarks/plot.py", f"benchmarks/results/{name}.json"]
     return [*python, "benchmarks/gpu.py", "--subject", part, "--store", name, "--seconds", f"{0.9 * seconds:.0f}"]
+
+
+def gpt(part: str, name: str) -> list[str]:
+    """Returns the arguments that train a GPT plainly, or with an exact first quarter and then at 2:4.
+
+    A part that is run again continues from its last checkpoint.
+    """
+    configs = "recipes/lm/configs"
+    row = "plain.toml" if part == "gpt_plain" else "mvue_2_4.toml"
+    pruning = [] if part == "gpt_plain" else ["--set", "backend=auto", "--set", "exact_first=1"]
+    files = ["--resume", "--results", f"benchmarks/results/{name}-gpt.jsonl"]
+    return ["-m", "recipes.lm.gpt", f"{configs}/{row}", f"{configs}/wide.toml", *pruning, *files]
 
 
 def missing(part: str) -> str | None:

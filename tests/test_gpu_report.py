@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -146,12 +147,28 @@ def test_a_failing_part_does_not_stop_the_next(
     assert "sanitizer: left out, needs compute-sanitizer" in capsys.readouterr().out
     assert "-Ccmake.define.CMAKE_CUDA_ARCHITECTURES=90-real" in ran["build"][0]
     assert "nvidia-rehearsal" in ran["pack"][0]
+    assert "benchmarks/results/nvidia-rehearsal-gpt.jsonl" in ran["gpt_pruned"][0]
     assert all(seconds <= 300 * gpu_report.PARTS[part] for part, (_, seconds) in ran.items())
     ran.clear()
     failing = {"build"}
     with pytest.raises(SystemExit, match="failed: build"):
         gpu_report.main()
     assert list(ran) == ["build"]
+
+
+def test_training_runs_leave_result_lines(faked: None, tmp_path: Path) -> None:
+    import gpu_report
+
+    small = ("size=tiny", "context=16", "epochs=2", "epoch_steps=2", "batch_size=2", "amp=off", "validation_bytes=64")
+    settings = [word for setting in small for word in ("--set", setting)]
+    results = tmp_path / "lines.jsonl"
+    for part in ("gpt_plain", "gpt_pruned"):
+        python, *words = gpu_report.command(part, "x", 60)
+        words[words.index("--results") + 1] = str(results)
+        words += [*settings, "--device", "cpu", "--threads", "1", "--out", str(tmp_path)]
+        subprocess.run([python, *words], cwd=BENCHMARKS.parent, check=True)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert [(line["row"], line["config"]["exact_first"]) for line in lines] == [("plain", 0), ("mvue 2:4", 1)]
 
 
 def test_a_command_that_fails_or_takes_too_long(faked: None, capsys: pytest.CaptureFixture[str]) -> None:
