@@ -99,7 +99,8 @@ class Record:
         """Writes the checkpoint. Every process must call this method.
 
         Args:
-            counted: the step and what the run has counted: ``totals``, ``epoch`` and ``curve``.
+            counted: the step and what the run has counted: ``totals``, ``epoch``, ``curve`` and
+                ``budget``.
         """
         frozen = _is_partly_frozen(model)  # the checkpoint does not need frozen parameters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)

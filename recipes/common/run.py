@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from .budget import CountedBudget
 from .finite import FiniteCheck
 from .process import Stop, World, derive_seed
 from .record import Curve, Job, Record
@@ -85,10 +86,13 @@ class Run:
         self._epoch: dict[str, float] = {}  # sums over the epoch's steps, on the host
         self._pending: dict[str, Tensor] = {}  # sums over later steps, still on the device
         self._curve: Curve = []
+        self._budget: CountedBudget | None = None
+        self._saved_budget: dict[str, Any] | None = None
+        self._folder = job.folder
         self._record = Record(job, config, seed, world)
         if (saved := self._record.restore(model, optimizer, self._scaler)) is not None:
             self._first, self._totals = saved["step"], saved["totals"]
-            self._epoch, self._curve = saved["epoch"], saved["curve"]
+            self._epoch, self._curve, self._saved_budget = saved["epoch"], saved["curve"], saved.get("budget")
         text = "[bold]{task.description}[/] epoch {task.fields[epoch]}"
         shown = TextColumn("{task.percentage:3.0f}% {task.fields[shown]}")
         self._progress = Progress(
@@ -119,6 +123,7 @@ class Run:
         Returns:
             False if a signal stopped the run before its end.
         """
+        self._budget = self._make_budget(forward)
         first, schedule = self._first, self._config.schedule(self._model)
         wrapped = self._config.wrap(self._model, self._world)
         with contextlib.closing(Stop(self._world)) as self._stop, self._progress:
@@ -138,6 +143,7 @@ class Run:
 
     def _step(self, step: int, model: nn.Module, micro_batches: _MicroBatches, forward: Forward) -> int:
         """Trains one step. Returns its images or tokens."""
+        start = time.perf_counter()
         self._optimizer.zero_grad()
         mean, units = torch.zeros((), device=self._world.device), 0
         for input, target in micro_batches:
@@ -152,7 +158,19 @@ class Run:
         self._finite.update(step, mean)
         update(self._model, self._optimizer, self._scaler, self._config, (step + 1) / self._epoch_steps)
         self._add({"loss": mean * units})
+        if self._budget is not None:
+            self._budget.step(micro_batches[0], time.perf_counter() - start)
         return units
+
+    def _make_budget(self, forward: Forward) -> CountedBudget | None:
+        def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+            with self._config.autocast(self._world.device):
+                return forward(model, *batch).loss
+
+        if not self._config.budget:
+            return None
+        path = self._folder / "budget.jsonl" if self._world.is_first else None
+        return CountedBudget(self._config.budget, self._model, loss, self._optimizer, path, self._saved_budget)
 
     def _steps(self, step: int, batches: Iterable[_MicroBatches]) -> Iterator[tuple[int, _MicroBatches]]:
         """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""
@@ -230,6 +248,7 @@ class Run:
             "minutes": round(self._totals["seconds"] / 60, 2),
             f"{self._config.unit}_per_s": round(self._speed, 1),
             "waiting": round(self._waiting, 4),
+            **({} if self._budget is None else self._budget.result()),
         }
         self._record.finish(self._model, recipe, result, self._curve)
 
@@ -263,4 +282,5 @@ class Run:
     def _save(self, step: int) -> None:
         self._collect()
         counted = {"step": step, "totals": self._totals, "epoch": self._epoch, "curve": self._curve}
+        counted["budget"] = None if self._budget is None else self._budget.state_dict()
         self._record.save(self._model, self._optimizer, self._scaler, counted)

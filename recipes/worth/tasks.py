@@ -65,6 +65,7 @@ class Task(NamedTuple):
         smaller: the settings of a plain run with the same number of steps and this share of the batch size.
         lengths, batches: the shares for ``shorter`` and ``smaller``.
         pruned: the patterns (data gradient, weight gradient) of the pruned runs; ``""`` means exact.
+        budget: the steps between two calls for advice in the run with ``sdgp.Budget``; 0: there is no such run.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task(NamedTuple):
     lengths: tuple[float, ...]
     batches: tuple[float, ...]
     pruned: tuple[tuple[str, str], ...]
+    budget: int = 0
 
     def arms(self) -> list[Overrides]:
         """Returns the settings of every run. The full plain run comes first.
@@ -95,6 +97,7 @@ class Task(NamedTuple):
         return [
             {},
             *(arm for plan in plans for arm in ({**plan, **start}, plan)),
+            *([{"budget": self.budget}] if self.budget else []),
             *map(self.shorter, self.lengths),
             *map(self.smaller, self.batches),
             *(arm for pattern in patterns for arm in ({**pattern, **start}, pattern)),
@@ -224,7 +227,7 @@ def _text_task(
     )
 
 
-def _cifar10_task(name: str, base: Overrides) -> Task:
+def _cifar10_task(name: str, base: Overrides, budget: int = 0) -> Task:
     return Task(
         name,
         Cifar10Config,
@@ -240,12 +243,13 @@ def _cifar10_task(name: str, base: Overrides) -> Task:
         lengths=(0.875, 0.75, 0.625),
         batches=(0.875, 0.75),
         pruned=(("8:16", "8:16"), ("4:16", "8:16"), ("8:16", "4:16"), ("4:16", "4:16")),
+        budget=budget,
     )
 
 
 TASKS = {
     "resnet9": _cifar10_task("resnet9", _RESNET9),
-    "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}),
+    "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}, budget=100),
     "vit": _cifar10_task("vit", _VIT),
     "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
     "lora": _text_task(

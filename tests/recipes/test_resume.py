@@ -62,6 +62,32 @@ def test_resumes_bit_for_bit(
     assert len(lines(tmp_path / "broken")) == 1
 
 
+def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of six steps asks after two, four and six. A run that was killed after step 5 asks once more."""
+    monkeypatch.setattr(
+        sdgp.chooser, "measure", lambda *_, **__: sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
+    )
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
+    large = ("context=128", "batch_size=8")  # smaller layers are never pruned
+    words = [word for setting in ("weight_grad=", "budget=2", *large) for word in ("--set", setting)]
+    run(monkeypatch, command("gpt", tmp_path / "unbroken", images, *words, row="plain"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Stop, "asked", lambda self, step: step == 5)
+        run(patch, command("gpt", tmp_path / "broken", images, *words, row="plain"))
+    advice = saved(tmp_path / "broken").with_name("budget.jsonl")
+    advice.write_text(advice.read_text() + '{"step": 6}\n')  # of a step that the checkpoint does not have
+    run(monkeypatch, command("gpt", tmp_path / "broken", images, *words, "--resume", row="plain"))
+    assert advice.read_text() == saved(tmp_path / "unbroken").with_name("budget.jsonl").read_text()
+    weights, again = (checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "broken"))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    (line,) = lines(tmp_path / "broken")
+    assert line["row"] == "budget, every 2 steps"
+    assert [(said["step"], said["used"]) for said in line["advice"]] == [(2, True), (4, True), (6, True)]
+    assert line["layers"]["pruned"] > 0
+    assert line["asking_steps"] > 1
+
+
 def measured_otherwise(*_: object) -> sdgp.Decision:
     raise AssertionError("a product was measured again")
 

@@ -191,6 +191,35 @@ def test_a_verdict_beside_its_outcome() -> None:
     assert line.endswith("| not trained with |")
 
 
+def test_a_budget_beside_its_outcome() -> None:
+    """Of 100 steps, 50 save 40 % and 25 save 20 %; asking takes the time of 10 exact steps: 0.2 + 0.05 - 0.1 = 15 %."""
+    task = TASKS["resnet9_bfloat16"]
+    base = {**task.base, "epochs": 4, "epoch_images": 25 * 128}
+    small = task._replace(base=base, budget=10)
+    advice = [
+        {"step": 10, "saved": 0.3, "noise": 0.5, "net": 0.0, "used": False},
+        {"step": 25, "saved": 0.4, "noise": 0.1, "net": 0.3, "used": True},
+        {"step": 75, "saved": 0.2, "noise": 0.2, "net": 0.1, "used": True},
+    ]
+    lines = []
+    for overrides, loss in (({}, 1.0), ({"epochs": 3}, 1.25), ({"budget": 10}, 1.1)):
+        line = {"seed": 0, "test_loss": loss, "machine": {"cpu": "x"}, "advice": advice, "asking_steps": 10.0}
+        lines.append({**line, "config": vars(task.config(**{**base, **overrides}))})
+    small = small._replace(shorter=lambda share: {"epochs": 3}, lengths=(0.75,), batches=())
+    found = report.arms(small, lines)
+    assert [arm.kind for arm in found] == ["steps", "budget", "steps"]
+    document = {"result": {}, "saved": 0.4, "noise": 0.1, "machine": {"cpu": "x"}}
+    # The loss equals that of 90 % of the steps: 1 - 0.85 / 0.9 = 6 %. The noise is 0.05 + 0.05, so predicted are
+    # 1 - 0.85 * 1.1 = 6 %.
+    assert report.verdicts("task", found, {"x": document})[1:] == [
+        "| task | x | `Budget`: 15%, after 10% for asking, noise τ 0.100 | first 10% | +6% | +6% |",
+    ]
+    table = report.table("task", small, found, {"x": document, "y": document | {"machine": {"cpu": "y"}}}, {})
+    line = next(line for line in table.splitlines() if "budget" in line)
+    assert line.startswith("| budget, every 10 steps, first 10% exact | 1.100 | 1 | 90% |")
+    assert line.endswith("| 0.100 | 1.1 | 15% [15%, 15%]; **+6%** |  |")
+
+
 def test_tables(
     task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
