@@ -6,8 +6,8 @@
 // A tile is kLanes groups, one per lane. Layout (plan-inl.h) says how it is filled.
 #pragma once
 
+#include "prune_staged-inl.h"
 #include "select_nm-inl.h"
-#include "stage-inl.h"
 
 namespace sdgp::SDGP_ISA {
 
@@ -54,7 +54,7 @@ struct PruneKernel {
       case Layout::kGroups: return run_groups(args, plan, begin, end);
       case Layout::kStaged: {
         const int64_t pairs = plan.rows * plan.groups;
-        return run_staged(args, plan, Pieces(args, plan, 0, pairs * begin / plan.units, pairs * end / plan.units));
+        return stage(args, plan, Pieces(args, plan, 0, pairs * begin / plan.units, pairs * end / plan.units));
       }
     }
   }
@@ -162,7 +162,7 @@ struct PruneKernel {
       // cache.
       const int64_t done = (unit + 1) / plan.chunks;
       if (tails && done > tail_row && (done - tail_row == kL || unit + 1 == end)) {
-        run_staged(args, plan, Pieces(args, plan, plan.full, tail_row, done));
+        stage(args, plan, Pieces(args, plan, plan.full, tail_row, done));
         tail_row = done;
       }
     }
@@ -170,89 +170,34 @@ struct PruneKernel {
 
   static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time
 
-  // Returns the lane of the group at position `at` of a tile in the buffer: the inverse of group_of_lane.
-  static constexpr int lane_of_group(int at) {
-    if (kM > kL) return at;
-    return at % (kL / kM) * kM + at / (kL / kM);
-  }
+  // The inverse of group_of_lane.
+  struct LaneOfGroup {
+    uint8_t lane[kL];
 
-  struct StagedGroups {
-    typename C::U lo[kStaged] = {};
-    typename C::U hi[kStaged] = {};
-    typename C::U length[kStaged] = {};
-
-    void describe(const PruneArgs& args, const Plan& plan, const Piece& piece, int64_t first_lane) {
-      const uint64_t row_step =
-          args.ndim ? static_cast<uint64_t>(args.dims[args.ndim - 1].row_step * plan.row_groups) : 0;
-      for (int64_t r = 0; r < piece.rows; ++r) {
-        for (int64_t g = 0; g < piece.groups; ++g) {
-          const int64_t at = first_lane + (plan.rows_inside ? g * piece.rows + r : r * piece.groups + g);
-          const int64_t lane = plan.rows_inside ? at : at / kL * kL + lane_of_group(static_cast<int>(at % kL));
-          const uint64_t index = piece.first.index + static_cast<uint64_t>(r) * row_step + static_cast<uint64_t>(g);
-          lo[lane] = static_cast<typename C::U>(index & 0xffffffffu);
-          hi[lane] = static_cast<typename C::U>(index >> 32);
-          length[lane] = static_cast<typename C::U>(piece.tail && g + 1 == piece.groups ? piece.tail : args.pruning.m);
-        }
-      }
-    }
-
-    LaneGroups<C> at(int64_t lane) const {
-      return {load_bits<Unsigned<C>>(lo + lane), load_bits<Unsigned<C>>(hi + lane),
-              load_bits<Unsigned<C>>(length + lane), true};
+    constexpr LaneOfGroup() : lane{} {
+      for (int i = 0; i < kL; ++i) lane[group_of_lane(i)] = static_cast<uint8_t>(i);
     }
   };
+  static constexpr LaneOfGroup kLaneOfGroup{};
 
-  static void prune_staged(const Plan& plan, const T* in, T* out, int64_t lane, const LaneGroups<C>& group) {
-    Elem<C> x[kM];
-    if (plan.rows_inside) {
-      for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
-      prune_slow(x, plan.mixed, group);
-      for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
-    } else {
-      load_groups(in + lane * kM, x);
-      prune_slow(x, plan.mixed, group);
-      store_groups(out + lane * kM, x);
+  static void prune_staged(const Plan& plan, const T* in, T* out, int64_t count, const StagedGroups<C>& groups) {
+    for (int64_t lane = 0; lane < count; lane += kL) {
+      Elem<C> x[kM];
+      if (plan.rows_inside) {
+        for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
+        prune_slow(x, plan.mixed, groups.at(lane));
+        for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
+      } else {
+        load_groups(in + lane * kM, x);
+        prune_slow(x, plan.mixed, groups.at(lane));
+        store_groups(out + lane * kM, x);
+      }
     }
   }
 
-  static void run_staged(const PruneArgs& args, const Plan& plan, Pieces pieces) {
-    constexpr int kMost = 64;  // pieces that are staged at a time
-    const Dim* const inner = args.ndim ? &args.dims[args.ndim - 1] : nullptr;
-    alignas(kVectorBytes) T in[kM * kStaged] = {};
-    alignas(kVectorBytes) T out[kM * kStaged];
-    StagedGroups groups;
-    Piece piece[kMost];
-    for (;;) {
-      int count = 0;
-      int64_t lanes = 0;
-      if (args.size % args.pruning.m != 0) std::memset(in, 0, sizeof in);
-      for (; count < kMost && pieces.next(kStaged - lanes, kStaged, piece[count]); ++count) {
-        const Piece& p = piece[count];
-        T* const buffer = in + lanes * (plan.rows_inside ? 1 : kM);
-        const T* const tensor = static_cast<const T*>(args.in) + p.first.in;
-        for_each_box(
-            args, plan, p, kStaged, kM, inner ? inner->in_stride : 0, args.in_stride,
-            [&](const Box& box, int64_t to, const Strides& to_strides, int64_t from, const Strides& from_strides) {
-              copy_box(buffer + to, to_strides, tensor + from, from_strides, box);
-            });
-        if constexpr (traits(kMethod).draws) groups.describe(args, plan, p, lanes);
-        lanes += p.lanes();
-      }
-      if (count == 0) return;
-      for (int64_t lane = 0; lane < lanes; lane += kL) prune_staged(plan, in, out, lane, groups.at(lane));
-      lanes = 0;
-      for (int i = 0; i < count; ++i) {
-        const Piece& p = piece[i];
-        const T* const buffer = out + lanes * (plan.rows_inside ? 1 : kM);
-        T* const tensor = static_cast<T*>(args.out) + p.first.out;
-        for_each_box(
-            args, plan, p, kStaged, kM, inner ? inner->out_stride : 0, args.out_stride,
-            [&](const Box& box, int64_t from, const Strides& from_strides, int64_t to, const Strides& to_strides) {
-              copy_box(tensor + to, to_strides, buffer + from, from_strides, box);
-            });
-        lanes += p.lanes();
-      }
-    }
+  static void stage(const PruneArgs& args, const Plan& plan, const Pieces& pieces) {
+    static_assert(kStaged <= StagedGroups<C>::kMost);
+    run_staged<C>(args, plan, pieces, {kM, kStaged, traits(kMethod).draws, kLaneOfGroup.lane, &prune_staged});
   }
 };
 

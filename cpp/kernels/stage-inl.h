@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Staging copies data that is too short to fill vectors in place into a buffer where it fills them, and copies the
-// results back. This file defines the pieces and the copies; prune_nm-inl.h processes the tiles in between.
+// results back. This file defines the pieces and the copies; prune_staged-inl.h prunes in between.
 //
 // The buffer has two layouts, as memory does. If rows lie inside groups (NCHW maps smaller than a vector), buffer row j
 // holds element j of every group. Otherwise the elements of a group are together, padded to the compiled size. So both
