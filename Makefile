@@ -159,7 +159,8 @@ licences: $(VENV)/ready
 
 # Builds the documentation site in build/site.
 docs: $(VENV)/ready
-	$(BIN)/mkdocs build --strict
+	$(BIN)/python docs/pages.py
+	$(BIN)/zensical build --clean --strict
 
 bench: $(VENV)/installed
 	for subject in $(BENCHMARKS); do $(BIN)/python benchmarks/$$subject.py $(BENCH_ARGS) || exit; done
