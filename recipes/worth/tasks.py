@@ -28,6 +28,8 @@ RESULTS = Path(__file__).parent / "results"
 
 EXACT_START = 0.25  # the share of the steps that are exact at the start of a run, while pruning costs most
 
+_Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
+
 #: The settings of one run that differ from the settings of the task.
 Overrides = Mapping[str, Any]
 
@@ -44,7 +46,7 @@ class Parts(NamedTuple):
 
     model: nn.Module
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
+    loss: _Loss
     batches: Iterator[tuple[Tensor, Tensor]]
     is_pruned: Callable[[nn.Module, str], bool]
 
@@ -109,12 +111,18 @@ class Task(NamedTuple):
         return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
 
 
+def _under_autocast(config: Settings, world: World, loss: _Loss) -> _Loss:
+    """Returns the loss with the autocast of the recipe around it."""
+
+    def wrapped(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
+        with config.autocast(world.device):
+            return loss(model, input, target)
+
+    return wrapped
+
+
 def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
     torch.manual_seed(0)
-
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-        with config.autocast(world.device):
-            return cross_entropy(model, images, labels)
 
     def batches() -> Iterator[tuple[Tensor, Tensor]]:
         for epoch in itertools.count():
@@ -123,7 +131,7 @@ def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
     return Parts(
         cifar10.prepare(config, world),
         partial(cifar10.make_optimizer, config=config),
-        loss,
+        _under_autocast(config, world, cross_entropy),
         batches(),
         cifar10.is_pruned,
     )
@@ -131,15 +139,10 @@ def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World
 
 def _gpt_parts(config: gpt.Config, data: text.Text, world: World) -> Parts:
     torch.manual_seed(0)
-
-    def loss(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-        value: Tensor = model(input, target)
-        return value
-
     return Parts(
         gpt.prepare(config, world),
         partial(gpt.make_optimizer, config=config),
-        loss,
+        _under_autocast(config, world, lambda model, input, target: model(input, target)),
         _endless(lambda: text.batches(data.train, config, world, 1)),
         partial(gpt.is_pruned, config),
     )
@@ -149,7 +152,7 @@ def _lora_parts(config: lora.Config, data: text.Text, world: World) -> Parts:
     return Parts(
         lora.prepare(config, world),
         partial(lora.make_optimizer, config=config),
-        partial(lora.loss_of, config=config),
+        _under_autocast(config, world, partial(lora.loss_of, config=config)),
         _endless(lambda: text.batches(data.train, config, world, 1)),
         lora.is_pruned,
     )
@@ -160,7 +163,7 @@ def _classify_parts(config: classify.Config, data: text.Classes, world: World) -
     return Parts(
         classify.prepare(config, len(data.texts), world),
         partial(classify.make_optimizer, config=config),
-        cross_entropy,
+        _under_autocast(config, world, cross_entropy),
         _endless(lambda: classify.batches(data, config, world, 1)),
         classify.is_pruned,
     )
