@@ -35,6 +35,7 @@ from .text import Text, TextSettings, batches, load_text, mean_loss
 SIZES = {  # layers, heads, width
     "tiny": (6, 4, 128),
     "small": (4, 4, 256),
+    "medium": (4, 8, 512),
     "wide": (2, 32, 4096),  # layers as large as those of an 8 B model
     "gpt2": (12, 12, 768),
     "gpt2-medium": (24, 16, 1024),
@@ -47,7 +48,7 @@ SIZES = {  # layers, heads, width
 class Config(TextSettings):
     """The settings of the recipe. The defaults are for a CPU; configs/gpt2.toml is for a GPU."""
 
-    size: Literal["tiny", "small", "wide", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
+    size: Literal["tiny", "small", "medium", "wide", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
     layers: Literal["all", "attention", "mlp"] = "all"  # the layers of the blocks that prune
     weight_decay: NonNegative = 0.1
     beta2: float = 0.95

@@ -190,6 +190,7 @@ _RESNET9 = {
 }
 _VIT = _RESNET9 | {"net": "vit", "width": 128, "lr": 2e-3, "weight_decay": 0.05, "clip": 1.0}
 _GPT = {"size": "small", "epochs": 8, "epoch_steps": 50, "batch_size": 16, "lr": 2e-3, "validation_bytes": 2**16}
+_GPT_BFLOAT16 = _GPT | {"size": "medium", "epoch_steps": 40, "lr": 1e-3, "amp": "bfloat16"}
 _FINE_TUNING = {
     "model": "runs/worth/gpt/seed0/checkpoint.safetensors",  # the plain run of the task "gpt"
     "epochs": 8,
@@ -255,6 +256,7 @@ TASKS = {
     "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}, budget=100),
     "vit": _cifar10_task("vit", _VIT),
     "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
+    "gpt_bfloat16": _text_task("gpt_bfloat16", gpt, _GPT_BFLOAT16, _gpt_parts, None, ()),
     "lora": _text_task(
         "lora",
         lora,
