@@ -259,9 +259,11 @@ def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -
             outcome = _signed(net_saving(arm.pruned * document["result"]["plan"]["saved"], _strict(arm, found)))
             exact = f"first {1 - arm.pruned:.0%}" if arm.pruned < 1 else "none"
             lines.append(f"| {name} | {machine} | {predicted} | {exact} | {net:+.0%} | {outcome} |")
-        if not plans:
-            outcome = "not trained with" if "plan" in document["result"] else "no plan"
-            lines.append(f"| {name} | {machine} | {predicted} | | | {outcome} |")
+        if "plan" not in document["result"]:
+            lines.append(f"| {name} | {machine} | nothing pays | | | no plan |")
+        elif not plans:
+            net = plan.net_saving(document["saved"], document["noise"], plan.STEPS_PER_NOISE)
+            lines.append(f"| {name} | {machine} | {predicted} | | {net:+.0%} | not trained with |")
         budgets = [arm for arm in found if arm.budget is not None]
         lines += [
             _verdict_of_budget(name, machine, row, arm, found)
@@ -334,9 +336,8 @@ def main() -> None:
     parts, said = [], []
     for name, task in TASKS.items():
         runs = HERE / "results" / f"{name}.jsonl"
-        if not runs.exists():
-            continue
-        found = arms(task, [json.loads(line) for line in runs.read_text(encoding="utf-8").splitlines()])
+        lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
+        found = arms(task, [json.loads(line) for line in lines])
         measured = {
             path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))
@@ -344,8 +345,10 @@ def main() -> None:
         noise_path = runs.parent / f"{name}-noise.json"
         noise = mean_noise(json.loads(noise_path.read_text(encoding="utf-8"))["result"]) if noise_path.exists() else {}
         noise |= {f"plan {name}-plan-{machine}": document["noise"] for machine, document in measured.items()}
-        plot(name, _METRICS[task.metric], found, measured, runs.with_suffix(".png"))
         said += verdicts(name, found, measured)
+        if not found:
+            continue
+        plot(name, _METRICS[task.metric], found, measured, runs.with_suffix(".png"))
         parts.append(f"{table(name, task, found, measured, noise)}\n\n![{name}](results/{name}.png)")
     readme = HERE / "README.md"
     head = (

@@ -251,20 +251,20 @@ def _cifar10_task(name: str, base: Overrides, budget: int = 0) -> Task:
     )
 
 
+def _lora_task(name: str, base: Overrides) -> Task:
+    text = Path(torch.__file__).parent / "include" / "torch"
+    return _text_task(name, lora, base, _lora_parts, text, (("8:16", ""), ("4:16", "")))
+
+
 TASKS = {
     "resnet9": _cifar10_task("resnet9", _RESNET9),
     "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}, budget=100),
     "vit": _cifar10_task("vit", _VIT),
+    "vit_bfloat16": _cifar10_task("vit_bfloat16", _VIT | {"amp": "bfloat16"}),
     "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
     "gpt_bfloat16": _text_task("gpt_bfloat16", gpt, _GPT_BFLOAT16, _gpt_parts, None, ()),
-    "lora": _text_task(
-        "lora",
-        lora,
-        _LORA,
-        _lora_parts,
-        Path(torch.__file__).parent / "include" / "torch",
-        (("8:16", ""), ("4:16", "")),
-    ),
+    "lora": _lora_task("lora", _LORA),
+    "lora_bfloat16": _lora_task("lora_bfloat16", _LORA | {"amp": "bfloat16"}),
     "classify": _text_task(
         "classify", classify, _CLASSIFY, _classify_parts, None, (("8:16", "8:16"), ("4:16", "4:16")), "test_loss"
     ),
