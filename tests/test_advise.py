@@ -403,6 +403,15 @@ def test_noise_of_a_model_with_everything_in_the_way() -> None:
         assert found.noise == pytest.approx(sum(draws) / 8 / noise, rel=0.5), (layer, kind)
 
 
+def test_a_plan_with_convolutions_says_when_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
+    pair = [(torch.randn(64, 3, 20, 20), torch.randint(64, (64,))) for _ in range(2)]
+    plan = sdgp.advise(Wrapped(), *pair, loss=loss)
+    assert "shared" in plan
+    assert "exact_first=0.25" in plan.notes[-1]
+    assert not any("exact_first" in note for note in sdgp.advise(net(), *batches(), loss=loss).notes)
+
+
 def test_batches_of_any_kind() -> None:
     class Named(nn.Module):
         def __init__(self) -> None:

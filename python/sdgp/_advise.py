@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ._convert import paused, why_plain
-from ._hints import hints
+from ._hints import START_EXACT, hints
 from ._layer import PruningLayer, prune_in_place
 from ._models import check_module, check_whole, layers_of
 from ._noise import Norm, difference, samples_of, tensors_of
@@ -157,6 +157,8 @@ def advised(
             measured = norm.squared(difference(pruned, study.exact)) / noise.mean
             if plan.take_measured(measured):
                 break
+    if any(isinstance(module, nn.Conv2d) and name in plan for module, name in names.items()):
+        plan.notes.append(START_EXACT)
     return plan
 
 
