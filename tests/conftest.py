@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from advice import Told
 from command_line import Command
 from hypothesis import settings
 
@@ -36,6 +37,14 @@ def one_thread(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Gives products and steps fixed times, so that no result of sdgp.advise depends on a clock."""
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
+    with Told():
+        yield
 
 
 @pytest.fixture

@@ -7,27 +7,25 @@ import copy
 import json
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_advise import Slower, Told, batches, loss, net
+from advice import Slower, Told, batches, loss, net
 from torch import nn
 
 import sdgp
 from sdgp import _plan
 
+pytestmark = pytest.mark.usefixtures("told")
+
 
 @pytest.fixture(autouse=True)
-def _told(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Gives products and steps fixed times, and makes noise cheap, so that pruning pays."""
-    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
+def _cheap_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes noise cheap, so that pruning pays."""
     monkeypatch.setattr(_plan, "STEPS_PER_NOISE", 0.01)
-    with Told():
-        yield
 
 
 class Run:

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: BSD-3-Clause
+"""Tests the hints of sdgp.advise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from advice import Wrapped, batches, loss, net
+from torch import Tensor, nn
+
+import sdgp
+
+pytestmark = pytest.mark.usefixtures("told")
+
+
+@pytest.mark.parametrize(
+    ("cpu", "ms", "steps", "hint"),
+    [
+        ("AVX512", 5, 4, "saves 50% of a step"),
+        ("AVX512", 9.5, 4, ""),
+        ("AVX512", 25, 1, ""),
+        ("AVX512", None, 1, ""),
+        ("AVX2", 5, 0, ""),
+    ],
+)
+def test_hint_of_plain_bfloat16(
+    cpu: str, ms: float | None, steps: int, hint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time None means that the loss fails under autocast."""
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: cpu)
+    inside = []
+
+    def seconds(call: Any, device: torch.device) -> float:
+        before = len(inside)
+        call()
+        return (ms or 0) / 1e3 if len(inside) > before else 0.010
+
+    def noticed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        if torch.is_autocast_enabled("cpu"):
+            inside.append(torch.get_autocast_dtype("cpu"))
+            if ms is None:
+                raise TypeError("numpy has no bfloat16")
+        return loss(model, batch)
+
+    monkeypatch.setattr("sdgp._steps.seconds", seconds)
+    plan = sdgp.advise(net(), *batches(), loss=noticed)
+    assert inside == steps * [torch.bfloat16]
+    assert [note for note in plan.notes if "bfloat16" in note and hint in note] == plan.notes[: bool(hint)]
+    assert plan.pays
+
+
+def test_what_costs_nothing() -> None:
+    model, pair = net(), batches()
+    model.unused = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD([*model[4].parameters(), model.unused], lr=0.1)
+    for x, _ in pair:
+        x.requires_grad_()
+    notes = sdgp.advise(model, *pair, loss=loss, optimizer=optimizer).notes
+    assert "parameters that get no gradient: 1; set requires_grad=False" in notes
+    assert "parameters with a gradient that the optimizer does not use: 4; set requires_grad=False" in notes
+    assert "the data gradient of 0, 2, 4 reaches no trained parameter: detach the input" in notes
+
+
+def test_a_plan_with_convolutions_says_when_to_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
+    pair = [(torch.randn(64, 3, 20, 20), torch.randint(64, (64,))) for _ in range(2)]
+    plan = sdgp.advise(Wrapped(), *pair, loss=loss)
+    assert "shared" in plan
+    assert "exact_first=0.25" in plan.notes[-1]
+    assert not any("exact_first" in note for note in sdgp.advise(net(), *batches(), loss=loss).notes)
