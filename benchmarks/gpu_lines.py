@@ -47,9 +47,9 @@ LINES: dict[str, Callable[[Row], str]] = {
 def write_markdown(name: str) -> None:
     """Writes all stored results, also those of earlier calls, as NAME.md."""
     stored = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-    where = next(iter(stored.values()))["machine"]
-    parts = [f"# sdgp on {where['gpu']}\n\n" + ", ".join(f"{key} {value}" for key, value in where.items()) + "\n"]
+    parts = [f"# sdgp on {next(iter(stored.values()))['machine']['gpu']}\n"]
     for subject, result in stored.items():
+        where = ", ".join(f"{key} {value}" for key, value in result["machine"].items())
         lines = "\n".join(LINES[subject](row) for row in result["rows"])
-        parts.append(f"\n## {subject}\n\n```\n{lines}\n```\n")
+        parts.append(f"\n## {subject}\n\n{where}\n\n```\n{lines}\n```\n")
     (RESULTS / f"{name}.md").write_text("".join(parts), encoding="utf-8")

@@ -4,7 +4,7 @@
 The program runs the parts below in this order, each in its own process. A part that fails, or runs out of time, does
 not stop the next one, and what was measured is stored at once: benchmarks/results/NAME.json, NAME.md, NAME.png, and
 NAME-gpt.jsonl for whole training runs. It needs torch with CUDA, nvcc, and the requirements of
-`pip install --no-build-isolation .`. The whole takes some twenty minutes; what does not fit can follow:
+`pip install --no-build-isolation .`. All parts take some twenty minutes. --minutes limits them; run the rest later:
 
     python benchmarks/gpu_report.py                                       # NAME: the GPU's name, as in nvidia-h200
     python benchmarks/gpu_report.py --parts gpt_plain gpt_pruned          # the training runs, if there was no time
@@ -13,9 +13,11 @@ NAME-gpt.jsonl for whole training runs. It needs torch with CUDA, nvcc, and the 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -24,7 +26,8 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).parents[1]
-# The share of the time left that a part may take. The last parts take what they need.
+LEAST_SECONDS = 10  # a part that has less time left is not started
+# The largest share of the remaining time that a part may take.
 PARTS = {
     "build": 1.0,  # for the architecture of this GPU alone
     "tests": 0.5,
@@ -65,7 +68,7 @@ def gpt(part: str, name: str) -> list[str]:
     configs = "recipes/lm/configs"
     row = "plain.toml" if part == "gpt_plain" else "mvue_2_4.toml"
     pruning = [] if part == "gpt_plain" else ["--set", "backend=auto", "--set", "exact_first=1"]
-    files = ["--resume", "--results", f"benchmarks/results/{name}-gpt.jsonl"]
+    files = ["--resume", "--out", f"runs/{name}", "--results", f"benchmarks/results/{name}-gpt.jsonl"]
     return ["-m", "recipes.lm.gpt", f"{configs}/{row}", f"{configs}/wide.toml", *pruning, *files]
 
 
@@ -79,12 +82,19 @@ def run(part: str, words: list[str], seconds: float) -> bool:
     """Runs a part in the checkout, and prints how long it took and how it ended."""
     print(f"--- {part}: {' '.join(words)}", flush=True)
     start = time.monotonic()
-    try:
-        environment = {**os.environ, "REQUIRE_CUDA": "1"}
-        ended = subprocess.run(words, cwd=ROOT, env=environment, timeout=max(1, seconds), check=False).returncode
-    except subprocess.TimeoutExpired:
-        ended = -1
-    outcome = "ok" if ended == 0 else "out of time" if ended == -1 else f"failed with {ended}"
+    environment = {**os.environ, "REQUIRE_CUDA": "1"}
+    ended = None
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as process:
+        try:
+            ended = process.wait(max(1, seconds))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:  # ends what the part has started, too: it would slow down the next part
+            for number, grace in ((signal.SIGTERM, 20), (signal.SIGKILL, 5)):  # a recipe saves on SIGTERM
+                with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
+                    os.killpg(process.pid, number)
+                    process.wait(grace)
+    outcome = "ok" if ended == 0 else "out of time" if ended is None else f"failed with {ended}"
     print(f"--- {part}: {outcome}, {time.monotonic() - start:.0f} s", flush=True)
     return ended == 0
 
@@ -106,6 +116,9 @@ def main() -> None:
             failed += ["build"] if part == "build" else []
             continue
         seconds = (end - time.monotonic()) * PARTS[part]
+        if seconds < LEAST_SECONDS:
+            print(f"--- {part}: left out, no time left", flush=True)
+            continue
         if not run(part, command(part, name, seconds), seconds):
             failed.append(part)
         if "build" in failed:

@@ -23,17 +23,19 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib
 
 from .common.config import tomllib
-from .common.files import printable
+from .common.files import printable, replace_between
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 _BEGIN, _END = "<!-- tables: python -m recipes.report -->", "<!-- end of tables -->"
-_PRUNING = ("method", "pattern", "weight_grad", "plan", "backend", "exact_first", "exact_last", "layers")
+_PRUNING = ("method", "pattern", "weight_grad", "plan", "budget", "backend", "exact_first", "exact_last", "layers")
 # The setting that names a table, by recipe.
 _MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size", "classify": "size"}
 _PUBLISHED_WIDTH = 128
+# Settings that older lines lack, because nothing else existed.
+_ONLY = {"net": "resnet", "clip": 0.0, "epoch_images": 0, "validate_every": 1}
 
 Line: TypeAlias = dict[str, Any]
 
@@ -78,7 +80,7 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
     """Groups the runs by table, in the order of the lines."""
     sorted_lines: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
-        same = {key: value for key, value in line["config"].items() if key not in _PRUNING}
+        same = {key: value for key, value in {**_ONLY, **line["config"]}.items() if key not in _PRUNING}
         where = (line["device"], line["machine"]["cpu"], line["processes"])
         sorted_lines[json.dumps([line["recipe"], same, line["data"], where], sort_keys=True)].append(line)
     result: list[Group] = []
@@ -161,7 +163,7 @@ def plot(group: Group, path: Path) -> None:
     by_method: dict[str, list[tuple[float, list[float]]]] = defaultdict(list)
     for row, runs in group.runs.items():
         config = runs[0]["config"]
-        if config.get("plan"):  # the layers have different densities
+        if config.get("plan") or config.get("budget"):  # the layers have different densities
             continue
         n, m = map(int, config["pattern"].split(":"))
         label = _row(runs[0]).replace(f" {config['pattern']}", "", 1)
@@ -212,9 +214,7 @@ def main() -> None:
     print(text)
     if not args.results:
         readme = HERE / "README.md"
-        before, _, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
-        after = rest.partition(_END)[2]
-        readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{after}", encoding="utf-8")
+        replace_between(readme, _BEGIN, _END, text)
 
 
 if __name__ == "__main__":

@@ -56,15 +56,19 @@ def is_pruned(model: nn.Module) -> bool:
 
 
 def test_prunes_after_the_first_steps(tmp_path: Path) -> None:
-    run = Run(every=2, first=3, to=tmp_path / "budget.jsonl")
+    run, told = Run(every=2, first=3, to=tmp_path / "budget.jsonl"), list[Any]()
+    same = Run(every=2, first=3, to=told.append)
     pruned = []
     for number in range(6):
         run.steps(number)
+        same.steps(number)
         pruned.append(is_pruned(run.model))
     assert pruned == [False, False, True, True, True, True]
     assert run.budget.verdict.startswith("it pays: ")
     lines = [json.loads(line) for line in (tmp_path / "budget.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [3, 5]
+    assert [line["step"] for line in told] == [3, 5]
+    assert json.loads(json.dumps(told[0])) == lines[0]
     assert {name: tuple(setting) for name, setting in lines[-1]["plan"].items()} == run.budget.plan
     assert all(line["pays"] and 0 < line["net"] < line["saved"] for line in lines)
     rows = {row.layer: row for row in sdgp.report(run.model) if row.gradient == "data"}

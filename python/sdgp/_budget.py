@@ -52,7 +52,8 @@ class Budget:
         first: the number of exact steps before the first call for advice. Default: ``every``.
         net: the smallest net saving that counts. Plans that save less are not used.
         patterns, methods, filter: as ``sdgp.advise`` takes them.
-        to: the path of a file. Every plan appends one JSON line to it.
+        to: the path of a file, to which every advice appends one JSON line. Or a function that is called with the
+            content of the line, a dictionary.
 
     Attributes:
         step_count: the number of steps so far.
@@ -90,7 +91,7 @@ class Budget:
         patterns: Iterable[PatternLike] | None = None,
         methods: Iterable[str] = ("mvue",),
         filter: Callable[[nn.Module, str], bool] | None = None,
-        to: str | PathLike[str] | None = None,
+        to: str | PathLike[str] | Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
         check_module("Budget", model)
         if isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
@@ -102,7 +103,7 @@ class Budget:
             raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_alone(model)
-        if to is not None:
+        if to is not None and not callable(to):
             check_writable("Budget", to)
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._every, self._next, self._net, self._to = every, first, net, to
@@ -155,7 +156,9 @@ class Budget:
         return taken, plan.verdict
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self._to is None:
+        if callable(self._to):
+            self._to(line)
+        if self._to is None or callable(self._to):
             return
         try:
             with Path(self._to).open("a", encoding="utf-8") as file:

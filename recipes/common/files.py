@@ -11,6 +11,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import UserError
+
 
 def printable(name: str) -> str:
     """A file's name with escapes for bytes that are not UTF-8, so that it can be printed, drawn and stored."""
@@ -57,6 +59,19 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), end)
             raise
+
+
+def replace_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what a file has between the lines ``begin`` and ``end``.
+
+    Raises:
+        UserError: if the file lacks one of them.
+    """
+    before, found, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise UserError(f"expected {begin if not found else end} in {path}")
+    path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 
 def _is_cut_off(text: bytes) -> bool:

@@ -65,6 +65,8 @@ class Record:
         if not self._job.resume and path.exists():
             raise UserError(f"{path} exists: go on with --resume, or choose another --out")
         if not path.exists():
+            if self._world.is_first:  # of a run whose checkpoint was deleted
+                (self._job.folder / "result.json").unlink(missing_ok=True)
             return None
         weights, training = checkpoint.load(path)
         if missing := _SAVED - training.keys():
@@ -99,8 +101,8 @@ class Record:
         """Writes the checkpoint. Every process must call this method.
 
         Args:
-            counted: the step and what the run has counted: ``totals``, ``epoch``, ``curve`` and
-                ``budget``.
+            counted: the step and what the run has counted: ``totals``, ``epoch``, ``curve``
+                and ``budget``.
         """
         frozen = _is_partly_frozen(model)  # the checkpoint does not need frozen parameters
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=frozen)
@@ -135,6 +137,8 @@ class Record:
             "device": _device(self._world.device),
             "machine": machine(ROOT, *_MEASURED),
             "config": self._settings,
+            # The file may change later.
+            **({"plan": json.loads(Path(plan).read_text(encoding="utf-8"))} if (plan := self._config.plan) else {}),
             "curve": curve,
         }
         if not self._world.is_first:

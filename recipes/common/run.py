@@ -88,7 +88,6 @@ class Run:
         self._curve: Curve = []
         self._budget: CountedBudget | None = None
         self._saved_budget: dict[str, Any] | None = None
-        self._folder = job.folder
         self._record = Record(job, config, seed, world)
         if (saved := self._record.restore(model, optimizer, self._scaler)) is not None:
             self._first, self._totals = saved["step"], saved["totals"]
@@ -159,7 +158,7 @@ class Run:
         update(self._model, self._optimizer, self._scaler, self._config, (step + 1) / self._epoch_steps)
         self._add({"loss": mean * units})
         if self._budget is not None:
-            self._budget.step(micro_batches[0], time.perf_counter() - start)
+            self._budget.step(micro_batches[0], start)
         return units
 
     def _make_budget(self, forward: Forward) -> CountedBudget | None:
@@ -169,8 +168,8 @@ class Run:
 
         if not self._config.budget:
             return None
-        path = self._folder / "budget.jsonl" if self._world.is_first else None
-        return CountedBudget(self._config.budget, self._model, loss, self._optimizer, path, self._saved_budget)
+        every, steps = self._config.budget, self._config.epochs * self._epoch_steps
+        return CountedBudget(every, steps, self._model, loss, self._optimizer, self._saved_budget)
 
     def _steps(self, step: int, batches: Iterable[_MicroBatches]) -> Iterator[tuple[int, _MicroBatches]]:
         """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""

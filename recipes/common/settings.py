@@ -31,7 +31,7 @@ class Settings:
     weight_grad: str = ""  # the pattern of the weight gradients, always with mvue; "": exact
     plan: str = ""  # a JSON file with a plan of sdgp.advise, which replaces pattern, weight_grad and filter
     backend: Literal["auto", "pruned", "sparse", "dense"] = "pruned"
-    budget: Natural = 0  # the steps from one advice of sdgp.Budget, which chooses the plan, to the next; 0: no budget
+    budget: Natural = 0  # sdgp.Budget chooses a plan every this many steps; 0: no budget
     epochs: Count = 1
     exact_first: Natural = 0  # epochs with exact gradients at the start
     exact_last: Natural = 0  # epochs with exact gradients at the end
@@ -46,10 +46,12 @@ class Settings:
                 f"config: expected exact_first + exact_last <= epochs, got {self.exact_first} + {self.exact_last} > "
                 f"{self.epochs}"
             )
-        if self.budget and (self.method != "plain" or self.plan or self.exact_first or self.exact_last or self.compile):
+        others = ("plan", "exact_first", "exact_last", "compile")
+        fixed = [f"method = {self.method}"] if self.method != "plain" else []
+        fixed += [f"{name} = {getattr(self, name)}" for name in others if getattr(self, name)]
+        if self.budget and fixed:
             raise UserError(
-                "config: expected method = plain without plan, exact_first, exact_last and compile, because a budget "
-                f"chooses, got budget = {self.budget} with one of them"
+                f"config: expected no {fixed[0]} beside budget = {self.budget}, which chooses what to prune"
             )
 
     @property

@@ -138,8 +138,10 @@ def main() -> None:
         return
     plan = advice(task, data)
     print(plan, flush=True)
+    path = args.results / f"{args.task}-plan-{args.machine}.json"
+    path.unlink(missing_ok=True)
     if plan:
-        _write(args.results / f"{args.task}-plan-{args.machine}.json", dict(plan))
+        _write(path, dict(plan))
     saved = savings(task, data, args.rounds, plan)
     result = _with_machine(saved) | {"verdict": plan.verdict, "saved": plan.saved, "noise": plan.noise, "net": plan.net}
     _write(args.results / f"{args.task}-saved-{args.machine}.json", result)

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +25,7 @@ import matplotlib
 
 from sdgp import _plan as plan
 
+from ..common.files import replace_between
 from ..common.settings import Settings
 from .measure import epoch_steps
 from .tasks import TASKS, Task
@@ -43,16 +43,20 @@ _METRICS = {"test_loss": "test loss", "bits_per_byte": "bits per byte"}
 _T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31}
 
 
+def _t(freedom: int) -> float:
+    return _T.get(freedom, 1.96 + 2.7 / freedom)
+
+
 class Arm(NamedTuple):
     """The runs of one arm.
 
     Attributes:
-        kind: ``"steps"``, ``"batch"``, ``"pruned"`` or ``"budget"``.
+        kind: ``"steps"``, ``"batch"`` or ``"pruned"``.
         cost: the samples of a plain arm as a share of the samples of the full run; 1 for a pruned arm.
-        losses: the test loss by seed.
+        losses: the test loss by seed; infinite if the run diverged.
         row: the name of a pruned arm without its exact steps.
-        pruned: the share of the steps that a pruned arm prunes.
-        budget: the saving and the noise of the runs with a budget.
+        exact: the share of the steps, at the start, that a pruned arm leaves exact.
+        budget: the saving and the noise of runs with a budget.
     """
 
     name: str
@@ -60,19 +64,24 @@ class Arm(NamedTuple):
     cost: float
     losses: dict[int, float]
     row: str = ""
-    pruned: float = 1.0
+    exact: float = 0.0
     budget: Saving | None = None
+
+    @property
+    def pruned(self) -> float:
+        """The share of the run to which the saving of a step applies."""
+        return 1.0 if self.budget else 1 - self.exact
 
 
 class Saving(NamedTuple):
     """What the runs with a budget saved and the noise that they added: means over their steps, one for each run.
 
     Attributes:
-        cpu: the processor that they ran on.
+        machine: the machine that they ran on, as ``_machine_of`` names it.
         asking: the share of the full run that the advice took. It is subtracted from ``saved``.
     """
 
-    cpu: str
+    machine: tuple[Any, ...]
     saved: list[float]
     noise: list[float]
     asking: list[float]
@@ -91,24 +100,22 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     by_config: dict[Settings, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
         by_config[task.config(**line["config"])][line["seed"]] = line
+    full = task.config(**task.base)
+    if full not in by_config:
+        return []
     found = []
-    full = task.samples(task.config(**task.base))
     for overrides in task.arms():
         config: Any = task.config(**{**task.base, **overrides})
         if config not in by_config:
             continue
         runs = by_config[config]
-        losses = {seed: line.get(task.metric, math.inf) for seed, line in runs.items()}  # inf: diverged
-        share = task.samples(config) / full
-        if "budget" in overrides:
-            exact = config.budget / (config.epochs * epoch_steps(config))
-            budget = _budget([line for line in runs.values() if task.metric in line], config)
-            name = f"{config.row}, first {exact:.0%} exact"
-            found.append(Arm(name, "budget", 1.0, losses, config.row, budget=budget))
-        elif "method" in overrides or "plan" in overrides:
-            exact = config.exact_first / config.epochs
+        losses = {seed: line.get(task.metric, math.inf) for seed, line in runs.items()}
+        share = task.samples(config) / task.samples(full)
+        if config.row != "plain":
+            exact = (config.exact_first + config.budget / epoch_steps(config)) / config.epochs
             name = f"{config.row}, first {exact:.0%} exact" if exact else config.row
-            found.append(Arm(name, "pruned", 1.0, losses, config.row, 1 - exact))
+            budget = _budget(config, list(runs.values())) if config.budget else None
+            found.append(Arm(name, "pruned", 1.0, losses, config.row, exact, budget))
         elif "batch_size" in overrides:
             found.append(Arm(f"plain, {share:.1%} of the batch", "batch", share, losses))
         else:
@@ -116,10 +123,14 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     return found
 
 
-def _budget(lines: list[dict[str, Any]], config: Any) -> Saving:
+def _budget(config: Any, lines: list[dict[str, Any]]) -> Saving:
+    """Sums up the advice of runs with a budget, on the machine of the first one."""
     steps = config.epochs * epoch_steps(config)
-    result = Saving(lines[0]["machine"]["cpu"] if lines else "", [], [], [])
-    for line in lines:
+    ended = [line for line in lines if "advice" in line]
+    result = Saving(_machine_of(ended[0]) if ended else (), [], [], [])
+    for line in ended:
+        if _machine_of(line) != result.machine:
+            continue
         ends = [said["step"] for said in line["advice"][1:]] + [steps]
         parts = zip(line["advice"], ends, strict=True)
         used = [(said, (end - said["step"]) / steps) for said, end in parts if said["used"]]
@@ -130,18 +141,20 @@ def _budget(lines: list[dict[str, Any]], config: Any) -> Saving:
     return result
 
 
+def _machine_of(line: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(line["machine"][key] for key in ("cpu", "isa", "threads"))
+
+
 def worth(arm: Arm, plain: list[Arm]) -> Worth:
     """Compares a pruned arm with the plain arms of one kind. The first plain arm is the full run."""
     full = plain[0]
     seeds = sorted(arm.losses.keys() & full.losses.keys())
-    if not seeds:
-        return Worth(math.nan, math.nan, math.nan)
     differences = [arm.losses[seed] - full.losses[seed] for seed in seeds]
     mean = statistics.mean(differences)
     half = math.inf
     if len(seeds) > 1:
-        half = _T.get(len(seeds) - 1, 2.0) * statistics.stdev(differences) / math.sqrt(len(seeds))
-    curve = [(_difference(other, full), other.cost) for other in plain if other.losses.keys() & full.losses.keys()]
+        half = _t(len(seeds) - 1) * statistics.stdev(differences) / math.sqrt(len(seeds))
+    curve = [(_difference(other, full), other.cost) for other in plain]
     ends = (_share(curve, mean + sign * half) for sign in (1, -1))
     return Worth(_share(curve, mean), *ends)
 
@@ -164,7 +177,8 @@ def _share(curve: list[tuple[float, float]], difference: float) -> float:
 
 def table(name: str, task: Task, found: list[Arm], measured: dict[str, dict[str, Any]], noise: dict[str, float]) -> str:
     """Returns a Markdown table with a line per arm. Pruned arms show their worth and net saving on each machine."""
-    curves = _curves(found)
+    comparable = _comparable(found)
+    curves = _curves(comparable)
     head = [
         "arm",
         _METRICS[task.metric],
@@ -181,9 +195,9 @@ def table(name: str, task: Task, found: list[Arm], measured: dict[str, dict[str,
         spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 and not diverged else ""
         mean = f"diverged in {diverged}" if diverged else f"{statistics.mean(values):.3f}{spread}"
         cells = [arm.name, mean, str(len(values))]
-        if arm.kind in ("pruned", "budget") and not diverged:
+        if arm.kind == "pruned" and arm in comparable:
             worths = [worth(arm, curve) for curve in curves.values()]
-            strict = _strict(arm, found)
+            strict = _strict(arm, comparable)
             tau = statistics.mean(arm.budget.noise) if arm.budget else arm.pruned * noise.get(arm.row, 0.0)
             cells += [f"{value.equivalent:.0%}{_interval(value)}" for value in worths]
             cells += [f"{tau:.3f}", f"{(1 / strict.equivalent - 1) / tau:.1f}"] if tau else ["", ""]
@@ -212,7 +226,7 @@ def _saving(arm: Arm, machine: str, document: dict[str, Any]) -> dict[str, Any] 
     if arm.budget is None:
         row: dict[str, Any] | None = document["result"].get(_key(arm, machine))
         return row
-    if arm.budget.cpu != document["machine"]["cpu"]:
+    if not arm.budget.saved or arm.budget.machine != _machine_of(document):
         return None
     saved = arm.budget.saved
     return {"saved": statistics.mean(saved), "saved_low": min(saved), "saved_high": max(saved)}
@@ -228,58 +242,67 @@ def _net(row: dict[str, Any] | None, arm: Arm, worth: Worth) -> str:
 
 def _signed(value: Worth) -> str:
     """Formats a net saving with its interval, if it has one."""
-    interval = "" if math.isnan(value.low) else f" [{value.low:+.0%}, {value.high:+.0%}]"
-    return f"{value.equivalent:+.0%}{interval}"
+    if math.isnan(value.equivalent):
+        return "unknown"
+    shown = [f"{share:+.0%}" if share > -1 else "< -100%" for share in value]
+    return shown[0] if math.isnan(value.low) else f"{shown[0]} [{shown[1]}, {shown[2]}]"
 
 
 def net_saving(saved: float, worth: Worth) -> Worth:
-    """The share of the time to the same loss that is saved, and the ends of its interval."""
-    return Worth(*(1 - (1 - saved) / share for share in worth))
+    """The share of the time to the same loss that is saved, and the ends of its interval.
+
+    No plain run, however short, has the loss of an arm whose share is negative: then nothing is saved at all.
+    """
+    return Worth(*(-math.inf if share <= 0 else 1 - (1 - saved) / share for share in worth))
 
 
-def _curves(found: list[Arm]) -> dict[str, list[Arm]]:
+def _comparable(found: list[Arm]) -> list[Arm]:
+    """Returns the arms without a diverged run that share a seed with the full run, which comes first."""
+
+    def is_comparable(arm: Arm) -> bool:
+        return all(map(math.isfinite, arm.losses.values())) and bool(arm.losses.keys() & found[0].losses.keys())
+
+    return list(filter(is_comparable, found)) if found and is_comparable(found[0]) else []
+
+
+def _curves(comparable: list[Arm]) -> dict[str, list[Arm]]:
     """The plain arms of each kind, the full run first. A kind without another arm is left out."""
-    plain = {kind: [arm for arm in found if arm.kind == kind or arm is found[0]] for kind in _KINDS}
+    plain = {kind: [arm for arm in comparable if arm.kind == kind or arm is comparable[0]] for kind in _KINDS}
     return {kind: curve for kind, curve in plain.items() if len(curve) > 1}
 
 
-def _strict(arm: Arm, found: list[Arm]) -> Worth:
+def _strict(arm: Arm, comparable: list[Arm]) -> Worth:
     """The worth of a pruned arm beside the better of fewer steps and a smaller batch."""
-    return min((worth(arm, curve) for curve in _curves(found).values()), key=lambda value: value.equivalent)
+    worths = [worth(arm, curve) for curve in _curves(comparable).values()]
+    return min(worths, key=lambda value: value.equivalent, default=Worth(math.nan, math.nan, math.nan))
 
 
 def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -> list[str]:
     """Returns lines of Markdown for each machine: the net saving that ``advise`` predicts, and that of the runs."""
-    lines = []
+    comparable, lines = _comparable(found), []
     for machine, document in measured.items():
-        predicted = f"{document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
-        plans = [arm for arm in found if _key(arm, machine) == "plan"]
-        for arm in plans:
-            net = plan.net_saving(arm.pruned * document["saved"], arm.pruned * document["noise"], plan.STEPS_PER_NOISE)
-            outcome = _signed(net_saving(arm.pruned * document["result"]["plan"]["saved"], _strict(arm, found)))
-            exact = f"first {1 - arm.pruned:.0%}" if arm.pruned < 1 else "none"
-            lines.append(f"| {name} | {machine} | {predicted} | {exact} | {net:+.0%} | {outcome} |")
+        proposed = f"{document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
+        with_plan = False
+        for arm in comparable:
+            row = _saving(arm, machine, document)
+            if row is None or not (arm.budget or _key(arm, machine) == "plan"):
+                continue
+            if arm.budget:
+                saved, noise = row["saved"], statistics.mean(arm.budget.noise)
+                asking = statistics.mean(arm.budget.asking)
+                said = f"`Budget`: {saved:.0%}, after {asking:.0%} for asking, noise τ {noise:.3f}"
+            else:
+                saved, noise, said, with_plan = document["saved"], document["noise"], proposed, True
+            net = plan.net_saving(arm.pruned * saved, arm.pruned * noise, plan.STEPS_PER_NOISE)
+            outcome = _signed(net_saving(arm.pruned * row["saved"], _strict(arm, comparable)))
+            exact = f"first {arm.exact:.0%}" if arm.exact else "none"
+            lines.append(f"| {name} | {machine} | {said} | {exact} | {net:+.0%} | {outcome} |")
         if "plan" not in document["result"]:
             lines.append(f"| {name} | {machine} | nothing pays | | | no plan |")
-        elif not plans:
+        elif not with_plan:
             net = plan.net_saving(document["saved"], document["noise"], plan.STEPS_PER_NOISE)
-            lines.append(f"| {name} | {machine} | {predicted} | | {net:+.0%} | not trained with |")
-        budgets = [arm for arm in found if arm.budget is not None]
-        lines += [
-            _verdict_of_budget(name, machine, row, arm, found)
-            for arm in budgets
-            if (row := _saving(arm, machine, document))
-        ]
+            lines.append(f"| {name} | {machine} | {proposed} | | {net:+.0%} | not trained with |")
     return lines
-
-
-def _verdict_of_budget(name: str, machine: str, row: dict[str, Any], arm: Arm, found: list[Arm]) -> str:
-    assert arm.budget is not None
-    saved, noise, asking = row["saved"], statistics.mean(arm.budget.noise), statistics.mean(arm.budget.asking)
-    said = f"`Budget`: {saved:.0%}, after {asking:.0%} for asking, noise τ {noise:.3f}"
-    exact = arm.name.removeprefix(f"{arm.row}, ").removesuffix(" exact")
-    net = plan.net_saving(saved, noise, plan.STEPS_PER_NOISE)
-    return f"| {name} | {machine} | {said} | {exact} | {net:+.0%} | {_signed(net_saving(saved, _strict(arm, found)))} |"
 
 
 def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
@@ -300,11 +323,13 @@ def mean_noise(points: list[dict[str, Any]]) -> dict[str, float]:
 def _label(arm: Arm) -> str:
     """The name of a pruned arm, whatever the machine of its plan."""
     words = "plan" if arm.row.startswith("plan ") else arm.row.replace(", weight gradient ", " + ")
-    return words + (f", first {1 - arm.pruned:.0%} exact" if arm.pruned < 1 else "")
+    return words + (f", first {arm.exact:.0%} exact" if arm.exact else "")
 
 
 def plot(name: str, metric: str, found: list[Arm], measured: dict[str, dict[str, Any]], path: Path) -> None:
     """Plots loss against cost: the curves of the plain arms, and each pruned arm at its cost on each machine."""
+
+    found = _comparable(found)
 
     def level(arm: Arm) -> float:  # arms may lack a seed of the full run
         return statistics.mean(found[0].losses.values()) + _difference(arm, found[0])
@@ -313,7 +338,7 @@ def plot(name: str, metric: str, found: list[Arm], measured: dict[str, dict[str,
     for kind, curve in _curves(found).items():
         points = sorted((arm.cost, level(arm)) for arm in curve)
         axes.plot(*zip(*points, strict=True), ".-", label=_KINDS[kind])
-    labels = list(dict.fromkeys(_label(arm) for arm in found if arm.kind in ("pruned", "budget")))
+    labels = list(dict.fromkeys(_label(arm) for arm in found if arm.kind == "pruned"))
     shown, markers = set(), "osD^"
     for machine, marker in zip(measured, markers, strict=False):
         for arm in found:
@@ -346,21 +371,17 @@ def main() -> None:
         noise = mean_noise(json.loads(noise_path.read_text(encoding="utf-8"))["result"]) if noise_path.exists() else {}
         noise |= {f"plan {name}-plan-{machine}": document["noise"] for machine, document in measured.items()}
         said += verdicts(name, found, measured)
-        if not found:
+        if not _comparable(found):
             continue
         plot(name, _METRICS[task.metric], found, measured, runs.with_suffix(".png"))
         parts.append(f"{table(name, task, found, measured, noise)}\n\n![{name}](results/{name}.png)")
-    readme = HERE / "README.md"
     head = (
         "| task | machine | plan | exact steps | predicted net saving | net saving of the runs |\n"
         "|---|---|---|---|---|---|\n"
     )
     text = "\n\n".join([head + "\n".join(said), *parts])
     print(text)
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(_BEGIN)
-    if not begin:
-        sys.exit(f"report: expected {_BEGIN} in {readme}")
-    readme.write_text(f"{before}{_BEGIN}\n\n{text}\n\n{_END}{rest.partition(_END)[2]}", encoding="utf-8")
+    replace_between(HERE / "README.md", _BEGIN, _END, text)
 
 
 if __name__ == "__main__":

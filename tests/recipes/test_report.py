@@ -71,6 +71,13 @@ def test_the_order_of_a_configs_keys_does_not_matter() -> None:
     assert len(report.groups(runs, {})) == 1
 
 
+def test_older_lines_share_the_table_of_new_ones() -> None:
+    new = {"net": "resnet", "epoch_images": 0, "validate_every": 1, "clip": 0.0, "weight_grad": "", "plan": ""}
+    budget = line("plain", 0, 80.0, **new, budget=100) | {"row": "budget, every 100 steps"}
+    (group,) = report.groups([line("plain", 0, 80.0), line("plain", 1, 80.0, **new, budget=0), budget], {})
+    assert [len(runs) for runs in group.runs.values()] == [2, 1]
+
+
 def test_the_readme_holds_the_tables_of_the_results() -> None:
     found = report.groups(report.read(sorted((RECIPES / "results").glob("*.jsonl"))), report.published())
     text = (RECIPES / "README.md").read_text()

@@ -63,7 +63,7 @@ def test_resumes_bit_for_bit(
 
 
 def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of six steps asks after two, four and six. A run that was killed after step 5 asks once more."""
+    """A run of six steps asks after two and four. One run is stopped after the third step."""
     monkeypatch.setattr(
         sdgp.chooser, "measure", lambda *_, **__: sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
     )
@@ -73,19 +73,25 @@ def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch:
     words = [word for setting in ("weight_grad=", "budget=2", *large) for word in ("--set", setting)]
     run(monkeypatch, command("gpt", tmp_path / "unbroken", images, *words, row="plain"))
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", lambda self, step: step == 5)
+        patch.setattr(Stop, "asked", lambda self, step: step == 3)
         run(patch, command("gpt", tmp_path / "broken", images, *words, row="plain"))
-    advice = saved(tmp_path / "broken").with_name("budget.jsonl")
-    advice.write_text(advice.read_text() + '{"step": 6}\n')  # of a step that the checkpoint does not have
     run(monkeypatch, command("gpt", tmp_path / "broken", images, *words, "--resume", row="plain"))
-    assert advice.read_text() == saved(tmp_path / "unbroken").with_name("budget.jsonl").read_text()
     weights, again = (checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "broken"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
     (line,) = lines(tmp_path / "broken")
     assert line["row"] == "budget, every 2 steps"
-    assert [(said["step"], said["used"]) for said in line["advice"]] == [(2, True), (4, True), (6, True)]
-    assert line["layers"]["pruned"] > 0
+    assert [(said["step"], said["used"]) for said in line["advice"]] == [(2, True), (4, True)]
+    assert line["advice"] == lines(tmp_path / "unbroken")[0]["advice"]
+    assert line["layers"]["sparse"] > 0
     assert line["asking_steps"] > 1
+
+
+def test_a_new_run_in_the_folder_of_an_old_one(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody who deletes the checkpoint and changes a setting must get the new result."""
+    run(monkeypatch, command("gpt", tmp_path, images))
+    saved(tmp_path).unlink()
+    run(monkeypatch, command("gpt", tmp_path, images, "--set", "lr=0.01"))
+    assert [line["config"]["lr"] for line in lines(tmp_path)] == [3e-3, 0.01]
 
 
 def measured_otherwise(*_: object) -> sdgp.Decision:

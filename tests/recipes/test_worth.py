@@ -18,6 +18,7 @@ from recipes.worth import __main__ as study
 from recipes.worth import measure, report, tasks
 from recipes.worth.tasks import TASKS, Task
 
+MACHINE = {"cpu": "x", "isa": "avx512", "threads": 1}
 TINY = {"width": 8, "classes": 3, "epochs": 4, "epoch_images": 8, "batch_size": 4}
 
 
@@ -182,13 +183,38 @@ def test_a_verdict_beside_its_outcome() -> None:
     plan = report.Arm(row, "pruned", 1.0, {0: 1.2, 1: 1.2}, row)
     found = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.8, 1.4, 1.4), arm("batch", 0.6, 1.4, 1.4), plan]
     document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1}
-    found.append(plan._replace(pruned=0.5))
+    found.append(plan._replace(exact=0.5))
     assert report.verdicts("task", found, {"x": document}) == [
         "| task | x | 40% per step, noise τ 0.100 | none | +34% | +25% [+25%, +25%] |",
         "| task | x | 40% per step, noise τ 0.100 | first 50% | +16% | +0% [+0%, +0%] |",
     ]
     (line,) = report.verdicts("task", found, {"y": document})
     assert line.endswith("| +34% | not trained with |")
+
+
+def test_a_study_that_is_not_complete() -> None:
+    """Arms that cannot be compared yet are unknown, not wrong."""
+    full, plan = arm("steps", 1.0, 1.0, 1.0), report.Arm("plan", "pruned", 1.0, {0: 1.2, 1: 1.2}, "plan task-plan-x")
+    document = {"result": {"plan": {"saved": 0.4, "saved_low": 0.4, "saved_high": 0.4}}, "saved": 0.4, "noise": 0.1}
+    said = "| task | x | 40% per step, noise τ 0.100 | none | +34% |"
+    assert report.verdicts("task", [full, plan], {"x": document}) == [f"{said} unknown |"]  # nothing shorter has run
+    shorter = arm("steps", 0.8, 1.4, math.inf)
+    assert report.verdicts("task", [full, plan, shorter], {"x": document}) == [f"{said} unknown |"]
+    assert "| plan | 1.200 ± 0.000 | 2 |" in report.table("task", TASKS["resnet9"], [full, plan], {"x": document}, {})
+    for other in (plan._replace(losses={0: 1.2, 1: math.inf}), plan._replace(losses={2: 1.2})):
+        (line,) = report.verdicts("task", [full, other, arm("steps", 0.8, 1.4, 1.4)], {"x": document})
+        assert line.endswith("| not trained with |")
+    task, pruned = TASKS["resnet9"], {**TASKS["resnet9"].base, "method": "rescale"}
+    assert (
+        report.arms(task, [{"config": vars(task.config(**pruned)), "seed": 0, "test_loss": 1.0}]) == []
+    )  # no full run
+
+
+def test_a_loss_that_no_plain_run_has_saves_nothing() -> None:
+    plain = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.5, 2.0, 2.0)]
+    worth = report.worth(arm("pruned", 1.0, 2.9, 3.3), plain)
+    assert worth.low < 0 < worth.high
+    assert report._signed(report.net_saving(0.4, worth)).startswith("< -100% [< -100%, ")
 
 
 def test_a_budget_beside_its_outcome() -> None:
@@ -203,18 +229,21 @@ def test_a_budget_beside_its_outcome() -> None:
     ]
     lines = []
     for overrides, loss in (({}, 1.0), ({"epochs": 3}, 1.25), ({"budget": 10}, 1.1)):
-        line = {"seed": 0, "test_loss": loss, "machine": {"cpu": "x"}, "advice": advice, "asking_steps": 10.0}
+        line = {"seed": 0, "test_loss": loss, "machine": MACHINE, "advice": advice, "asking_steps": 10.0}
         lines.append({**line, "config": vars(task.config(**{**base, **overrides}))})
     small = small._replace(shorter=lambda share: {"epochs": 3}, lengths=(0.75,), batches=())
     found = report.arms(small, lines)
-    assert [arm.kind for arm in found] == ["steps", "budget", "steps"]
-    document = {"result": {}, "saved": 0.4, "noise": 0.1, "machine": {"cpu": "x"}}
+    assert [arm.kind for arm in found] == ["steps", "pruned", "steps"]
+    document = {"result": {}, "saved": 0.4, "noise": 0.1, "machine": MACHINE}
     # The loss equals that of 90 % of the steps: 1 - 0.85 / 0.9 = 6 %. The noise is 0.05 + 0.05, so predicted are
     # 1 - 0.85 * 1.1 = 6 %.
-    assert report.verdicts("task", found, {"x": document})[1:] == [
+    assert report.verdicts("task", found, {"x": document}) == [
         "| task | x | `Budget`: 15%, after 10% for asking, noise τ 0.100 | first 10% | +6% | +6% |",
+        "| task | x | nothing pays | | | no plan |",
     ]
-    table = report.table("task", small, found, {"x": document, "y": document | {"machine": {"cpu": "y"}}}, {})
+    table = report.table(
+        "task", small, found, {"x": document, "y": document | {"machine": MACHINE | {"isa": "avx2"}}}, {}
+    )
     line = next(line for line in table.splitlines() if "budget" in line)
     assert line.startswith("| budget, every 10 steps, first 10% exact | 1.100 | 1 | 90% |")
     assert line.endswith("| 0.100 | 1.1 | 15% [15%, 15%]; **+6%** |  |")
