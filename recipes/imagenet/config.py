@@ -12,7 +12,7 @@ from ..common.images import ImageSettings
 
 @dataclass(frozen=True)
 class Config(ImageSettings):
-    """The published recipe for 4 GPUs. The configs of ResNet-50 set its batch size, lr and weight decay."""
+    """The published recipe for 4 GPUs. configs/resnet50.toml sets the batch size, lr and weight decay of ResNet-50."""
 
     net: Literal["resnet18", "resnet50", "regnet_x_400mf"] = "resnet18"
     epochs: Count = 88

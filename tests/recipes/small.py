@@ -32,7 +32,7 @@ IMAGES = ("cifar10", "imagenet")
 def command(recipe: str, out: Path, images: Path, *more: str, row: str = "mvue_2_4") -> list[str]:
     module, settings = SMALL[recipe]
     folder = RECIPES / ("lm" if SMALL[recipe][0].startswith("lm.") else recipe) / "configs"
-    file = folder / (f"resnet18_{row}.toml" if recipe == "imagenet" else f"{row}.toml")
+    file = folder / f"{row}.toml"
     result = [f"recipes.{module}", str(file), "--out", str(out)]
     result += ["--data", str(images)] if recipe in IMAGES else []
     return [*result, *(word for setting in settings.split() for word in ("--set", setting)), *more]
