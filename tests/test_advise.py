@@ -20,6 +20,12 @@ pytestmark = pytest.mark.usefixtures("told")
 X = torch.ones(4, 32)
 
 
+def compiled_in_place() -> nn.Module:
+    model = net()
+    model.compile()
+    return model
+
+
 def test_layers_of_the_same_shapes_are_timed_once() -> None:
     class Counting(Told):
         count = 0
@@ -148,7 +154,11 @@ def test_an_optimizer_that_steps_in_backward_is_refused() -> None:
         ((net(), torch.ones(1, 32)), {}, "several batches of one size, or one of at least two samples", "one of 1"),
         ((net(), {"x": X, "y": X[0]}), {}, "at least two samples", "one whose tensors share no"),
         ((net(), torch.ones(4, 32), torch.ones(4, 32)), {}, "batches whose gradients differ", "a variance of 0"),
-        ((torch.compile(net()), torch.ones(4, 32)), {}, "the model itself", "a compiled one"),
+        ((torch.compile(net()), torch.ones(4, 32)), {}, "a model that is not compiled", "a compiled one"),
+        ((compiled_in_place(), torch.ones(4, 32)), {}, "a model that is not compiled", "a compiled one"),
+        ((net(), (X, X)), {}, "a batch that holds the arguments of the model, or loss=", ".*positional"),
+        ((net(), torch.utils.data.DataLoader([X])), {}, "batches", "a DataLoader"),
+        ((net(), X), {"patterns": "8:16"}, "lists of patterns and methods", "'8:16'"),
         ((net(), torch.full((4, 32), math.nan)), {}, "finite loss", "nan"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: model(x)}, "scalar tensor", r"shape \(4, 64\)"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: 1.0}, "scalar tensor", "float"),

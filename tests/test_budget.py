@@ -206,12 +206,15 @@ def test_processes_agree(tmp_path: Path) -> None:
     ("make", "requirement", "got"),
     [
         (lambda: sdgp.Budget(3), "an nn.Module", "int"),
-        (lambda: sdgp.Budget(torch.compile(net())), "the model itself", "a OptimizedModule"),
+        (lambda: sdgp.Budget(torch.compile(net())), "a model that is not compiled", "a compiled one"),
+        (lambda: sdgp.Budget(net(), methods="mvue"), "lists of patterns and methods", "None and 'mvue'"),
+        (lambda: sdgp.Budget(nn.ReLU()), "a model with trainable parameters", "none that requires a gradient"),
+        (lambda: sdgp.Budget(net(), filter=lambda *_: False), "a model with layers to prune", "none"),
         (lambda: sdgp.Budget(net(), every=0), "every >= 1", "0 and 0"),
         (lambda: sdgp.Budget(net(), to="no/such/folder/x"), "to= a file that can be written", "no/such/folder/x"),
         (lambda: sdgp.Budget(net()).load_state_dict({"step": 1}), "a state_dict with decisions, ", r"\['step'\]"),
     ],
-    ids=["module", "compiled", "every", "to", "state"],
+    ids=["module", "compiled", "methods", "parameters", "filter", "every", "to", "state"],
 )
 def test_errors(make: Any, requirement: str, got: str) -> None:
     with pytest.raises(ValueError, match=f"^Budget: expected {requirement}.*, got {got}"):

@@ -51,6 +51,22 @@ def test_hint_of_plain_bfloat16(
     assert plan.pays
 
 
+def test_an_optimizer_with_half_of_adams_state_is_not_adam() -> None:
+    """Adafactor has exp_avg_sq for vectors, without betas; Muon leaves matrices without exp_avg_sq."""
+    for state, group in (
+        ({"exp_avg_sq": torch.ones(64), "step": 3}, {}),
+        ({"momentum_buffer": torch.ones(64)}, {"betas": (0.9, 0.999)}),
+    ):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer.param_groups[0].update(group)
+        optimizer.state[model[0].weight] = {"exp_avg_sq": torch.ones(64, 32), "step": 3}
+        optimizer.state[model[0].bias] = state
+        plan = sdgp.advise(model, *batches(), loss=loss, optimizer=optimizer)
+        assert plan.norm == "euclidean"
+        assert {row.layer for row in plan.candidates} == {"0", "2", "4"}
+
+
 def test_what_costs_nothing() -> None:
     model, pair = net(), batches()
     model.unused = nn.Parameter(torch.zeros(3))

@@ -64,6 +64,31 @@ def test_a_saving_below_one_percent_does_not_pay() -> None:
     assert plan.verdict == "nothing pays here: pruning could save 0.9% of the time to the same loss"
 
 
+def test_unknown_noise_is_not_called_costly() -> None:
+    unknown = [row("a", "data", "8:16", 5, math.nan), row("b", "data", "8:16", 4, math.nan)]
+    plan = Plan(unknown, {"a": "", "b": ""}, 100.0)
+    assert plan.verdict == "nothing pays here: the noise of all 2 candidates that save time is unknown"
+    assert "exact (2): its noise is unknown" in str(plan)
+    known = row("c", "data", "8:16", 5, 0.5)
+    for rows in ([*unknown, known], [known, *unknown]):
+        assert "costs 50.0% more steps (c, data gradient, 8:16)" in Plan(rows, dict.fromkeys("abc", ""), 100.0).verdict
+
+
+def test_a_choice_that_saves_too_little() -> None:
+    plan = Plan([row("a", "data", "8:16", 0.5, 0.0)], {"a": ""}, 100.0)
+    assert str(plan) == (
+        "exact (1): saves too little\nnothing pays here: pruning could save 0.5% of the time to the same loss"
+    )
+
+
+def test_a_verdict_with_a_wide_interval() -> None:
+    plan = Plan([row("a", "data", "8:16", 10, 0.05)], {"a": ""}, 100.0, noise_error=0.1)
+    assert plan.verdict.startswith("it pays: ")
+    plan = Plan([row("a", "data", "8:16", 10, 0.05)], {"a": ""}, 100.0, noise_error=1.0)
+    assert plan.net_low < 0
+    assert plan.verdict.startswith("it may pay: ")
+
+
 def test_verdicts_of_an_empty_plan() -> None:
     with Slower():
         plan = sdgp.advise(net(), *batches(), loss=loss)

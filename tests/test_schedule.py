@@ -275,3 +275,24 @@ def test_errors(call: Callable[[], object], requirement: str, got: str) -> None:
 def test_unknown_pattern() -> None:
     with pytest.raises(ValueError, match=r'^pattern: expected "n:m"'):
         sdgp.Schedule(small(), patterns={3: "4:2"})
+
+
+def test_an_empty_plan_leaves_nothing_to_schedule_or_watch() -> None:
+    """Scripts that follow the advice must also run where nothing pays."""
+    model = sdgp.convert(nn.Sequential(nn.Linear(8, 8)), {})
+    for copied in (model, copy.deepcopy(model)):
+        schedule = sdgp.Schedule(copied, total=4, exact_first=0.25)
+        schedule.step()
+        assert schedule.count == 1
+        assert list(sdgp.watch(copied)) == []
+        assert sdgp.profile(copied, torch.randn(2, 8), rounds=1) == []
+    sdgp.revert(model)
+    with pytest.raises(ValueError, match="converted layers, got none"):
+        sdgp.Schedule(model)
+
+
+def test_a_share_of_less_than_one_unit_is_said() -> None:
+    model = sdgp.convert(nn.Linear(8, 8), "2:4")
+    with pytest.warns(UserWarning, match="exact_first=0.25 of total=3 is less than one unit"):
+        schedule = sdgp.Schedule(model, total=3, exact_first=0.25)
+    assert not schedule.exact

@@ -388,7 +388,7 @@ def test_under_torch_compile_nothing_is_recorded_and_nothing_breaks() -> None:
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     step(compiled, torch.randn(2, 8))
     assert not watch
-    with pytest.raises(ValueError, match="expected the model itself, got a compiled one"):
+    with pytest.raises(ValueError, match="expected a model that is not compiled, got a compiled one"):
         sdgp.watch(compiled)
 
 

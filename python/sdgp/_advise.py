@@ -13,7 +13,7 @@ from torch import nn
 from ._convert import paused, why_plain
 from ._hints import START_EXACT, hints
 from ._layer import PruningLayer, prune_in_place
-from ._models import check_module, check_whole, layers_of
+from ._models import check_eager, check_module, check_whole, layers_of
 from ._noise import Norm, difference, samples_of, tensors_of
 from ._pattern import Pattern, PatternLike, Pruning
 from ._plan import Plan
@@ -105,13 +105,14 @@ def advised(
     """Does the work of ``advise``, and reuses the times that earlier calls left in ``memory``."""
     check_module("advise", model)
     check_whole("advise", model)
+    check_eager("advise", model)
     if not batches:
         raise ValueError("advise: expected at least one batch, got none")
+    if isinstance(batches[0], torch.utils.data.DataLoader):
+        raise ValueError("advise: expected batches, got a DataLoader: pass some of what it yields")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise ValueError("advise: expected the model itself, got a compiled one, which runs no hooks")
-    norm = Norm.of("advise", model, optimizer)
+    norm, twins, reasons = prepared("advise", model, optimizer, patterns, methods, filter)
     check_optimizer("advise", norm.scales)
     batches = alike(batches)
     samples = samples_of(batches[0])
@@ -119,17 +120,6 @@ def advised(
         got = "one whose tensors share no first dimension" if samples is None else f"one of {samples}"
         raise UnusableBatch(f"advise: expected several batches of one size, or one of at least two samples, got {got}")
     memory.fit(batches[0])
-    methods = list(dict.fromkeys(methods))
-    tried = [
-        [Pruning.parse("advise", pattern, method, "auto", (pattern, method)) for method in methods]
-        for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
-    ]
-    if not any(tried):
-        raise ValueError("advise: expected at least one pattern and one method, got none")
-    settings = sorted((pruning for row in tried for pruning in row), key=lambda pruning: -sparsity(pruning))
-    twins, reasons = _twins(model, settings, filter)
-    if not twins:
-        raise ValueError("advise: expected a model with layers to prune, got none: see sdgp.report(model)")
     names = {module: name for name, module in layers_of(model)}
     steps = Steps(model, batches, loss, norm, rounds, memory)
     study = Study(steps, names, twins, narrow_for_wide=patterns is None)
@@ -160,6 +150,32 @@ def advised(
     if any(isinstance(module, nn.Conv2d) and name in plan for module, name in names.items()):
         plan.notes.append(START_EXACT)
     return plan
+
+
+def prepared(
+    op: str,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    patterns: Iterable[PatternLike] | None,
+    methods: Iterable[str],
+    filter: Callable[[nn.Module, str], bool] | None,
+) -> tuple[Norm, dict[nn.Module, list[PruningLayer]], dict[str, str]]:
+    """Checks the arguments. Returns the norm of the noise, the twins of the layers, and why other layers have none."""
+    if isinstance(patterns, str) or isinstance(methods, str):
+        raise ValueError(f"{op}: expected lists of patterns and methods, got {patterns!r} and {methods!r}")
+    norm = Norm.of(op, model, optimizer)
+    methods = list(dict.fromkeys(methods))
+    tried = [
+        [Pruning.parse(op, pattern, method, "auto", (pattern, method)) for method in methods]
+        for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
+    ]
+    if not any(tried):
+        raise ValueError(f"{op}: expected at least one pattern and one method, got none")
+    settings = sorted((pruning for row in tried for pruning in row), key=lambda pruning: -sparsity(pruning))
+    twins, reasons = _twins(model, settings, filter)
+    if not twins:
+        raise ValueError(f"{op}: expected a model with layers to prune, got none: see sdgp.report(model)")
+    return norm, twins, reasons
 
 
 def _default_patterns(model: nn.Module) -> list[Pattern]:

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._advise import advised
+from ._advise import advised, prepared
 from ._convert import convert
 from ._decision import Decision
-from ._models import check_module, is_sharded
+from ._models import check_eager, check_module, is_sharded
 from ._pattern import PatternLike
 from ._step import Loss
 from ._steps import Memory, UnusableBatch
@@ -94,10 +94,9 @@ class Budget:
         to: str | PathLike[str] | Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
         check_module("Budget", model)
-        if isinstance(model, (torch._dynamo.OptimizedModule, nn.parallel.DistributedDataParallel)):
-            raise ValueError(
-                f"Budget: expected the model itself, got a {type(model).__name__} of it: pass what it wraps"
-            )
+        check_eager("Budget", model)
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("Budget: expected the model itself, got a DistributedDataParallel: pass what it wraps")
         first = every if first is None else first
         if every < 1 or first < 1:
             raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
@@ -107,8 +106,9 @@ class Budget:
             check_writable("Budget", to)
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._every, self._next, self._net, self._to = every, first, net, to
-        self._patterns = None if patterns is None else list(patterns)
-        self._methods, self._filter = tuple(methods), filter
+        self._patterns = patterns if patterns is None or isinstance(patterns, str) else list(patterns)
+        self._methods, self._filter = methods if isinstance(methods, str) else tuple(methods), filter
+        prepared("Budget", model, optimizer, self._patterns, self._methods, filter)
         self._memory = Memory()
         self.step_count, self.plan, self.verdict = 0, dict[str, tuple[Any, ...]](), ""
         convert(model, {})
@@ -153,7 +153,8 @@ class Budget:
         taken = dict(plan) if plan.net >= self._net else {}
         numbers = {"pays": plan.pays, "saved": plan.saved, "noise": plan.noise, "net": plan.net, "norm": plan.norm}
         self._write({"step": self.step_count, **numbers, "plan": taken})
-        return taken, plan.verdict
+        unused = f"; not used, because it is less than net={self._net:.0%}" if plan and not taken else ""
+        return taken, plan.verdict + unused
 
     def _write(self, line: Mapping[str, Any]) -> None:
         if callable(self._to):

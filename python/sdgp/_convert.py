@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ._layer import PruningLayer, pause, prune_in_place, resume, unprune_in_place
 from ._load import C
-from ._models import check_module, layers_of
+from ._models import NOT_PLANNED, REASON, check_module, layers_of
 from ._ops import PRUNED_DTYPES
 from ._pattern import PatternLike, Pruning, WeightGradLike
 from ._twins import transformers_conv1d, twin_of
@@ -21,9 +21,6 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 #: Maps the name of a layer to its pattern, its method and optionally its weight_grad.
 PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
-
-# A layer that stays plain stores the reason under this name, for report().
-_REASON = "_sdgp_plain"
 
 
 class _Reason(NamedTuple):
@@ -85,11 +82,11 @@ def convert(
         if why is None and twin is not None and pruning is not None:
             _drop_own_forward(module)
             prune_in_place(module, twin, pruning)
-            vars(module).pop(_REASON, None)
+            vars(module).pop(REASON, None)
         else:
             if isinstance(module, PruningLayer):
                 unprune_in_place(module)
-            vars(module)[_REASON] = _Reason(type(module), why or "")
+            vars(module)[REASON] = _Reason(type(module), why or "")
     return model
 
 
@@ -108,7 +105,7 @@ def revert(model: _Model) -> _Model:
     for _, module in layers_of(model):
         if isinstance(module, PruningLayer):
             unprune_in_place(module)
-        vars(module).pop(_REASON, None)
+        vars(module).pop(REASON, None)
     return model
 
 
@@ -169,7 +166,7 @@ def why_plain(
 ) -> str | None:
     """Returns the reason to leave a layer plain, or None. ``pruning`` is None if a plan does not contain the layer."""
     if pruning is None:
-        return "not in the plan"
+        return NOT_PLANNED
     twin = twin_of(module)
     if twin is None:
         return _why_unknown(module)
@@ -186,7 +183,7 @@ def why_plain(
 
 def stated_reason(module: nn.Module) -> str:
     """Returns why a layer is plain, as ``convert`` stored it."""
-    reason: _Reason | None = vars(module).get(_REASON)
+    reason: _Reason | None = vars(module).get(REASON)
     if reason is None:
         return "not converted"
     if reason.kind is not type(module):

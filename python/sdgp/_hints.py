@@ -35,8 +35,9 @@ def hints(
         yield "one batch gives the noise only to a factor of about two: pass more batches"
     if optimizer is not None and steps.norm.kind == "euclidean" and "betas" in optimizer.defaults:
         yield "noise is measured in the Euclidean norm: the optimizer is not Adam, or has made no step"
-    if study.unmeasured and not study.amplified:
-        yield f"the noise of data gradients could not be measured: {study.unmeasured}"
+    if any(row.gradient == "data" and row.saved_ms > 0 and math.isnan(row.noise) for row in candidates):
+        why = study.unmeasured or "a reentrant checkpoint hides them"
+        yield f"the noise of data gradients could not be measured: {why}"
     if steps.without_gradient:
         yield f"parameters that get no gradient: {steps.without_gradient}; set requires_grad=False"
     if idle := _idle(steps, optimizer):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+import torch
 from torch import nn
 
 from ._layer import PruningLayer
@@ -14,9 +15,20 @@ from ._twins import transformers_conv1d
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
 
 
+# A layer that stays plain stores the reason under this name: the layer's class at that time, and the sentence.
+REASON = "_sdgp_plain"
+NOT_PLANNED = "not in the plan"
+
+
 def check_module(op: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         raise ValueError(f"{op}: expected an nn.Module, got {type(model).__name__}")
+
+
+def check_eager(op: str, model: nn.Module) -> None:
+    """Raises ValueError if torch.compile compiled the model: a compiled model runs no hooks."""
+    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(f"{op}: expected a model that is not compiled, got a compiled one, which runs no hooks")
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -44,12 +56,14 @@ def pruning_layers(op: str, model: object) -> dict[PruningLayer, str]:
     """Returns the converted layers of a model and their names.
 
     Raises:
-        ValueError: if the model has no converted layer. The message reads ``op: requirement, got actual``.
+        ValueError: if the model has no converted layer, unless an empty plan converted it. The message reads
+            ``op: requirement, got actual``.
     """
     check_module(op, model)
     assert isinstance(model, nn.Module)
     layers = {layer: name or "(model)" for name, layer in model.named_modules() if isinstance(layer, PruningLayer)}
-    if not layers:
+    by_plan = any(vars(module).get(REASON, ("", ""))[1] == NOT_PLANNED for module in model.modules())
+    if not layers and not by_plan:
         raise ValueError(f"{op}: expected a model with converted layers, got none: call sdgp.convert(model) first")
     return layers
 

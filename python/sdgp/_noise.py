@@ -58,8 +58,8 @@ class Norm(NamedTuple):
         if not trained:
             raise ValueError(f"{op}: expected an optimizer of trainable parameters, got none that requires a gradient")
         states = {parameter: optimizer.state.get(parameter, {}) for parameter in trained}
-        stepped = [parameter for parameter, state in states.items() if "exp_avg_sq" in state and "step" in state]
-        if not stepped:  # the optimizer is not similar to Adam, or has made no step yet
+        stepped = [parameter for parameter, state in states.items() if state]
+        if not stepped or not all(_is_adam(states[parameter], groups[parameter]) for parameter in stepped):
             return cls("euclidean", dict.fromkeys(trained))
         return cls("adam", {parameter: _adam_scale(states[parameter], groups[parameter]) for parameter in stepped})
 
@@ -73,6 +73,10 @@ class Norm(NamedTuple):
         scale = self.scales[parameter]
         scaled = gradient if scale is None else gradient * scale
         return _squared(scaled)
+
+
+def _is_adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
+    return "exp_avg_sq" in state and "step" in state and "betas" in group
 
 
 def _adam_scale(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:

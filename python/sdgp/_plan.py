@@ -96,13 +96,15 @@ class Plan(dict[str, tuple[Any, ...]]):
     ) -> None:
         self.candidates, self.step_ms, self.norm, self.notes = candidates, step_ms, norm, list(notes)
         self._reasons, self._noise_error = dict(reasons), noise_error
+        self._dropped: list[Candidate] = []  # the choice, if it saves too little
         self._factor = 1.0  # measured noise of all chosen candidates together / sum of their single noises
         self._choose()
 
     def _choose(self) -> None:
         self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE * self._factor)
+        self._dropped = []
         if self.curve[-1].net < _LEAST_NET:
-            self.chosen = []
+            self.chosen, self._dropped = [], self.chosen
         self.clear()
         self.update(_settings(self.chosen))
 
@@ -159,12 +161,16 @@ class Plan(dict[str, tuple[Any, ...]]):
             low, high = sorted((self.net_low, self.net_high))
             steps = STEPS_PER_NOISE * self.noise
             return (
-                f"it pays: {self.net:.0%} less time to the same loss [{low:.0%}, {high:.0%}]; a step takes "
-                f"{self.saved:.0%} less time, and the added noise costs {steps:.0%} more steps"
+                f"{'it pays' if low > 0 else 'it may pay'}: {self.net:.0%} less time to the same loss [{low:.0%}, "
+                f"{high:.0%}]; a step takes {self.saved:.0%} less time, and the added noise costs {steps:.0%} more "
+                "steps"
             )
         if self.curve[-1].net > 0:
             return f"nothing pays here: pruning could save {self.curve[-1].net:.1%} of the time to the same loss"
         faster = [row for row in self.candidates if row.saved_ms > 0]
+        if faster and all(math.isnan(row.noise) for row in faster):
+            return f"nothing pays here: the noise of all {len(faster)} candidates that save time is unknown"
+        faster = [row for row in faster if not math.isnan(row.noise)]
         if faster:
             cost = STEPS_PER_NOISE * self._factor
             best = max(faster, key=lambda row: net_saving(row.saved_ms / self.step_ms, row.noise, cost))
@@ -193,7 +199,11 @@ class Plan(dict[str, tuple[Any, ...]]):
         for row in self.candidates:
             measured.setdefault((row.layer, row.gradient), []).append(row)
         unchosen = {key: rows for key, rows in measured.items() if key not in chosen}
-        counts = Counter(_why(rows) or self._reasons[layer] for (layer, _), rows in unchosen.items())
+        dropped = {(row.layer, row.gradient) for row in self._dropped}
+        counts = Counter(
+            "saves too little" if key in dropped else _why(rows) or self._reasons[key[0]]
+            for key, rows in unchosen.items()
+        )
         counts.update(
             why for layer, why in self._reasons.items() if why and not any(layer == key[0] for key in measured)
         )
@@ -211,7 +221,10 @@ def _why(rows: list[Candidate]) -> str | None:
     """Returns why a gradient stays exact although it was measured, or None if it was not measured."""
     if all(row.sparse_ms is None for row in rows):
         return None
-    return "noise costs more than it saves" if any(row.saved_ms > 0 for row in rows) else "sparse is not faster"
+    faster = [row for row in rows if row.saved_ms > 0]
+    if not faster:
+        return "sparse is not faster"
+    return "its noise is unknown" if all(math.isnan(row.noise) for row in faster) else "noise costs more than it saves"
 
 
 def net_saving(saved: float, noise: float, steps_per_noise: float) -> float:

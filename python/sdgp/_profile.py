@@ -8,12 +8,13 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ._choose import current_chooser, kernels_run
 from ._convert import paused
 from ._layer import PruningLayer, weight_sources
-from ._models import check_whole, format_table, pruning_layers
+from ._models import check_eager, check_whole, format_table, pruning_layers
 from ._report import report
 from ._step import Loss, check_optimizer, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
@@ -119,6 +120,7 @@ def profile(
         raise ValueError(f"profile: expected rounds >= 1, got {rounds}")
 
     check_whole("profile", model)
+    check_eager("profile", model)
     check_optimizer("profile", model.parameters())
 
     def step() -> None:
@@ -129,7 +131,7 @@ def profile(
             step()
 
     result = Profile()
-    device = weight_sources(next(iter(layers)))[0].device
+    device = next((weight_sources(layer)[0].device for layer in layers), torch.device("cpu"))
     gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     times: dict[Callable[[], None], list[float]] = {exact_step: [], step: []}
     with state_kept("profile", model):

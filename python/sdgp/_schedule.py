@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,7 @@ class Schedule:
         model: a model that ``sdgp.convert`` has converted.
         total: the number of units in the training. ``exact_last`` and shares need it.
         exact_first: the number of units with exact gradients at the start. A float below 1 is a share of ``total``,
-            rounded down.
+            rounded down. A warning says if that leaves none.
         exact_last: the number or share of units with exact gradients at the end.
         patterns: the patterns of the data gradients, ``{first unit or share of total: pattern}``. Before the first
             entry each layer keeps its own pattern.
@@ -149,7 +150,14 @@ class Schedule:
             return int(value)
         if self._total is None:
             raise ValueError(f"Schedule: expected total with a share, got {name}={value} alone")
-        return int(value * self._total + 1e-9)
+        units = int(value * self._total + 1e-9)
+        if units == 0:
+            warnings.warn(
+                f"Schedule: {name}={value} of total={self._total} is less than one unit, so it has no effect; count in "
+                "smaller units, such as steps",
+                stacklevel=4,
+            )
+        return units
 
     def _why_exact(self) -> str | None:
         if self.count < self._first:

@@ -36,12 +36,20 @@ def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Te
         value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
             got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            if isinstance(value, Tensor) and value.numel() == 1:
+                got = "one without" + ("" if torch.is_grad_enabled() else ", under torch.no_grad()")
             raise ValueError(f"{op}: expected loss(model, batch) to return a scalar tensor with a gradient, got {got}")
         return value
-    if isinstance(batch, Mapping):
-        output = model(**batch)
-    else:
-        output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    try:
+        if isinstance(batch, Mapping):
+            output = model(**batch)
+        else:
+            output = model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    except TypeError as error:
+        raise ValueError(
+            f"{op}: expected a batch that holds the arguments of the model, or loss=, a function of model and batch, "
+            f"got {error}"
+        ) from error
     return _default_loss(op, output)
 
 

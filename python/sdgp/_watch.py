@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _fidelity
 from ._fidelity import METRICS, Sums
 from ._layer import PruningLayer, prunes
-from ._models import format_table, pruning_layers
+from ._models import check_eager, check_module, format_table, pruning_layers
 from ._pattern import Pruning
 from ._renamed import renamed
 from ._step import Handles, Hook, Receive, note_weights, on_gradient
@@ -59,8 +59,8 @@ class Watch(Mapping[str, Record]):
         to: str | PathLike[str] | Any = None,
         exact_below: float | None = None,
     ) -> None:
-        if isinstance(model, torch._dynamo.OptimizedModule):
-            raise ValueError("watch: expected the model itself, got a compiled one, which runs no hooks")
+        check_module("watch", model)
+        check_eager("watch", model)
         if every < 1 or window < 1:
             raise ValueError(f"watch: expected every >= 1 and window >= 1, got {every} and {window}")
         if exact_below is not None and not 0 < exact_below <= 1:

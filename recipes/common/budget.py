@@ -37,6 +37,8 @@ class CountedBudget:
         optimizer: torch.optim.Optimizer,
         saved: Mapping[str, Any] | None,
     ) -> None:
+        if every >= steps:
+            raise UserError(f"config: expected budget < {steps}, the steps of the run, got {every}")
         self._every, self._steps = every, steps
         self._state: dict[str, Any] = {"exact_seconds": 0.0, "asking_seconds": 0.0, "advice": []}
         try:

@@ -164,7 +164,8 @@ class Run:
     def _make_budget(self, forward: Forward) -> CountedBudget | None:
         def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
             with self._config.autocast(self._world.device):
-                return forward(model, *batch).loss
+                value: Tensor = self._scaler.scale(forward(model, *batch).loss)
+            return value
 
         if not self._config.budget:
             return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .._budget import Budget
 from .._choose import current_chooser
@@ -15,6 +15,11 @@ from .._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 from .._renamed import renamed
 from .._schedule import Schedule
 from .._step import Loss
+
+
+def scaled(loss: Tensor, scaler: Any) -> Tensor:
+    """Returns the loss as the trainer scales it: without the scale, gradients in float16 underflow."""
+    return loss if scaler is None else loss * scaler.get_scale()
 
 
 class ScheduleCallback:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .._steps import UnusableBatch
-from ._callback import ScheduleCallback
+from ._callback import ScheduleCallback, scaled
 
 # The two packages have separate Callback classes. Use the package that the program has imported, if any.
 if "pytorch_lightning" in sys.modules and "lightning.pytorch" not in sys.modules:
@@ -70,6 +70,7 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
 
     def _loss(self, module: Any, batch: Any) -> Tensor:
         logs = ("log", "log_dict")
+        own = {name: vars(module)[name] for name in logs if name in vars(module)}
         vars(module).update(dict.fromkeys(logs, lambda *args, **kwargs: None))
         try:
             takes_index = len(inspect.signature(module.training_step).parameters) > 1
@@ -78,10 +79,11 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
         finally:
             for name in logs:
                 vars(module).pop(name)
+            vars(module).update(own)
         if output is None:
             raise UnusableBatch("SdgpCallback: expected a loss, got None")
         loss: Tensor = output["loss"] if isinstance(output, Mapping) else output
-        return loss
+        return scaled(loss, getattr(self._trainer.precision_plugin, "scaler", None))
 
     def state_dict(self) -> dict[str, Any]:
         budget = {} if self.budget is None else {"budget": self.budget.state_dict()}

@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 
 from .._layer import PruningLayer
 from .._step import Hook
-from ._callback import ScheduleCallback
+from ._callback import ScheduleCallback, scaled
 
 
 class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type: ignore[misc]
@@ -51,7 +51,8 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         self.measured = attributes["measured"]
         if self.budget_settings is not None:
             self.budget_state = attributes.get("budget_state")
-            self.start_budget(model, _loss, kwargs["optimizer"])
+            scaler = getattr(kwargs["optimizer"], "scaler", None)  # of accelerate's optimizer
+            self.start_budget(model, lambda *asked: scaled(_loss(*asked), scaler), kwargs["optimizer"])
             self._hook = model.register_forward_pre_hook(Hook(self._note_batch), with_kwargs=True)
             return
         if (layers := self.layers) is not None:
