@@ -8,6 +8,7 @@ python -m recipes.lm.noise                                                # of a
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,9 +58,12 @@ def main() -> None:
     torch.manual_seed(0)
     config, world = Config(), World(0, 1, torch.device("cpu"))
     try:
+        weights, training = (None, {}) if args.checkpoint is None else checkpoint.load(args.checkpoint)
+        trained = {key: value for key, value in training.get("config", {}).items() if key in ("size", "context")}
+        config = dataclasses.replace(config, **trained)
         model = prepare(config, world)
-        if args.checkpoint is not None:
-            model.load_state_dict(checkpoint.load(args.checkpoint).weights)
+        if weights is not None:
+            model.load_state_dict(weights)
         text = load_text(args.data, config.context + 1).train
     except (UserError, RuntimeError) as problem:
         sys.exit(f"noise: {problem}")

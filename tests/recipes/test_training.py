@@ -104,6 +104,11 @@ def test_noise(
     gradient, weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.eye(4)
     assert noise.error(gradient, weight, "2:4", "magnitude") == pytest.approx((5 / 30) ** 0.5)
     assert noise.error(gradient, weight, "4:4", "mvue") == 0
+    run(
+        monkeypatch, command("gpt", tmp_path, images, "--set", "size=small", "--set", "epochs=1", "--set", "warmup=0.5")
+    )
+    run(monkeypatch, ["recipes.lm.noise", str(saved(tmp_path))])
+    assert len(capsys.readouterr().out.strip().splitlines()) >= 2 + 4 * 4
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
