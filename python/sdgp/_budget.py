@@ -157,9 +157,10 @@ class Budget:
         return taken, plan.verdict + unused
 
     def _write(self, line: Mapping[str, Any]) -> None:
+        if self._to is None:
+            return
         if callable(self._to):
             self._to(line)
-        if self._to is None or callable(self._to):
             return
         try:
             with Path(self._to).open("a", encoding="utf-8") as file:

@@ -15,7 +15,7 @@ import torch
 import sdgp
 from recipes.common import process
 from recipes.worth import __main__ as study
-from recipes.worth import measure, report, tasks
+from recipes.worth import compare, measure, report, tasks
 from recipes.worth.tasks import TASKS, Task
 
 MACHINE = {"cpu": "x", "isa": "avx512", "threads": 1}
@@ -127,7 +127,7 @@ def test_tasks_of_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             ("mvue 2:4", pruned),
             ("rescale 2:4", pruned),
         ]
-        arms = report.arms(small, lines)
+        arms = compare.arms(small, lines)
         assert [(arm.cost, arm.pruned) for arm in arms] == [(1, 1), (0.5, 1), (0.5, 1), (1, 0.75), (1, 1), (1, 1)]
         assert all(math.isfinite(line[small.metric]) for line in lines)
         run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
@@ -146,7 +146,7 @@ def test_a_run_that_diverges_is_a_result(
         assert [line["row"] for line in lines] == ["plain", mvue, mvue, "rescale 2:4"]
         assert all("finite" in line["diverged"] or "gradient" in line["diverged"] for line in lines)
     small = TASKS["resnet9"]
-    table = report.table("resnet9", small, report.arms(small, lines), {}, {})
+    table = report.table("resnet9", small, compare.arms(small, lines), {}, {})
     assert "| rescale 2:4 | diverged in 1 | 1 |" in table
 
 
@@ -157,19 +157,19 @@ def test_untimed_products_are_all_faster() -> None:
     assert layer.decision.product == "sparse"
 
 
-def arm(kind: str, cost: float, *losses: float) -> report.Arm:
-    return report.Arm(kind, kind, cost, dict(enumerate(losses)))
+def arm(kind: str, cost: float, *losses: float) -> compare.Arm:
+    return compare.Arm(kind, kind, cost, dict(enumerate(losses)))
 
 
 def test_what_a_loss_is_worth() -> None:
     plain = [arm("steps", 1.0, 1.0, 1.1), arm("steps", 0.8, 1.2, 1.3), arm("steps", 0.6, 1.6, 1.7)]
-    assert report.worth(arm("pruned", 1.0, 1.1, 1.2), plain).equivalent == pytest.approx(0.9)
-    assert report.worth(arm("pruned", 1.0, 1.4, 1.5), plain).equivalent == pytest.approx(0.7)
-    assert report.worth(arm("pruned", 1.0, 0.9, 1.0), plain).equivalent == pytest.approx(1.1)  # better than plain
-    assert report.worth(arm("pruned", 1.0, 1.8, 1.9), plain).equivalent == pytest.approx(0.5)
-    one = report.worth(arm("pruned", 1.0, 1.1), plain)
+    assert compare.worth(arm("pruned", 1.0, 1.1, 1.2), plain).equivalent == pytest.approx(0.9)
+    assert compare.worth(arm("pruned", 1.0, 1.4, 1.5), plain).equivalent == pytest.approx(0.7)
+    assert compare.worth(arm("pruned", 1.0, 0.9, 1.0), plain).equivalent == pytest.approx(1.1)  # better than plain
+    assert compare.worth(arm("pruned", 1.0, 1.8, 1.9), plain).equivalent == pytest.approx(0.5)
+    one = compare.worth(arm("pruned", 1.0, 1.1), plain)
     assert (one.equivalent, math.isnan(one.low)) == (pytest.approx(0.9), True)
-    wide = report.worth(arm("pruned", 1.0, 1.09, 1.21), plain)
+    wide = compare.worth(arm("pruned", 1.0, 1.09, 1.21), plain)
     half = 12.71 * 0.01  # t for one degree of freedom times the standard error
     assert (wide.low, wide.high) == pytest.approx((0.8 - (half - 0.1) / 2, 0.9 + half))
 
@@ -180,7 +180,7 @@ def test_a_verdict_beside_its_outcome() -> None:
     If half of the steps are pruned: 1 - 0.8 / 0.8 = 0, and predicted are 1 - (1 - 0.2) (1 + 0.05) = 16 %.
     """
     row = "plan task-plan-x"
-    plan = report.Arm(row, "pruned", 1.0, {0: 1.2, 1: 1.2}, row)
+    plan = compare.Arm(row, "pruned", 1.0, {0: 1.2, 1: 1.2}, row)
     found = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.8, 1.4, 1.4), arm("batch", 0.6, 1.4, 1.4), plan]
     document = {"result": {"plan": {"saved": 0.4}}, "saved": 0.4, "noise": 0.1}
     found.append(plan._replace(exact=0.5))
@@ -194,7 +194,7 @@ def test_a_verdict_beside_its_outcome() -> None:
 
 def test_a_study_that_is_not_complete() -> None:
     """Arms that cannot be compared yet are unknown, not wrong."""
-    full, plan = arm("steps", 1.0, 1.0, 1.0), report.Arm("plan", "pruned", 1.0, {0: 1.2, 1: 1.2}, "plan task-plan-x")
+    full, plan = arm("steps", 1.0, 1.0, 1.0), compare.Arm("plan", "pruned", 1.0, {0: 1.2, 1: 1.2}, "plan task-plan-x")
     document = {"result": {"plan": {"saved": 0.4, "saved_low": 0.4, "saved_high": 0.4}}, "saved": 0.4, "noise": 0.1}
     said = "| task | x | 40% per step, noise τ 0.100 | none | +34% |"
     assert report.verdicts("task", [full, plan], {"x": document}) == [f"{said} unknown |"]  # nothing shorter has run
@@ -206,15 +206,15 @@ def test_a_study_that_is_not_complete() -> None:
         assert line.endswith("| not trained with |")
     task, pruned = TASKS["resnet9"], {**TASKS["resnet9"].base, "method": "rescale"}
     assert (
-        report.arms(task, [{"config": vars(task.config(**pruned)), "seed": 0, "test_loss": 1.0}]) == []
+        compare.arms(task, [{"config": vars(task.config(**pruned)), "seed": 0, "test_loss": 1.0}]) == []
     )  # no full run
 
 
 def test_a_loss_that_no_plain_run_has_saves_nothing() -> None:
     plain = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.5, 2.0, 2.0)]
-    worth = report.worth(arm("pruned", 1.0, 2.9, 3.3), plain)
+    worth = compare.worth(arm("pruned", 1.0, 2.9, 3.3), plain)
     assert worth.low < 0 < worth.high
-    assert report._signed(report.net_saving(0.4, worth)).startswith("< -100% [< -100%, ")
+    assert report._signed(compare.net_saving(0.4, worth)).startswith("< -100% [< -100%, ")
 
 
 def test_a_budget_beside_its_outcome() -> None:
@@ -232,7 +232,7 @@ def test_a_budget_beside_its_outcome() -> None:
         line = {"seed": 0, "test_loss": loss, "machine": MACHINE, "advice": advice, "asking_steps": 10.0}
         lines.append({**line, "config": vars(task.config(**{**base, **overrides}))})
     small = small._replace(shorter=lambda share: {"epochs": 3}, lengths=(0.75,), batches=())
-    found = report.arms(small, lines)
+    found = compare.arms(small, lines)
     assert [arm.kind for arm in found] == ["steps", "pruned", "steps"]
     document = {"result": {}, "saved": 0.4, "noise": 0.1, "machine": MACHINE}
     # The loss equals that of 90 % of the steps: 1 - 0.85 / 0.9 = 6 %. The noise is 0.05 + 0.05, so predicted are
