@@ -8,10 +8,9 @@ import errno
 import fcntl
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-from .errors import UserError
 
 
 def printable(name: str) -> str:
@@ -62,15 +61,11 @@ def append_line(path: Path, line: str) -> None:
 
 
 def replace_between(path: Path, begin: str, end: str, text: str) -> None:
-    """Replaces what a file has between the lines ``begin`` and ``end``.
-
-    Raises:
-        UserError: if the file lacks one of them.
-    """
+    """Replaces what a file has between the lines ``begin`` and ``end``. Ends the program if it lacks one of them."""
     before, found, rest = path.read_text(encoding="utf-8").partition(begin)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise UserError(f"expected {begin if not found else end} in {path}")
+        sys.exit(f"report: expected {begin if not found else end} in {path}")
     path.write_text(f"{before}{begin}\n\n{text}\n\n{end}{after}", encoding="utf-8")
 
 

@@ -286,3 +286,7 @@ def test_tables(
     text = (tmp_path / "README.md").read_text()
     assert (text.startswith("before\n"), text.endswith("after\n"), "old" in text) == (True, True, False)
     assert (results / "resnet9.png").stat().st_size > 1000
+    (tmp_path / "README.md").write_text(f"{report._BEGIN}\nold\n")
+    with pytest.raises(SystemExit, match=f"report: expected {report._END} in "):
+        run(monkeypatch, report)
+    assert (tmp_path / "README.md").read_text() == f"{report._BEGIN}\nold\n"
