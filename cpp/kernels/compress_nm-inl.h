@@ -18,12 +18,14 @@ constexpr int64_t kCompressElements = 4096;  // per buffer, so that it stays in 
 
 struct PackTable {
   uint64_t order[256];  // byte i: the position of the i-th kept element
+  uint8_t filled[256];  // the bits of the kept elements
 };
 
 // m divides 8. Each m consecutive bits of the eight are a group, which is filled up to n bits.
 inline void make_pack_table(PackTable& table, int n, int m) {
   for (int bits = 0; bits < 256; ++bits) {
     uint64_t order = 0;
+    uint32_t filled = 0;
     int kept = 0;
     for (int group = 0; group < kPack; group += m) {
       int missing = n;
@@ -32,9 +34,11 @@ inline void make_pack_table(PackTable& table, int n, int m) {
         const bool set = bits >> (group + j) & 1;
         if (!set && missing-- <= 0) continue;
         order |= static_cast<uint64_t>(group + j) << (8 * kept++);
+        filled |= 1u << (group + j);
       }
     }
     table.order[bits] = order;
+    table.filled[bits] = static_cast<uint8_t>(filled);
   }
 }
 
@@ -138,9 +142,14 @@ struct Packer {
   // Returns whether place_block accepts `rows` elements at a time.
   bool places(int64_t rows) const { return whole ? rows % kPack == 0 : m % kPack == 0; }
 
-  // Packs whole groups. Instead of indices, writes the byte offsets of the rows of a dense operand. Writes up to kPack
+  // Packs whole groups. Instead of indices, writes the byte offsets of the rows of a dense operand. Writes up to 16
   // elements beyond the kept values.
   void place_block(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4) {
+      if (whole || m % kLanes<T> == 0) return place_vectors(x, size, values, offsets, row_bytes);
+    }
+#endif
     if (whole) {
       const int kept = kPack / m * n;
       for (int64_t i = 0; i < size; i += kPack, values += kept, offsets += kept) {
@@ -162,6 +171,42 @@ struct Packer {
       }
     }
   }
+
+#if defined(__AVX512F__)
+  // place_block for 32-bit elements, a vector at a time. A vector is whole groups, or a group is whole vectors.
+  void place_vectors(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
+    constexpr int kL = kLanes<T>;
+    const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i lane_bytes = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(row_bytes));
+    const auto place = [&](__m512i vector, int64_t at, uint32_t bits) __attribute__((always_inline)) {
+      const __m512i bytes = _mm512_add_epi32(lane_bytes, _mm512_set1_epi32(static_cast<int>(at) * row_bytes));
+      const auto kept = static_cast<__mmask16>(bits);
+      store_bits(values, _mm512_maskz_compress_epi32(kept, vector));
+      store_bits(offsets, _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(kept, bytes)));
+      values += __builtin_popcount(bits);
+      offsets += __builtin_popcount(bits);
+    };
+    const int step = whole ? kL : m;
+    int64_t i = 0;
+    for (; i + step <= size; i += step) {
+      uint64_t bits = 0;
+      for (int j = 0; j < step; j += kL) {
+        const auto vector = load_bits<__m512i>(x + i + j);
+        bits |= static_cast<uint64_t>(_mm512_test_epi32_mask(vector, vector)) << j;
+      }
+      if (whole) {
+        bits = table.filled[bits & 0xff] | table.filled[bits >> 8] << 8;
+      } else {
+        bits = fill_bits(bits, n - __builtin_popcountll(bits));
+      }
+      for (int j = 0; j < step; j += kL, bits >>= kL) place(load_bits<__m512i>(x + i + j), i + j, bits & 0xffff);
+    }
+    if (i < size) {  // half a vector is left
+      const __m512i vector = _mm512_castsi256_si512(load_bits<__m256i>(x + i));
+      place(vector, i, table.filled[_mm512_test_epi32_mask(vector, vector) & 0xff]);
+    }
+  }
+#endif
 
   static SDGP_INLINE void store_offsets(uint64_t order, int64_t first, uint16_t row_bytes, uint16_t* offsets) {
     const auto lanes =

@@ -3,7 +3,8 @@
 // prune_nm over whole tensors: loads groups into lanes, prunes a tile and stores it. Compiled once per instruction set.
 // select_nm-inl.h prunes inside a group; rescale-inl.h computes the sums of rescale.
 //
-// A tile is kLanes groups, one per lane. Layout (plan-inl.h) says how it is filled.
+// A tile is kLanes groups, one per lane. Layout (plan-inl.h) says how it is filled. Some methods prune several tiles
+// together (kTiles); if fewer are left, the last one is pruned again.
 #pragma once
 
 #include "prune_staged-inl.h"
@@ -47,6 +48,7 @@ template <class C, Method kMethod, int kM>
 struct PruneKernel {
   using T = typename C::T;
   static constexpr int kL = kLanes<typename C::E>;
+  static constexpr int kT = kTiles<kMethod>;
 
   static void run(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     switch (plan.layout) {
@@ -60,9 +62,10 @@ struct PruneKernel {
   }
 
  private:
-  // The rare paths share this copy of prune_tile instead of inlining it.
-  __attribute__((noinline)) static void prune_slow(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
-    prune_tile<C, kMethod, kM>(x, mixed, group);
+  // The rare paths share this copy of prune_tiles instead of inlining it.
+  __attribute__((noinline)) static void prune_slow(Elem<C> (*x)[kM], const Pruning& mixed,
+                                                   const LaneGroups<C>* groups) {
+    prune_tiles<C, kMethod, kM>(x, mixed, groups);
   }
 
   static void run_rows(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
@@ -79,27 +82,42 @@ struct PruneKernel {
       const T* in = static_cast<const T*>(args.in) + row.in + first * args.in_stride;
       T* out = static_cast<T*>(args.out) + row.out + first * args.out_stride;
       const int64_t stop = plan.inner * (chunk + 1) / plan.chunks;
-      // The last tile of a chunk moves back to stay inside the chunk. What it prunes twice gets the same result.
-      for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kL) {
-        const int64_t p = at + kL <= stop ? at : stop - kL;
-        const uint64_t index =
-            args.first_group +
-            (row.index + static_cast<uint64_t>(p * inner.row_step)) * static_cast<uint64_t>(plan.row_groups) +
-            static_cast<uint64_t>(group);
-        Elem<C> x[kM];
+      // The last tiles of a chunk move back to stay inside the chunk. What they prune twice gets the same result.
+      for (int64_t at = plan.inner * chunk / plan.chunks; at < stop; at += kT * kL) {
+        Elem<C> x[kT][kM];
+        LaneGroups<C> groups[kT];
+        int64_t p[kT];
+        for (int t = 0; t < kT; ++t) {
+          p[t] = at_most(at + t * kL, stop - kL);
+          const uint64_t index =
+              args.first_group +
+              (row.index + static_cast<uint64_t>(p[t] * inner.row_step)) * static_cast<uint64_t>(plan.row_groups) +
+              static_cast<uint64_t>(group);
+          groups[t] = offsets.from(index, length, length < kM);
+        }
         if (length == kM) {
+          for (int t = 0; t < kT; ++t) {
+            const T* from = in + p[t];
 #pragma GCC unroll 64
-          for (int j = 0; j < kM; ++j) x[j] = C::load(in + p + j * args.in_stride);
-          // Prefetches the next group of these rows. Few rows give runs that are too short for the hardware prefetcher.
+            for (int j = 0; j < kM; ++j) x[t][j] = C::load(from + j * args.in_stride);
+            // Prefetches the next group of these rows. Few rows give runs that are too short for the hardware
+            // prefetcher.
 #pragma GCC unroll 64
-          for (int j = 0; j < kM; ++j) __builtin_prefetch(in + p + (kM + j) * args.in_stride);
-          prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
+            for (int j = 0; j < kM; ++j) __builtin_prefetch(from + (kM + j) * args.in_stride);
+          }
+          prune_tiles<C, kMethod, kM>(x, plan.mixed, groups);
+          for (int t = 0; t < kT; ++t) {
 #pragma GCC unroll 64
-          for (int j = 0; j < kM; ++j) C::store(out + p + j * args.out_stride, x[j]);
-        } else {
-          for (int j = 0; j < kM; ++j) x[j] = j < length ? C::load(in + p + j * args.in_stride) : Elem<C>{};
-          prune_slow(x, plan.mixed, offsets.from(index, length, true));
-          for (int j = 0; j < length; ++j) C::store(out + p + j * args.out_stride, x[j]);
+            for (int j = 0; j < kM; ++j) C::store(out + p[t] + j * args.out_stride, x[t][j]);
+          }
+          continue;
+        }
+        for (int t = 0; t < kT; ++t) {
+          for (int j = 0; j < kM; ++j) x[t][j] = j < length ? C::load(in + p[t] + j * args.in_stride) : Elem<C>{};
+        }
+        prune_slow(x, plan.mixed, groups);
+        for (int t = 0; t < kT; ++t) {
+          for (int j = 0; j < length; ++j) C::store(out + p[t] + j * args.out_stride, x[t][j]);
         }
       }
     }
@@ -149,14 +167,21 @@ struct PruneKernel {
       const T* in = static_cast<const T*>(args.in) + row.in;
       T* out = static_cast<T*>(args.out) + row.out;
       const int64_t stop = plan.full * (chunk + 1) / plan.chunks;
-      for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kL) {
-        const int64_t g = at + kL <= stop ? at : stop - kL;  // moves back as in run_rows
-        Elem<C> x[kM];
-        load_groups(in + g * kM, x);
-        const uint64_t index =
-            args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g);
-        prune_tile<C, kMethod, kM>(x, plan.mixed, offsets.from(index, kM, false));
-        store_groups(out + g * kM, x);
+      for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kT * kL) {
+        Elem<C> x[kT][kM];
+        LaneGroups<C> groups[kT];
+        int64_t g[kT];
+#pragma GCC unroll 2
+        for (int t = 0; t < kT; ++t) {
+          g[t] = at_most(at + t * kL, stop - kL);  // moves back as in run_rows
+          load_groups(in + g[t] * kM, x[t]);
+          const uint64_t index =
+              args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g[t]);
+          groups[t] = offsets.from(index, kM, false);
+        }
+        prune_tiles<C, kMethod, kM>(x, plan.mixed, groups);
+#pragma GCC unroll 2
+        for (int t = 0; t < kT; ++t) store_groups(out + g[t] * kM, x[t]);
       }
       // The last unit of a row also prunes the row's tail. The tails of several rows fill a tile while they are in the
       // cache.
@@ -168,7 +193,7 @@ struct PruneKernel {
     }
   }
 
-  static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time
+  static constexpr int kStaged = (kM <= 16 ? 8 : 4) * kL;  // lanes staged at a time, whole pairs of tiles
 
   // The inverse of group_of_lane.
   struct LaneOfGroup {
@@ -181,16 +206,26 @@ struct PruneKernel {
   static constexpr LaneOfGroup kLaneOfGroup{};
 
   static void prune_staged(const Plan& plan, const T* in, T* out, int64_t count, const StagedGroups<C>& groups) {
-    for (int64_t lane = 0; lane < count; lane += kL) {
-      Elem<C> x[kM];
-      if (plan.rows_inside) {
-        for (int j = 0; j < kM; ++j) x[j] = C::load(in + j * kStaged + lane);
-        prune_slow(x, plan.mixed, groups.at(lane));
-        for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + lane, x[j]);
-      } else {
-        load_groups(in + lane * kM, x);
-        prune_slow(x, plan.mixed, groups.at(lane));
-        store_groups(out + lane * kM, x);
+    for (int64_t lane = 0; lane < count; lane += kT * kL) {
+      Elem<C> x[kT][kM];
+      LaneGroups<C> tiles[kT];
+      for (int t = 0; t < kT; ++t) {
+        const int64_t first = lane + t * kL;
+        tiles[t] = groups.at(first);
+        if (plan.rows_inside) {
+          for (int j = 0; j < kM; ++j) x[t][j] = C::load(in + j * kStaged + first);
+        } else {
+          load_groups(in + first * kM, x[t]);
+        }
+      }
+      prune_slow(x, plan.mixed, tiles);
+      for (int t = 0; t < kT; ++t) {
+        const int64_t first = lane + t * kL;
+        if (plan.rows_inside) {
+          for (int j = 0; j < kM; ++j) C::store(out + j * kStaged + first, x[t][j]);
+        } else {
+          store_groups(out + first * kM, x[t]);
+        }
       }
     }
   }

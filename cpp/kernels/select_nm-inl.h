@@ -217,60 +217,77 @@ SDGP_INLINE void prune_rescale_group(Elem<C>* x, const Pruning& mixed) {
 // at least this mean take one place each and leave the sum. This repeats while the mean falls, at most n rounds. The
 // sample: lay the elements below step end to end, each |x_i| long, and keep those that contain one of the points (u +
 // k) * step. `left` enforces "at most n" if rounding would place one point too many.
-template <class C, int kM>
-SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
-  const int n = mixed.n;
+//
+// Both loops over a group are chains of dependent operations, whose latency is longer than the work. So two tiles are
+// pruned together, and each uses the time in which the other waits.
+template <class C>
+struct MvueStep {
   using E = typename C::E;
   using K = typename C::K;
-  constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
-  Elem<C> magnitude[kM];
-  Elem<C> total{};
-  for (int j = 0; j < kM; ++j) {
-    magnitude[j] = (Elem<C>)magnitude_key<C>(x[j]);
-    total += magnitude[j];
-  }
-  const Key<C> not_finite = total - total != 0;
 
   Elem<C> step = splat(static_cast<E>(__builtin_inf()));
-  Elem<C> rest = total;
-  Key<C> places = splat(static_cast<K>(n));
-  for (int round = 1;; ++round) {
+  Elem<C> rest{};  // the sum of the elements below step
+  Key<C> places;   // the places that are left for them
+
+  SDGP_INLINE explicit MvueStep(int n) : places(splat(static_cast<K>(n))) {}
+
+  // Lowers step to the mean over the places. Returns the lanes in which it was higher.
+  SDGP_INLINE Key<C> lower() {
     // If the mean underflows, kSmallest replaces it. `rest > 0` excludes the lanes where it is really 0.
+    constexpr E kSmallest = sizeof(E) == 4 ? static_cast<E>(0x1p-149) : static_cast<E>(0x1p-1074);
     const Elem<C> mean = vmax(rest / __builtin_convertvector(places, Elem<C>), splat(kSmallest));
-    const Key<C> lower = (places > 0) & (rest > 0) & (mean < step);
-    step = lower ? mean : step;
-    if (round == n || !any(lower)) break;
-    rest = Elem<C>{};
-    places = splat(static_cast<K>(n));
-#pragma GCC unroll 8
-    for (int j = 0; j < kM; ++j) {
-      const Key<C> above = magnitude[j] >= step;
-      rest = add_unless(above, rest, magnitude[j]);
-      places = decrement_if(above, places);
-    }
+    const Key<C> higher = (places > 0) & (rest > 0) & (mean < step);
+    step = higher ? mean : step;
+    return higher;
   }
 
-  const RandomState<C> state(mixed.seed, group);
-  const Elem<C> value = C::round(step);
-  Elem<C> point = state.uniform() * step;
+  SDGP_INLINE void restart(int n) {
+    rest = Elem<C>{};
+    places = splat(static_cast<K>(n));
+  }
+
+  SDGP_INLINE void add(Elem<C> magnitude) {
+    const Key<C> above = magnitude >= step;
+    rest = add_unless(above, rest, magnitude);
+    places = decrement_if(above, places);
+  }
+};
+
+template <class C>
+struct MvueSample {
+  using K = typename C::K;
+
+  Elem<C> step;
+  Elem<C> value;
+  Elem<C> point;
   Elem<C> reached{};
-  Key<C> left = splat(static_cast<K>(n));
-  Elem<C> out[kM];
-#pragma GCC unroll 8
-  for (int j = 0; j < kM; ++j) {
-    const Key<C> above = magnitude[j] >= step;
-    reached = add_unless(above, reached, magnitude[j]);
+  Key<C> left;
+
+  SDGP_INLINE MvueSample(Elem<C> step, Elem<C> uniform, int n)
+      : step(step), value(C::round(step)), point(uniform * step), left(splat(static_cast<K>(n))) {}
+
+  // Returns what is kept of the next element.
+  SDGP_INLINE Elem<C> take(Elem<C> x, Elem<C> magnitude) {
+    const Key<C> above = magnitude >= step;
+    reached = add_unless(above, reached, magnitude);
     const Key<C> hit = reached > point;
     point = add_if(hit, point, step);
     const Key<C> keep = (above | hit) & (left > 0);
     left = decrement_if(keep, left);
-    const Key<C> sign = (Key<C>)x[j] ^ (Key<C>)magnitude[j];
-    out[j] = keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude[j], value) | sign));
+    const Key<C> sign = (Key<C>)x ^ (Key<C>)magnitude;
+    return keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude, value) | sign));
   }
+};
+
+// The rare cases of one tile: multipliers instead of values, and lanes that are not finite.
+template <class C, int kM>
+SDGP_INLINE void finish_mvue(const Elem<C>* x, const Elem<C>* magnitude, Elem<C> step, Key<C> not_finite,
+                             const Pruning& mixed, Elem<C>* out) {
   if (mixed.scale) [[unlikely]] {
     for (int j = 0; j < kM; ++j) {
       const Key<C> keep = out[j] != 0;
-      out[j] = keep_if(keep, magnitude[j] >= step ? splat<E>(1) : C::round(step / magnitude[j]));
+      const Elem<C> factor = magnitude[j] >= step ? splat<typename C::E>(1) : C::round(step / magnitude[j]);
+      out[j] = keep_if(keep, factor);
     }
   }
   if (any(not_finite)) [[unlikely]] {
@@ -279,20 +296,62 @@ SDGP_INLINE void prune_mvue(Elem<C>* x, const Pruning& mixed, const LaneGroups<C
     prune_magnitude<C, kM>(fallback, mixed);
     for (int j = 0; j < kM; ++j) out[j] = not_finite ? fallback[j] : out[j];
   }
-  for (int j = 0; j < kM; ++j) x[j] = out[j];
 }
 
+template <class C, int kM>
+SDGP_INLINE void prune_mvue(Elem<C> (*x)[kM], const Pruning& mixed, const LaneGroups<C>* groups) {
+  const int n = mixed.n;
+  Elem<C> magnitude[2][kM];
+  MvueStep<C> a(n), b(n);
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    magnitude[0][j] = (Elem<C>)magnitude_key<C>(x[0][j]);
+    magnitude[1][j] = (Elem<C>)magnitude_key<C>(x[1][j]);
+    a.rest += magnitude[0][j];
+    b.rest += magnitude[1][j];
+  }
+  const Key<C> not_finite[2] = {a.rest - a.rest != 0, b.rest - b.rest != 0};
+  for (int round = 1;; ++round) {
+    const Key<C> lowered = a.lower() | b.lower();
+    if (round == n || !any(lowered)) break;
+    a.restart(n);
+    b.restart(n);
+#pragma GCC unroll 8
+    for (int j = 0; j < kM; ++j) {
+      a.add(magnitude[0][j]);
+      b.add(magnitude[1][j]);
+    }
+  }
+  MvueSample<C> of_a(a.step, RandomState<C>(mixed.seed, groups[0]).uniform(), n);
+  MvueSample<C> of_b(b.step, RandomState<C>(mixed.seed, groups[1]).uniform(), n);
+  Elem<C> out[2][kM];
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    out[0][j] = of_a.take(x[0][j], magnitude[0][j]);
+    out[1][j] = of_b.take(x[1][j], magnitude[1][j]);
+  }
+  const Elem<C> step[2] = {a.step, b.step};
+  for (int t = 0; t < 2; ++t) {
+    finish_mvue<C, kM>(x[t], magnitude[t], step[t], not_finite[t], mixed, out[t]);
+    for (int j = 0; j < kM; ++j) x[t][j] = out[t][j];
+  }
+}
+
+// The number of tiles that are pruned together.
+template <Method kMethod>
+constexpr int kTiles = kMethod == Method::kMvue ? 2 : 1;
+
 template <class C, Method kMethod, int kM>
-SDGP_INLINE void prune_tile(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& group) {
+SDGP_INLINE void prune_tiles(Elem<C> (*x)[kM], const Pruning& mixed, const LaneGroups<C>* groups) {
   if constexpr (kMethod == Method::kMagnitude) {
-    prune_magnitude<C, kM>(x, mixed);
+    prune_magnitude<C, kM>(*x, mixed);
   } else if constexpr (kMethod == Method::kRandom) {
-    prune_random<C, kM>(x, mixed, group);
+    prune_random<C, kM>(*x, mixed, *groups);
   } else if constexpr (kMethod == Method::kRescaleGroup) {
-    prune_rescale_group<C, kM>(x, mixed);
+    prune_rescale_group<C, kM>(*x, mixed);
   } else {
     static_assert(kMethod == Method::kMvue);
-    prune_mvue<C, kM>(x, mixed, group);
+    prune_mvue<C, kM>(x, mixed, groups);
   }
 }
 

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Tests the code for a single group, select_nm-inl.h, against scalar code: every method, dtype and compiled group size,
-// pruned values and multipliers, padded groups, ties, NaN, infinity and the smallest numbers. Mutation testing runs
-// this test first, because it compiles in seconds.
+// pruned values and multipliers, padded groups, ties, NaN, infinity and the smallest numbers.
 #define SDGP_ISA baseline
 #include <algorithm>
 #include <random>
@@ -72,32 +71,35 @@ bool same(E a, E b) {
   return std::memcmp(&a, &b, sizeof a) == 0 || (std::isnan(a) && std::isnan(b));
 }
 
+// Prunes as many tiles as the method prunes together.
 template <class C, Method kMethod, int kM>
-void test_tile(int n, int kind, bool scale, int length) {
+void test_tiles(int n, int kind, bool scale, int length) {
   using E = typename C::E;
-  constexpr int kL = kLanes<E>;
+  constexpr int kL = kLanes<E>, kT = kTiles<kMethod>;
   std::mt19937 generator(static_cast<uint32_t>(100 * kM + 10 * kind + length));
-  std::vector<std::vector<E>> lanes(kL, std::vector<E>(kM));
-  LaneGroups<C> group;
-  Elem<C> x[kM]{};
-  for (int lane = 0; lane < kL; ++lane) {
-    for (int j = 0; j < length; ++j) x[j][lane] = lanes[lane][j] = sample<E>(generator, kind);
+  std::vector<std::vector<E>> groups(kT * kL, std::vector<E>(static_cast<size_t>(length)));
+  LaneGroups<C> lanes[kT];
+  Elem<C> x[kT][kM]{};
+  for (int g = 0; g < kT * kL; ++g) {
+    const int tile = g / kL, lane = g % kL;
+    // The tiles differ in kind, so that they need different numbers of rounds.
+    for (int j = 0; j < length; ++j) x[tile][j][lane] = groups[g][j] = sample<E>(generator, (kind + tile) % kKinds);
     const uint64_t index = (uint64_t{0x9876543210u} + generator()) * (lane + 1);
-    group.lo[lane] = static_cast<typename C::U>(index & 0xffffffffu);
-    group.hi[lane] = static_cast<typename C::U>(index >> 32 & 0xffffffffu);
-    group.length[lane] = static_cast<typename C::U>(length);
+    lanes[tile].lo[lane] = static_cast<typename C::U>(index & 0xffffffffu);
+    lanes[tile].hi[lane] = static_cast<typename C::U>(index >> 32 & 0xffffffffu);
+    lanes[tile].length[lane] = static_cast<typename C::U>(length);
+    lanes[tile].padded = length < kM;
   }
-  group.padded = length < kM;
   const Pruning pruning{.method = kMethod, .n = n, .m = kM, .seed = kSeed, .scale = scale};
-  prune_tile<C, kMethod, kM>(x, with_mixed_seed(pruning), group);
+  prune_tiles<C, kMethod, kM>(x, with_mixed_seed(pruning), lanes);
   const std::string what = "method " + std::to_string(static_cast<int>(kMethod)) + ", " + std::to_string(n) + ":" +
                            std::to_string(kM) + ", kind " + std::to_string(kind) + ", scale " + std::to_string(scale) +
                            ", length " + std::to_string(length) + ", " + std::to_string(sizeof(E)) + " bytes";
-  for (int lane = 0; lane < kL; ++lane) {
-    lanes[lane].resize(length);
-    const uint64_t index = static_cast<uint64_t>(group.hi[lane]) << 32 | group.lo[lane];
-    const std::vector<E> wanted = expected(lanes[lane], kMethod, n, scale, index);
-    for (int j = 0; j < length; ++j) expect(same<E>(x[j][lane], wanted[j]), what);
+  for (int g = 0; g < kT * kL; ++g) {
+    const int tile = g / kL, lane = g % kL;
+    const uint64_t index = static_cast<uint64_t>(lanes[tile].hi[lane]) << 32 | lanes[tile].lo[lane];
+    const std::vector<E> wanted = expected(groups[g], kMethod, n, scale, index);
+    for (int j = 0; j < length; ++j) expect(same<E>(x[tile][j][lane], wanted[j]), what);
   }
 }
 
@@ -108,10 +110,10 @@ void test_size() {
       for (const int length : {kM, kM - 1, kM / 2 + 1}) {
         if (n > length) continue;
         for (const bool scale : {false, true}) {
-          test_tile<C, Method::kMagnitude, kM>(n, kind, scale, length);
-          test_tile<C, Method::kRandom, kM>(n, kind, scale, length);
-          test_tile<C, Method::kRescaleGroup, kM>(n, kind, scale, length);
-          test_tile<C, Method::kMvue, kM>(n, kind, scale, length);
+          test_tiles<C, Method::kMagnitude, kM>(n, kind, scale, length);
+          test_tiles<C, Method::kRandom, kM>(n, kind, scale, length);
+          test_tiles<C, Method::kRescaleGroup, kM>(n, kind, scale, length);
+          test_tiles<C, Method::kMvue, kM>(n, kind, scale, length);
         }
       }
     }
