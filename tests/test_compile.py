@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -91,6 +92,27 @@ def test_compiled_mvue_is_unbiased(backend: str) -> None:
     draws = draws.flatten(0, 1).double()
     error = (draws.mean(0) - (grad_output @ layer.weight).detach()[0]).abs()
     assert (error <= 5 * draws.std(0) / len(draws) ** 0.5).all()
+
+
+def test_a_pause_inside_compiled_code_depends_on_no_other_layer() -> None:
+    model, other = (sdgp.convert(nn.Linear(16, 16), "2:4", "magnitude", backend="pruned") for _ in range(2))
+
+    def step(x: Tensor) -> Tensor:
+        with sdgp.paused(model):
+            return model(x).square().sum()
+
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(step, backend=counter)
+    x = torch.randn(4, 16, requires_grad=True)
+    for _ in range(3):
+        other.hold("schedule", "scheduled")
+        other.hold("schedule", "")
+        (exact,) = torch.autograd.grad(compiled(x), x)
+        torch.testing.assert_close(
+            exact, torch.autograd.grad(sdgp.revert(copy.deepcopy(model))(x).square().sum(), x)[0]
+        )
+    assert counter.frame_count == 1
+    assert not model.held
 
 
 def test_paused_after_compilation() -> None:

@@ -200,3 +200,17 @@ def test_compressed_tensors_of_any_strides() -> None:
     expected = sdgp.decompress_nm(values, indices, 4, 40)
     strided = [x.t().contiguous().t() for x in (values, indices)]
     identical(sdgp.decompress_nm(*strided, 4, 40), expected)
+
+
+def test_only_prune_nm_has_a_gradient() -> None:
+    x = torch.randn(4, 8, requires_grad=True)
+    values, indices = sdgp.compress_nm(x, 2, 4)
+    dense = torch.randn(8, 3, requires_grad=True)
+    results = {
+        "compress_nm": values,
+        "decompress_nm": sdgp.decompress_nm(values.detach().requires_grad_(), indices, 4, 8),
+        "spmm_nm": sdgp.spmm_nm(values.detach(), indices, 4, dense),
+    }
+    for op, result in results.items():
+        with pytest.raises(RuntimeError, match=f"{op}: expected no differentiation, got a backward; .*sdgp.linear"):
+            result.sum().backward()

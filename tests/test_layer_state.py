@@ -216,3 +216,28 @@ def test_to_dense_leaves_the_layer_as_it_was() -> None:
     layer(torch.randn(2, 8))
     assert not seen
     assert plain.weight is layer.weight
+
+
+@pytest.mark.parametrize("parametrized", [False, True])
+def test_a_copy_from_inside_a_pause_prunes(parametrized: bool) -> None:
+    layer = sdgp.Linear(8, 8, pattern="1:4", method="magnitude", backend="pruned")
+    if parametrized:
+        nn.utils.parametrizations.weight_norm(layer)
+    x = torch.randn(2, 8, requires_grad=True)
+    with sdgp.paused(layer):
+        layer(x)  # after this forward the layer knows that the plain operator computes similar ones
+        twins = [copy.deepcopy(layer)]
+        if not parametrized:  # PyTorch refuses to pickle a parametrized layer
+            twins += [copy.copy(layer), pickle.loads(pickle.dumps(layer))]
+    (pruned,) = torch.autograd.grad(layer(x).square().sum(), x)
+    for twin in twins:
+        assert not twin.held
+        assert torch.equal(torch.autograd.grad(twin(x).square().sum(), x)[0], pruned)
+
+
+def test_a_layer_that_is_reverted_before_the_backward_stays_plain() -> None:
+    layer = sdgp.convert(nn.Linear(8, 8), backend="pruned")
+    output = layer(torch.randn(2, 8, requires_grad=True))
+    plain = set(vars(sdgp.revert(layer)))
+    output.sum().backward()
+    assert set(vars(layer)) == plain

@@ -179,6 +179,27 @@ def test_layer_that_is_known_to_be_exact_is_the_plain_one(kind: str) -> None:
             assert type(layer(x).grad_fn).__name__ == plain
 
 
+@pytest.mark.parametrize("between", [True, False])
+def test_many_pauses_between_forward_and_backward(between: bool) -> None:
+    model = make("linear", method="magnitude", backend="pruned")
+    x = draw_input("linear")
+
+    def run(many: bool) -> Tensor:
+        with sdgp.paused(model) if many else contextlib.nullcontext():
+            output = checkpoint(model[0], x, use_reentrant=True)
+        for _ in range(100 if between else 0):  # an evaluation, which records nothing
+            with sdgp.paused(model), torch.no_grad():
+                model[0](x)
+        x.grad = None
+        output.square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    (exact,) = torch.autograd.grad(sdgp.revert(copy.deepcopy(model))[0](x).square().sum(), x)
+    torch.testing.assert_close(run(True), exact)
+    assert (run(False) - exact).norm() > 0.1 * exact.norm()
+
+
 def test_pause_changes_nothing_that_was_decided() -> None:
     layer, x = sdgp.Linear(8, 8, backend="dense"), torch.randn(4, 8, requires_grad=True)
     for hooks in (contextlib.nullcontext, lambda: torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)):

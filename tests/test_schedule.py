@@ -296,3 +296,42 @@ def test_a_share_of_less_than_one_unit_is_said() -> None:
     with pytest.warns(UserWarning, match="exact_first=0.25 of total=3 is less than one unit"):
         schedule = sdgp.Schedule(model, total=3, exact_first=0.25)
     assert not schedule.exact
+
+
+def test_layers_that_are_converted_later_follow_the_schedule() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 6))
+    sdgp.convert(model, {"0": ("2:4", "mvue")}, backend="pruned")
+    schedule = sdgp.Schedule(model, total=10, exact_first=5)
+    sdgp.convert(model, "2:4", backend="pruned")
+    assert reasons(model) == {"scheduled, exact_first=5"}
+    sdgp.revert(model)
+    sdgp.convert(model, "2:4", backend="pruned")
+    assert reasons(model) == {"scheduled, exact_first=5"}
+    schedule.seek(5)
+    assert reasons(model) == {""}
+
+
+def test_a_new_conversion_replaces_the_layers_own_pattern() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, total=10, patterns={5: "1:4"})
+    sdgp.convert(model, "1:2", backend="pruned")
+    schedule.step()
+    assert {row.pattern for row in sdgp.report(model)} == {"1:2"}
+    schedule.seek(5)
+    sdgp.convert(model, "1:2", backend="pruned")
+    assert {row.pattern for row in sdgp.report(model)} == {"1:4"}
+    schedule.seek(0)
+    assert {row.pattern for row in sdgp.report(model)} == {"1:2"}
+
+
+def test_a_model_follows_its_newest_schedule() -> None:
+    model = small()
+    first = sdgp.Schedule(model, exact_first=5)
+    second = sdgp.Schedule(model, exact_first=1)
+    second.step()
+    first.step()
+    assert first.exact
+    assert reasons(model) == {""}
+    del second
+    sdgp.convert(model, "2:4", backend="pruned")  # no schedule is left to follow
+    assert reasons(model) == {""}

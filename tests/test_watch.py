@@ -424,3 +424,25 @@ def test_errors(arguments: dict[str, Any], requirement: str, got: str) -> None:
 def test_bad_states(state: dict[str, Any], requirement: str, got: str) -> None:
     with pytest.raises(ValueError, match=f"^watch: expected .*{requirement}.*, got {re.escape(got)}"):
         sdgp.watch(converted(nn.Linear(8, 8))).load_state_dict(state)
+
+
+def test_a_layer_that_is_converted_again_is_judged_anew() -> None:
+    model, watch = harmed()
+    for _ in range(3):
+        step(model, torch.randn(4, 8))
+    assert list(watch.set_aside) == ["0", "1"]
+    sdgp.convert(model, "7:8", backend="pruned")
+    for _ in range(4):
+        step(model, torch.randn(4, 8))
+    assert not watch.set_aside
+    assert watch.state_dict()["set_aside"] == {}
+
+
+def test_a_watch_that_is_restored_frees_only_its_own_layers() -> None:
+    model, watch = harmed()
+    for _ in range(3):
+        step(model, torch.randn(4, 8))
+    reasons = list(watch.set_aside.values())
+    other = sdgp.watch(model, every=1)
+    other.load_state_dict(other.state_dict())
+    assert [layer.held for layer in model] == reasons

@@ -15,6 +15,7 @@ from ._load import C
 from ._models import NOT_PLANNED, REASON, check_module, layers_of
 from ._ops import PRUNED_DTYPES
 from ._pattern import PatternLike, Pruning, WeightGradLike
+from ._schedule import keep_scheduled
 from ._twins import transformers_conv1d, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -82,6 +83,7 @@ def convert(
         if why is None and twin is not None and pruning is not None:
             _drop_own_forward(module)
             prune_in_place(module, twin, pruning)
+            keep_scheduled(module)
             vars(module).pop(REASON, None)
         else:
             if isinstance(module, PruningLayer):

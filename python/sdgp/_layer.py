@@ -186,7 +186,14 @@ class PruningLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle does not take part in a pause, whose end would not reach it.
-        return {**vars(self), "holds": {who: why for who, why in self.holds.items() if who != "paused"}}
+        holds = {who: why for who, why in self.holds.items() if who != "paused"}
+        return {**vars(self), "holds": holds, "plain_for": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A parametrized layer would otherwise be copied without __getstate__.
+        twin = memo[id(self)] = self.__new__(type(self))
+        twin.__dict__ = copy.deepcopy(PruningLayer.__getstate__(self), memo)
+        return twin
 
     def _set_up(self, pruning: Pruning) -> None:
         self.pruning, self.holds = pruning, {"paused": "paused"} if self in _pauses else {}
@@ -197,9 +204,12 @@ class PruningLayer(nn.Module):
         self.decision = self.weight_decision = self.plain_for = None
 
     def _remember(self) -> None:
+        if torch.compiler.is_compiling():
+            return  # the traced code would depend on every layer of the process
         changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
-        until = torch._C._autograd._get_sequence_nr()
-        changes.append(_Change(until, _running_node(), self.pruning, self.held))
+        until, node = torch._C._autograd._get_sequence_nr(), _running_node()
+        if not changes or changes[-1][:2] != (until, node):  # otherwise no node has used the last settings
+            changes.append(_Change(until, node, self.pruning, self.held))
 
     def _settings(self) -> tuple[Pruning, str]:
         """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""

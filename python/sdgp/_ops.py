@@ -88,8 +88,8 @@ def compress_nm(
         except ceil(size / m) * n along ``dim``, which is innermost in memory.
 
     Raises:
-        RuntimeError: If an argument is not valid: ``compress_nm: requirement, got actual``. This function has no
-            gradient, but ``prune_nm`` has one.
+        RuntimeError: If an argument is not valid: ``compress_nm: requirement, got actual``. Also in a backward: only
+            ``prune_nm`` has a gradient.
 
     For magnitude, ``dim=-1`` and a size that is a multiple of m, this is equivalent to:
 
@@ -118,7 +118,7 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
         A tensor with the shape of ``values``, except ``size`` along ``dim``, which is innermost in memory.
 
     Raises:
-        RuntimeError: If an argument is not valid: ``decompress_nm: requirement, got actual``.
+        RuntimeError: If an argument is not valid: ``decompress_nm: requirement, got actual``. Also in a backward.
 
     Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
@@ -144,7 +144,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
         (..., cols), contiguous. The result does not depend on the number of threads.
 
     Raises:
-        RuntimeError: If an argument is not valid: ``spmm_nm: requirement, got actual``.
+        RuntimeError: If an argument is not valid: ``spmm_nm: requirement, got actual``. Also in a backward.
 
     Examples:
         >>> values, indices = sdgp.compress_nm(torch.tensor([[3.0, -1.0, 0.5, -4.0]]), 2, 4)
@@ -291,6 +291,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
 
 
 torch.library.register_autograd("sdgp::prune_nm", _backward, setup_context=_setup_context)
+
+
+def _refuse_gradient(op: str) -> None:
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError(
+            f"{op}: expected no differentiation, got a backward; this op has no gradient: use sdgp.linear, or "
+            "sdgp.prune_nm and a dense product"
+        )
+
+    torch.library.register_autograd(f"sdgp::{op}", backward)
+
+
+for _name in ("compress_nm", "decompress_nm", "spmm_nm"):
+    _refuse_gradient(_name)
 
 
 def _vmap(op: Any) -> Any:

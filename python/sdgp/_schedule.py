@@ -7,15 +7,19 @@ import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
 from ._layer import PruningLayer
-from ._models import pruning_layers
+from ._models import layers_of, pruning_layers
 from ._pattern import Pattern, PatternLike
 from ._renamed import renamed
 
 _EXACT = Pattern(1, 1)
+
+# The schedule of each layer, plain layers included: they may be converted later.
+_schedules: WeakKeyDictionary[nn.Module, ReferenceType[Schedule]] = WeakKeyDictionary()
 
 
 class Schedule:
@@ -25,6 +29,9 @@ class Schedule:
     Its unit is the time between two calls of ``step``: an epoch, or a step of the optimizer. The schedule does not
     change which layers are converted, nor their method, backend and ``weight_grad``. In the exact units at the start
     and the end, weight gradients are exact too; ``patterns`` apply to data gradients only.
+
+    Layers that are converted later, or again, follow the schedule too. If a model has several schedules, it follows the
+    newest one.
 
     If a layer has fewer output channels per group than a pattern's m, its data gradient is exact under that pattern; a
     layer with a ``weight_grad`` then has the pattern 1:1. ``sdgp.paused`` works independently: a layer prunes only if
@@ -90,6 +97,8 @@ class Schedule:
             raise ValueError(
                 f"Schedule: expected every pattern to begin before total, got {max(self._patterns)} >= {total}"
             )
+        for _, layer in layers_of(model):
+            _schedules[layer] = ref(self)
         self.seek(0)
 
     def step(self) -> None:
@@ -101,18 +110,26 @@ class Schedule:
         if count < 0:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count
-        why, pattern = self._why_exact(), self.pattern
         for layer, own in self._layers.items():
-            if not isinstance(layer, PruningLayer):
-                continue  # the layer was reverted to the plain one
-            now = pattern or own
-            narrow = pattern and layer.too_narrow(layer, pattern)
-            if narrow and layer.pruning.weight_grad is not None:  # a hold would make the weight gradient exact too
-                now, narrow = _EXACT, None
-            if self._patterns or layer.unscheduled is not None:  # by another schedule
-                layer.use(replace(layer.pruning, pattern=now))
-                layer.unscheduled = None if now == own else own
-            layer.hold("schedule", why or narrow or "")
+            if isinstance(layer, PruningLayer) and _schedule_of(layer) is self:
+                self._apply(layer, own)
+
+    def _apply(self, layer: PruningLayer, own: Pattern) -> None:
+        """Puts a layer into the state of the current unit."""
+        why, pattern = self._why_exact(), self.pattern
+        now = pattern or own
+        narrow = pattern and layer.too_narrow(layer, pattern)
+        if narrow and layer.pruning.weight_grad is not None:  # a hold would make the weight gradient exact too
+            now, narrow = _EXACT, None
+        if self._patterns or layer.unscheduled is not None:  # by another schedule
+            layer.use(replace(layer.pruning, pattern=now))
+            layer.unscheduled = None if now == own else own
+        layer.hold("schedule", why or narrow or "")
+
+    def _adopt(self, layer: PruningLayer) -> None:
+        """Schedules a layer that was converted just now, to a pattern of its own."""
+        self._layers[layer] = layer.pruning.pattern
+        self._apply(layer, layer.pruning.pattern)
 
     @property
     def exact(self) -> bool:
@@ -165,3 +182,15 @@ class Schedule:
         if self._last and self._total is not None and self.count >= self._total - self._last:
             return f"scheduled, exact_last={self._last} of {self._total}"
         return None
+
+
+def _schedule_of(layer: nn.Module) -> Schedule | None:
+    found = _schedules.get(layer)
+    return None if found is None else found()
+
+
+def keep_scheduled(layer: nn.Module) -> None:
+    """Puts a layer that was converted just now into the state that its schedule requires, if it has one."""
+    schedule = _schedule_of(layer)
+    if schedule is not None and isinstance(layer, PruningLayer):
+        schedule._adopt(layer)

@@ -77,6 +77,7 @@ class Watch(Mapping[str, Record]):
         self._names = names
         self._records: dict[str, Record] = {}
         self._last: dict[str, deque[Sums]] = {}  # the finite records in the window
+        self._judged: dict[str, Pruning] = {}  # the settings that these records are of
         self._pending: list[tuple[PruningLayer, Pruning, Tensor]] = []
         self._pending_step = 0
         self._weights: dict[nn.Module, Tensor] = {}  # those that a parametrization computed in the last forward
@@ -123,7 +124,10 @@ class Watch(Mapping[str, Record]):
     def set_aside(self) -> dict[str, str]:
         """The layers that ``exact_below`` made exact, and the reason for each."""
         self._collect()
-        return dict(self._set_aside)
+        held = {
+            name for layer, name in self._names.items() if isinstance(layer, PruningLayer) and "watch" in layer.holds
+        }
+        return {name: why for name, why in self._set_aside.items() if name in held}
 
     def close(self) -> None:
         """Ends watching. The records remain available, and the layers that were set aside stay exact."""
@@ -146,9 +150,10 @@ class Watch(Mapping[str, Record]):
         unknown = sorted(set(state["set_aside"]) - set(self._names.values()))
         if unknown:
             raise ValueError(f"watch: expected a state_dict of this model's layers, got {', '.join(unknown)}")
+        before = set(self._set_aside)
         self.step, self._set_aside = state["step"], dict(state["set_aside"])
         for layer, name in self._names.items():
-            if isinstance(layer, PruningLayer):
+            if isinstance(layer, PruningLayer) and name in before | set(self._set_aside):
                 layer.hold("watch", self._set_aside.get(name, ""))
 
     def _before_forward(self, model: nn.Module, args: Any) -> None:
@@ -219,6 +224,9 @@ class Watch(Mapping[str, Record]):
         name, step = self._names[layer], self._pending_step
         record = self._records.setdefault(name, {key: [] for key in _NO_RECORD})
         window = self._last.setdefault(name, deque(maxlen=self._window))
+        if self._judged.setdefault(name, pruning) != pruning:  # the layer was converted again
+            self._judged[name] = pruning
+            window.clear()
         values = _fidelity.metrics(sums)
         if math.isfinite(values["error"]):  # a gradient that overflowed has no meaningful metrics
             window.append(sums)

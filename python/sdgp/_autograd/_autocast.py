@@ -72,7 +72,7 @@ def _casts_of_region(device: str) -> _Casts:
     if casts is None:
         casts = _Casts()
         with _without_modes():
-            leaf = torch.zeros(1, 1, device=device, requires_grad=True)
+            leaf = torch.zeros(1, 1, dtype=torch.float32, device=device, requires_grad=True)
             accumulator: Any = leaf.view_as(leaf).grad_fn
             accumulator.next_functions[0][0].register_prehook(lambda *_, kept=casts: None)
             # addmm, because autocast casts its arguments and it saves nothing for the backward here.

@@ -225,15 +225,15 @@ _DECISIONS = {"data": "decision", "weight": "weight_decision"}
 
 
 def note(layer: Layer | None, decision: Decision, gradients: Sequence[str]) -> None:
-    """Tells a layer what was decided for its data or weight gradient."""
-    if layer is not None:
+    """Tells a layer what was decided for its data or weight gradient, unless it was reverted since the forward."""
+    if layer is not None and "pruning" in vars(layer):
         for gradient in gradients:
             vars(layer)[_DECISIONS[gradient]] = decision
 
 
 def remember(layer: Layer | None, plain_for: Tensor | None) -> None:
     """Tells a layer that the plain operator computes calls with an input like ``plain_for``; None: no calls."""
-    if layer is not None:
+    if layer is not None and "pruning" in vars(layer):
         vars(layer)["plain_for"] = None if plain_for is None else signature(plain_for)
 
 
