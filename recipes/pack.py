@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument(
         "--jpeg-share", type=float, default=0.6, help="images that are kept as JPEG; the rest are pixels"
     )
-    parser.add_argument("--quality", type=int, default=90, help="of those JPEGs")
+    parser.add_argument("--quality", type=int, default=90, help="quality of those JPEGs")
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     args = parser.parse_args()
     try:

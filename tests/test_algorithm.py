@@ -80,7 +80,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Callable[[Product], None]:
         (out_of_memory, DEFAULT),
     ],
 )
-def test_an_algorithm_counts_only_if_it_is_proven(
+def test_an_algorithm_counts_only_if_its_results_are_right(
     library: Callable[[Product], None], product: Product, expected: Algorithm, dtype: torch.dtype
 ) -> None:
     library(product)

@@ -174,7 +174,7 @@ def test_doctor_in_text(command: Command) -> None:
     assert (status, err) == (0, "")
     assert out.splitlines()[0].startswith(f"sdgp            {sdgp.__version__}, ")
     assert "/libsdgp.so: loaded\n" in out
-    assert out.endswith("\n\nAll is well.\n")
+    assert out.endswith("\n\nAll self-tests passed.\n")
 
 
 @pytest.mark.parametrize("wrong", [lambda x: x + 1, lambda x: x * torch.nan, lambda x: x.double(), lambda x: x / 0])

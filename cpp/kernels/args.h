@@ -93,7 +93,7 @@ struct Gradient {
   int64_t sample_stride;
   int64_t pixel_stride;
   int64_t channel_stride;
-  bool by_group;  // logical rows are (sample, convolution group, pixel), otherwise (sample, pixel)
+  bool by_conv_group;  // logical rows are (sample, convolution group, pixel), otherwise (sample, pixel)
 };
 
 // The left operand of a product if it is already compressed. Values and indices have the same strides; the kept values

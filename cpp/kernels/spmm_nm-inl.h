@@ -149,9 +149,10 @@ class Spmm {
     const int64_t first = block_begin * dense_.rows;
     const int64_t last = block_end * dense_.rows < args_.size ? block_end * dense_.rows : args_.size;
     const int64_t pixels = args_.height.out * args_.width.out;
-    const bool one_run = !gradient.by_group && gradient.sample_stride == pixels * gradient.pixel_stride;
-    const int64_t row_groups = gradient.by_group || args_.groups == 1 ? ceil_div(args_.size, args_.pruning.m)
-                                                                      : args_.size / args_.pruning.m * args_.groups;
+    const bool one_run = !gradient.by_conv_group && gradient.sample_stride == pixels * gradient.pixel_stride;
+    const int64_t row_groups = gradient.by_conv_group || args_.groups == 1
+                                   ? ceil_div(args_.size, args_.pruning.m)
+                                   : args_.size / args_.pruning.m * args_.groups;
     PruneArgs part{};
     part.dtype = args_.dtype;
     part.pruning = args_.pruning;
@@ -171,8 +172,8 @@ class Spmm {
       if (!one_run && rows > pixels - pixel) rows = pixels - pixel;
       part.in = static_cast<const T*>(gradient.data) + sample * gradient.sample_stride + pixel * gradient.pixel_stride +
                 (group_ * args_.size + first) * gradient.channel_stride;
-      const int64_t row = gradient.by_group ? (sample * args_.groups + group_) * pixels + pixel : source;
-      const int64_t groups_before = gradient.by_group ? 0 : group_ * (args_.size / args_.pruning.m);
+      const int64_t row = gradient.by_conv_group ? (sample * args_.groups + group_) * pixels + pixel : source;
+      const int64_t groups_before = gradient.by_conv_group ? 0 : group_ * (args_.size / args_.pruning.m);
       part.first_group = static_cast<uint64_t>(row * row_groups + groups_before + first / args_.pruning.m);
       part.dims[0] = {rows, gradient.pixel_stride, 0, 1, false};
       if (part.in_stride == 1) prefetch_rows(part, s + rows < gather_.sources ? rows : 0);

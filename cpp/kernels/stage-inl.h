@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Staging copies data that is too short to fill vectors in place into a buffer where it fills them, and copies the
+// Staging copies data whose runs are shorter than a vector into a buffer, where it fills vectors, and copies the
 // results back. This file defines the pieces and the copies; prune_staged-inl.h prunes in between.
 //
 // The buffer has two layouts, as memory does. If rows lie inside groups (NCHW maps smaller than a vector), buffer row j

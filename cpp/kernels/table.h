@@ -17,7 +17,7 @@ struct Kernels {
   void (*compress_nm)(const CompressArgs&, int64_t begin, int64_t end);
   // `begin` and `end` are rows. Returns false if an index is out of range.
   bool (*decompress_nm)(const DecompressArgs&, int64_t begin, int64_t end);
-  // Whether the permute kernel computes this product. Gradients whose rows lie side by side do not slow it down.
+  // Whether the permute kernel computes this product.
   bool (*permutes)(const SpmmArgs&);
   int64_t (*packed_bytes)(const SpmmArgs&);
   int64_t (*pack_units)(const SpmmArgs&);

@@ -92,7 +92,7 @@ Tensor decompress_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m,
   torch::stable::parallel_for(0, args.rows, grain_of(args.rows, output.numel()), [&](int64_t begin, int64_t end) {
     if (!table.decompress_nm(args, begin, end)) valid = false;
   });
-  check(valid, "decompress_nm: expected every index below ", m, " and inside the size ", size, ", got one that is not");
+  check(valid, "decompress_nm: expected every index below ", m, " and inside the size ", size, ", got a larger one");
   return output;
 }
 

@@ -38,12 +38,12 @@ inline Tensor with_pixel_stride(const Tensor& grad_output) {
   return has_one ? grad_output : torch::stable::contiguous(grad_output);
 }
 
-inline Gradient describe_gradient(const Tensor& grad_output, bool by_group = false) {
+inline Gradient describe_gradient(const Tensor& grad_output, bool by_conv_group = false) {
   return {.data = grad_output.const_data_ptr(),
           .sample_stride = grad_output.stride(0),
           .pixel_stride = grad_output.size(3) == 1 ? grad_output.stride(2) : grad_output.stride(3),
           .channel_stride = grad_output.stride(1),
-          .by_group = by_group};
+          .by_conv_group = by_conv_group};
 }
 
 }  // namespace sdgp

@@ -40,7 +40,7 @@ Tensor conv2d_input_grad_nm_cpu(const Tensor& grad_output, const Tensor& weight,
                                                    : std::vector{samples, channels, input_size[0], input_size[1]};
   Tensor output = torch::stable::new_empty(grad_output, sizes);
   if (channels_last) output = movedim(output, -1, 1);
-  if (!begin_output(output, grad_output.numel() > 0 && weight.numel() > 0)) return output;
+  if (!prepare_output(output, grad_output.numel() > 0 && weight.numel() > 0)) return output;
   const Tensor source = with_pixel_stride(grad_output);
   const auto axis = [&](size_t at) {
     const auto d = static_cast<int64_t>(2 + at);

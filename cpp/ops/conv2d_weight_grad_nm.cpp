@@ -49,7 +49,7 @@ Tensor conv2d_weight_grad_nm_cpu(const Tensor& grad_output, const Tensor& input,
                                                    : std::vector{rows, cols, kernel_size[0], kernel_size[1]};
   Tensor output = torch::stable::new_empty(grad_output, sizes);
   if (channels_last) output = movedim(output, -1, 1);
-  if (!begin_output(output, grad_output.numel() > 0)) return output;
+  if (!prepare_output(output, grad_output.numel() > 0)) return output;
   const Tensor source = with_pixel_stride(grad_output);
   const auto axis = [&](size_t at) {
     const auto d = static_cast<int64_t>(2 + at);

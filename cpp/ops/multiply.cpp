@@ -50,7 +50,7 @@ void run(const char* op, const Tensor& like, SpmmArgs& args) {
     if (!table.spmm_nm(args, begin, end)) valid = false;
   });
   check(valid, op, ": expected every index below ", args.pruning.m, " and inside the size ", args.size,
-        ", got one that is not");
+        ", got a larger one");
 }
 
 }  // namespace
@@ -80,7 +80,7 @@ int64_t count_rows(const Tensor& rows) {
   return count;
 }
 
-bool begin_output(Tensor& output, bool has_terms) {
+bool prepare_output(Tensor& output, bool has_terms) {
   if (output.numel() == 0) return false;
   prefer_huge_pages(output);
   if (!has_terms) torch::stable::fill_(output, 0.0);

@@ -40,13 +40,14 @@ int64_t count_rows(const Tensor& rows);
 
 // Prepares an output for writing. Returns false if nothing is left to do: either the output is empty, or its sums have
 // no terms and it is now zero.
-bool begin_output(Tensor& output, bool has_terms);
+bool prepare_output(Tensor& output, bool has_terms);
 
 // `dense` is (groups x size, cols) or, for a convolution, (groups x size, cols, height, width), with any strides.
 void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
 
-// Returns whether `multiply` uses the permute kernel. Gradients whose rows lie side by side do not slow it down.
+// Returns whether `multiply` uses the permute kernel. It is as fast if the rows
+// of the gradient lie side by side in memory.
 bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

@@ -71,7 +71,7 @@ PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneC
   return args;
 }
 
-bool nothing_to_choose(const Tensor& input, Tensor& output, const Pruning& pruning) {
+bool prune_trivially(const Tensor& input, Tensor& output, const Pruning& pruning) {
   if (input.numel() == 0) return true;
   if (!pruning.keeps_all()) return false;
   if (pruning.scale) {

@@ -28,8 +28,8 @@ PruneCall validate_prune(const char* op, const Tensor& input, const Settings& se
 // `input` must not be empty. `output` gives only the strides: the caller sets the pointer to write to.
 PruneArgs describe_prune(const Tensor& input, const Tensor& output, const PruneCall& call);
 
-// Returns whether there is nothing to choose: no element exists, or every element stays. `output` is then complete.
-bool nothing_to_choose(const Tensor& input, Tensor& output, const Pruning& pruning);
+// Completes `output` if no element exists or every element stays. Returns whether that was so.
+bool prune_trivially(const Tensor& input, Tensor& output, const Pruning& pruning);
 
 // Returns the caller's seed. If there is none, the generator of the input's device draws one on that device, as in
 // sdgp's Python code.

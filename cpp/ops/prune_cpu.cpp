@@ -15,7 +15,7 @@ Pruning read_seed(const Tensor& input, const PruneCall& call) {
 }
 
 void prune_into_cpu(const Tensor& input, Tensor& output, const PruneCall& call) {
-  if (nothing_to_choose(input, output, call.pruning)) return;
+  if (prune_trivially(input, output, call.pruning)) return;
   PruneArgs args = describe_prune(input, output, call);
   args.pruning = read_seed(input, call);
   args.out = output.mutable_data_ptr();

@@ -46,7 +46,7 @@ bool is_transposed(const Tensor& input) {
 Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const SettingsAlong<-1>& settings) {
   const PruneCall call = validate(input, dense, settings);
   Tensor output = empty_rows(input, dense.size(1));
-  if (!begin_output(output, dense.size(0) > 0)) return output;
+  if (!prepare_output(output, dense.size(0) > 0)) return output;
   const Product product{
       .op = kOp, .dtype = call.dtype, .pruning = read_seed(input, call), .samples = count_rows(input)};
   if (is_transposed(input)) {
@@ -54,7 +54,7 @@ Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const Setti
                            .sample_stride = 1,
                            .pixel_stride = 1,
                            .channel_stride = input.stride(1),
-                           .by_group = false};
+                           .by_conv_group = false};
     if (permutes(product, columns, dense, output)) {
       multiply(product, columns, dense, output);
     } else {
@@ -70,7 +70,7 @@ Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const Setti
                    .sample_stride = 0,
                    .pixel_stride = input.stride(1),
                    .channel_stride = 1,
-                   .by_group = false},
+                   .by_conv_group = false},
           dense, output);
     }
     return output;
@@ -83,7 +83,7 @@ Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const Setti
                     .sample_stride = step,
                     .pixel_stride = step,
                     .channel_stride = 1,
-                    .by_group = false},
+                    .by_conv_group = false},
            dense, output);
   return output;
 }

@@ -26,7 +26,7 @@ int64_t validate(const Tensor& values, const Tensor& indices, int64_t m, const T
 Tensor spmm_nm_cpu(const Tensor& values, const Tensor& indices, int64_t m, const Tensor& dense) {
   const int64_t n = validate(values, indices, m, dense);
   Tensor output = empty_rows(values, dense.size(1));
-  if (!begin_output(output, dense.size(0) > 0)) return output;
+  if (!prepare_output(output, dense.size(0) > 0)) return output;
   const Tensor kept = torch::stable::contiguous(values);
   const Tensor kept_indices = torch::stable::contiguous(indices);
   const int64_t kept_size = values.size(values.dim() - 1);

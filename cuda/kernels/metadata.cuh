@@ -4,8 +4,8 @@
 // the quad, the first place in the low bits. A layout is an order of the nibbles of a matrix.
 //
 // Note [Metadata layouts]
-// cuSPARSELt does not document its layouts. Others read its two layouts off the output of its compressor on Ampere and
-// on Hopper, and sdgp compares them with that compressor before it uses them (python/sdgp/semi_structured.py). The
+// cuSPARSELt does not document its layouts. Other projects derived two layouts from the output of its compressor on
+// Ampere and Hopper. sdgp compares them with that compressor before it uses them (python/sdgp/_semi_structured.py). The
 // layout of CUTLASS for compute capability 8.x is the one in torch/sparse/_semi_structured_conversions.py. In each
 // layout, a tile of kTileRows x kTileCols elements owns kTileWords whole 32-bit words. The functions below therefore
 // tell for each word which quads it holds.

@@ -22,7 +22,7 @@ const int64_t* seed_on_device(const Tensor& input, const PruneCall& call, std::o
 }
 
 void prune_into_cuda(const Tensor& input, Tensor& output, const PruneCall& call) {
-  if (nothing_to_choose(input, output, call.pruning)) return;
+  if (prune_trivially(input, output, call.pruning)) return;
   PruneArgs args = describe_prune(input, output, call);
   if (args.ndim >= cuda::kMaxAxes) {  // too many dimensions that do not merge
     const Tensor source = torch::stable::contiguous(input);

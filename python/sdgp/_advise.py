@@ -72,7 +72,7 @@ def advise(
         A ``Plan`` for ``sdgp.convert(model, plan)``. ``sdgp.plot`` draws the plan and its candidates.
 
     Raises:
-        ValueError: if an argument is invalid, or an optimizer steps in the backward. The message reads
+        ValueError: If an argument is invalid, or an optimizer steps in the backward. The message reads
             ``advise: requirement, got actual``.
 
     Examples:
@@ -109,7 +109,7 @@ def advised(
     if not batches:
         raise ValueError("advise: expected at least one batch, got none")
     if isinstance(batches[0], torch.utils.data.DataLoader):
-        raise ValueError("advise: expected batches, got a DataLoader: pass some of what it yields")
+        raise ValueError("advise: expected batches, got a DataLoader: pass some of its batches")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
     norm, twins, reasons = prepared("advise", model, optimizer, patterns, methods, filter)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Finds the algorithm of cuSPARSELt that multiplies operands of a size fastest, and proves its results.
+"""Finds the algorithm of cuSPARSELt that multiplies operands of a size fastest, and checks its results.
 
 cuSPARSELt's default is slow for some sizes. Its own search finds a faster algorithm, but some algorithms have returned
 wrong results, and not every time (https://github.com/pytorch/pytorch/issues/155333). So another algorithm counts only
@@ -23,17 +23,17 @@ _OPERANDS, _REPEATS = 3, 3
 def find_algorithm(operand: Operand, dense: Tensor) -> Algorithm:
     """Returns the algorithm that cuSPARSELt's search finds for ``operand @ dense``, or the default.
 
-    It returns the default if there is no search, or if the found algorithm fails its proof. It draws nothing from
+    It returns the default if there is no search, or if the found algorithm fails the check. It draws nothing from
     PyTorch's generators.
     """
     try:
         found = _semi_structured.search(operand, dense)
-        return found if found == DEFAULT or _is_proven(found, operand, dense) else DEFAULT
-    except RuntimeError:  # the library refuses this size, or there is no memory for the proof
+        return found if found == DEFAULT or _passes_check(found, operand, dense) else DEFAULT
+    except RuntimeError:  # the library refuses this size, or there is no memory for the check
         return DEFAULT
 
 
-def _is_proven(algorithm: Algorithm, operand: Operand, dense: Tensor) -> bool:
+def _passes_check(algorithm: Algorithm, operand: Operand, dense: Tensor) -> bool:
     generator = torch.Generator(dense.device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
@@ -47,7 +47,7 @@ def _is_proven(algorithm: Algorithm, operand: Operand, dense: Tensor) -> bool:
         for _ in range(_REPEATS):
             actual = _semi_structured.multiply(packed, factor, algorithm).float()
             rounding = torch.finfo(dense.dtype).eps / 2 * (actual.abs() + expected.abs())
-            if not bool(((actual - expected).abs() <= rounding + order).all()):  # a NaN is no proof either
+            if not bool(((actual - expected).abs() <= rounding + order).all()):  # a NaN fails, too
                 return False
     return True
 

@@ -36,9 +36,9 @@ class Budget:
     that, at every ``every``-th step, it asks for advice on the batch of that step and converts the model to the plan.
     An empty plan makes the model plain again.
 
-    Each call for advice takes as long as six to ten steps. The first one takes some twenty steps more, because it times
-    the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then asks
-    again after ``max(every // 50, 1)`` steps.
+    Each call for advice takes as long as six to ten steps. The first one takes about twenty steps more, because it
+    times the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then
+    asks again after ``max(every // 50, 1)`` steps.
 
     Under ``torch.distributed`` only the first process computes the advice, and all processes receive its plan. The
     other processes wait meanwhile, so neither the forward nor the loss may communicate.
@@ -61,7 +61,7 @@ class Budget:
         verdict: the last verdict, one sentence; ``""`` before the first one.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``Budget: requirement, got actual``. ``step`` also
+        ValueError: If an argument is invalid. The message reads ``Budget: requirement, got actual``. ``step`` also
             raises the errors of ``advise``.
 
     Examples:
@@ -186,7 +186,7 @@ class Budget:
         """Restores the state that ``state_dict`` returned, and converts the model to its plan.
 
         Raises:
-            ValueError: if ``state`` is not the state of a budget, or belongs to another model.
+            ValueError: If ``state`` is not the state of a budget, or belongs to another model.
         """
         if set(state) != _KEYS:
             raise ValueError(f"Budget: expected a state_dict with {', '.join(sorted(_KEYS))}, got {sorted(state)}")

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 _Way = TypeVar("_Way")
 
-# The multiply-adds of a gradient whose dense product takes about 0.2 ms. Below it, the call overhead of the sparse
+# The multiply-adds of a gradient whose exact product takes about 0.2 ms. Below it, the call overhead of the sparse
 # product would cost most of what pruning saves. This is a constant, because under `auto` the path of a forward depends
 # on it (Note [One path] in _autograd/_call.py).
 LEAST_WORK = 16 * 2**20
 
-# The same on a GPU: a dense product of this size takes about 0.1 ms, as long as the launches of the sparse product.
+# The same on a GPU: an exact product of this size takes about 0.1 ms, as long as the launches of the sparse product.
 _LEAST_WORK_CUDA = 2**35
 
 IDENTITY = Decision("exact", "n == m: nothing is pruned")
@@ -91,9 +91,9 @@ def static_rule(
     weight_shape: Sequence[int],
     values: int,
 ) -> bool:
-    """Returns whether the sparse product won clearly wherever it was measured: the rule if nothing can be measured.
+    """Returns whether to take the sparse product if nothing can be measured: it gained in all cases measured so far.
 
-    On GPUs the rule rests on measurements by others, of data gradients of linear layers with at least 4096 rows.
+    On GPUs the rule rests on others' measurements, of data gradients of linear layers with at least 4096 rows.
 
     Args:
         gradient: ``"data"`` or ``"weight"``.
@@ -115,7 +115,8 @@ class Chooser:
     ``with chooser:`` use this chooser, in this thread only. All other forwards use ``sdgp.chooser``.
 
     Args:
-        margin: the sparse product must take less than this share of the other product's time; the rest is noise.
+        margin: the sparse product must take less than this share of the other product's time. Smaller
+            differences are measuring errors.
         calls_ms: the call overhead of a pruned backward, in milliseconds. It counts on a CPU if the other product is
             the exact one.
         rounds: how many times each product is timed; the median counts.
@@ -125,6 +126,9 @@ class Chooser:
         timer: ``timer(call, device)`` returns the milliseconds of one call.
         search: whether to look for a faster algorithm of cuSPARSELt than its default, on GPUs. Another algorithm is
             used only after its results were those of the default for random operands of the same size.
+
+    Raises:
+        ValueError: If ``rounds`` or ``limit`` is below 1.
 
     Examples:
         >>> chooser = sdgp.Chooser(rounds=3)
@@ -309,7 +313,7 @@ class Chooser:
             loaded = {_site(json.loads(key)): _decision(value) for key, value in state.items()}
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(
-                f"Chooser: expected what Chooser.state_dict() returned, got an entry that reads wrong: {error}"
+                f"Chooser: expected what Chooser.state_dict() returned, got an entry that cannot be read: {error}"
             ) from error
         self._decisions.update(loaded)
         self.epoch = time.time_ns()

@@ -60,6 +60,9 @@ def convert(
         weight_grad: how to prune the gradient that enters the weight gradients, along rows or output pixels: a
             pattern or (pattern, method), as in ``sdgp.linear`` and ``sdgp.conv2d``. None: weight gradients are exact.
 
+    Returns:
+        ``model``.
+
     Raises:
         ValueError: If an argument is not valid: ``convert: requirement, got actual``. The model is then unchanged.
 
@@ -93,7 +96,13 @@ def convert(
 
 
 def revert(model: _Model) -> _Model:
-    """Turns every converted layer of ``model`` back into a plain layer, in place, and returns ``model``.
+    """Turns every converted layer of ``model`` back into a plain layer, in place: the inverse of ``convert``.
+
+    Args:
+        model: any module; it may be a single layer, and it need not be converted.
+
+    Returns:
+        ``model``.
 
     Raises:
         ValueError: If ``model`` is not valid: ``revert: requirement, got actual``. The model is then unchanged.
@@ -116,6 +125,13 @@ def paused(model: nn.Module) -> Iterator[None]:
     """Makes forwards of ``model`` inside the block record exact gradients, for warm-up steps or the last epochs.
 
     This includes layers that are converted inside the block, but not copies of layers. Pauses may overlap in any order.
+    The forward decides: its backward is exact also after the block.
+
+    Args:
+        model: any module; it may be a single layer.
+
+    Raises:
+        ValueError: If ``model`` is not an ``nn.Module``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
@@ -235,4 +251,4 @@ def _why_unknown(module: nn.Module) -> str:
     if isinstance(module, (nn.Linear, nn.Conv2d, *transformers_conv1d())):
         after = "; convert before fully_shard" if kind.startswith("FSDP") else ""
         return f"{kind} is a subclass that sdgp does not know{after}"
-    return f"only nn.Linear and nn.Conv2d are converted, not {kind}"
+    return f"nn.Linear, nn.Conv2d and transformers' Conv1D are converted, not {kind}"

@@ -76,10 +76,12 @@ class Decision:
 
     @property
     def algorithm(self) -> Algorithm:
+        """The algorithm of cuSPARSELt: ``alg_id``, ``split_k`` and ``split_k_mode``."""
         return Algorithm(self.alg_id, self.split_k, self.split_k_mode)
 
     @property
     def prunes(self) -> bool:
+        """Whether the product prunes: it is ``"dense"`` or ``"sparse"``."""
         return self.product in ("dense", "sparse")
 
     @property

@@ -92,7 +92,9 @@ class PruningLayer(nn.Module):
             ValueError: If ``dense`` is of another class (also a subclass): ``from_dense: requirement, got actual``.
         """
         if type(dense) is not cls._plain:
-            raise ValueError(f"from_dense: expected an nn.{cls._plain.__name__}, got {type(dense).__name__}")
+            raise ValueError(
+                f"from_dense: expected a {cls._plain.__module__}.{cls._plain.__qualname__}, got {type(dense).__name__}"
+            )
         return cls.sharing(dense, Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
 
     @classmethod

@@ -56,7 +56,7 @@ def pruning_layers(op: str, model: object) -> dict[PruningLayer, str]:
     """Returns the converted layers of a model and their names.
 
     Raises:
-        ValueError: if the model has no converted layer, unless an empty plan converted it. The message reads
+        ValueError: If the model has no converted layer, unless an empty plan converted it. The message reads
             ``op: requirement, got actual``.
     """
     check_module(op, model)

@@ -42,7 +42,7 @@ class Norm(NamedTuple):
         """Returns the norm over the model's parameters that require a gradient and, if given, ``optimizer`` trains.
 
         Raises:
-            ValueError: if there is no such parameter, or the optimizer has parameters of another model. The message
+            ValueError: If there is no such parameter, or the optimizer has parameters of another model. The message
                 reads ``op: requirement, got actual``.
         """
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

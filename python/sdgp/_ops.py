@@ -78,7 +78,7 @@ def compress_nm(
 
     The values of a group are in ascending order of their index within the group. If fewer than n values stay, pruned
     places with the lowest indices fill the group, with value 0. Slots that a shorter last group cannot fill get value 0
-    and index 0.
+    and index 0. The dtypes are those of ``prune_nm``.
 
     Args:
         input, n, m, dim, method, seed: as in ``prune_nm``.

@@ -19,6 +19,8 @@ MAX_GROUP_SIZE: int = C.max_group_size
 class Pattern(NamedTuple):
     """An N:M pattern: at most ``n`` of every ``m`` consecutive values stay, ``1 <= n <= m <= 64``.
 
+    Only ``parse`` checks the numbers.
+
     Examples:
         >>> sdgp.Pattern.parse("2:4")
         Pattern(n=2, m=4)

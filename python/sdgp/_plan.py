@@ -27,6 +27,7 @@ class Candidate(NamedTuple):
     Attributes:
         layer: the name of the layer in the model.
         gradient: ``"data"`` or ``"weight"``.
+        pattern, method: how this candidate prunes, such as ``"8:16"`` and ``"mvue"``.
         shape: the shape of the output gradient.
         exact_ms, sparse_ms: milliseconds per step of the exact and the sparse product. ``sparse_ms`` is None if the
             sparse product was not measured.

@@ -35,7 +35,7 @@ def plot(
         window: the number of records in the mean. A ``Plan`` ignores it.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``plot: requirement, got actual``.
+        ValueError: If an argument is invalid. The message reads ``plot: requirement, got actual``.
         ImportError: if matplotlib is not installed.
 
     Examples:

@@ -58,7 +58,7 @@ class Profile(list[LayerProfile]):
     step_ms: float
 
     def __str__(self) -> str:
-        head = ("layer", "gradient", "pattern", "exact ms", "pruned + dense ms", "sparse ms", "share", "product")
+        head = ("layer", "shape", "pattern", "exact ms", "pruned + dense ms", "sparse ms", "share", "product")
         table = [
             (
                 row.layer,
@@ -106,13 +106,13 @@ def profile(
         A ``Profile``, which is a list of ``LayerProfile``.
 
     Raises:
-        ValueError: if an argument is invalid, or an optimizer steps in the backward. The message reads
+        ValueError: If an argument is invalid, or an optimizer steps in the backward. The message reads
             ``profile: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)), "2:4")
         >>> result = sdgp.profile(model, torch.randn(8, 64))  # doctest: +ELLIPSIS
-        layer | gradient | pattern | exact ms | pruned + dense ms | sparse ms | share | product
+        layer | shape   | pattern | exact ms | pruned + dense ms | sparse ms | share | product
         ...
     """
     layers = pruning_layers("profile", model)

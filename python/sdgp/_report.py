@@ -20,6 +20,7 @@ class Row(NamedTuple):
     """One layer in a ``Report``. A layer whose weight gradient may be pruned has a second row for it.
 
     Attributes:
+        layer, type: the name of the layer in the model, and its class.
         gradient: ``"data"`` or ``"weight"``.
         pattern, method, backend: empty if the layer is plain.
         product: the product that computes the gradient: ``"plain"`` (the original layer's), ``"exact"`` (not pruned),
@@ -72,6 +73,12 @@ def report(model: nn.Module) -> Report:
     The product is that of the last backward, unless the layer is now kept exact (``sdgp.paused``, ``sdgp.Schedule``,
     ``sdgp.watch``). Tools that accept only the class ``nn.Linear`` or ``nn.Conv2d`` itself, such as eager
     quantization, skip converted layers: call ``sdgp.revert`` first.
+
+    Args:
+        model: any module. Modules without weights to multiply by have no row.
+
+    Returns:
+        A ``Report``, which is a list of ``Row`` and prints as a table.
 
     Raises:
         ValueError: If ``model`` is not an ``nn.Module``.

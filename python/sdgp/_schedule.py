@@ -51,7 +51,7 @@ class Schedule:
         count: the number of units that are over.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``Schedule: requirement, got actual``.
+        ValueError: If an argument is invalid. The message reads ``Schedule: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")
@@ -106,7 +106,11 @@ class Schedule:
         self.seek(self.count + 1)
 
     def seek(self, count: int) -> None:
-        """Moves the schedule to the state after ``count`` calls of ``step``, for loops that keep their own count."""
+        """Moves the schedule to the state after ``count`` calls of ``step``, for loops that keep their own count.
+
+        Raises:
+            ValueError: If ``count`` is negative.
+        """
         if count < 0:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count
@@ -146,7 +150,11 @@ class Schedule:
         return {"count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restores the position that ``state_dict`` returned."""
+        """Restores the position that ``state_dict`` returned.
+
+        Raises:
+            ValueError: If ``state`` is not the state of a schedule.
+        """
         if set(state) != {"count"}:
             raise ValueError(f'Schedule: expected a state_dict with "count", got {sorted(state)}')
         self.seek(state["count"])

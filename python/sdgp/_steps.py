@@ -87,7 +87,7 @@ class Steps:
         step()  # warms up
         device = next(iter(self.norm.scales)).device
         self.memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self.rounds))
-        # Without AVX-512, PyTorch's bfloat16 products on x86 take some twenty times as long.
+        # Without AVX-512, PyTorch's bfloat16 products on x86 take about twenty times as long.
         if device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability():
             self.bfloat16_saved = self._saved_by_bfloat16(device)
 

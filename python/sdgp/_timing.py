@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Timing for the benchmarks and ``sdgp bench``. This module is not public API.
+"""Timing for ``profile``, ``advise``, ``sdgp bench``, the benchmarks and the study. This module is not public API.
 
 One process runs all candidates one after the other in every round. The result of a candidate is its median.
 """

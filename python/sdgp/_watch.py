@@ -143,7 +143,7 @@ class Watch(Mapping[str, Record]):
         """Restores the state that ``state_dict`` returned.
 
         Raises:
-            ValueError: if ``state`` is not the state of a watch, or names layers that are not in this model.
+            ValueError: If ``state`` is not the state of a watch, or names layers that are not in this model.
         """
         if set(state) != {"step", "set_aside"}:
             raise ValueError(f'watch: expected a state_dict with "step" and "set_aside", got {sorted(state)}')
@@ -304,7 +304,7 @@ def watch(
         at the end of a ``with`` block.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``watch: requirement, got actual``.
+        ValueError: If an argument is invalid. The message reads ``watch: requirement, got actual``.
 
     Examples:
         >>> model = sdgp.convert(torch.nn.Linear(64, 64), "2:4", backend="pruned")

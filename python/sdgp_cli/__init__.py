@@ -32,7 +32,7 @@ _EXAMPLES = """examples:
 """
 
 _DOCTOR = "what is installed, loaded and usable; a self-test of each op; exit status 1 where something is wrong"
-_BENCH = "pruning, sparse products and training steps beside plain ones on this machine, with a plot"
+_BENCH = "pruning, sparse products and training steps compared with plain ones on this machine, with a plot"
 _PROFILE = "what converting a model would save on this machine"
 
 _MODELS = """MODEL is
@@ -122,7 +122,7 @@ def installed_version() -> str:
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
     _add_device(command)
-    command.add_argument("--quick", action="store_true", help="fewer shapes and rounds: some seconds, and noisier")
+    command.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a few seconds, and noisier")
     command.add_argument(
         "--out",
         type=Path,
@@ -135,7 +135,7 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 def _add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL")
     command.add_argument("--pattern", default="2:4", metavar="N:M", help="default: %(default)s")
-    command.add_argument("--method", default="mvue", help="of pruning (default: %(default)s)")
+    command.add_argument("--method", default="mvue", help="the pruning method (default: %(default)s)")
     command.add_argument(
         "--weight-grad", metavar="N:M", help="prune the gradient of weight gradients, too, by mvue (default: exact)"
     )
@@ -145,9 +145,9 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     shape.add_argument("--image", type=_count, metavar="SIZE", help="images of 3 x SIZE x SIZE (default: the model's)")
     shape.add_argument("--tokens", type=_count, metavar="LENGTH", help="token ids, N x LENGTH")
     shape.add_argument("--input", type=_shape, metavar="8x3x224x224", help="floats of this shape")
-    command.add_argument("--dtype", help="of model and input (default: float32; on a GPU bfloat16)")
+    command.add_argument("--dtype", help="the dtype of model and input (default: float32; on a GPU bfloat16)")
     command.add_argument("--channels-last", action="store_true", help="the memory format of model and input")
-    command.add_argument("--rounds", type=_count, default=10, help="of measuring; the median counts")
+    command.add_argument("--rounds", type=_count, default=10, help="timing rounds; the result is their median")
     command.add_argument(
         "--advise",
         action="store_true",
@@ -158,7 +158,7 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
-    command.add_argument("--threads", type=_count, help="of the CPU (default: torch's)")
+    command.add_argument("--threads", type=_count, help="the number of CPU threads (default: torch's)")
 
 
 def _count(text: str) -> int:

@@ -51,12 +51,12 @@ def show(report: Report) -> str:
         "prune_nm: time in clone()s of the same tensor",
         *format_table(("tensor", "pattern", "clone ms", *METHODS), map(_pruning_cells, report["prune_nm"])),
         "",
-        f"data gradient, {METHOD}: the sparse product, pruning included, beside the exact one",
+        f"data gradient, {METHOD}: the sparse product, pruning included, compared with the exact one",
         *format_table(
             ("layer", "pattern", "exact ms", "sparse ms", "times as fast"), map(_product_cells, report["data_gradient"])
         ),
         "",
-        f'training step (forward, backward, SGD), {METHOD}, backend="auto", beside the plain model',
+        f'training step (forward, backward, SGD), {METHOD}, backend="auto", compared with the plain model',
         *format_table(
             (
                 "model",

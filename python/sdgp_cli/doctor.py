@@ -50,11 +50,11 @@ def show(report: Report) -> str:
     lines += ["", "CPU", *_lines(_show_cpu(report["cpu"]), indent="  ")]
     gpus = {row["device"]: _show_gpu(row) for row in report["gpus"]}
     lines += ["", "GPU", *_lines(gpus or {"none": report["no_gpu"]}, indent="  ")]
-    lines += ["", "Self-tests, each op beside sdgp.reference"]
+    lines += ["", "Self-tests, each op compared with sdgp.reference"]
     lines += [f"  {row['op']:<16}{row['device']:<8}{row['state']}: {row['note']}" for row in report["tests"]]
     failed = sum(row["state"] == "failed" for row in report["tests"])
     return "\n".join(
-        [*lines, "", f"{failed} of {len(report['tests'])} self-tests failed" if failed else "All is well."]
+        [*lines, "", f"{failed} of {len(report['tests'])} self-tests failed" if failed else "All self-tests passed."]
     )
 
 

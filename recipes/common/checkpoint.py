@@ -48,7 +48,7 @@ def save(path: Path, weights: Mapping[str, Tensor], training: Mapping[str, Any])
             save_file(tensors, temporary, {"training": skeleton})
             temporary.chmod(0o644)  # safetensors creates files that only the owner can read
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: the path is not UTF-8
-        kept = "the one of the last save stays" if path.exists() else "there is none yet"
+        kept = "the previous checkpoint remains" if path.exists() else "there is none yet"
         raise UserError(f"checkpoint: could not be saved as {path}: {error}; {kept}") from None
 
 

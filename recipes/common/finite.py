@@ -52,10 +52,10 @@ class FiniteCheck:
             # Backward runs from the last layer to the first. If several gradients are bad in one step, the last
             # layer's gradient was bad first.
             name = self._names[len(firsts) - 1 - firsts[::-1].index(first)]
-            message += f"; the gradient of {name} went first, at step {first}"
+            message += f"; the gradient of {name} was the first that was not finite, at step {first}"
         elif self._gradients:
             message += "; every gradient before it was finite: the forward overflowed"
-        raise Diverged(f"{message}. Try a lower lr or a longer warm-up; the last checkpoint is from before")
+        raise Diverged(f"{message}. Try a lower lr or a longer warm-up; the last checkpoint was saved before")
 
 
 def _note(first: Tensor, step: int, finite: Tensor) -> None:

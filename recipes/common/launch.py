@@ -73,15 +73,15 @@ def _parse(doc: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", type=Path, help="TOML files, a later one over an earlier; none: defaults")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="over the files; may be repeated"
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides the files; may be repeated"
     )
     parser.add_argument("--data", type=Path, help="where the data is")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--seeds", type=_count, default=1, help="how many, one run each")
+    parser.add_argument("--seed", type=int, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=_count, default=1, help="the number of seeds, one run for each")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for checkpoints and metrics")
     parser.add_argument("--results", type=Path, help="file that gets a line per finished run; default OUT/RECIPE.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on from each run's checkpoint, where there is one")
     parser.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="evaluate this, train nothing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--threads", type=_count, help="of PyTorch, on a CPU")
+    parser.add_argument("--threads", type=_count, help="the number of PyTorch's CPU threads")
     return parser.parse_args()

@@ -50,9 +50,7 @@ class Settings:
         fixed = [f"method = {self.method}"] if self.method != "plain" else []
         fixed += [f"{name} = {getattr(self, name)}" for name in others if getattr(self, name)]
         if self.budget and fixed:
-            raise UserError(
-                f"config: expected no {fixed[0]} beside budget = {self.budget}, which chooses what to prune"
-            )
+            raise UserError(f"config: expected no {fixed[0]} with budget = {self.budget}, which chooses what to prune")
 
     @property
     def row(self) -> str:

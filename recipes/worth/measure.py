@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Measures what the steps of each arm save on this machine, the proposal of ``sdgp.advise``, and the noise.
 
-    python -m recipes.worth.measure resnet9 --data DIR --machine NAME     # some ten minutes on an idle machine
-    python -m recipes.worth.measure resnet9 --data DIR --noise            # of no machine: how noisy each pattern is
+    python -m recipes.worth.measure resnet9 --data DIR --machine NAME     # about ten minutes on an idle machine
+    python -m recipes.worth.measure resnet9 --data DIR --noise            # the noise of each pattern, on any machine
 
 The program asks for advice after a quarter of the plain run. Steps of the plain model and of its pruned copies take
 turns; the saving is the median of their paired ratios. The noise is the noise that ``sdgp.advise`` measures at each
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--noise", action="store_true", help="measure the noise alone")
     parser.add_argument("--machine", default="this", help="what the results' files call the machine")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for results")
-    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on a CPU")
+    parser.add_argument("--threads", type=int, default=1, help="the number of PyTorch's CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     task = TASKS[args.task]

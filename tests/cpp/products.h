@@ -171,7 +171,7 @@ inline sdgp::Gradient describe_gradient(const Product& p, const sdgp::PruneArgs&
           .sample_stride = channels * pixels,
           .pixel_stride = rows.in_stride == 1 ? channels : 1,
           .channel_stride = rows.in_stride,
-          .by_group = p.groups > 1 && p.size % rows.pruning.m != 0};
+          .by_conv_group = p.groups > 1 && p.size % rows.pruning.m != 0};
 }
 
 struct Sums {

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
         ("lr=-1", "config: expected lr >= 0, got -1.0"),
         ("clip=-1", "config: expected clip >= 0, got -1.0"),
         ("exact_first=3", "config: expected exact_first . exact_last <= epochs, got 3 . 0 > 2"),
-        ("budget=2", "config: expected no method = mvue beside budget = 2, which chooses what to prune"),
+        ("budget=2", "config: expected no method = mvue with budget = 2, which chooses what to prune"),
         ("peak_epoch=2", "config: expected 0 < peak_epoch < epochs = 2, got 2.0"),
         ("classes=10", "--data: expected 10 class folders in .*, got 3"),
     ],
@@ -209,7 +209,9 @@ def test_the_layer_whose_gradient_went_first() -> None:
             for layer in (model[0], model[1]):
                 layer.weight.grad.fill_(torch.inf)
         check.update(step, loss * torch.nan if step > 3 else loss)
-    with pytest.raises(UserError, match=r"got none at step 4; the gradient of 1.weight went first, at step 3\."):
+    with pytest.raises(
+        UserError, match=r"got none at step 4; the gradient of 1.weight was the first that was not finite, at step 3\."
+    ):
         check.check()
 
 

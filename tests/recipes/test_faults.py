@@ -16,6 +16,7 @@ import pytest
 import torch
 from small import ROOT, command, fails, lines, run, saved
 
+import sdgp
 from recipes.common import checkpoint
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
@@ -111,6 +112,7 @@ cp -r "$disk" "$disk.resumed"
 
 
 def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sdgp.chooser.forget()  # a checkpoint contains the measurements of this process
     run(monkeypatch, command("cifar10", tmp_path / "unbroken", images))
     room = saved(tmp_path / "unbroken").stat().st_size * 3 // 2  # fits one checkpoint, but not a second one
     disk = tmp_path / "disk"
@@ -120,7 +122,7 @@ def test_a_full_disk(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     said = done.stderr.splitlines()[-1]
     assert said.startswith(f"cifar10: checkpoint: could not be saved as {disk}/cifar10/mvue_2_4/seed0/")
     assert "No space left on device" in said
-    assert said.endswith("; the one of the last save stays")
+    assert said.endswith("; the previous checkpoint remains")
     assert checkpoint.load(saved(tmp_path / "disk.full")).training["step"] == 3
     assert not list((tmp_path / "disk.full").rglob("*.tmp"))
     weights = [checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "disk.resumed")]

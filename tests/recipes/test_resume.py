@@ -174,7 +174,7 @@ def test_a_failed_save_leaves_the_last(tmp_path: Path) -> None:
         [sys.executable, "-c", FULL_DISK, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith(f"checkpoint: could not be saved as {path}: ")
-    assert done.stdout.endswith("; the one of the last save stays\n")
+    assert done.stdout.endswith("; the previous checkpoint remains\n")
     weights, training = checkpoint.load(path)
     assert torch.equal(weights["weight"], torch.arange(10.0))
     assert training == {"step": 1}

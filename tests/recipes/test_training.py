@@ -24,7 +24,7 @@ from recipes.common import checkpoint
 from recipes.common.process import derive_seed
 from recipes.imagenet.train import Config as ImageNetConfig
 from recipes.imagenet.train import add_blurpool, resolution
-from recipes.lm import noise
+from recipes.lm import gradient_error
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -93,21 +93,21 @@ def test_classify_starts_from_a_gpt(images: Path, tmp_path: Path, monkeypatch: p
     assert "expected a folder of folders" in fails(monkeypatch, [*other, "--data", str(tmp_path / "missing")])
 
 
-def test_noise(
+def test_gradient_error(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["noise"])
-    noise.main()
+    monkeypatch.setattr(sys, "argv", ["gradient_error"])
+    gradient_error.main()
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head == "| layer | mvue 2:4 | mvue 4:8 | mvue 4:32 | magnitude 2:4 | rescale 2:4 |"
     assert len(rows) == 6 * 4
     gradient, weight = torch.tensor([[4.0, 3.0, 2.0, 1.0]]), torch.eye(4)
-    assert noise.error(gradient, weight, "2:4", "magnitude") == pytest.approx((5 / 30) ** 0.5)
-    assert noise.error(gradient, weight, "4:4", "mvue") == 0
+    assert gradient_error.error(gradient, weight, "2:4", "magnitude") == pytest.approx((5 / 30) ** 0.5)
+    assert gradient_error.error(gradient, weight, "4:4", "mvue") == 0
     run(
         monkeypatch, command("gpt", tmp_path, images, "--set", "size=small", "--set", "epochs=1", "--set", "warmup=0.5")
     )
-    run(monkeypatch, ["recipes.lm.noise", str(saved(tmp_path))])
+    run(monkeypatch, ["recipes.lm.gradient_error", str(saved(tmp_path))])
     assert len(capsys.readouterr().out.strip().splitlines()) >= 2 + 4 * 4
 
 

@@ -297,6 +297,8 @@ inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, cons
 // row, of one channel of one sample.
 //
 //   input (N, C, H, W) or (C, H, W), weight (out, C / groups, kH, kW)
+//
+// Returns (N, out, H', W') or (out, H', W'). Throws as linear does.
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
                          const torch::nn::functional::Conv2dFuncOptions& options = {},
                          const PruningOptions& pruning = {}) {

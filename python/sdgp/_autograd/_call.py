@@ -196,8 +196,8 @@ def _leaves_python() -> bool:
 
 
 # No plain operator saves a tensor like this. If a checkpoint repeats the forward of a layer that was converted or
-# reverted since, it finds the mark in the place of another tensor. It then raises an error, and mixes nothing up.
-# Hooks that compress what is saved expect numbers, so the mark is one.
+# reverted since, it finds the mark in the place of another tensor. It then raises an error.
+# Hooks that compress saved tensors expect at least one number, so the mark is not empty.
 _MARK = torch.ones(1, dtype=torch.float32, device="cpu")
 
 

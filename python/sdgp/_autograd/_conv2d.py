@@ -43,6 +43,8 @@ def conv2d(
 ) -> Tensor:
     """Applies ``torch.nn.functional.conv2d`` and computes its data gradient from a pruned output gradient.
 
+        dx = the exact data gradient of prune_nm(dy, n, m, dim=1)
+
     A group is m consecutive output channels of one pixel and never crosses a convolution group. The forward and the
     bias gradient are exact. With ``weight_grad``, the weight gradient is also computed from a pruned output gradient.
     There a group is m consecutive output pixels, row by row, of one channel of one sample. The last group may be
@@ -63,6 +65,8 @@ def conv2d(
     Raises:
         ValueError: If an argument is not valid: ``conv2d: requirement, got actual``.
         RuntimeError: If a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
+
+    Source: McDanel, Dinh, Magallanes, "Accelerating DNN Training with Structured Data Gradient Pruning", 2022.
 
     Examples:
         >>> x = torch.randn(2, 3, 8, 8, requires_grad=True)

@@ -63,6 +63,8 @@ def linear(
         ValueError: If an argument is not valid: ``linear: requirement, got actual``.
         RuntimeError: If a pruned gradient is differentiated again. Under ``"auto"`` the gradient is exact then.
 
+    Source: McDanel, Dinh, Magallanes, "Accelerating DNN Training with Structured Data Gradient Pruning", 2022.
+
     Examples:
         >>> x = torch.randn(8, 16, requires_grad=True)
         >>> sdgp.linear(x, torch.randn(32, 16), pattern="2:4", backend="pruned").sum().backward()

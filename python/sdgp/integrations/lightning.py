@@ -40,7 +40,7 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
             with logging turned off. Metrics that ``training_step`` itself updates count these calls too.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
+        ValueError: If an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
             training also raises the errors of ``convert`` and ``Schedule``.
 
     Examples:

@@ -31,7 +31,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
             chooses what to prune and when. The model must return its loss, and batches must have at least two samples.
 
     Raises:
-        ValueError: if an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
+        ValueError: If an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
             training also raises the errors of ``convert`` and ``Schedule``.
 
     Examples:

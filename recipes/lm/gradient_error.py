@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Measures the error of pruning in the data gradient of each layer of a GPT on one batch, relative to the exact norm.
 
-python -m recipes.lm.noise runs/gpt/plain/seed0/checkpoint.safetensors
-python -m recipes.lm.noise                                                # of an untrained network
+python -m recipes.lm.gradient_error runs/gpt/plain/seed0/checkpoint.safetensors
+python -m recipes.lm.gradient_error                                                # of an untrained network
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main() -> None:
             model.load_state_dict(weights)
         text = load_text(args.data, config.context + 1).train
     except (UserError, RuntimeError) as problem:
-        sys.exit(f"noise: {problem}")
+        sys.exit(f"gradient_error: {problem}")
     print("| layer | " + " | ".join(f"{method} {pattern}" for pattern, method in COLUMNS) + " |")
     print("|---" * (1 + len(COLUMNS)) + "|")
     for name, (gradient, weight) in sorted(gradients(model, config, text, world).items()):
