@@ -17,7 +17,7 @@
 namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kPrunedElements = 8192;  // elements that are pruned at a time, into the L1 cache
-constexpr int64_t kNeighbours = 64;        // output channels at a time, if they lie side by side
+constexpr int64_t kNeighbours = 128;       // output channels at a time, if they lie side by side
 constexpr int64_t kWeightRows = 768;       // output channels of a chunk
 
 // Units are chunks of output channels x convolution groups x parts of the panels. The division changes no result: every
