@@ -2,6 +2,7 @@
 """Measures what the steps of each arm save on this machine, the proposal of ``sdgp.advise``, and the noise.
 
     python -m recipes.worth.measure resnet9 --data DIR --machine NAME     # about ten minutes on an idle machine
+    python -m recipes.worth.measure resnet9 --data DIR --machine NAME --keep-plan     # the steps again, as stored
     python -m recipes.worth.measure resnet9 --data DIR --noise            # the noise of each pattern, on any machine
 
 The program asks for advice after a quarter of the plain run. Steps of the plain model and of its pruned copies take
@@ -37,6 +38,7 @@ from .tasks import TASKS, Parts, Task
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 8
+_PREDICTED = ("verdict", "saved", "noise", "net")
 _KEPT = ("saved", "saved_low", "saved_high", "noise", "bfloat16_saved", "plain_ms", "layers_sparse", "weights_sparse")
 
 
@@ -119,6 +121,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="where the recipe finds its data")
     parser.add_argument("--rounds", type=int, default=30, help="steps of each arm")
     parser.add_argument("--noise", action="store_true", help="measure the noise alone")
+    parser.add_argument("--keep-plan", action="store_true", help="measure the steps again, with the stored plan")
     parser.add_argument("--machine", default="this", help="what the results' files call the machine")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for results")
     parser.add_argument("--threads", type=int, default=1, help="the number of PyTorch's CPU threads")
@@ -136,15 +139,23 @@ def main() -> None:
             points.append(point)
         _write(args.results / f"{args.task}-noise.json", _with_machine(points))
         return
-    plan = advice(task, data)
-    print(plan, flush=True)
-    path = args.results / f"{args.task}-plan-{args.machine}.json"
-    path.unlink(missing_ok=True)
-    if plan:
-        _write(path, dict(plan))
-    saved = savings(task, data, args.rounds, plan)
-    result = _with_machine(saved) | {"verdict": plan.verdict, "saved": plan.saved, "noise": plan.noise, "net": plan.net}
-    _write(args.results / f"{args.task}-saved-{args.machine}.json", result)
+    plan_path = args.results / f"{args.task}-plan-{args.machine}.json"
+    saved_path = args.results / f"{args.task}-saved-{args.machine}.json"
+    if args.keep_plan:
+        try:
+            plan = json.loads(plan_path.read_text(encoding="utf-8"))
+            stored = json.loads(saved_path.read_text(encoding="utf-8"))
+        except OSError as error:
+            sys.exit(f"worth: --keep-plan: expected a stored plan, got none: {error}")
+        predicted = {key: stored[key] for key in _PREDICTED}
+    else:
+        advised = advice(task, data)
+        print(advised, flush=True)
+        plan, predicted = dict(advised), {key: getattr(advised, key) for key in _PREDICTED}
+        plan_path.unlink(missing_ok=True)
+        if plan:
+            _write(plan_path, plan)
+    _write(saved_path, _with_machine(savings(task, data, args.rounds, plan)) | predicted)
 
 
 def _with_machine(result: Any) -> dict[str, Any]:
