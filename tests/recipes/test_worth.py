@@ -75,6 +75,14 @@ def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.
     assert saved["machine"]["isa"]
     assert saved["verdict"] == "nothing pays here: every layer is too small at this batch size"
     assert not (tmp_path / "resnet9-plan-x.json").exists()
+    with pytest.raises(SystemExit, match="worth: --keep-plan: expected a stored plan, got none"):
+        run(monkeypatch, measure, *words, "--machine", "x", "--keep-plan")
+    (tmp_path / "resnet9-plan-x.json").write_text('{"1.0": ["2:4", "mvue"]}')
+    run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x", "--keep-plan")
+    again = json.loads((tmp_path / "resnet9-saved-x.json").read_text())
+    assert set(again["result"]) == {"4:8 + 4:8", "plan"}
+    assert again["verdict"] == saved["verdict"]
+    assert json.loads((tmp_path / "resnet9-plan-x.json").read_text()) == {"1.0": ["2:4", "mvue"]}
     run(monkeypatch, measure, *words, "--noise")
     points = json.loads((tmp_path / "resnet9-noise.json").read_text())["result"]
     assert [point["step"] for point in points] == [0, 4]
