@@ -205,13 +205,13 @@ def test_a_file_that_does_not_import(tmp_path: Path, command: Command) -> None:
     )
 
 
-def test_a_file_imports_its_neighbours(tmp_path: Path, command: Command) -> None:
+def test_a_file_imports_its_neighbors(tmp_path: Path, command: Command) -> None:
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "neighbour.py").write_text("width = 8")
+    (tmp_path / "code" / "neighbor.py").write_text("width = 8")
     # The file has the name of a library. The library must stay importable.
     (tmp_path / "code" / "json.py").write_text(
-        "import neighbour\nfrom torch import nn\n"
-        "def build(): return nn.Sequential(nn.Linear(neighbour.width, 8), nn.Linear(8, 8))"
+        "import neighbor\nfrom torch import nn\n"
+        "def build(): return nn.Sequential(nn.Linear(neighbor.width, 8), nn.Linear(8, 8))"
     )
     assert report(command, *["profile", "code/json.py:build", "--input", "4x8", "--rounds", "1"])["layers"]
     assert sys.modules["json"] is json

@@ -200,7 +200,7 @@ def test_spans_and_pairs(kernels: ctypes.CDLL, pattern: tuple[int, int], method:
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("m", [15, 16, 17, 32, 33, 64])
-def test_neighbouring_rows_of_every_group_size(kernels: ctypes.CDLL, m: int, method: str) -> None:
+def test_neighboring_rows_of_every_group_size(kernels: ctypes.CDLL, m: int, method: str) -> None:
     """No row may be left out. Two rows of 16-bit floats share a thread, but only up to a group size of 16."""
     for x, dim in ((torch.randn(2, 70, 4, 6), 1), (torch.randn(130, 8), 0)):
         seed = draw_seed()

@@ -19,7 +19,7 @@ FORCED = ("pruned", "dense", "sparse")
 
 
 class Marked(Tensor):
-    """A subclass with PyTorch's default behaviour, like torchvision's images."""
+    """A subclass with PyTorch's default behavior, like torchvision's images."""
 
 
 class Logged(Tensor):

@@ -133,9 +133,9 @@ def test_mvue_is_unbiased_in_every_dtype(n: int, m: int, dtype: torch.dtype) -> 
 def test_mvue_draws_groups_independently() -> None:
     x = torch.tensor([3.0, 1.0, 2.0, 1.5]).expand(DRAWS, -1)
     kept = (sdgp.prune_nm(x, 2, 4, method="mvue", seed=seed(6)) != 0).double()
-    centred = kept - kept.mean(0)
+    centered = kept - kept.mean(0)
     for lag in (1, 2, 8, 1024):
-        correlation = (centred[:-lag].t() @ centred[lag:]) / DRAWS / torch.outer(kept.std(0), kept.std(0))
+        correlation = (centered[:-lag].t() @ centered[lag:]) / DRAWS / torch.outer(kept.std(0), kept.std(0))
         assert correlation.abs().max() < 4.5 / DRAWS**0.5
 
 

@@ -40,10 +40,10 @@ inline BlockPlan make_block_plan(const PruneArgs& args) {
   plan.groups = ceil_div(args.size, args.pruning.m);
   plan.group_step = plan.groups;
   const int64_t tile = range_of(args.dtype, Method::kMagnitude).lanes;
-  // Small samples share a block. If samples are neighbours in memory, a narrow block would read only parts of cache
+  // Small samples share a block. If samples are neighbors in memory, a narrow block would read only parts of cache
   // lines.
-  const bool neighbours = plan.sample_dim >= 0 && args.dims[plan.sample_dim].out_stride == 1;
-  plan.sample_step = at_least(kUnitElements / at_least(per_sample, 1), neighbours ? kNarrowest : 1);
+  const bool neighbors = plan.sample_dim >= 0 && args.dims[plan.sample_dim].out_stride == 1;
+  plan.sample_step = at_least(kUnitElements / at_least(per_sample, 1), neighbors ? kNarrowest : 1);
   if (args.dim_per_factor && per_sample > kBlockElements) {
     // Narrow blocks, but wide enough that the groups of a row still fill a tile.
     const int64_t wanted = 1 + kBlockElements / (per_sample / plan.groups + 1);

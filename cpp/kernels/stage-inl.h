@@ -86,7 +86,7 @@ __attribute__((noinline)) void copy_box(T* to, const Strides& to_strides, const 
   }
 }
 
-// Neighbouring rows (along the innermost of the other dimensions) times consecutive groups of each. Lanes are numbered
+// Neighboring rows (along the innermost of the other dimensions) times consecutive groups of each. Lanes are numbered
 // in memory order.
 struct Piece {
   Row first;  // element offsets and group index of the first group

@@ -17,7 +17,7 @@
 namespace sdgp::SDGP_ISA {
 
 constexpr int64_t kPrunedElements = 8192;  // elements that are pruned at a time, into the L1 cache
-constexpr int64_t kNeighbours = 128;       // output channels at a time, if they lie side by side
+constexpr int64_t kNeighbors = 128;        // output channels at a time, if they lie side by side
 constexpr int64_t kWeightRows = 768;       // output channels of a chunk
 
 // Units are chunks of output channels x convolution groups x parts of the panels. The division changes no result: every
@@ -180,7 +180,7 @@ class WeightGrad {
       }
     }
     const Gradient& gradient = args_.gradient;
-    const int64_t least = gradient.pixel_stride == 1 ? 1 : kNeighbours;
+    const int64_t least = gradient.pixel_stride == 1 ? 1 : kNeighbors;
     const int64_t piece = at_least(kPrunedElements / size, least);
     Word* pruned = pruned_.reserve(piece * size + kKeep);
     const int64_t span = (last - 1)->end - first->begin;

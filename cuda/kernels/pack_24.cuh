@@ -10,7 +10,7 @@
 // layout. Elements beyond the matrix, up to whole tiles, count as zeros.
 //
 // Two quads are packed at a time (Note [Pairs of groups]). If columns and not rows are contiguous in memory (the output
-// gradient, transposed for the weight gradient), a thread takes the same elements of two neighbouring rows, so that a
+// gradient, transposed for the weight gradient), a thread takes the same elements of two neighboring rows, so that a
 // warp reads consecutive memory, and the values go through shared memory, too.
 #pragma once
 
@@ -166,7 +166,7 @@ SDGP_HOST_DEVICE void pack_values(const PackArgs& args, const Pruning& mixed, in
 constexpr int kRowWords = kTileCols / 4;     // of the values in a tile
 constexpr int kSharedWords = kRowWords + 1;  // one more: only two rows of a warp begin in the same bank
 
-// Prunes and packs kSpan elements of two neighbouring rows. pair[j] holds element j of both. `values` and `nibbles` are
+// Prunes and packs kSpan elements of two neighboring rows. pair[j] holds element j of both. `values` and `nibbles` are
 // those of the first row; the second one follows in the tables.
 template <class C, Method kMethod, int kM, int kSpan>
 SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int left, uint64_t first_group,
@@ -216,7 +216,7 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
   }
 }
 
-// Loads kSpan elements of two neighbouring rows, or as many as are in the matrix, and zeros.
+// Loads kSpan elements of two neighboring rows, or as many as are in the matrix, and zeros.
 template <class Bits, int kSpan>
 SDGP_HOST_DEVICE void load_pairs(const Bits* from, int64_t stride, int left, int rows, bool aligned, uint32_t* pair) {
   if (aligned && rows == 2 && left == kSpan) {

@@ -112,7 +112,7 @@ inline int compiled_size(int m) {
 // What one thread takes. 16-bit types have all three, for some methods and group sizes.
 enum class Share {
   kGroup,    // one group
-  kTwoRows,  // the same group of two neighbouring rows, which one 4-byte access moves
+  kTwoRows,  // the same group of two neighboring rows, which one 4-byte access moves
   kSpan,     // kSpanSize consecutive elements, which are whole groups, in vectors of 16 bytes
 };
 

@@ -3,10 +3,10 @@
 // One thread's work in prune_nm: load its groups, prune them, store them.
 //
 // Note [Thread layout]
-// A thread owns whole groups, so no thread waits for another. If groups are neighbours in memory (the last dimension,
+// A thread owns whole groups, so no thread waits for another. If groups are neighbors in memory (the last dimension,
 // channels_last), a thread reads its group in vectors of up to 16 bytes, and a warp's accesses are consecutive. If rows
-// are neighbours in memory (NCHW along C), one access of a warp takes element j of 32 neighbouring rows. For 16-bit
-// types, instructions and not memory limit the speed. There a thread takes two rows, or several neighbouring groups
+// are neighbors in memory (NCHW along C), one access of a warp takes element j of 32 neighboring rows. For 16-bit
+// types, instructions and not memory limit the speed. There a thread takes two rows, or several neighboring groups
 // that fill two vectors: it finds its place once for all of them, and selects in two groups at a time. One access of a
 // warp then takes every other 16 bytes.
 #pragma once

@@ -7,9 +7,9 @@
 //
 // Note [Partial sums]
 // A warp takes one sample and a stretch of the positions or groups that its sums run over. With one factor per channel,
-// the 32 lanes are neighbouring groups, and each lane runs through the positions of the stretch. If rows are neighbours
-// in memory, the lanes are instead neighbouring positions of one group, and their sums are added at the end. With one
-// factor per row, the lanes are neighbouring groups of the row, and their sums are added at the end.
+// the 32 lanes are neighboring groups, and each lane runs through the positions of the stretch. If rows are neighbors
+// in memory, the lanes are instead neighboring positions of one group, and their sums are added at the end. With one
+// factor per row, the lanes are neighboring groups of the row, and their sums are added at the end.
 #pragma once
 
 #include <limits>
@@ -54,7 +54,7 @@ inline SumParams plan_sums(const PruneArgs& args) {
   params.positions = 1;
   params.samples = 1;
   params.factors_per_sample = args.dim_per_factor ? args.size : 1;
-  int64_t row_stride = INT64_MAX;  // of neighbouring rows
+  int64_t row_stride = INT64_MAX;  // of neighboring rows
   for (int d = 0; d < args.ndim; ++d) {
     const Dim& dim = args.dims[d];
     if (dim.per_factor) {

@@ -81,8 +81,8 @@ def val_batches(part: Part, config: Config, world: World) -> Iterator[tuple[Tens
         yield from _ffcv(part, mine, config, world, config.eval_resolution, augment=False)
     else:
         resize = v2.Resize(round(config.eval_resolution / _CROP), antialias=True)
-        centre = v2.Compose([resize, v2.CenterCrop(config.eval_resolution)])
-        yield from _workers(_Decoded(part.listing, centre, 0), [batch.tolist() for batch in mine], config, world)
+        center = v2.Compose([resize, v2.CenterCrop(config.eval_resolution)])
+        yield from _workers(_Decoded(part.listing, center, 0), [batch.tolist() for batch in mine], config, world)
 
 
 class _Decoded(Dataset[tuple[Tensor | None, int, str]]):
