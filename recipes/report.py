@@ -88,9 +88,10 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         first = members[0]
         recipe, config = first["recipe"], first["config"]
         main, value = ("model", config["model"]) if config.get("model") else (_MAIN[recipe], config[_MAIN[recipe]])
-        runs: dict[str, list[Line]] = defaultdict(list)
+        newest: dict[str, dict[int, Line]] = defaultdict(dict)  # of two runs with the same seed, the later one
         for line in members:
-            runs[_row(line)].append(line)
+            newest[_row(line)][line["seed"]] = line
+        runs = {row: list(lines.values()) for row, lines in newest.items()}
         as_published = recipe == "imagenet" or (recipe == "cifar10" and config["width"] == _PUBLISHED_WIDTH)
         name = f"imagenet {config['net']}" if recipe == "imagenet" else recipe
         processor = first["machine"]["cpu"] if first["device"] == "cpu" else first["device"]
@@ -186,7 +187,7 @@ def plot(group: Group, path: Path) -> None:
         lowest, highest = ([f(values) for values in zip(*curves, strict=True)] for f in (min, max))
         right.fill_between(epochs, lowest, highest, color=line.get_color(), alpha=0.15, linewidth=0)
         last += means[len(means) // 3 :]
-    margin = 0.1 * (max(last) - min(last))
+    margin = 0.1 * (max(last) - min(last)) or 1.0
     right.set(xlabel="epoch", ylabel=name, ylim=(min(last) - margin, max(last) + margin))
     for axes in (left, right):
         axes.grid(alpha=0.3)

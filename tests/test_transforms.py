@@ -292,3 +292,23 @@ def test_feature_extraction(backend: str) -> None:
     features = create_feature_extractor(sdgp.convert(model, "2:4", backend=backend), {"layer2": "out"})
     torch.testing.assert_close(features(x)["out"], expected)
     assert any(isinstance(module, sdgp.Conv2d) for module in features.modules())
+
+
+def test_ops_refuse_tangents() -> None:
+    """PyTorch would take the derivative of an op without a rule as zero."""
+    x = torch.randn(4, 8)
+    values, indices = sdgp.compress_nm(x, 2, 4)
+    calls: dict[str, Callable[[Tensor], Any]] = {
+        "prune_nm": lambda x: sdgp.prune_nm(x, 2, 4),
+        "compress_nm": lambda x: sdgp.compress_nm(x, 2, 4)[0],
+        "decompress_nm": lambda x: sdgp.decompress_nm(x[:, :4], indices, 4, 8),
+        "spmm_nm": lambda x: sdgp.spmm_nm(values, indices, 4, x.t()[:, :3].contiguous()),
+    }
+    for op, call in calls.items():
+        message = f"{op}: expected no forward-mode differentiation .*, got a tangent"
+        with pytest.raises(RuntimeError, match=message):
+            jvp(call, (x,), (torch.ones_like(x),))
+        with pytest.raises(RuntimeError, match=message):
+            jacfwd(call)(x)
+    with torch.autograd.forward_ad.dual_level():
+        assert sdgp.prune_nm(x, 2, 4).shape == x.shape  # x has no tangent

@@ -6,8 +6,8 @@
 // Note [Packing]
 // After prune_nm, the kept values are the elements that are not +0, at most n per group. Pruned elements with the
 // lowest indices fill the group up to n. Eight elements are packed at a time: their mask bits select one of 256
-// permutations, which moves the kept elements to the front. Whole vectors are stored; the next store overwrites what
-// lies beyond the kept elements.
+// permutations, which moves the kept elements to the front. AVX-512 instead compresses 16 elements of 32 bits. Whole
+// vectors are stored; the next store overwrites what lies beyond the kept elements.
 #pragma once
 
 #include "pruned_rows-inl.h"

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from . import _fakes as _fakes
@@ -67,6 +68,7 @@ def prune_nm(
         >>> sdgp.prune_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         tensor([ 3.,  0.,  0., -4.])
     """
+    _refuse_tangents("prune_nm", input)
     result: Tensor = torch.ops.sdgp.prune_nm(input, n, m, dim, method, _seed(input, method, seed))
     return result
 
@@ -101,6 +103,7 @@ def compress_nm(
         >>> sdgp.compress_nm(torch.tensor([3.0, -1.0, 0.5, -4.0]), 2, 4)
         (tensor([ 3., -4.]), tensor([0, 3], dtype=torch.uint8))
     """
+    _refuse_tangents("compress_nm", input)
     values, indices = torch.ops.sdgp.compress_nm(input, n, m, dim, method, _seed(input, method, seed))
     return values, indices
 
@@ -125,6 +128,7 @@ def decompress_nm(values: Tensor, indices: Tensor, m: int, size: int, dim: int =
         >>> sdgp.decompress_nm(values, indices, 4, 4)
         tensor([ 3.,  0.,  0., -4.])
     """
+    _refuse_tangents("decompress_nm", values)
     result: Tensor = torch.ops.sdgp.decompress_nm(values, indices, m, size, dim)
     return result
 
@@ -151,6 +155,7 @@ def spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
         >>> sdgp.spmm_nm(values, indices, 4, torch.eye(4))
         tensor([[ 3.,  0.,  0., -4.]])
     """
+    _refuse_tangents("spmm_nm", values, dense)
     result: Tensor = torch.ops.sdgp.spmm_nm(values, indices, m, dense)
     return result
 
@@ -267,6 +272,21 @@ def pack_24(
     """
     packed: Tensor = torch.ops.sdgp._pack_24(input, n, m, method, _seed(input, method, seed), layout)
     return packed
+
+
+def _refuse_tangents(op: str, *tensors: Tensor) -> None:
+    """Raises an error in forward-mode differentiation, where PyTorch would take a derivative of zero."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    unpack: Any = forward_ad.unpack_dual
+    try:
+        found = any(unpack(tensor).tangent is not None for tensor in tensors)
+    except RuntimeError:  # vmap inside the differentiation has no rule for it
+        return
+    if found:
+        raise RuntimeError(
+            f"{op}: expected no forward-mode differentiation (jvp, jacfwd), got a tangent; use torch.autograd.grad"
+        )
 
 
 def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:

@@ -18,7 +18,7 @@ class Config(ImageSettings):
     net: Literal["resnet", "vit"] = "resnet"  # the published network, or a vision transformer trained with AdamW
     width: Count = 128  # channels of the first convolution, or values per patch
     epochs: Count = 150
-    batch_size: int = 512
+    batch_size: Count = 512
     lr: NonNegative = 0.5
     peak_epoch: float = 5.0
     weight_decay: NonNegative = 5e-4

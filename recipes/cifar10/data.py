@@ -64,6 +64,9 @@ def load(config: Config, folder: Path | None, world: World) -> Cifar:
     for part, images in zip(("train", "test"), parts, strict=True):
         if int(images.labels.max()) >= config.classes:
             raise UserError(f"--data: expected {config.classes} classes, got {int(images.labels.max()) + 1} in {part}")
+    counts = [len(images.labels) for images in parts]
+    if counts != [50000, 10000]:
+        name += f", {counts[0]} + {counts[1]} images"
     return Cifar(name, *(Images(*(tensor.to(world.device) for tensor in part)) for part in parts))
 
 

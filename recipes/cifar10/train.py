@@ -169,6 +169,8 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
 
 def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
     steps = config.steps(config.epoch_size(len(data.train.labels)), world)
+    if config.cutout > (size := min(data.train.pixels.shape[1:3])):
+        raise UserError(f"config: expected cutout <= {size}, the size of an image, got {config.cutout}")
     torch.manual_seed(seed)
     model = prepare(config, world)
 
@@ -177,12 +179,12 @@ def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> Non
         return validate(model, data.test, config, world) if due else {}
 
     run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
-    if run.fit(
+    run.fit(
         batches=lambda epoch, first: ([batch] for batch in batches(data.train, config, seed, epoch, first, world)),
         forward=partial(classify, label_smoothing=config.label_smoothing),
         validate=validated,
-    ):
-        run.finish("cifar10", data.name, "top1", "test_loss")
+    )
+    run.finish("cifar10", data.name, "top1", "test_loss")
 
 
 def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:

@@ -18,15 +18,16 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["Count", "Natural", "NonNegative", "difference", "load", "tomllib"]
+__all__ = ["Count", "Natural", "NonNegative", "Share", "difference", "load", "tomllib"]
 
 _Config = TypeVar("_Config")
 
 
-# Types with the least value of a setting.
-Count: TypeAlias = Annotated[int, 1]
-Natural: TypeAlias = Annotated[int, 0]
-NonNegative: TypeAlias = Annotated[float, 0]
+# Types with the least and the largest value of a setting.
+Count: TypeAlias = Annotated[int, 1, math.inf]
+Natural: TypeAlias = Annotated[int, 0, math.inf]
+NonNegative: TypeAlias = Annotated[float, 0, math.inf]
+Share: TypeAlias = Annotated[float, 0, 1]
 
 
 def load(cls: type[_Config], files: Iterable[Path], overrides: Iterable[str] = ()) -> _Config:
@@ -87,9 +88,9 @@ def _checked(cls: type, values: Mapping[str, Any], source: str) -> dict[str, Any
 
 
 def _typed(key: str, value: Any, wanted: Any, source: str) -> Any:
-    least = None
+    least, most = -math.inf, math.inf
     if get_origin(wanted) is Annotated:
-        wanted, least = get_args(wanted)
+        wanted, least, most = get_args(wanted)
     if get_origin(wanted) is Literal:
         if value in get_args(wanted):
             return value
@@ -100,6 +101,7 @@ def _typed(key: str, value: Any, wanted: Any, source: str) -> Any:
         raise UserError(f"config: expected {key} to be {wanted.__name__}, got {value!r} ({source})")
     if wanted is float and not math.isfinite(value):
         raise UserError(f"config: expected {key} to be finite, got {value} ({source})")
-    if least is not None and value < least:
-        raise UserError(f"config: expected {key} >= {least}, got {value} ({source})")
+    if wanted in (int, float) and not least <= value <= most:
+        wanted_range = f"{key} >= {least}" if most == math.inf else f"{least} <= {key} <= {most}"
+        raise UserError(f"config: expected {wanted_range}, got {value} ({source})")
     return value

@@ -9,4 +9,16 @@ class UserError(Exception):
 
 
 class Diverged(UserError):
-    """The loss or a gradient is not finite."""
+    """The loss, a gradient or a result is not finite."""
+
+
+class Stopped(Exception):
+    """A signal stopped the run, which has saved a checkpoint.
+
+    Attributes:
+        signal: the number of the signal.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal

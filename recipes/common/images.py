@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .config import Count, NonNegative
+from .config import Count, NonNegative, Share
 from .errors import UserError
 from .process import World
 from .settings import Settings
@@ -26,11 +26,11 @@ RGB = tuple[float, float, float]
 class ImageSettings(Settings):
     """The settings that both image recipes have. Each recipe sets its own values."""
 
-    batch_size: int = 1  # over all processes
+    batch_size: Count = 1  # over all processes
     lr: NonNegative = 1.0
     peak_epoch: float = 0.5  # the learning rate rises from 0 to lr until this epoch, then falls to 0
-    momentum: NonNegative = 0.9
-    label_smoothing: NonNegative = 0.1
+    momentum: Share = 0.9
+    label_smoothing: Share = 0.1
     amp: Literal["off", "bfloat16", "float16"] = "float16"
     channels_last: bool = True
     classes: Count = 10

@@ -14,7 +14,7 @@ import torch
 
 from . import checkpoint, config, process
 from .config import difference
-from .errors import UserError
+from .errors import Stopped, UserError
 from .process import World
 from .record import Job
 from .settings import Settings
@@ -59,6 +59,8 @@ def launch(
                 train(settings, data, seed, world, Job(folder, results, args.resume))
         finally:
             process.stop()
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)  # as a shell reports a program that a signal ended
     except UserError as error:
         sys.exit(f"{recipe}: {error}")
 

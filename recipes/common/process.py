@@ -78,10 +78,11 @@ class Stop:
 
     def __init__(self, world: World, every: int = 10) -> None:
         self._world, self._every, self._asked = world, every, False
+        self.number: int = signal.SIGTERM  # which signal came, if it came to this process
         self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._asked = True
+        self._asked, self.number = True, number
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def asked(self, step: int) -> bool:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .budget import CountedBudget
+from .errors import Diverged, Stopped
 from .finite import FiniteCheck
 from .process import Stop, World, derive_seed
 from .record import Curve, Job, Record
@@ -111,7 +113,7 @@ class Run:
         batches: Callable[[int, int], Iterable[_MicroBatches]],
         forward: Forward,
         validate: Callable[[int], Mapping[str, float]],
-    ) -> bool:
+    ) -> None:
         """Trains from the restored step to the last epoch.
 
         Args:
@@ -119,8 +121,9 @@ class Run:
             forward: from the model, which may be wrapped, input and target. It runs under the config's autocast.
             validate: from the epoch that has ended; what it returns goes into the epoch's line.
 
-        Returns:
-            False if a signal stopped the run before its end.
+        Raises:
+            Stopped: If a signal stopped the run before its end. A checkpoint is saved then.
+            Diverged: If a loss, a gradient or a result is not finite.
         """
         self._budget = self._make_budget(forward)
         first, schedule = self._first, self._config.schedule(self._model)
@@ -132,13 +135,9 @@ class Run:
                 if schedule is not None:
                     schedule.seek(epoch)
                 for step, micro_batches in self._steps(first, batches(epoch, first % self._epoch_steps)):
-                    units = self._step(step, wrapped, micro_batches, forward)
-                    if self._stopped_after_step(step, epoch, units):
-                        return False
+                    self._end_step(step, epoch, self._step(step, wrapped, micro_batches, forward))
                 first = (epoch + 1) * self._epoch_steps
-                if self._stopped_after_epoch(first, epoch, validate(epoch)):
-                    return False
-        return True
+                self._end_epoch(first, epoch, validate(epoch))
 
     def _step(self, step: int, model: nn.Module, micro_batches: _MicroBatches, forward: Forward) -> int:
         """Trains one step. Returns its images or tokens."""
@@ -195,22 +194,23 @@ class Run:
             value = value.detach().double()
             self._pending[name] = self._pending[name] + value if name in self._pending else value
 
-    def _stopped_after_step(self, step: int, epoch: int, units: int) -> bool:
-        """Counts a step's images or tokens. Returns whether a signal asked to stop; the run is saved then."""
+    def _end_step(self, step: int, epoch: int, units: int) -> None:
+        """Counts a step's images or tokens. If a signal asked to stop, saves the run and stops it."""
         self._totals["units"] += units * self._world.size
         self._epoch["units"] = self._epoch.get("units", 0) + units
         self._show(step + 1, epoch)
         if (step + 1) % self._epoch_steps == 0 or not self._stop.asked(step + 1):  # the epoch's end asks again
-            return False
+            return
         self._finite.check()
         self._save(step + 1)
-        self._say_stopped(step + 1)
-        return True
+        self._stop_after(step + 1)
 
-    def _stopped_after_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> bool:
-        """Writes the epoch's line, with the means over its steps, and a checkpoint. Returns whether a signal asked to
-        stop."""
+    def _end_epoch(self, step: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Writes the epoch's line, with the means over its steps, and a checkpoint. Stops if a signal asked for it."""
         self._finite.check()
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name}: expected a finite number, got {value} after epoch {epoch + 1}")
         self._collect()
         names = list(self._epoch)
         sums = self._world.sum(torch.tensor([self._epoch[name] for name in names], device=self._world.device)).tolist()
@@ -230,10 +230,8 @@ class Run:
             said = ", ".join(f"{name} {value:g}" for name, value in line.items())
             self._progress.console.print(f"{self._config.row} seed {self._seed}: {said}", soft_wrap=True)
         self._save(step)
-        if epoch + 1 == self._config.epochs or not self._stop.asked(0):
-            return False
-        self._say_stopped(step)
-        return True
+        if epoch + 1 < self._config.epochs and self._stop.asked(0):
+            self._stop_after(step)
 
     def finish(self, recipe: str, data: str, *metrics: str) -> None:
         """Writes the result line to the run's folder and to the results file, unless they already have it.
@@ -252,9 +250,10 @@ class Run:
         }
         self._record.finish(self._model, recipe, result, self._curve)
 
-    def _say_stopped(self, step: int) -> None:
+    def _stop_after(self, step: int) -> None:
         if self._world.is_first:
             self._progress.console.print(f"stopped after step {step}; go on with --resume")
+        raise Stopped(self._stop.number)
 
     @property
     def _speed(self) -> float:

@@ -46,7 +46,9 @@ class Settings:
                 f"config: expected exact_first + exact_last <= epochs, got {self.exact_first} + {self.exact_last} > "
                 f"{self.epochs}"
             )
-        others = ("plan", "exact_first", "exact_last", "compile")
+        if self.weight_grad and self.method == "plain" and not self.budget:
+            raise UserError(f"config: expected a method with weight_grad = {self.weight_grad}, got method = plain")
+        others = ("plan", "weight_grad", "exact_first", "exact_last", "compile")
         fixed = [f"method = {self.method}"] if self.method != "plain" else []
         fixed += [f"{name} = {getattr(self, name)}" for name in others if getattr(self, name)]
         if self.budget and fixed:
@@ -82,7 +84,9 @@ class Settings:
             )
         except OSError as error:
             raise UserError(f"config: expected plan to be a file, got {self.plan}: {error.strerror}") from None
-        except ValueError as error:  # includes JSONDecodeError
+        except json.JSONDecodeError as error:
+            raise UserError(f"config: expected plan to be JSON, got {self.plan}: {error}") from None
+        except ValueError as error:
             raise UserError(f"config: {error}") from None
 
     def wrap(self, model: nn.Module, world: World) -> nn.Module:

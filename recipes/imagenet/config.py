@@ -16,7 +16,7 @@ class Config(ImageSettings):
 
     net: Literal["resnet18", "resnet50", "regnet_x_400mf"] = "resnet18"
     epochs: Count = 88
-    batch_size: int = 4096
+    batch_size: Count = 4096
     lr: NonNegative = 1.0
     peak_epoch: float = 2.0
     weight_decay: NonNegative = 5e-5  # none on BatchNorm

@@ -98,12 +98,12 @@ def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> 
         return ([batch] for batch in train_batches(data.train, config, seed, epoch, first, size, world))
 
     run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
-    if run.fit(
+    run.fit(
         batches=steps_of,
         forward=partial(classify, label_smoothing=config.label_smoothing),
         validate=lambda epoch: {"resolution": resolution(config, epoch), **accuracy(model, data, config, world)},
-    ):
-        run.finish("imagenet", data.name, "top1")
+    )
+    run.finish("imagenet", data.name, "top1")
 
 
 def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:

@@ -110,12 +110,12 @@ def train(config: Config, classes: Classes, seed: int, world: World, job: Job) -
     torch.manual_seed(seed)
     model = prepare(config, len(classes.texts), world)
     run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    if run.fit(
+    run.fit(
         batches=lambda epoch, first: batches(classes, config, world, config.epoch_steps - first),
         forward=classify,
         validate=lambda epoch: validate(model, classes, config, world),
-    ):
-        run.finish("classify", classes.name, "top1", "test_loss")
+    )
+    run.finish("classify", classes.name, "top1", "test_loss")
 
 
 def evaluate(config: Config, classes: Classes, world: World, weights: dict[str, Tensor]) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..common import checkpoint
-from ..common.config import NonNegative
+from ..common.config import NonNegative, Share
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
@@ -51,7 +51,7 @@ class Config(TextSettings):
     size: Literal["tiny", "small", "medium", "wide", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
     layers: Literal["all", "attention", "mlp"] = "all"  # the layers of the blocks that prune
     weight_decay: NonNegative = 0.1
-    beta2: float = 0.95
+    beta2: Share = 0.95
     shard: bool = False  # FSDP2 instead of DDP
 
 
@@ -135,12 +135,12 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
     torch.manual_seed(seed)
     model = prepare(config, world)
     run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    if run.fit(
+    run.fit(
         batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
         forward=lambda model, tokens, targets: Measured(model(tokens, targets), tokens.numel(), {}),
         validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text.validation, config, world)},
-    ):
-        run.finish("gpt", text.name, "bits_per_byte")
+    )
+    run.finish("gpt", text.name, "bits_per_byte")
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:

@@ -144,12 +144,12 @@ def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None
         if "lora_A" in name:
             nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again, because peft used the seed of the base
     run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    if run.fit(
+    run.fit(
         batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
         forward=lambda model, tokens, targets: Measured(loss_of(model, tokens, targets, config), tokens.numel(), {}),
         validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text, config, world)},
-    ):
-        run.finish("lora", text.name, "bits_per_byte")
+    )
+    run.finish("lora", text.name, "bits_per_byte")
 
 
 def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:

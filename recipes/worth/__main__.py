@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ..common import process
-from ..common.errors import Diverged, UserError
+from ..common.errors import Diverged, Stopped, UserError
 from ..common.files import append_line
 from ..common.record import Job
 from ..common.settings import Settings
@@ -43,6 +43,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     try:
         run(args.task, args.data, range(args.seed, args.seed + args.seeds), args.out, args.results)
+    except Stopped as stopped:
+        sys.exit(128 + stopped.signal)
     except UserError as error:
         sys.exit(f"worth: {error}")
 
@@ -70,8 +72,6 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
                         "config": dataclasses.asdict(config),
                     }
                     append_line(path, json.dumps(line))
-                if (config, seed) not in finished(task, path):
-                    return  # a signal stopped the run
     finally:
         process.stop()
 

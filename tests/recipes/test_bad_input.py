@@ -37,14 +37,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
         ("lr", "--set: expected key=value, got 'lr'"),
         ("pattern=5:4", "config: .*5:4"),
         ("plan=nowhere.json", "config: expected plan to be a file, got nowhere.json"),
-        ("plan=README.md", "config: Expecting value"),
+        ("plan=README.md", "config: expected plan to be JSON, got README.md: Expecting value"),
+        ("method=plain weight_grad=2:4", "config: expected a method with weight_grad = 2:4, got method = plain"),
         ("epoch_images=25", "config: expected 0 <= epoch_images <= 24 images, got 25"),
         ("validate_every=0", "config: expected validate_every >= 1, got 0"),
         ("batch_size=1000", "config: expected batch_size to be at most 24, the number of images"),
-        ("batch_size=0", "config: expected batch_size to be at most 24, the number of images"),
         ("epochs=0", "config: expected epochs >= 1, got 0"),
         ("lr=nan", "config: expected lr to be finite, got nan"),
         ("lr=-1", "config: expected lr >= 0, got -1.0"),
+        ("momentum=5", "config: expected 0 <= momentum <= 1, got 5.0"),
+        ("label_smoothing=2", "config: expected 0 <= label_smoothing <= 1, got 2.0"),
+        ("batch_size=0", "config: expected batch_size >= 1, got 0"),
+        ("cutout=40", "config: expected cutout <= 32, the size of an image, got 40"),
         ("clip=-1", "config: expected clip >= 0, got -1.0"),
         ("exact_first=3", "config: expected exact_first . exact_last <= epochs, got 3 . 0 > 2"),
         ("budget=2", "config: expected no method = mvue with budget = 2, which chooses what to prune"),
@@ -55,7 +59,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 def test_bad_settings(
     setting: str, message: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = fails(monkeypatch, command("cifar10", tmp_path, images, "--set", setting))
+    said = fails(monkeypatch, command("cifar10", tmp_path, images, *(f"--set={word}" for word in setting.split())))
     assert re.match(f"cifar10: {message}".replace("?", "[?]"), said), said
 
 

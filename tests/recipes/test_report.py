@@ -49,6 +49,11 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_of_two_runs_with_one_seed_the_later_counts() -> None:
+    (group,) = report.groups([line("plain", 0, 80.0), line("plain", 1, 81.0), line("plain", 0, 83.0)], {})
+    assert "| plain | 82.00 ± 1.41 |  | 2 |" in report.table(group)
+
+
 def test_pruned_weight_gradients_have_a_row_of_their_own(tmp_path: Path) -> None:
     """Pruned weight gradients must get their own row, also next to old lines without the setting."""
     runs = [line("plain", 0, 80.0), line("mvue 4:16", 0, 79.0, weight_grad="")]

@@ -39,7 +39,7 @@ def test_resumes_bit_for_bit(
     run(monkeypatch, command(recipe, tmp_path / "unbroken", images))
     with monkeypatch.context() as patch:
         patch.setattr(Stop, "asked", lambda self, step: step in (steps, 0 if steps % 3 == 0 else steps))
-        run(patch, command(recipe, tmp_path / "broken", images))
+        stops(patch, command(recipe, tmp_path / "broken", images))
     assert checkpoint.load(saved(tmp_path / "broken")).training["step"] == steps
     assert not list((tmp_path / "broken").glob("*.jsonl"))
     # A new process would measure the products again and might choose others. It must take those of the checkpoint.
@@ -73,8 +73,8 @@ def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch:
     words = [word for setting in ("weight_grad=", "budget=2", *large) for word in ("--set", setting)]
     run(monkeypatch, command("gpt", tmp_path / "unbroken", images, *words, row="plain"))
     with monkeypatch.context() as patch:
-        patch.setattr(Stop, "asked", lambda self, step: step == 3)
-        run(patch, command("gpt", tmp_path / "broken", images, *words, row="plain"))
+        patch.setattr(Stop, "asked", lambda self, step: step == 0)  # at the end of the first epoch
+        stops(patch, command("gpt", tmp_path / "broken", images, *words, row="plain"))
     run(monkeypatch, command("gpt", tmp_path / "broken", images, *words, "--resume", row="plain"))
     weights, again = (checkpoint.load(saved(tmp_path / name)).weights for name in ("unbroken", "broken"))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -92,6 +92,13 @@ def test_a_new_run_in_the_folder_of_an_old_one(tmp_path: Path, images: Path, mon
     saved(tmp_path).unlink()
     run(monkeypatch, command("gpt", tmp_path, images, "--set", "lr=0.01"))
     assert [line["config"]["lr"] for line in lines(tmp_path)] == [3e-3, 0.01]
+
+
+def stops(monkeypatch: pytest.MonkeyPatch, words: list[str]) -> None:
+    """Runs a recipe that must stop as if SIGTERM had asked for it."""
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, words)
+    assert stopped.value.code == 128 + signal.SIGTERM
 
 
 def measured_otherwise(*_: object) -> sdgp.Decision:
@@ -114,7 +121,7 @@ def test_resume_keeps_the_layout_of_the_buffers(images: Path, tmp_path: Path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_leaves(number: signal.Signals, images: Path, tmp_path: Path) -> None:
-    words = [sys.executable, "-m", *command("gpt", tmp_path, images, "--set", "epoch_steps=100000")]
+    words = [sys.executable, "-m", *command("gpt", tmp_path, images, "--seeds", "2", "--set", "epoch_steps=100000")]
     with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             wait_for(lambda: (Path(f"/proc/{process.pid}/status")).exists() and is_training(process.pid))
@@ -122,8 +129,9 @@ def test_a_signal_saves_and_leaves(number: signal.Signals, images: Path, tmp_pat
             said, _ = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert process.returncode == 0, said
+    assert process.returncode == 128 + number, said
     assert "go on with --resume" in said
+    assert "seed 1" not in said
     assert checkpoint.load(saved(tmp_path)).training["step"] > 0
 
 
