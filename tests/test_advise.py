@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from advice import Slower, Told, batches, loss, net
@@ -169,3 +171,45 @@ def test_an_optimizer_that_steps_in_backward_is_refused() -> None:
 def test_errors(arguments: tuple[Any, ...], settings: dict[str, Any], requirement: str, got: str) -> None:
     with pytest.raises(ValueError, match=f"^advise: expected .*{requirement}.*, got {got}"):
         sdgp.advise(*arguments, **settings)
+
+
+def test_float64_and_older_weight_wrappers() -> None:
+    model = net().double()
+    pair = [(x.double(), y) for x, y in batches()]
+    assert sdgp.advise(model, *pair, loss=loss).pays
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        model = nn.Sequential(net(), nn.utils.weight_norm(nn.Linear(64, 64)))
+    assert any(row.layer == "1" for row in sdgp.advise(model, *batches(), loss=loss).candidates)
+
+
+def test_a_loss_that_refuses_a_part_of_the_batch() -> None:
+    def strict(model: nn.Module, batch: Any) -> Tensor:
+        if len(batch[0]) != 8192:
+            raise ValueError("expected 8192 samples")
+        return loss(model, batch)
+
+    assert sdgp.advise(net(), *batches(), loss=strict).pays
+    with pytest.raises(ValueError, match=r"advise: expected several batches, or one whose halves .*: expected 8192"):
+        sdgp.advise(net(), batches()[0], loss=strict)
+
+
+def test_generators_of_python_and_numpy_come_back() -> None:
+    def drawing(model: nn.Module, batch: Any) -> Tensor:
+        return loss(model, batch) * (1 + 1e-3 * random.random() + 1e-3 * np.random.rand())
+
+    random.seed(0)
+    np.random.seed(0)
+    expected = random.random(), np.random.rand()
+    random.seed(0)
+    np.random.seed(0)
+    sdgp.advise(net(), *batches(), loss=drawing)
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_times_of_a_busy_machine_give_no_verdict() -> None:
+    class Busy(Told):
+        def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+            return sdgp.Decision("sparse", "", exact_ms=1e6, sparse_ms=1.0)
+
+    with Busy(), pytest.raises(ValueError, match="advise: expected an idle machine"):
+        sdgp.advise(net(), *batches(), loss=loss)

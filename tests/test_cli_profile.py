@@ -116,7 +116,7 @@ def test_profile_in_text(file: Path, command: Command) -> None:
     assert status == 0
     first, machine, empty, head, _, *rows, step, left = out.splitlines()
     assert first == (
-        "models.py:Text, 8x4 int64, cpu; magnitude 1:4, backend pruned; forward and backward, medians of 2 rounds"
+        "models.py:Text, 8x4 int64, cpu; magnitude 1:4, backend pruned; forward and backward, shortest of 2 rounds"
     )
     assert f"threads: 1, torch {torch.__version__}, sdgp {sdgp.__version__}" in machine
     assert empty == ""

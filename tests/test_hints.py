@@ -86,3 +86,27 @@ def test_a_plan_with_convolutions_says_when_to_begin(monkeypatch: pytest.MonkeyP
     assert "shared" in plan
     assert "exact_first=0.25" in plan.notes[-1]
     assert not any("exact_first" in note for note in sdgp.advise(net(), *batches(), loss=loss).notes)
+
+
+def test_hint_of_batches_of_another_size() -> None:
+    pair = batches()
+    plan = sdgp.advise(net(), *pair, (pair[0][0][:100], pair[0][1][:100]), loss=loss)
+    assert "batches of another size than the first, which were ignored: 1" in plan.notes
+
+
+def test_a_gradient_without_an_error_has_no_noise_and_a_zero_gradient_gives_a_hint() -> None:
+    model = net()
+    nn.init.zeros_(model[4].weight)  # so the gradients of the layers before it are zero
+    plan = sdgp.advise(model, *batches(), loss=loss)
+    assert "gradients that are zero in this batch: 4; train a few steps, and ask again" in plan.notes
+    assert all(row.layer == "4" for row in plan.chosen)
+
+    class Sparse(nn.Module):
+        """Passes one of 32 features on, so that pruning the gradient loses nothing."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * (torch.arange(64) % 32 == 0)
+
+    model = nn.Sequential(nn.Linear(32, 64), nn.Linear(64, 64), Sparse(), nn.Linear(64, 64))
+    rows = [row for row in sdgp.advise(model, *batches(), loss=loss).candidates if row.layer == "1"]
+    assert {row.noise for row in rows if row.gradient == "data"} == {0.0}

@@ -67,6 +67,7 @@ BUDGET = {"every": 2, "first": 3, "net": 0.0, "patterns": ["2:4"]}
 def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes pruning pay even in these small models."""
     monkeypatch.setattr("sdgp._study.LEAST_WORK", 0)
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.1)[1])
     monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.0)
     with Faster(least_work=0):
         yield

@@ -18,7 +18,7 @@ from ._noise import Norm, difference, samples_of, tensors_of
 from ._pattern import Pattern, PatternLike, Pruning
 from ._plan import Plan
 from ._step import Loss, check_optimizer, state_kept
-from ._steps import Memory, Steps, UnusableBatch, alike
+from ._steps import Memory, Steps, UnusableBatch
 from ._study import Study, sparsity
 from ._twins import twin_of
 
@@ -65,7 +65,7 @@ def advise(
         methods: the methods to try. Only ``"mvue"`` is unbiased. The errors of the other methods do not average out,
             and their total is larger than the sum of the candidates' noise; the noise of the whole plan is measured.
         filter: ``filter(module, name) -> bool``. A layer for which it returns False stays plain.
-        rounds: the number of timing rounds. The result is their median.
+        rounds: the number of timing rounds. The shortest time counts, because other programs only make times longer.
         progress: a function that is called with the name of each stage when the stage begins.
 
     Returns:
@@ -110,18 +110,19 @@ def advised(
         raise ValueError("advise: expected at least one batch, got none")
     if isinstance(batches[0], torch.utils.data.DataLoader):
         raise ValueError("advise: expected batches, got a DataLoader: pass some of its batches")
+    if isinstance(batches[0], Iterator):
+        raise ValueError("advise: expected batches, got an iterator: pass *batches")
     if rounds < 1:
         raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
     norm, twins, reasons = prepared("advise", model, optimizer, patterns, methods, filter)
     check_optimizer("advise", norm.scales)
-    batches = alike(batches)
+    steps = Steps(model, batches, loss, norm, rounds, memory)
     samples = samples_of(batches[0])
-    if len(batches) == 1 and (samples is None or samples < 2):
+    if len(steps.batches) == 1 and (samples is None or samples < 2):
         got = "one whose tensors share no first dimension" if samples is None else f"one of {samples}"
         raise UnusableBatch(f"advise: expected several batches of one size, or one of at least two samples, got {got}")
     memory.fit(batches[0])
     names = {module: name for name, module in layers_of(model)}
-    steps = Steps(model, batches, loss, norm, rounds, memory)
     study = Study(steps, names, twins, narrow_for_wide=patterns is None)
     others = [tensor for batch in batches for tensor in tensors_of(batch) if tensor.is_leaf]
     others += [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
@@ -138,6 +139,10 @@ def advised(
         reasons = {name: reasons[name] if name in reasons else study.why_not(module) for module, name in names.items()}
         notes = list(hints(steps, study, optimizer, candidates))
         plan = Plan(candidates, reasons, memory.step_ms, norm.kind, noise.error, notes)
+        if plan.saved >= 1:
+            raise UnusableBatch(
+                "advise: expected an idle machine, got layers that take longer than the step: ask again"
+            )
         for _ in range(3):
             if not plan.chosen:
                 break
@@ -174,7 +179,8 @@ def prepared(
     settings = sorted((pruning for row in tried for pruning in row), key=lambda pruning: -sparsity(pruning))
     twins, reasons = _twins(model, settings, filter)
     if not twins:
-        raise ValueError(f"{op}: expected a model with layers to prune, got none: see sdgp.report(model)")
+        why = f": {next(iter(reasons.values()))}" if reasons else ""
+        raise ValueError(f"{op}: expected a model with layers to prune, got none{why}")
     return norm, twins, reasons
 
 

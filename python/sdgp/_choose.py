@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import functools
 import json
-import statistics
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -119,7 +118,8 @@ class Chooser:
             differences are measuring errors.
         calls_ms: the call overhead of a pruned backward, in milliseconds. It counts on a CPU if the other product is
             the exact one.
-        rounds: how many times each product is timed; the median counts.
+        rounds: how many times each product is timed. The shortest time counts, because other programs only make times
+            longer.
         limit: how many sites are remembered. The oldest is forgotten first, and measured again when it is needed.
         least_work, least_work_cuda: below this number of multiply-adds, on a CPU and on a GPU, nothing is measured and
             no sparse product is chosen. Under ``"auto"`` both are at least 16 M.
@@ -257,13 +257,13 @@ class Chooser:
         if operands is None or found == DEFAULT:
             return DEFAULT
         ways = {way: functools.partial(_semi_structured.multiply, *operands, way) for way in (DEFAULT, found)}
-        ms = self._medians(ways, device, rounds)
+        ms = self._shortest(ways, device, rounds)
         return found if ms[found] < self._margin * ms[DEFAULT] else DEFAULT
 
     def measure_all(
         self, products: Products, names: Iterable[str], rounds: int | None = None, algorithm: Algorithm = DEFAULT
     ) -> dict[str, float]:
-        """Returns the median milliseconds of each named product. Each round times every product once."""
+        """Returns the shortest milliseconds of each named product. Each round times every product once."""
         device = products.grad_output.device
         seed = products.grad_output.new_zeros(1, dtype=torch.int64)
         ways: dict[str, Callable[[], Tensor]] = {
@@ -271,9 +271,9 @@ class Chooser:
             "dense": lambda: products.dense(seed),
             "sparse": lambda: products.sparse(seed, algorithm),
         }
-        return self._medians({name: ways[name] for name in names}, device, rounds)
+        return self._shortest({name: ways[name] for name in names}, device, rounds)
 
-    def _medians(
+    def _shortest(
         self, ways: Mapping[_Way, Callable[[], object]], device: torch.device, rounds: int | None
     ) -> dict[_Way, float]:
         times: dict[_Way, list[float]] = {way: [] for way in ways}
@@ -283,7 +283,7 @@ class Chooser:
             for _ in range(rounds or self._rounds):
                 for way, call in ways.items():
                     times[way].append(self._timer(call, device))
-        return {way: statistics.median(milliseconds) for way, milliseconds in times.items()}
+        return {way: min(milliseconds) for way, milliseconds in times.items()}
 
     def forget(self) -> None:
         """Drops all measurements, so that they are repeated, for example after the machine has become busier."""

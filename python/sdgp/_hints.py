@@ -31,11 +31,16 @@ def hints(
     if steps.bfloat16_saved > _LEAST_SAVING:
         saved = f"{steps.bfloat16_saved:.0%}"
         yield f"plain bfloat16 saves {saved} of a step: use torch.autocast inside loss= first, and ask again"
+    if steps.ignored:
+        yield f"batches of another size than the first, which were ignored: {steps.ignored}"
     if len(steps.batches) == 1:
         yield "one batch gives the noise only to a factor of about two: pass more batches"
     if optimizer is not None and steps.norm.kind == "euclidean" and "betas" in optimizer.defaults:
         yield "noise is measured in the Euclidean norm: the optimizer is not Adam, or has made no step"
-    if any(row.gradient == "data" and row.saved_ms > 0 and math.isnan(row.noise) for row in candidates):
+    unknown = [row for row in candidates if row.saved_ms > 0 and math.isnan(row.noise)]
+    if zero := {(row.layer, row.gradient) for row in unknown if math.isnan(row.error)}:
+        yield f"gradients that are zero in this batch: {len(zero)}; train a few steps, and ask again"
+    if any(row.gradient == "data" and not math.isnan(row.error) for row in unknown):
         why = study.unmeasured or "a reentrant checkpoint hides them"
         yield f"the noise of data gradients could not be measured: {why}"
     if steps.without_gradient:

@@ -72,7 +72,7 @@ class Norm(NamedTuple):
             return 0.0
         scale = self.scales[parameter]
         scaled = gradient if scale is None else gradient * scale
-        return _squared(scaled)
+        return squared_norm(scaled)
 
 
 def _is_adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> bool:
@@ -161,7 +161,7 @@ def errors(
     """
     with torch.no_grad():
         exact = ways[0].exact()
-        exact2 = _squared(exact)
+        exact2 = squared_norm(exact)
         for products, method in zip(ways, methods, strict=True):
             one, two = (torch.full((1,), 2 * seed + number, device=exact.device) for number in (0, 1))
             error = products.dense(one) - exact
@@ -170,12 +170,13 @@ def errors(
             elif method in METHODS_THAT_DRAW:
                 bias2 = float((error.double() * (products.dense(two) - exact).double()).sum())
             else:
-                bias2 = _squared(error)
-            yield Errors(_squared(error), bias2, exact2, 0.0 if squared is None else squared(error))
+                bias2 = squared_norm(error)
+            yield Errors(squared_norm(error), bias2, exact2, 0.0 if squared is None else squared(error))
 
 
-def _squared(values: Tensor) -> float:
-    return float(torch.linalg.vector_norm(values, dtype=torch.float64 if values.is_cpu else torch.float32)) ** 2
+def squared_norm(values: Tensor) -> float:
+    wide = torch.float64 if values.is_cpu or values.dtype == torch.float64 else torch.float32
+    return float(torch.linalg.vector_norm(values, dtype=wide)) ** 2
 
 
 def amplifications(
@@ -225,7 +226,7 @@ def amplifications(
         gradients = torch.autograd.grad([edge], trained, [error], retain_graph=True, allow_unused=True)
         reached = {parameter: g.to_dense() for parameter, g in zip(trained, gradients, strict=True) if g is not None}
         sums[layer][0] += norm.squared(reached)
-        sums[layer][1] += _squared(error)
+        sums[layer][1] += squared_norm(error)
         found[index] = error.new_empty(0)
     ratios = {layer: out / into if into else math.nan for layer, (out, into) in sums.items()}
     return ratios | dict.fromkeys(unreached, 0.0)

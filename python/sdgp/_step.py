@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import functools
+import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
@@ -32,6 +34,8 @@ def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Te
     Raises:
         ValueError: If there is nothing to differentiate: ``op: requirement, got actual``.
     """
+    if isinstance(loss, nn.modules.loss._Loss):
+        raise ValueError(f"{op}: expected loss to be a function of model and batch, got {type(loss).__name__}")
     if loss is not None:
         value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
@@ -219,7 +223,8 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 def state_kept(op: str, model: nn.Module, *others: Tensor) -> Iterator[None]:
     """Restores gradients (also of ``others``), buffers, generators and the layers' decisions after the block.
 
-    It restores all that it can if something cannot be restored.
+    The generators are PyTorch's and the global ones of Python and NumPy. It restores all that it can if something
+    cannot be restored.
 
     Raises:
         ValueError: If the hook of a parameter changed it: ``op: requirement, got actual``. It is restored too.
@@ -239,6 +244,9 @@ def state_kept(op: str, model: nn.Module, *others: Tensor) -> Iterator[None]:
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
         stack.enter_context(torch.random.fork_rng())
+        stack.callback(random.setstate, random.getstate())
+        if (numpy := sys.modules.get("numpy")) is not None:
+            stack.callback(numpy.random.set_state, numpy.random.get_state())
         yield
 
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -42,6 +41,8 @@ class Steps:
     """A model with the batches and the loss of the caller, and what its steps showed.
 
     Attributes:
+        batches: those with as many samples as the first one: gradients of smaller batches are noisier.
+        ignored: the number of the other batches.
         without_gradient: the number of trained parameters that got no gradient in the last step.
         bfloat16_saved: the share of a step's time that autocast to bfloat16 saves; 0 if it was not measured.
     """
@@ -49,7 +50,9 @@ class Steps:
     def __init__(
         self, model: nn.Module, batches: Sequence[Any], loss: Loss | None, norm: Norm, rounds: int, memory: Memory
     ) -> None:
-        self.model, self.batches, self.norm, self.rounds, self.memory = model, batches, norm, rounds, memory
+        self.model, self.norm, self.rounds, self.memory = model, norm, rounds, memory
+        self.batches = alike(batches)
+        self.ignored = len(batches) - len(self.batches)
         self._loss = loss
         self.without_gradient = 0
         self.bfloat16_saved = 0.0
@@ -86,7 +89,7 @@ class Steps:
 
         step()  # warms up
         device = next(iter(self.norm.scales)).device
-        self.memory.step_ms = 1e3 * statistics.median(seconds(step, device) for _ in range(self.rounds))
+        self.memory.step_ms = 1e3 * min(seconds(step, device) for _ in range(self.rounds))
         # Without AVX-512, PyTorch's bfloat16 products on x86 take about twenty times as long.
         if device.type == "cpu" and "AVX512" in torch.backends.cpu.get_cpu_capability():
             self.bfloat16_saved = self._saved_by_bfloat16(device)
@@ -108,7 +111,7 @@ class Steps:
                     return 0.0
         except Exception:  # a loss may do anything that bfloat16 does not support; then there is no hint
             return 0.0
-        return 1 - statistics.median(times[1:]) / self.memory.step_ms
+        return 1 - min(times[1:]) / self.memory.step_ms
 
     def batch_noise(self, exact: Gradients) -> Estimate:
         """Estimates the noise of the batch from several batches, or from the halves of a single one.
@@ -121,13 +124,20 @@ class Steps:
         else:
             batch = self.batches[0]
             half = (samples_of(batch) or 0) // 2
-            one, other = self.gradients(part_of(batch, 0, half)), self.gradients(part_of(batch, half, 2 * half))
+            try:
+                one, other = self.gradients(part_of(batch, 0, half)), self.gradients(part_of(batch, half, 2 * half))
+            except Exception as error:  # a loss may refuse a part of a batch
+                raise UnusableBatch(
+                    f"advise: expected several batches, or one whose halves the loss accepts, got: {error}"
+                ) from error
             estimate = noise_of_halves(exact, one, other, self.norm)
+        if math.isnan(estimate.mean):
+            raise UnusableBatch("advise: expected gradients that are finite, got some that are not")
         if not 0 < estimate.mean < math.inf:
             raise UnusableBatch(f"advise: expected batches whose gradients differ, got a variance of {estimate.mean}")
         return estimate
 
 
 def alike(batches: Sequence[Any]) -> list[Any]:
-    """Returns the batches with as many samples as the first one: gradients of smaller batches are noisier."""
+    """Returns the batches with as many samples as the first one."""
     return [batch for batch in batches if samples_of(batch) == samples_of(batches[0])]

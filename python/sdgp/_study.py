@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ._choose import LEAST_WORK, current_chooser
 from ._decision import Decision, Products
 from ._layer import PruningLayer
-from ._noise import Errors, Estimate, Gradients, amplifications, errors, part_of, samples_of
+from ._noise import Errors, Estimate, Gradients, amplifications, errors, part_of, samples_of, squared_norm
 from ._pattern import Pruning
 from ._plan import Candidate
-from ._step import on_gradient, stand_in
+from ._step import Handles, on_gradient, stand_in
 from ._steps import Steps
 
 
@@ -95,14 +95,12 @@ class Study:
             return
         some = _some(module, grad_output)
         part = grad_output[some]
-        energy = (float(torch.linalg.vector_norm(values, dtype=torch.float32)) ** 2 for values in (grad_output, part))
-        whole, seen = energy
+        whole, seen = squared_norm(grad_output), squared_norm(part)
         if seen < whole / 16:  # most of the gradient is in the other samples
             some, part, seen = slice(None), grad_output, whole
         ways = [_products(twin, gradient, part, input[some]) for twin in useful]
         methods = [twin.pruning.method for twin in useful]
-        weight = module.weight
-        assert isinstance(weight, nn.Parameter)
+        weight: Any = module.weight
         squared = (lambda error: self._steps.norm.squared_of(weight, error)) if gradient == "weight" else None
         for twin, sums in zip(useful, errors(ways, methods, len(self._found), squared), strict=True):
             times = whole / seen if seen else 1.0  # squared errors add up over the samples
@@ -160,7 +158,7 @@ class Study:
         for part in (*parts, batch):
             try:
                 return self._measure_amplifications(part)
-            except RuntimeError as error:  # for example from a reentrant checkpoint or a compiled submodule
+            except Exception as error:  # a loss may refuse a part; a reentrant checkpoint refuses the backwards
                 self.unmeasured = str(error).partition("\n")[0]
 
     def _measure_amplifications(self, batch: Any) -> None:
@@ -182,19 +180,17 @@ class Study:
             shapes[module] = torch.empty_strided(input.shape, input.stride(), device="meta")
 
         if layers:
-            handles = [layer.register_forward_hook(note_shape, with_kwargs=True) for layer in layers]
-            try:
+            with Handles(layer.register_forward_hook(note_shape, with_kwargs=True) for layer in layers):
                 self.amplified = amplifications(layers, self._steps.norm, lambda: self._steps.loss(batch), make_error)
-            finally:
-                for handle in handles:
-                    handle.remove()
 
     def candidates(self, batch: Estimate) -> list[Candidate]:
         rows = []
         for (module, gradient), found in self._found.items():
             for twin, measured in found.items():
-                if measured.saved_ms <= 0:
+                if measured.saved_ms <= 0 or measured.errors.exact2 == 0:  # a gradient of zero says nothing
                     noise = math.nan
+                elif measured.errors.error2 == 0:
+                    noise = 0.0
                 elif gradient == "data":
                     noise = self.amplified.get(module, math.nan) * measured.errors.error2
                 else:

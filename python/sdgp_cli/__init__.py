@@ -147,7 +147,7 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
     shape.add_argument("--input", type=_shape, metavar="8x3x224x224", help="floats of this shape")
     command.add_argument("--dtype", help="the dtype of model and input (default: float32; on a GPU bfloat16)")
     command.add_argument("--channels-last", action="store_true", help="the memory format of model and input")
-    command.add_argument("--rounds", type=_count, default=10, help="timing rounds; the result is their median")
+    command.add_argument("--rounds", type=_count, default=10, help="timing rounds; the shortest time counts")
     command.add_argument(
         "--advise",
         action="store_true",

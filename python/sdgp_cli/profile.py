@@ -69,7 +69,7 @@ def show(report: Report) -> str:
     reasons = Counter(row["why"] for row in report["plain"])
     return "\n".join(
         [
-            f"{head}, backend {report['backend']}; forward and backward, medians of {report['rounds']} rounds",
+            f"{head}, backend {report['backend']}; forward and backward, shortest of {report['rounds']} rounds",
             f"{machine['cpu']}, threads: {machine['threads']}, torch {machine['torch']}, sdgp {machine['sdgp']}",
             "",
             str(table),

@@ -55,6 +55,8 @@ class ScheduleCallback:
         exact_last = renamed("SdgpCallback", "dense_last", dense_last, "exact_last", exact_last)
         if budget is not None and (pattern is not None or exact_first or exact_last or patterns):
             raise ValueError("SdgpCallback: expected a budget alone, which chooses what to prune and when, got more")
+        if isinstance(pattern, Mapping):
+            raise ValueError("SdgpCallback: expected a pattern, got a plan: sdgp.convert(model, plan), then no pattern")
         self.budget_settings = None if budget is None else dict(budget)
         pruning = Pruning.parse("SdgpCallback", pattern or "2:4", method, backend, weight_grad)
         if pattern is None and (method, filter, backend, weight_grad) != ("mvue", None, "auto", None):
