@@ -324,3 +324,17 @@ def test_pixels_that_no_output_reads_are_zero() -> None:
     grad = conv2d_input_grad_nm(gradient, weight, 2, 4, "magnitude", None, *window)
     assert grad[..., 1::2, :].count_nonzero() == grad[..., 1::2].count_nonzero() == 0
     assert grad[..., ::2, ::2].count_nonzero() == grad[..., ::2, ::2].numel()
+
+
+def test_no_argument_may_be_on_the_meta_device_alone() -> None:
+    """PyTorch then calls the fake, which would return memory without values."""
+    values, indices = sdgp.compress_nm(torch.randn(8, 16), 2, 4)
+    meta = torch.empty(16, 4, device="meta")
+    seed = torch.zeros(1, dtype=torch.int64, device="meta")
+    for call in (
+        lambda: sdgp.spmm_nm(values, indices, 4, meta),
+        lambda: sdgp.decompress_nm(values, indices.to("meta"), 4, 16),
+        lambda: sdgp.compress_nm(torch.randn(8, 16), 2, 4, method="mvue", seed=seed),
+    ):
+        with pytest.raises(RuntimeError, match=r"expected \w+ on the same device \(cpu\), got meta"):
+            call()

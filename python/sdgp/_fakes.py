@@ -27,6 +27,7 @@ def _fake(op: str) -> Callable[[_Shape], _Shape]:
 def _compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
+    _check_device("compress_nm", "seed", seed, input)
     kept = _ceil_div(input.shape[dim], m) * n
     return _empty_innermost(input, dim, kept, input.dtype), _empty_innermost(input, dim, kept, torch.uint8)
 
@@ -48,6 +49,7 @@ def _spmm_nm(values: Tensor, indices: Tensor, m: int, dense: Tensor) -> Tensor:
 def _prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
+    _check_device("_prune_nm_matmul", "seed", seed, input)
     _check_matrix("_prune_nm_matmul", "dense", dense, input)
     _check_shape("_prune_nm_matmul", "dense", dense, (input.shape[-1], dense.shape[1]))
     return input.new_empty(*input.shape[:-1], dense.shape[1])
@@ -68,6 +70,7 @@ def _conv2d_input_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_device("_conv2d_input_grad_nm", "seed", seed, grad_output)
     _check_dtype("_conv2d_input_grad_nm", "weight", weight, grad_output)
     _check_shape("_conv2d_input_grad_nm", "weight", weight, (grad_output.shape[1], *weight.shape[1:]))
     samples, channels = grad_output.shape[0], weight.shape[1] * groups
@@ -91,6 +94,7 @@ def _conv2d_weight_grad_nm(
     groups: int,
     channels_last: bool,
 ) -> Tensor:
+    _check_device("_conv2d_weight_grad_nm", "seed", seed, grad_output)
     _check_dtype("_conv2d_weight_grad_nm", "input", input, grad_output)
     _check_shape("_conv2d_weight_grad_nm", "input", input, (grad_output.shape[0], *input.shape[1:]))
     out, channels = grad_output.shape[1], input.shape[1] // groups
@@ -124,6 +128,7 @@ def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> T
 
 
 def _check_indices(op: str, indices: Tensor, values: Tensor) -> None:
+    _check_device(op, "indices", indices, values)
     _check_shape(op, "indices", indices, values.shape)
     if indices.dtype != torch.uint8:
         raise RuntimeError(f"{op}: expected indices to be uint8, got {str(indices.dtype).removeprefix('torch.')}")
@@ -140,7 +145,14 @@ def _check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int]) ->
         raise RuntimeError(f"{op}: expected {name} {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
+def _check_device(op: str, name: str, tensor: Tensor | None, like: Tensor) -> None:
+    """Raises an error if only some arguments are on the meta device: PyTorch then calls the fake."""
+    if tensor is not None and tensor.device != like.device:
+        raise RuntimeError(f"{op}: expected {name} on the same device ({like.device}), got {tensor.device}")
+
+
 def _check_dtype(op: str, name: str, tensor: Tensor, like: Tensor) -> None:
+    _check_device(op, name, tensor, like)
     if tensor.dtype != like.dtype:
         dtypes = [str(dtype).removeprefix("torch.") for dtype in (like.dtype, tensor.dtype)]
         raise RuntimeError(f"{op}: expected {name} to be {dtypes[0]}, got {dtypes[1]}")
