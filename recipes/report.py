@@ -84,6 +84,7 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         where = (line["device"], line["machine"]["cpu"], line["processes"])
         sorted_lines[json.dumps([line["recipe"], same, line["data"], where], sort_keys=True)].append(line)
     result: list[Group] = []
+    settings: list[dict[str, Any]] = []
     for members in sorted_lines.values():
         first = members[0]
         recipe, config = first["recipe"], first["config"]
@@ -103,7 +104,18 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         result.append(
             Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})
         )
-    return result
+        settings.append({key: value for key, value in {**_ONLY, **config}.items() if key not in _PRUNING})
+    return [
+        group._replace(title=group.title + _difference(index, result, settings)) for index, group in enumerate(result)
+    ]
+
+
+def _difference(index: int, groups: list[Group], settings: list[dict[str, Any]]) -> str:
+    """Returns the settings in which a group differs from others with the same title; empty if there are none."""
+    own = settings[index]
+    others = [other for group, other in zip(groups, settings, strict=True) if group.title == groups[index].title]
+    differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
+    return "".join(f"; {key} {own[key]}" for key in differing)
 
 
 def _row(line: Line) -> str:

@@ -100,7 +100,8 @@ def load_text(path: Path | None, least: int) -> Text:
             pieces = _files(path, "*", set()) if path.is_dir() else _parts(path.read_bytes())
         except OSError as error:
             raise UserError(f"--data: expected text, got {path}: {error.strerror}") from None
-    train, validation = _split(name, pieces, least)
+    hint = f"; one file in {_HELD_OUT} is for validation: name a single file itself" if path and path.is_dir() else ""
+    train, validation = _split(name, pieces, least, hint)
     digest = hashlib.sha256(train + validation).hexdigest()[:8]
     return Text(f"{name}, {len(train) / 1e6:.1f} MB, sha256 {digest}", _numbers(train), _numbers(validation))
 
@@ -133,8 +134,11 @@ def load_classes(path: Path | None, least: int) -> Classes:
     return Classes(f"{source}, {len(texts)} classes, sha256 {digest.hexdigest()[:8]}", texts)
 
 
-def _split(name: str, pieces: list[tuple[int, bytes]], least: int) -> tuple[bytes, bytes]:
+def _split(name: str, pieces: list[tuple[int, bytes]], least: int, hint: str = "") -> tuple[bytes, bytes]:
     """Joins numbered pieces to a text to train on and one to validate with.
+
+    Args:
+        hint: what the error says in addition.
 
     Raises:
         UserError: if one of them has fewer than ``least`` bytes.
@@ -144,7 +148,7 @@ def _split(name: str, pieces: list[tuple[int, bytes]], least: int) -> tuple[byte
     if min(len(train), len(validation)) < least:
         raise UserError(
             f"--data: expected at least {least} bytes to train on and to validate with, "
-            f"got {len(train)} and {len(validation)} in {name}"
+            f"got {len(train)} and {len(validation)} in {name}{hint}"
         )
     return train, validation
 

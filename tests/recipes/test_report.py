@@ -49,6 +49,12 @@ def test_report(tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
+def test_tables_with_the_same_title_say_how_they_differ() -> None:
+    runs = [line("plain", 0, 80.0, lr=0.1), line("plain", 0, 81.0, lr=0.2), line("plain", 0, 82.0, width=32, lr=0.1)]
+    endings = [group.title.rpartition("; ")[2] for group in report.groups(runs, {})]
+    assert endings == ["lr 0.1", "lr 0.2", "a CPU"]
+
+
 def test_of_two_runs_with_one_seed_the_later_counts() -> None:
     (group,) = report.groups([line("plain", 0, 80.0), line("plain", 1, 81.0), line("plain", 0, 83.0)], {})
     assert "| plain | 82.00 ± 1.41 |  | 2 |" in report.table(group)
