@@ -261,7 +261,7 @@ def test_an_index_beyond_its_group(op: str, wrong: int, dtype: torch.dtype) -> N
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in arguments.items()
     }
-    expected = message(op, "index below 4 and inside the size 10", "one that is not")
+    expected = message(op, "index below 4 and inside the size 10", "a larger one")
     for at in (0, arguments["indices"].numel() // 2, arguments["indices"].numel() - 1):
         indices = arguments["indices"].clone(memory_format=torch.preserve_format)
         indices.movedim(1, -1).view(-1)[at] = wrong
@@ -274,7 +274,7 @@ def test_an_index_beyond_the_tail(op: str) -> None:
     call, arguments = PRODUCTS[op]  # 10 = 4 + 4 + 2: the last group has no index 2
     indices = INDICES.clone()
     indices[1, 5] = 2
-    with pytest.raises(RuntimeError, match=message(op, "index below 4 and inside the size 10", "one that is not")):
+    with pytest.raises(RuntimeError, match=message(op, "index below 4 and inside the size 10", "a larger one")):
         call(**{**arguments, "indices": indices})
 
 
@@ -284,7 +284,7 @@ def test_an_index_beyond_the_tail(op: str) -> None:
 def test_one_bad_index_among_many(rows: int, n: int, m: int) -> None:
     values, indices = sdgp.compress_nm(torch.randn(rows, 389), n, m)
     dense = torch.randn(389, 70)
-    expected = f"index below {m} and inside the size 389", "one that is not"
+    expected = f"index below {m} and inside the size 389", "a larger one"
     for row, slot in ((0, 0), (rows - 1, values.shape[1] - 1), (rows // 2, values.shape[1] // 2)):
         corrupt = indices.clone()
         corrupt[row, slot] = m
