@@ -31,6 +31,8 @@ IMAGES = ("cifar10", "imagenet")
 
 def command(recipe: str, out: Path, images: Path, *more: str, row: str = "mvue_2_4") -> list[str]:
     module, settings = SMALL[recipe]
+    if row == "plain":  # prunes nothing
+        settings = settings.replace("weight_grad=4:16 ", "")
     folder = RECIPES / ("lm" if SMALL[recipe][0].startswith("lm.") else recipe) / "configs"
     file = folder / f"{row}.toml"
     result = [f"recipes.{module}", str(file), "--out", str(out)]

@@ -157,7 +157,7 @@ def test_reduced_precision(
         ("imagenet", ""),
         ("gpt", ""),
         ("gpt", "shard=true"),
-        ("gpt", "method=plain budget=2"),
+        ("gpt", "method=plain weight_grad= budget=2"),
         ("lora", ""),
         ("classify", ""),
     ],
