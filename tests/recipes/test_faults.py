@@ -171,12 +171,12 @@ RANK = """
 import importlib, os, signal, sys
 from recipes.common.run import Run
 
-after_step = Run._stopped_after_step
+after_step = Run._end_step
 def killed(self, step, *arguments):
     if step == 4 and os.environ["RANK"] == "1" and "--resume" not in sys.argv:
         os.kill(os.getpid(), signal.SIGKILL)
     return after_step(self, step, *arguments)
-Run._stopped_after_step = killed
+Run._end_step = killed
 sys.argv = sys.argv[1:]
 importlib.import_module(sys.argv[0]).main()
 """
