@@ -67,7 +67,7 @@ def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch:
     monkeypatch.setattr(
         sdgp.chooser, "measure", lambda *_, **__: sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
     )
-    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.010)[1])
+    monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.1)[1])
     monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
     large = ("context=128", "batch_size=8")  # smaller layers are never pruned
     words = [word for setting in ("weight_grad=", "budget=2", *large) for word in ("--set", setting)]
