@@ -104,7 +104,10 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         result.append(
             Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})
         )
-        settings.append({key: value for key, value in {**_ONLY, **config}.items() if key not in _PRUNING})
+        settings.append(
+            {key: value for key, value in {**_ONLY, **config}.items() if key not in _PRUNING}
+            | {"processes": first["processes"]}
+        )
     return [
         group._replace(title=group.title + _difference(index, result, settings)) for index, group in enumerate(result)
     ]

@@ -335,3 +335,11 @@ def test_a_model_follows_its_newest_schedule() -> None:
     del second
     sdgp.convert(model, "2:4", backend="pruned")  # no schedule is left to follow
     assert reasons(model) == {""}
+
+
+def test_a_copy_of_model_and_schedule_goes_on() -> None:
+    model = small()
+    twin, schedule = copy.deepcopy((model, sdgp.Schedule(model, exact_first=2)))
+    for _ in range(2):
+        schedule.step()
+    assert reasons(twin) == {""}

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -140,6 +141,7 @@ def advised(
         notes = list(hints(steps, study, optimizer, candidates))
         plan = Plan(candidates, reasons, memory.step_ms, norm.kind, noise.error, notes)
         if plan.saved >= 1:
+            memory.step_ms, memory.decisions = math.nan, {}
             raise UnusableBatch(
                 "advise: expected an idle machine, got layers that take longer than the step: ask again"
             )

@@ -115,6 +115,8 @@ class Schedule:
             raise ValueError(f"Schedule: expected count >= 0, got {count}")
         self.count = count
         for layer, own in self._layers.items():
+            if _schedule_of(layer) is None:  # this schedule is a copy, or the newer one is gone
+                _schedules[layer] = ref(self)
             if isinstance(layer, PruningLayer) and _schedule_of(layer) is self:
                 self._apply(layer, own)
 

@@ -126,8 +126,10 @@ class Steps:
             half = (samples_of(batch) or 0) // 2
             try:
                 one, other = self.gradients(part_of(batch, 0, half)), self.gradients(part_of(batch, half, 2 * half))
+            except UnusableBatch:
+                raise
             except Exception as error:  # a loss may refuse a part of a batch
-                raise UnusableBatch(
+                raise ValueError(
                     f"advise: expected several batches, or one whose halves the loss accepts, got: {error}"
                 ) from error
             estimate = noise_of_halves(exact, one, other, self.norm)
