@@ -241,3 +241,14 @@ def test_a_layer_that_is_reverted_before_the_backward_stays_plain() -> None:
     plain = set(vars(sdgp.revert(layer)))
     output.sum().backward()
     assert set(vars(layer)) == plain
+
+
+def test_a_copy_of_a_compiled_layer_runs_itself() -> None:
+    layer = sdgp.Linear(8, 8, backend="pruned")
+    layer.compile(backend="eager")
+    x = torch.randn(2, 8)
+    for twin in (copy.deepcopy(layer), sdgp.Linear.from_dense(layer.to_dense())):
+        before = twin(x)
+        twin.weight = nn.Parameter(torch.zeros(8, 8))
+        assert torch.equal(twin(x), twin.bias.expand(2, 8))
+        assert not torch.equal(before, twin(x))

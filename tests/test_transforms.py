@@ -312,3 +312,9 @@ def test_ops_refuse_tangents() -> None:
             jacfwd(call)(x)
     with torch.autograd.forward_ad.dual_level():
         assert sdgp.prune_nm(x, 2, 4).shape == x.shape  # x has no tangent
+
+
+def test_ops_refuse_tangents_around_vmap() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(RuntimeError, match="prune_nm: expected no forward-mode differentiation"):
+        jvp(vmap(lambda x: sdgp.prune_nm(x, 2, 4)), (x,), (torch.ones_like(x),))

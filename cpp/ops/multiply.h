@@ -46,8 +46,8 @@ bool prepare_output(Tensor& output, bool has_terms);
 void multiply(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 void multiply(const Product& product, const CompressedRows& rows, const Tensor& dense, Tensor& output);
 
-// Returns whether `multiply` uses the permute kernel. It is as fast if the rows
-// of the gradient lie side by side in memory.
+// Returns whether `multiply` uses the permute kernel. The kernel is equally fast if
+// the rows of the gradient lie side by side in memory.
 bool permutes(const Product& product, const Gradient& rows, const Tensor& dense, Tensor& output);
 
 }  // namespace sdgp

@@ -189,7 +189,9 @@ class PruningLayer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         # A copy or pickle does not take part in a pause, whose end would not reach it.
         holds = {who: why for who, why in self.holds.items() if who != "paused"}
-        return {**vars(self), "holds": holds, "plain_for": None}
+        state = {**vars(self), "holds": holds, "plain_for": None}
+        state.pop("_compiled_call_impl", None)  # it calls the original, as in nn.Module
+        return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         # A parametrized layer would otherwise be copied without __getstate__.
@@ -333,5 +335,9 @@ def _drop_settings(module: nn.Module) -> None:
 def _share(module: nn.Module, cls: type[_Module]) -> _Module:
     """Returns a ``cls`` with the attributes of ``module``. It copies dictionaries and shares their contents."""
     twin = cls.__new__(cls)
-    twin.__dict__ = {key: copy.copy(value) if isinstance(value, dict) else value for key, value in vars(module).items()}
+    twin.__dict__ = {
+        key: copy.copy(value) if isinstance(value, dict) else value
+        for key, value in vars(module).items()
+        if key != "_compiled_call_impl"  # it calls ``module``
+    }
     return twin

@@ -279,14 +279,17 @@ def _refuse_tangents(op: str, *tensors: Tensor) -> None:
     if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     unpack: Any = forward_ad.unpack_dual
-    try:
-        found = any(unpack(tensor).tangent is not None for tensor in tensors)
-    except RuntimeError:  # vmap inside the differentiation has no rule for it
-        return
-    if found:
+    if any(unpack(_without_batches(tensor)).tangent is not None for tensor in tensors):
         raise RuntimeError(
             f"{op}: expected no forward-mode differentiation (jvp, jacfwd), got a tangent; use torch.autograd.grad"
         )
+
+
+def _without_batches(tensor: Tensor) -> Tensor:
+    """Unwraps a tensor inside vmap, which has no rule for ``unpack_dual``."""
+    while torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:

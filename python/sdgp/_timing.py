@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Timing for ``profile``, ``advise``, ``sdgp bench``, the benchmarks and the study. This module is not public API.
 
-One process runs all candidates one after the other in every round. The result of a candidate is its median.
+One process runs all candidates one after the other in every round. The result of a candidate is its
+median; ``profile`` and ``advise`` take the shortest time.
 """
 
 from __future__ import annotations

@@ -224,8 +224,10 @@ class Watch(Mapping[str, Record]):
         name, step = self._names[layer], self._pending_step
         record = self._records.setdefault(name, {key: [] for key in _NO_RECORD})
         window = self._last.setdefault(name, deque(maxlen=self._window))
-        if self._judged.setdefault(name, pruning) != pruning:  # the layer was converted again
+        freed = name in self._set_aside and "watch" not in getattr(layer, "holds", {})
+        if freed or self._judged.setdefault(name, pruning) != pruning:  # the layer was converted again
             self._judged[name] = pruning
+            self._set_aside.pop(name, None)
             window.clear()
         values = _fidelity.metrics(sums)
         if math.isfinite(values["error"]):  # a gradient that overflowed has no meaningful metrics

@@ -249,6 +249,8 @@ class Run:
             **({} if self._budget is None else self._budget.result()),
         }
         self._record.finish(self._model, recipe, result, self._curve)
+        if self._stop.asked(0):  # a signal came after the last step
+            raise Stopped(self._stop.number)
 
     def _stop_after(self, step: int) -> None:
         if self._world.is_first:
