@@ -4,6 +4,7 @@
     prune_nm       GB/s read and written, compared with clone()
     pack           prune and pack to 2:4, compared with clone(), PyTorch's compressor and its 4 x 4 tile kernel
     gradients      both sparse products of a linear layer, packing included, compared with the exact ones
+    float8         the same for the data gradient of torchao's float8 layer, compiled; needs torchao
     train_step     whole steps: plain, sparse forced, auto; and their peak memory
 
 Each result is the median of 11 rounds; every round runs all candidates. The bounds next to the measurements assume the
@@ -18,6 +19,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -148,6 +150,8 @@ LINEARS = [
     ("ResNet-50 1x1", 64 * 14**2, 1024, 256),
 ]
 
+FLOAT8_MODELS = ("Llama-3-8B", "Llama-13B", "Llama-70B")
+
 
 def gradients() -> Iterator[Row]:
     square = torch.randn(SQUARE, SQUARE, device=CUDA).bfloat16()
@@ -198,6 +202,50 @@ def gradient_row(tokens: int, features_in: int, features_out: int, tflop_per_s: 
 
 def times_exact(times: dict[str, float]) -> dict[str, float]:
     return {key: round(times["exact"] / ms, 3) for key, ms in times.items() if key != "exact"}
+
+
+# float8
+
+
+def float8() -> Iterator[Row]:
+    for model, *sizes in LINEARS:
+        if model in FLOAT8_MODELS:
+            free()
+            yield {"model": model, **float8_row(*sizes)}
+
+
+def float8_row(tokens: int, features_in: int, features_out: int) -> Row:
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+
+    linear = nn.Linear(features_in, features_out, bias=False, device=CUDA, dtype=torch.bfloat16)
+    layer = sdgp.convert(Float8Linear.from_float(linear, Float8LinearConfig()), "2:4", backend="pruned")
+    factors = torch.randn(tokens, features_out, device=CUDA, dtype=torch.bfloat16), linear.weight.detach()
+    products = {
+        "bfloat16": torch.matmul,
+        "exact": float8_product(layer, "exact", "mvue"),
+        "magnitude": float8_product(layer, "sparse", "magnitude"),
+        "mvue": float8_product(layer, "sparse", "mvue"),
+    }
+    times = interleaved({name: partial(product, *factors) for name, product in products.items()})
+    return {
+        "tokens": tokens,
+        "in": features_in,
+        "out": features_out,
+        "exact_ms": round(times["exact"], 4),
+        "times_exact": times_exact(times),
+    }
+
+
+def float8_product(layer: Any, kind: str, method: str) -> Callable[[Tensor, Tensor], Tensor]:
+    """Returns a compiled data gradient: torch.compile fuses the casts, without which float8 does not pay."""
+    pruning = replace(layer.pruning, method=method)
+
+    def product(grad: Tensor, weight: Tensor) -> Tensor:
+        result: Tensor = getattr(replace(layer.products(grad, grad, weight), pruning=pruning), kind)()
+        return result
+
+    return torch.compile(product)
 
 
 # train_step
@@ -268,6 +316,7 @@ def step_row(model: nn.Module, input: Tensor, target: Tensor, autocast: bool) ->
 SUBJECTS: dict[str, Callable[[], Iterator[Row]]] = {
     "pack": pack,
     "gradients": gradients,
+    "float8": float8,
     "train_step": train_step,
     "prune_nm": partial(prune_nm, 256),
 }

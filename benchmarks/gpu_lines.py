@@ -29,6 +29,12 @@ def gradients(row: Row) -> str:
     return f"{head} | {exact} | {ratios} (bound {row['times_exact_at_the_bound']:.2f}x) | weight: {weights}"
 
 
+def float8(row: Row) -> str:
+    ratios = "  ".join(f"{name} {ratio:.2f}x" for name, ratio in row["times_exact"].items())
+    head = f"float8   | {row['model']:13s} {row['tokens']:6d} x {row['in']:5d} -> {row['out']:5d}"
+    return f"{head} | exact {row['exact_ms']:8.3f} ms | {ratios}"
+
+
 def train_step(row: Row) -> str:
     saved = "  ".join(f"{key} {share:+.1%}" for key, share in row["saved"].items())
     peaks = "  ".join(f"{key} {mib}" for key, mib in row["peak_mib_above_start"].items())
@@ -40,6 +46,7 @@ LINES: dict[str, Callable[[Row], str]] = {
     "prune_nm": prune_nm,
     "pack": pack,
     "gradients": gradients,
+    "float8": float8,
     "train_step": train_step,
 }
 

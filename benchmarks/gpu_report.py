@@ -4,7 +4,8 @@
 The program runs the parts below in this order, each in its own process. A part that fails, or runs out of time, does
 not stop the next one, and what was measured is stored at once: benchmarks/results/NAME.json, NAME.md, NAME.png, and
 NAME-gpt.jsonl for whole training runs. It needs torch with CUDA, nvcc, and the requirements of
-`pip install --no-build-isolation .`. All parts take about twenty minutes. --minutes limits them; run the rest later:
+`pip install --no-build-isolation .`; the part float8 needs torchao. All parts take about twenty minutes. --minutes
+limits them; run the rest later:
 
     python benchmarks/gpu_report.py                                       # NAME: the GPU's name, as in nvidia-h200
     python benchmarks/gpu_report.py --parts gpt_plain gpt_pruned          # the training runs, if there was no time
@@ -35,7 +36,8 @@ PARTS = {
     "pack": 0.2,
     "gradients": 0.4,
     "train_step": 0.7,
-    "prune_nm": 0.9,
+    "prune_nm": 0.5,
+    "float8": 0.9,  # needs torchao
     "plot": 1.0,
     "gpt_plain": 0.5,  # whole runs of recipes/lm, which need four minutes each
     "gpt_pruned": 1.0,

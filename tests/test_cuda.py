@@ -183,6 +183,44 @@ def test_product(
     close(semi_structured.multiply(operand, dense), pruned @ dense)
 
 
+@pytest.fixture
+def has_float8_product() -> None:
+    missing = semi_structured.float8_obstacle(torch.device("cuda"), sdgp.Pattern(2, 4))
+    if missing is not None:
+        pytest.skip(f"needs {missing}")
+
+
+@pytest.mark.usefixtures("has_float8_product")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 192, 128), (100, 70, 50), (1, 8, 8), (513, 64, 257)])
+def test_float8_product(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+    rows, cols, columns = shape
+    matrix = sdgp.prune_nm(torch.randn(rows, cols, device="cuda"), 2, 4).to(torch.float8_e4m3fn)
+    dense = torch.randn(columns, cols, device="cuda").to(torch.float8_e4m3fn)
+    scale = torch.rand(rows, device="cuda") + 0.5
+    expected = scale[:, None] * (matrix.float() @ dense.float().t())
+    close(semi_structured.multiply_float8(matrix, dense, scale, dtype), expected.to(dtype))
+
+
+@pytest.mark.usefixtures("has_float8_product")
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "rowwise_with_gw_hp"])
+def test_float8_linear(recipe: str) -> None:
+    pytest.importorskip("torchao")
+    from torchao.float8 import Float8LinearConfig
+    from torchao.float8.float8_linear import Float8Linear
+
+    linear = nn.Linear(256, 512, device="cuda", dtype=torch.bfloat16)
+    layer = Float8Linear.from_float(linear, Float8LinearConfig.from_recipe_name(recipe))
+    sdgp.convert(layer, "2:4", "magnitude", backend="sparse", weight_grad=("2:4", "magnitude"))
+    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    grad = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+    dx, dw = gradients(layer(x), grad, x, layer.weight)
+    expected = sdgp.prune_nm(grad, 2, 4).float() @ layer.weight.float()
+    of_weight = sdgp.prune_nm(grad, 2, 4, 0).t().float() @ x.float()
+    assert (dx.float() - expected).norm() < 0.06 * expected.norm()
+    assert (dw.float() - of_weight).norm() < 0.06 * of_weight.norm()
+
+
 @pytest.mark.usefixtures("has_product")
 @pytest.mark.parametrize("method", ["magnitude", "rescale", "mvue"])
 @pytest.mark.parametrize("width", [72, 136])  # with 136, the weight is square

@@ -21,6 +21,7 @@ from sdgp import _semi_structured as semi_structured
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("torchvision")
+pytest.importorskip("torchao.float8.float8_linear", exc_type=ImportError)
 
 
 class Event:
@@ -79,6 +80,9 @@ def gpu(faked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
         pruned = sdgp.prune_nm(grad, *pattern, -1, method)
         return semi_structured.Operand(pruned, "cutlass_sm80", *pruned.shape, pruned.shape[1])
 
+    def multiply_float8(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        return (scale[:, None] * (matrix.float() @ dense.float().t())).to(dtype)
+
     def tiny() -> tuple[nn.Module, Tensor, Tensor, bool]:
         model = gpu.models.Llama(64, 4, 128, 1)
         return gpu.models.with_adapters(model, 4), torch.randint(256, (2, 8)), torch.randint(256, (2, 8)), False
@@ -86,10 +90,12 @@ def gpu(faked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     monkeypatch.setattr(semi_structured, "metadata_layout", lambda *_: "cutlass_sm80")
     monkeypatch.setattr(semi_structured, "pack", product)
     monkeypatch.setattr(semi_structured, "multiply", lambda operand, dense: operand.packed @ dense)
+    monkeypatch.setattr(semi_structured, "multiply_float8", multiply_float8)
+    monkeypatch.setattr(torch, "compile", lambda function: function)
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     monkeypatch.setattr(gpu, "pack_24", lambda x, n, m, method, *_: sdgp.prune_nm(x, n, m, -1, method))
     small = {"CUDA": torch.device("cpu"), "ROUNDS": 2, "TURN_MS": 0.0, "PACKED": (64, 64), "SQUARE": 64}
-    small |= {"LINEARS": [("tiny", 64, 32, 64)], "MODELS": {"tiny": tiny}}
+    small |= {"LINEARS": [("tiny", 64, 32, 64)], "MODELS": {"tiny": tiny}, "FLOAT8_MODELS": ("tiny",)}
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setitem(gpu.SUBJECTS, "prune_nm", lambda: gpu.prune_nm(1))
@@ -180,7 +186,10 @@ def test_a_command_that_fails_or_takes_too_long(faked: None, capsys: pytest.Capt
     assert not gpu_report.run("bad", [python, "-c", "raise SystemExit(3)"], 60)
     child = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(77)'])"
     assert not gpu_report.run("slow", [python, "-c", child], 1)
-    assert not [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"time.sleep(77)" in path.read_bytes()]
+    end = time.monotonic() + 30  # a killed process needs a moment to end
+    while left := [path for path in Path("/proc").glob("[0-9]*/cmdline") if b"time.sleep(77)" in path.read_bytes()]:
+        assert time.monotonic() < end, left
+        time.sleep(0.1)
     said = capsys.readouterr().out
     assert all(text in said for text in ("good: ok", "bad: failed with 3", "slow: out of time"))
 

@@ -157,5 +157,8 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} mvue +\| 1\.00 +\| 0\.\d\d"
     assert re.search(rf"^{cells}", text, re.MULTILINE), text
     assert "exact (1): filter returned False" in text
-    assert "exact (1): nn.Linear, nn.Conv2d and transformers' Conv1D are converted, not Bilinear" in text
+    assert (
+        "exact (1): nn.Linear, nn.Conv2d, transformers' Conv1D and torchao's Float8Linear are converted, not Bilinear"
+        in text
+    )
     assert text.splitlines()[-1] == plan.verdict

@@ -51,15 +51,17 @@ def obstacle(
     """Returns why a gradient has no sparse product, as "requirement, got actual", or None if it has one.
 
     Args:
-        op: ``"linear"`` or ``"conv2d"``.
+        op: ``"linear"``, ``"float8_linear"`` or ``"conv2d"``.
         gradient: ``"data"`` or ``"weight"``.
         groups: the number of groups of a convolution.
     """
+    if op == "float8_linear":
+        return _semi_structured.float8_obstacle(device, pruning.pattern)
     if device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"a device that has a sparse product (cpu, cuda), got {device}"
-    if op != "linear" and gradient == "weight":
+    if op == "conv2d" and gradient == "weight":
         return f"a cpu for the weight gradient of a convolution, got {device}"
     if groups > 1:
         return f"a convolution of one group on cuda, got groups={groups}"
@@ -104,7 +106,7 @@ def static_rule(
         known = op == "linear" and gradient == "data" and large
         return known and obstacle(op, gradient, pruning, device, dtype) is None
     large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 2**18
-    return device.type == "cpu" and dtype == torch.float32 and 4 * n <= m and large
+    return device.type == "cpu" and op != "float8_linear" and dtype == torch.float32 and 4 * n <= m and large
 
 
 class Chooser:

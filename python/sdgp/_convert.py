@@ -16,7 +16,7 @@ from ._models import NOT_PLANNED, REASON, check_module, layers_of
 from ._ops import PRUNED_DTYPES
 from ._pattern import PatternLike, Pruning, WeightGradLike
 from ._schedule import keep_scheduled
-from ._twins import transformers_conv1d, twin_of
+from ._twins import layers_of_libraries, twin_of
 
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -38,9 +38,10 @@ def convert(
     backend: str = "auto",
     weight_grad: WeightGradLike | None = None,
 ) -> _Model:
-    """Makes the ``nn.Linear``, ``nn.Conv2d`` and transformers ``Conv1D`` layers of ``model`` prune their data gradient.
+    """Makes the layers of ``model`` prune their data gradient, in place.
 
-    The model is changed in place and returned. Weight gradients stay exact unless ``weight_grad`` is given.
+    The layers are ``nn.Linear``, ``nn.Conv2d``, ``Conv1D`` of transformers and ``Float8Linear`` of torchao. Weight
+    gradients stay exact unless ``weight_grad`` is given.
 
     A layer stays the same object with the same Parameters, hooks, mode, device and dtype. Only its class changes, so
     optimizers, ``state_dict`` and wrappers (DDP, PEFT) that were made before still work. Converting a model again
@@ -248,7 +249,7 @@ def _why_unknown(module: nn.Module) -> str:
         return "applied inside nn.MultiheadAttention's fused function, out of reach"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no weight before its first forward: convert after it"
-    if isinstance(module, (nn.Linear, nn.Conv2d, *transformers_conv1d())):
+    if isinstance(module, (nn.Linear, nn.Conv2d, *layers_of_libraries())):
         after = "; convert before fully_shard" if kind.startswith("FSDP") else ""
         return f"{kind} is a subclass that sdgp does not know{after}"
-    return f"nn.Linear, nn.Conv2d and transformers' Conv1D are converted, not {kind}"
+    return f"nn.Linear, nn.Conv2d, transformers' Conv1D and torchao's Float8Linear are converted, not {kind}"

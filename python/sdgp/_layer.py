@@ -328,7 +328,7 @@ def unprune_in_place(module: PruningLayer) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision", "weight_decision", "unscheduled", "plain_for"):
+    for name in ("pruning", "holds", "decision", "weight_decision", "unscheduled", "plain_for", "casts"):
         vars(module).pop(name, None)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ._layer import PruningLayer
-from ._twins import transformers_conv1d
+from ._twins import layers_of_libraries
 
 # The modules that multiply by weights. sdgp.report lists them.
 _LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.Bilinear, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
@@ -46,7 +46,7 @@ def check_whole(op: str, model: nn.Module) -> None:
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yields each module that multiplies by weights once, with its first name."""
-    kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *transformers_conv1d())
+    kinds: tuple[type[nn.Module], ...] = (*_LAYERS, *layers_of_libraries())
     for name, module in model.named_modules():
         if isinstance(module, kinds):
             yield name, module

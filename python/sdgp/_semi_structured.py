@@ -22,6 +22,7 @@ from ._pattern import Pattern
 
 TILE_ROWS, TILE_COLS = C.tile_24  # an operand consists of complete tiles
 _DENSE_MULTIPLE = 8  # the columns of the dense operand must be a multiple of this
+_FLOAT8_MULTIPLE = 16  # the same for float8
 _ALIGNMENT = 16  # bytes; the address of the dense operand must be a multiple of this
 
 
@@ -153,6 +154,75 @@ def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
         torch.version.cuda,
     )
     return None
+
+
+# A product in float8: both factors are float8_e4m3fn, and each row of the result has a scale.
+
+
+def float8_obstacle(device: torch.device, pattern: Pattern) -> str | None:
+    """Does what ``obstacle`` does, for the product in float8."""
+    if device.type != "cuda":
+        return f"a float8 product on cuda, got {device}"
+    if not pattern.fits_24:
+        return f"a pattern that 2:4 tensor cores take (n <= 2 and m a multiple of 4, or 1:2), got {pattern}"
+    return _float8_obstacle_of_device(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _float8_obstacle_of_device(index: int) -> str | None:
+    major, minor = torch.cuda.get_device_capability(index)
+    if (major, minor) < (8, 9):
+        return f"a GPU of compute capability 8.9 or newer for float8, got {major}.{minor}"
+    if not torch.backends.cusparselt.is_available():
+        return f"a torch with cuSPARSELt, got {torch.__version__} without"
+    if not _multiplies_float8(torch.device("cuda", index)):
+        return f"a cuSPARSELt that multiplies float8 with a scale per row, got {torch.backends.cusparselt.version()}"
+    return None
+
+
+def _multiplies_float8(device: torch.device) -> bool:
+    """Returns whether the product gives the right result for a small example. No document of cuSPARSELt says so."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, dtype=torch.float32, device=device, generator=generator)
+
+    matrix = prune_nm(random(2 * TILE_ROWS, TILE_COLS), 2, 4).to(torch.float8_e4m3fn)
+    dense, scale = random(TILE_COLS // 2, TILE_COLS).to(torch.float8_e4m3fn), random(2 * TILE_ROWS)
+    expected = scale[:, None] * (matrix.float() @ dense.float().t())
+    try:
+        actual = multiply_float8(matrix, dense, scale, torch.bfloat16).float()
+    except RuntimeError:
+        return False
+    return torch.allclose(actual, expected, rtol=2**-7, atol=2**-7)
+
+
+@torch.library.custom_op("sdgp::_multiply_float8", mutates_args=())
+def multiply_float8(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiplies a pruned matrix (rows, cols) by the transpose of ``dense`` (columns, cols).
+
+    Row i of the result (rows, columns), in ``dtype``, is multiplied by ``scale[i]``. Both factors are float8_e4m3fn.
+    An operator of its own, because torch.compile cannot trace the compressor.
+    """
+    rows, cols = matrix.shape
+    columns = dense.shape[0]
+    if matrix.numel() == 0 or columns == 0:
+        return matrix.new_zeros(rows, columns, dtype=dtype)
+    missing_rows, missing_cols = -rows % TILE_ROWS, -cols % TILE_COLS
+    packed = torch._cslt_compress(_pad_bytes(matrix, missing_rows, missing_cols))
+    other = _pad_bytes(dense, -columns % _FLOAT8_MULTIPLE, missing_cols)
+    product = torch._cslt_sparse_mm(packed, other.t(), alpha=F.pad(scale, (0, missing_rows)), out_dtype=dtype)
+    return product[:rows, :columns].contiguous()
+
+
+@multiply_float8.register_fake
+def _(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return matrix.new_empty(matrix.shape[0], dense.shape[0], dtype=dtype)
+
+
+def _pad_bytes(matrix: Tensor, rows: int, cols: int) -> Tensor:
+    """Appends rows and columns of zeros to a matrix of one-byte values."""
+    return F.pad(matrix.view(torch.uint8), (0, cols, 0, rows)).contiguous().view(matrix.dtype)
 
 
 def _round_up(size: int, step: int) -> int:

@@ -108,7 +108,7 @@ class Call(NamedTuple):
 _DATA, _WEIGHT = ("data",), ("weight",)
 
 # The dimension along which the groups of a weight gradient run.
-_ALONG = {"linear": "rows", "conv2d": "output pixels"}
+_ALONG = {"linear": "rows", "float8_linear": "rows", "conv2d": "output pixels"}
 
 
 def start(
