@@ -18,8 +18,9 @@ from samples import METHODS
 from torch import Tensor, nn
 
 import sdgp
-from sdgp._choose import LEAST_WORK, current_chooser, static_rule
+from sdgp._choose import current_chooser
 from sdgp._pattern import Pruning
+from sdgp._rules import LEAST_WORK, static_rule
 
 # The choices of auto and pruned.
 

@@ -10,9 +10,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import sdgp
 from sdgp import _semi_structured as semi_structured
 from sdgp._autograd import LinearProducts, LinearWeightProducts
-from sdgp._choose import obstacle
 from sdgp._decision import Site
 from sdgp._pattern import Pattern, Pruning
+from sdgp._rules import obstacle
 
 CUDA = torch.device("cuda", 0)
 

@@ -122,7 +122,7 @@ def site_of(layer: Any, x: Tensor) -> Site:
 def test_device_without_a_sparse_weight_gradient() -> None:
     cuda, auto = torch.device("cuda", 0), Pruning.parse("conv2d", "2:4", "mvue", "auto")
     needed = "a cpu for the weight gradient of a convolution, got cuda:0"
-    assert sdgp._choose.obstacle("conv2d", "weight", auto, cuda, torch.half) == needed
+    assert sdgp._rules.obstacle("conv2d", "weight", auto, cuda, torch.half) == needed
     site = Site("conv2d", cuda, torch.half, 1, Pruning.parse("conv2d", "2:4", "mvue", "pruned"), (8, 8, 3, 3), True, 9)
     decision = sdgp.Chooser().foresee(site._replace(gradient="weight"), 2**40)
     assert decision == sdgp.Decision("dense", f"a sparse product needs {needed}")

@@ -104,17 +104,7 @@ def advised(
     memory: Memory,
 ) -> Plan:
     """Does the work of ``advise``, and reuses the times that earlier calls left in ``memory``."""
-    check_module("advise", model)
-    check_whole("advise", model)
-    check_eager("advise", model)
-    if not batches:
-        raise ValueError("advise: expected at least one batch, got none")
-    if isinstance(batches[0], torch.utils.data.DataLoader):
-        raise ValueError("advise: expected batches, got a DataLoader: pass some of its batches")
-    if isinstance(batches[0], Iterator):
-        raise ValueError("advise: expected batches, got an iterator: pass *batches")
-    if rounds < 1:
-        raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
+    _check(model, batches, rounds)
     norm, twins, reasons = prepared("advise", model, optimizer, patterns, methods, filter)
     check_optimizer("advise", norm.scales)
     steps = Steps(model, batches, loss, norm, rounds, memory)
@@ -145,18 +135,31 @@ def advised(
             raise UnusableBatch(
                 "advise: expected an idle machine, got layers that take longer than the step: ask again"
             )
-        for _ in range(3):
+        for _ in range(3):  # a choice that changes is measured again
             if not plan.chosen:
                 break
             say("the whole plan")
             with _pruned(model, plan):
                 pruned = steps.gradients(batches[0])
-            measured = norm.squared(difference(pruned, study.exact)) / noise.mean
-            if plan.take_measured(measured):
+            if plan.take_measured(norm.squared(difference(pruned, study.exact)) / noise.mean):
                 break
     if any(isinstance(module, nn.Conv2d) and name in plan for module, name in names.items()):
         plan.notes.append(START_EXACT)
     return plan
+
+
+def _check(model: nn.Module, batches: Sequence[Any], rounds: int) -> None:
+    check_module("advise", model)
+    check_whole("advise", model)
+    check_eager("advise", model)
+    if not batches:
+        raise ValueError("advise: expected at least one batch, got none")
+    if isinstance(batches[0], torch.utils.data.DataLoader):
+        raise ValueError("advise: expected batches, got a DataLoader: pass some of its batches")
+    if isinstance(batches[0], Iterator):
+        raise ValueError("advise: expected batches, got an iterator: pass *batches")
+    if rounds < 1:
+        raise ValueError(f"advise: expected rounds >= 1, got {rounds}")
 
 
 def prepared(

@@ -7,7 +7,7 @@ import functools
 import json
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import asdict, fields, replace
 from types import TracebackType
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _semi_structured
 from ._algorithm import find_algorithm
 from ._clock import elapsed_ms
 from ._decision import Decision, Products, Site
 from ._pattern import Pattern, Pruning
+from ._rules import LEAST_WORK, LEAST_WORK_CUDA, kernels_run, obstacle, static_rule
 from ._semi_structured import DEFAULT, Algorithm
 
 if TYPE_CHECKING:
@@ -30,83 +30,11 @@ if TYPE_CHECKING:
 
 _Way = TypeVar("_Way")
 
-# The multiply-adds of a gradient whose exact product takes about 0.2 ms. Below it, the call overhead of the sparse
-# product would cost most of what pruning saves. This is a constant, because under `auto` the path of a forward depends
-# on it (Note [One path] in _autograd/_call.py).
-LEAST_WORK = 16 * 2**20
-
-# The same on a GPU: an exact product of this size takes about 0.1 ms, as long as the launches of the sparse product.
-_LEAST_WORK_CUDA = 2**35
-
 IDENTITY = Decision("exact", "n == m: nothing is pruned")
 SMALL = Decision("plain", "fewer than 16 M multiply-adds: too small to gain")
 _SMALL = {product: Decision(product, "too small to gain") for product in ("exact", "dense")}
 _TWICE = Decision("exact", "the gradient is differentiated again (create_graph=True)")
 _FORCED = {product: Decision(product, f'backend="{product}"') for product in ("dense", "sparse")}
-
-
-def obstacle(
-    op: str, gradient: str, pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1
-) -> str | None:
-    """Returns why a gradient has no sparse product, as "requirement, got actual", or None if it has one.
-
-    Args:
-        op: ``"linear"``, ``"float8_linear"`` or ``"conv2d"``.
-        gradient: ``"data"`` or ``"weight"``.
-        groups: the number of groups of a convolution.
-    """
-    if op == "float8_linear":
-        return _semi_structured.float8_obstacle(device, pruning.pattern)
-    if device.type == "cpu":
-        return None
-    if device.type != "cuda":
-        return f"a device that has a sparse product (cpu, cuda), got {device}"
-    if op == "conv2d" and gradient == "weight":
-        return f"a cpu for the weight gradient of a convolution, got {device}"
-    if groups > 1:
-        return f"a convolution of one group on cuda, got groups={groups}"
-    return _semi_structured.obstacle(device, dtype, pruning.pattern)
-
-
-def kernels_run(gradient: Tensor) -> bool:
-    """Returns whether a product that is called now really computes, so that it can be timed.
-
-    It does not compute under fake tensors, tracers, dispatch modes, transforms or the capture of a CUDA graph.
-    """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or isinstance(gradient, FakeTensor)
-        or gradient.device.type == "meta"
-        or torch._C._are_functorch_transforms_active()
-        or (gradient.is_cuda and torch.cuda.is_current_stream_capturing())
-    )
-
-
-def static_rule(
-    op: str,
-    gradient: str,
-    pruning: Pruning,
-    device: torch.device,
-    dtype: torch.dtype,
-    weight_shape: Sequence[int],
-    values: int,
-) -> bool:
-    """Returns whether to take the sparse product if nothing can be measured: it gained in all cases measured so far.
-
-    On GPUs the rule rests on others' measurements, of data gradients of linear layers with at least 4096 rows.
-
-    Args:
-        gradient: ``"data"`` or ``"weight"``.
-        values: the number of values of the input.
-    """
-    n, m = pruning.pattern
-    if device.type == "cuda":
-        large = min(weight_shape) >= 2048 and values >= 4096 * max(weight_shape)
-        known = op == "linear" and gradient == "data" and large
-        return known and obstacle(op, gradient, pruning, device, dtype) is None
-    large = weight_shape[0] >= 128 and weight_shape[1] >= 128 and values >= 2**18
-    return device.type == "cpu" and op != "float8_linear" and dtype == torch.float32 and 4 * n <= m and large
 
 
 class Chooser:
@@ -149,7 +77,7 @@ class Chooser:
         rounds: int = 5,
         limit: int = 1024,
         least_work: int = LEAST_WORK,
-        least_work_cuda: int = _LEAST_WORK_CUDA,
+        least_work_cuda: int = LEAST_WORK_CUDA,
         timer: Callable[[Callable[[], object], torch.device], float] | None = None,
         search: bool = True,
     ) -> None:

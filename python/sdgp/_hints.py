@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import torch
 
-from ._choose import LEAST_WORK
 from ._pattern import UNBIASED_METHODS
 from ._plan import Candidate
+from ._rules import LEAST_WORK
 from ._steps import Steps
 from ._study import Study
 

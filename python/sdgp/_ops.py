@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The ops and their gradients. This is the only file that names ``torch.ops.sdgp``."""
+"""The ops as Python functions. Other modules call these, not ``torch.ops.sdgp``."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import register_flop_formula
 
+from . import _derivatives as _derivatives
 from . import _fakes as _fakes
+from . import _flop as _flop
 from ._load import C  # registers the ops
 from ._pattern import METHODS_THAT_DRAW
 
@@ -296,111 +296,3 @@ def _seed(input: Tensor, method: str, seed: Tensor | None) -> Tensor | None:
     if seed is not None or method not in METHODS_THAT_DRAW:
         return seed
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=input.device)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, n, m, dim, method, seed = inputs
-    if seed is None and method in METHODS_THAT_DRAW and n != m:
-        raise RuntimeError(f"prune_nm: expected a seed, to repeat {method} in backward, got None")
-    ctx.save_for_backward(input, seed)
-    ctx.settings = (n, m, dim, method)
-
-
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    input, seed = ctx.saved_tensors
-    scale = torch.ops.sdgp._prune_nm_scale(input.detach(), *ctx.settings, seed)
-    # A product is not enough: at a pruned place it would turn inf into NaN.
-    return torch.where(scale == 0, scale, grad_output * scale), None, None, None, None, None
-
-
-torch.library.register_autograd("sdgp::prune_nm", _backward, setup_context=_setup_context)
-
-
-def _refuse_gradient(op: str) -> None:
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            f"{op}: expected no differentiation, got a backward; this op has no gradient: use sdgp.linear, or "
-            "sdgp.prune_nm and a dense product"
-        )
-
-    torch.library.register_autograd(f"sdgp::{op}", backward)
-
-
-for _name in ("compress_nm", "decompress_nm", "spmm_nm"):
-    _refuse_gradient(_name)
-
-
-def _vmap(op: Any) -> Any:
-    """Returns the rule for torch.func.vmap. It prunes each sample by itself, so no factor or draw depends on others."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        def of_sample(index: int) -> Tensor:
-            result: Tensor = op(
-                *(arg if at is None else arg.select(at, index) for arg, at in zip(args, in_dims, strict=False))
-            )
-            return result
-
-        return torch.stack([of_sample(index) for index in range(info.batch_size)]), 0
-
-    return rule
-
-
-for _op in (torch.ops.sdgp.prune_nm, torch.ops.sdgp._prune_nm_scale):
-    torch.library.register_vmap(_op.default, _vmap(_op))
-
-
-def _kept(size: int, n: int, m: int) -> int:
-    """Returns how many of the ``size`` values of a row a sparse product multiplies."""
-    return size // m * n + min(size % m, n)
-
-
-def _no_flop(*args: Any, **kwargs: Any) -> int:
-    return 0
-
-
-def _matmul_flop(input: Sequence[int], dense: Sequence[int], n: int, m: int, *_: Any, **__: Any) -> int:
-    return 2 * math.prod(input[:-1]) * _kept(input[-1], n, m) * dense[1]
-
-
-def _spmm_flop(values: Sequence[int], indices: Sequence[int], m: int, dense: Sequence[int], **_: Any) -> int:
-    return 2 * math.prod(values) * dense[1]
-
-
-def _conv2d_flop(grad_output: Sequence[int], weight: Sequence[int], n: int, m: int, *args: Any, **_: Any) -> int:
-    groups = args[6]
-    samples, out, height, width = grad_output
-    kept = groups * _kept(out // groups, n, m)
-    return 2 * samples * height * width * int(kept) * math.prod(weight[1:])
-
-
-def _conv2d_weight_flop(
-    grad_output: Sequence[int],
-    input: Sequence[int],
-    n: int,
-    m: int,
-    method: str,
-    seed: Any,
-    kernel_size: Sequence[int],
-    *args: Any,
-    **_: Any,
-) -> int:
-    groups = args[3]
-    samples, out, height, width = grad_output
-    kept = out * _kept(height * width, n, m)
-    return 2 * samples * int(kept) * input[1] // int(groups) * math.prod(kernel_size)
-
-
-# FlopCounterMode counts the multiplications and additions of products. Pruning and packing have none.
-for _name, _formula in {
-    "prune_nm": _no_flop,
-    "_prune_nm_scale": _no_flop,
-    "compress_nm": _no_flop,
-    "decompress_nm": _no_flop,
-    "_pack_24": _no_flop,
-    "spmm_nm": _spmm_flop,
-    "_prune_nm_matmul": _matmul_flop,
-    "_conv2d_input_grad_nm": _conv2d_flop,
-    "_conv2d_weight_grad_nm": _conv2d_weight_flop,
-}.items():
-    register: Any = register_flop_formula(getattr(torch.ops.sdgp, _name))
-    register(_formula)

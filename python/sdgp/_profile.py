@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ._choose import current_chooser, kernels_run
+from ._choose import current_chooser
 from ._convert import paused
 from ._layer import PruningLayer, weight_sources
 from ._models import check_eager, check_whole, format_table, pruning_layers
 from ._report import report
+from ._rules import kernels_run
 from ._step import Loss, check_optimizer, on_gradient, run_step, stand_in, state_kept
 from ._timing import seconds
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._choose import LEAST_WORK, current_chooser
+from ._choose import current_chooser
 from ._decision import Decision, Products
 from ._layer import PruningLayer
 from ._noise import Errors, Estimate, Gradients, amplifications, errors, part_of, samples_of, squared_norm
 from ._pattern import Pruning
 from ._plan import Candidate
+from ._rules import LEAST_WORK
 from ._step import Handles, on_gradient, stand_in
 from ._steps import Steps
 

@@ -162,36 +162,40 @@ def steps_beside_plain(
     candidates["plain again"] = step(copy.deepcopy(model))
     times = rounds_of(candidates, rounds, input.device, warm=False)  # no warm-up: a step evicts its own data anyway
     plain = times["plain"]
-    low, high = interval(rounds)
-    noise = statistics.median(_saved(times["plain again"], plain))
     of_bfloat16 = times if "plain bfloat16" in times else once
-    bfloat16 = statistics.median(_saved(of_bfloat16["plain bfloat16"], of_bfloat16["plain"]))
-    rows = []
-    for (pattern, backend), twin in converted.items():
-        own = times[f"{pattern} {backend}"]
-        saved = sorted(_saved(own, plain))
-        layers = [row for row in report(twin) if row.pattern]
-        weights = [row for row in layers if row.gradient == "weight"]
-        data = [row for row in layers if row.gradient == "data"]
-        rows.append(
-            {
-                "pattern": pattern,
-                "method": method,
-                "backend": backend,
-                "plain_ms": round(1e3 * statistics.median(plain), 2),
-                "converted_ms": round(1e3 * statistics.median(own), 2),
-                "saved": round(statistics.median(saved), 4),
-                "saved_low": round(saved[low], 4),
-                "saved_high": round(saved[high], 4),
-                "noise": round(noise, 4),
-                "bfloat16_saved": round(bfloat16, 4),
-                "layers": len(data),
-                "layers_sparse": sum(row.product == "sparse" for row in data),
-                "weights": len(weights),
-                "weights_sparse": sum(row.product == "sparse" for row in weights),
-            }
-        )
-    return rows
+    bfloat16_saved = _saved(of_bfloat16["plain bfloat16"], of_bfloat16["plain"])
+    shared = {
+        "plain_ms": round(1e3 * statistics.median(plain), 2),
+        "noise": round(statistics.median(_saved(times["plain again"], plain)), 4),
+        "bfloat16_saved": round(statistics.median(bfloat16_saved), 4),
+    }
+    return [
+        {"pattern": pattern, "method": method, "backend": backend}
+        | shared
+        | _beside(times[f"{pattern} {backend}"], plain)
+        | _counts(twin)
+        for (pattern, backend), twin in converted.items()
+    ]
+
+
+def _beside(own: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
+    """Returns the time of a converted copy, and what it saves beside the plain model."""
+    saved, (low, high) = sorted(_saved(own, plain)), interval(len(own))
+    return {
+        "converted_ms": round(1e3 * statistics.median(own), 2),
+        "saved": round(statistics.median(saved), 4),
+        "saved_low": round(saved[low], 4),
+        "saved_high": round(saved[high], 4),
+    }
+
+
+def _counts(model: nn.Module) -> dict[str, int]:
+    """Returns how many layers prune each gradient if that pays, and how many of them take the sparse product."""
+    result: dict[str, int] = {}
+    for gradient, name in (("data", "layers"), ("weight", "weights")):
+        rows = [row for row in report(model) if row.pattern and row.gradient == gradient]
+        result |= {name: len(rows), f"{name}_sparse": sum(row.product == "sparse" for row in rows)}
+    return result
 
 
 def _converted(

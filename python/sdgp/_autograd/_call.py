@@ -12,7 +12,7 @@ checkpoint records only its repetition.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -20,10 +20,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
-from .._choose import LEAST_WORK, SMALL, Chooser, current_chooser, static_rule
+from .._choose import SMALL, Chooser, current_chooser
 from .._decision import Decision, Site
 from .._ops import PRUNED_DTYPES
 from .._pattern import Pruning
+from .._rules import LEAST_WORK, static_rule
 from ._autocast import computed_dtype
 
 _PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter))
@@ -134,9 +135,7 @@ def start(
     """
     if not torch.is_grad_enabled() or _leaves_python():
         return None
-    trains_input, trains_weight = input.requires_grad, weight.requires_grad
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        trains_input, trains_weight = _requires_grad(input), _requires_grad(weight)
+    trains_input, trains_weight = _trained(input), _trained(weight)
     weight_pruning = pruning.weight if trains_weight else None
     if weight_pruning is not None and not input.is_nested and along() < weight_pruning.pattern.m:
         if not (held or torch.compiler.is_compiling()):
@@ -144,26 +143,12 @@ def start(
         weight_pruning = None
     if not (trains_input or weight_pruning is not None):
         return None  # no gradient to prune
-    auto = pruning.backend == "auto"
     if torch.compiler.is_compiling():
         return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
     asked = (*(_DATA if trains_input else ()), *(_WEIGHT if weight_pruning is not None else ()))
-    if auto and work < LEAST_WORK:
-        note(layer, SMALL, asked)
-        remember(layer, input)
-        return None
-    if (unusual := _unusual(input, weight)) is not None:
-        if auto:
-            note(layer, Decision("plain", f"only plain tensors are pruned, this call had {unusual}"), asked)
-            remember(layer, None)
-            return None
-        raise ValueError(
-            f'{op}: backend="{pruning.backend}" expected plain tensors, got {unusual}; use backend="auto", or leave '
-            "the layer out by the filter of sdgp.convert"
-        )
-    if auto and in_transform():
-        note(layer, Decision("plain", "a torch.func transform or forward-mode differentiation"), asked)
-        remember(layer, None)
+    if (why := _why_plain(op, pruning, work, input, weight)) is not None:
+        note(layer, why, asked)
+        remember(layer, input if why is SMALL else None)
         return None
     may_repeat = has_hooks()
     if held and not may_repeat:
@@ -173,18 +158,55 @@ def start(
     sites = {"data": site}
     if weight_pruning is not None:
         sites["weight"] = site._replace(pruning=weight_pruning, gradient="weight")
-    if auto and not may_repeat:
-        decisions = [chooser.foresee(sites[gradient], work) for gradient in asked]
-        exact = [decision for decision in decisions if decision is not None and not decision.prunes]
-        if len(exact) == len(decisions):
-            for gradient, decision in zip(asked, exact, strict=True):
-                note(layer, decision, (gradient,))
-            # A similar call may need a gradient that this call does not need.
-            needs_all = pruning.weight_grad is None or (trains_input and trains_weight)
-            remember(layer, input if needs_all else None)
-            return None
+    if not may_repeat and pruning.backend == "auto" and _all_exact(layer, chooser, sites, asked, work):
+        # A similar call may need a gradient that this call does not need.
+        needs_all = pruning.weight_grad is None or (trains_input and trains_weight)
+        remember(layer, input if needs_all else None)
+        return None
     of_weight = None if weight_pruning is None else Part(weight_pruning, sites["weight"])
     return Call(op, Part(pruning.data, site), of_weight, held, layer, chooser)
+
+
+def _trained(tensor: Tensor) -> bool:
+    """Returns whether a tensor needs a gradient, in a transform at any of its levels."""
+    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return _requires_grad(tensor) if transforms else tensor.requires_grad
+
+
+def _why_plain(op: str, pruning: Pruning, work: int, input: Tensor, weight: Tensor) -> Decision | None:
+    """Returns why the plain operator computes a call under ``auto``. None: it need not.
+
+    Raises:
+        ValueError: If pruning is forced and sdgp cannot prune the tensors.
+    """
+    auto = pruning.backend == "auto"
+    if auto and work < LEAST_WORK:
+        return SMALL
+    if (unusual := _unusual(input, weight)) is not None:
+        if auto:
+            return Decision("plain", f"only plain tensors are pruned, this call had {unusual}")
+        raise ValueError(
+            f'{op}: backend="{pruning.backend}" expected plain tensors, got {unusual}; use backend="auto", or leave '
+            "the layer out by the filter of sdgp.convert"
+        )
+    if auto and in_transform():
+        return Decision("plain", "a torch.func transform or forward-mode differentiation")
+    return None
+
+
+def _all_exact(
+    layer: Layer | None, chooser: Chooser, sites: Mapping[str, Site], asked: Sequence[str], work: int
+) -> bool:
+    """Returns whether no gradient of a call is pruned, as is known before it. Then it tells the layer why."""
+    exact = {}
+    for gradient in asked:
+        decision = chooser.foresee(sites[gradient], work)
+        if decision is None or decision.prunes:
+            return False
+        exact[gradient] = decision
+    for gradient, decision in exact.items():
+        note(layer, decision, (gradient,))
+    return True
 
 
 def _leaves_python() -> bool:

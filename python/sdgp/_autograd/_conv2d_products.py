@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _semi_structured
-from .._choose import obstacle
 from .._ops import conv2d_input_grad_nm, conv2d_weight_grad_nm, prune_nm
 from .._pattern import Pruning
+from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor
 from ._backward import detached, rescaled, rows

@@ -20,10 +20,10 @@ from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import LinearMMConfig
 
 from .. import _semi_structured
-from .._choose import obstacle
 from .._decision import Site
 from .._ops import prune_nm
 from .._pattern import Pruning
+from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm
 from ._autocast import OptionalTensor
 from ._backward import decide, detached, pruned_gradient, rescaled, rows, wanted

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.autograd import Function
 
 from .. import _semi_structured
-from .._choose import obstacle
 from .._decision import Site
 from .._ops import prune_nm, prune_nm_matmul
 from .._pattern import PatternLike, Pruning, WeightGradLike
+from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor, autocast
 from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, wanted
