@@ -2,8 +2,8 @@
 """Compares whole training steps (forward, backward, SGD) of the plain model and of converted copies of it.
 
 Prints one line per model, pattern and backend: the milliseconds, the saving with its 95 % interval, and how many data
-and weight gradients took the sparse product. "noise" is what a second copy of the plain model seems to save. "bfloat16"
-is what the plain model saves under autocast; if that is more, pruning in float32 gains nothing. The pattern
+and weight gradients took the sparse product. "plain again" is what a second copy of the plain model seems to save.
+"bfloat16" is what the plain model saves under autocast; if that is more, pruning in float32 gains nothing. The pattern
 "4:16 + 8:16" prunes the data gradient to 4:16 and the weight gradient to 8:16, which frozen weights ignore.
 
     python benchmarks/train_step.py                             # all four, an hour or so
@@ -72,7 +72,7 @@ def line(row: Row) -> str:
     head = f"{row['model']:11s} | {row['method']} {row['pattern']:>11s} | {row['backend']:6s}"
     saved = f"{row['saved']:+6.1%} [{row['saved_low']:+.1%}, {row['saved_high']:+.1%}] saved"
     times = f"plain {row['plain_ms']:8.1f} ms | converted {row['converted_ms']:8.1f} ms | {saved}"
-    others = f"noise {row['noise']:+.1%}, bfloat16 {row['bfloat16_saved']:+.1%}"
+    others = f"plain again {row['plain_again_saved']:+.1%}, bfloat16 {row['bfloat16_saved']:+.1%}"
     data, weights = (f"{row[f'{kind}_sparse']} of {row[kind]}" for kind in ("layers", "weights"))
     return f"{head} | {times} ({others}) | sparse: {data} data, {weights} weight gradients"
 

@@ -108,7 +108,7 @@ def test_what_a_checkpointed_forward_records_does_not_depend_on_what_was_found(s
 
 def test_an_exact_layer_that_nothing_repeats_is_the_plain_one() -> None:
     layer, x, grad_output = large("auto")
-    plain = layer.to_dense()(x).grad_fn.name()
+    plain = layer.to_plain()(x).grad_fn.name()
     with chooser(sparse_wins=False)[0]:
         assert layer(x).grad_fn.name() != plain  # nothing is measured yet
         data_gradient(layer, x, grad_output)
@@ -129,7 +129,7 @@ def test_conv2d_chooses_too(sparse_wins: bool) -> None:
     with measuring:
         actual = data_gradient(layer, x, grad_output)
     kept = sdgp.prune_nm(grad_output, 2, 4, 1) if sparse_wins else grad_output
-    close(actual, data_gradient(layer.to_dense(), x, kept))
+    close(actual, data_gradient(layer.to_plain(), x, kept))
     assert len(measuring) == 1
     assert outcome(layer)[0] == ("sparse" if sparse_wins else "exact")
 
@@ -197,13 +197,13 @@ def test_a_small_product_is_never_measured(layer: nn.Module) -> None:
     grad_output = torch.randn_like(layer(x))
     measuring, timer = chooser(sparse_wins=True)
     with measuring:
-        exact = data_gradient(layer.to_dense(), x, grad_output)
+        exact = data_gradient(layer.to_plain(), x, grad_output)
         assert torch.equal(data_gradient(layer, x, grad_output), exact)
         assert outcome(layer) == ("plain", None)
         assert "_Linear" not in layer(x).grad_fn.name()  # the graph has no node of sdgp
         sdgp.convert(layer, method="magnitude", backend="pruned")
         dim = -1 if isinstance(layer, sdgp.Linear) else 1
-        expected = data_gradient(layer.to_dense(), x, sdgp.prune_nm(grad_output, 2, 4, dim))
+        expected = data_gradient(layer.to_plain(), x, sdgp.prune_nm(grad_output, 2, 4, dim))
         assert torch.equal(data_gradient(layer, x, grad_output), expected)
         assert outcome(layer) == ("dense", None)
         assert "too small" in sdgp.report(layer)[0].why

@@ -131,8 +131,8 @@ def test_made_by_hand() -> None:
 
     layer = Twin(8, 16, pattern="1:4", backend="sparse")
     assert sdgp.report(layer)[0].pattern == "1:4"
-    assert type(layer.to_dense()) is Conv1D
-    assert type(Twin.from_dense(Conv1D(8, 16))) is Twin
+    assert type(layer.to_plain()) is Conv1D
+    assert type(Twin.from_plain(Conv1D(8, 16))) is Twin
 
 
 def test_compiled() -> None:

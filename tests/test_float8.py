@@ -257,7 +257,7 @@ def test_a_converted_model_is_copied_pickled_paused_and_reverted() -> None:
     assert not equal(exact, expected)
     assert [row.type for row in sdgp.report(model)] == ["Float8Linear", "Float8Linear"]
     assert [row.product for row in sdgp.profile(model, x, rounds=1)] == ["dense", "dense"]
-    assert type(model[0].to_dense()) is Float8Linear
+    assert type(model[0].to_plain()) is Float8Linear
     sdgp.revert(model)
     assert set(vars(model[0])) == attributes
     assert equal(gradients(model(x), grad_output[:, :16], x), exact)

@@ -31,11 +31,11 @@ def test_defaults(twin: Any, plain: Any) -> None:
     defaults = {name: parameter.default for name, parameter in inspect.signature(twin).parameters.items()}
     expected = {name: parameter.default for name, parameter in inspect.signature(plain).parameters.items()}
     assert defaults == expected | own
-    made = {name: parameter.default for name, parameter in inspect.signature(twin.from_dense).parameters.items()}
-    assert made == {"dense": inspect.Parameter.empty} | own
+    made = {name: parameter.default for name, parameter in inspect.signature(twin.from_plain).parameters.items()}
+    assert made == {"plain": inspect.Parameter.empty} | own
 
 
-@pytest.mark.parametrize("layer", [sdgp.Linear(4, 8), sdgp.Conv2d(4, 8, 3), sdgp.Linear.from_dense(nn.Linear(4, 8))])
+@pytest.mark.parametrize("layer", [sdgp.Linear(4, 8), sdgp.Conv2d(4, 8, 3), sdgp.Linear.from_plain(nn.Linear(4, 8))])
 def test_a_new_layer(layer: PruningLayer) -> None:
     assert layer.pruning == Pruning(sdgp.Pattern(2, 4), "mvue", "auto")
     assert (layer.holds, layer.held, layer.decision, layer.is_pruning) == ({}, "", None, False)
@@ -196,8 +196,8 @@ def test_too_narrow(channels: int) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"^from_dense: expected a torch.nn.modules.linear.Linear, got Conv2d$"):
-        sdgp.Linear.from_dense(nn.Conv2d(4, 8, 3))
+    with pytest.raises(ValueError, match=r"^from_plain: expected a torch.nn.modules.linear.Linear, got Conv2d$"):
+        sdgp.Linear.from_plain(nn.Conv2d(4, 8, 3))
     for make in (lambda: sdgp.Linear(4, 8, method="topk"), lambda: sdgp.Conv2d(4, 8, 3, method="topk")):
         with pytest.raises(ValueError, match=r"^(Linear|Conv2d): expected method .*, got 'topk'$"):
             make()
@@ -205,10 +205,19 @@ def test_errors() -> None:
         torch.jit.script(sdgp.Linear(4, 8))
 
 
-def test_to_dense_leaves_the_layer_as_it_was() -> None:
+def test_the_old_names_warn_and_work() -> None:
+    with pytest.warns(FutureWarning, match="Linear: from_dense is now called from_plain") as warned:
+        layer = sdgp.Linear.from_dense(nn.Linear(4, 8), "1:4", weight_grad="2:4")
+    assert warned[0].filename == __file__
+    assert str(layer.pruning.pattern) == "1:4"
+    with pytest.warns(FutureWarning, match="Linear: to_dense is now called to_plain"):
+        assert type(layer.to_dense()) is nn.Linear
+
+
+def test_to_plain_leaves_the_layer_as_it_was() -> None:
     layer = sdgp.Linear(8, 8, pattern="1:4")
     seen: list[Tensor] = []
-    plain = layer.to_dense()
+    plain = layer.to_plain()
     plain.register_forward_hook(lambda module, args, output: seen.append(output))
     assert type(plain) is nn.Linear
     assert vars(plain).keys() == vars(nn.Linear(8, 8)).keys()
@@ -247,7 +256,7 @@ def test_a_copy_of_a_compiled_layer_runs_itself() -> None:
     layer = sdgp.Linear(8, 8, backend="pruned")
     layer.compile(backend="eager")
     x = torch.randn(2, 8)
-    for twin in (copy.deepcopy(layer), sdgp.Linear.from_dense(layer.to_dense())):
+    for twin in (copy.deepcopy(layer), sdgp.Linear.from_plain(layer.to_plain())):
         before = twin(x)
         twin.weight = nn.Parameter(torch.zeros(8, 8))
         assert torch.equal(twin(x), twin.bias.expand(2, 8))

@@ -201,7 +201,7 @@ def test_frozen_conv2d() -> None:
 def test_frozen_conv2d_keeps_the_memory_format(memory_format: torch.memory_format) -> None:
     x = torch.randn(2, 4, 8, 8).contiguous(memory_format=memory_format).requires_grad_()
     dense = nn.Conv2d(4, 8, 3).requires_grad_(False)
-    layer = sdgp.Conv2d.from_dense(dense, backend="pruned")
+    layer = sdgp.Conv2d.from_plain(dense, backend="pruned")
     expected = gradients(dense(x), torch.ones(2, 8, 6, 6).contiguous(memory_format=memory_format), x)[0]
     actual = gradients(layer(x), torch.ones(2, 8, 6, 6).contiguous(memory_format=memory_format), x)[0]
     assert actual.stride() == expected.stride()
@@ -310,21 +310,21 @@ def test_gradients_accumulate() -> None:
 @pytest.mark.parametrize("padding_mode", ["zeros", "reflect", "replicate", "circular"])
 def test_conv2d_module_padding_modes(padding_mode: str) -> None:
     dense = nn.Conv2d(4, 8, 3, padding=1, padding_mode=padding_mode)
-    layer = sdgp.Conv2d.from_dense(dense, method="magnitude", backend="pruned")
+    layer = sdgp.Conv2d.from_plain(dense, method="magnitude", backend="pruned")
     x = torch.randn(2, 4, 6, 6, requires_grad=True)
     close(layer(x), dense(x))
     grad_output = torch.randn(2, 8, 6, 6)
     close(gradients(layer(x), grad_output, x)[0], gradients(dense(x), sdgp.prune_nm(grad_output, 2, 4, 1), x)[0])
 
 
-def test_from_dense_and_to_dense_share() -> None:
+def test_from_plain_and_to_plain_share() -> None:
     for dense, twin in ((nn.Linear(8, 4), sdgp.Linear), (nn.Conv2d(8, 4, 3), sdgp.Conv2d)):
-        layer = twin.from_dense(dense.eval(), "1:4", "rescale", "dense")
+        layer = twin.from_plain(dense.eval(), "1:4", "rescale", "dense")
         assert layer.weight is dense.weight
         assert (str(layer.pruning.pattern), layer.pruning.method, layer.pruning.backend) == ("1:4", "rescale", "dense")
         assert not layer.training
         assert type(dense) in (nn.Linear, nn.Conv2d)
-        back = layer.to_dense()
+        back = layer.to_plain()
         assert type(back) is type(dense)
         assert back.weight is dense.weight
         assert vars(back).keys() == vars(dense).keys()

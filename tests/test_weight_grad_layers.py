@@ -197,14 +197,14 @@ def test_layers_keep_it_through_copies_and_pickles(tmp_path: Any) -> None:
     for layer in (
         sdgp.Linear(8, 8, weight_grad="4:16"),
         sdgp.Conv2d(8, 8, 3, weight_grad=("4:16", "magnitude")),
-        sdgp.Linear.from_dense(nn.Linear(8, 8), weight_grad=("4:16", "mvue")),
+        sdgp.Linear.from_plain(nn.Linear(8, 8), weight_grad=("4:16", "mvue")),
     ):
         torch.save(layer, tmp_path / "layer.pt")
         with torch.serialization.safe_globals([set]):
             loaded = torch.load(tmp_path / "layer.pt", weights_only=True)
         for twin in (loaded, copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
             assert twin.pruning == layer.pruning
-        assert layer.to_dense().state_dict().keys() == layer.state_dict().keys()
+        assert layer.to_plain().state_dict().keys() == layer.state_dict().keys()
         assert "weight_grad=4:16 m" in repr(layer)
 
 

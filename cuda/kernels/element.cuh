@@ -89,7 +89,7 @@ SDGP_HOST_DEVICE typename C::Bits without_sign(typename C::Bits x) {
 }
 
 template <class C>
-SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
+SDGP_HOST_DEVICE typename C::E magnitude_of(typename C::Bits x) {
   const auto value = C::widen(x);
   if constexpr (sizeof value == 4) {
     return fabsf(value);  // costs no instruction on a GPU
@@ -98,10 +98,10 @@ SDGP_HOST_DEVICE typename C::E magnitude(typename C::Bits x) {
   }
 }
 
-// Writes the sizes of the two 16-bit elements of a word.
+// Writes the magnitudes of the two 16-bit elements of a word.
 template <class C>
-SDGP_HOST_DEVICE void magnitudes(uint32_t word, typename C::E& low, typename C::E& high) {
-  low = magnitude<C>(static_cast<typename C::Bits>(word));
+SDGP_HOST_DEVICE void magnitudes_of(uint32_t word, typename C::E& low, typename C::E& high) {
+  low = magnitude_of<C>(static_cast<typename C::Bits>(word));
   high = fabsf(C::widen_high(word));
 }
 

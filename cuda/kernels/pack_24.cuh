@@ -23,7 +23,7 @@ constexpr int kTileThreads = 256;
 static_assert(kTileWords == kTileThreads, "one word of metadata a thread");
 
 // Packs two quads, in four words of two elements. `kept` flags the elements that stay, at most two in each quad. Their
-// sizes are raised to `least`, which is a pair, too, if kRaise. Returns a nibble in each half of a word.
+// magnitudes are raised to `least`, which is a pair, too, if kRaise. Returns a nibble in each half of a word.
 template <bool kRaise>
 SDGP_HOST_DEVICE uint32_t pack_quads(const uint32_t* word, const uint32_t* kept, const uint32_t* least,
                                      uint32_t* values) {
@@ -55,21 +55,22 @@ SDGP_HOST_DEVICE void load_8(const Bits* from, int left, bool vectors, uint32_t*
   }
 }
 
-// Whether packing raises the sizes of what stays. Other methods, and groups of two, change the values when they prune.
+// Whether packing raises the magnitudes of what stays. Other methods, and groups of two, change the values when they
+// prune.
 template <Method kMethod, int kM>
 constexpr bool raises = kMethod == Method::kMvue && kM >= 4;
 
-// Selects in kSpan elements of a row, whole groups, with these sizes. `left` is the number of elements up to the end of
-// the row. Sets which stay and, if it raises, the least magnitude of what stays for each quad; otherwise it changes
-// `x`.
+// Selects in kSpan elements of a row, whole groups, with these magnitudes. `left` is the number of elements up to the
+// end of the row. Sets which stay and, if it raises, the least magnitude of what stays for each quad; otherwise it
+// changes `x`.
 template <class C, Method kMethod, int kM, int kSpan>
-SDGP_HOST_DEVICE void select_span(typename C::Bits* x, const typename C::E* size, const Pruning& mixed, int left,
+SDGP_HOST_DEVICE void select_span(typename C::Bits* x, const typename C::E* magnitude, const Pruning& mixed, int left,
                                   uint64_t first_group, bool* keep, uint32_t* least) {
   SDGP_UNROLL
   for (int g = 0; g < kSpan / kM; ++g) {
     const uint64_t group = first_group + static_cast<uint64_t>(g);
     if constexpr (raises<kMethod, kM>) {
-      const MvueChoice<C, kM> choice(x + g * kM, size + g * kM, mixed.n, mixed.seed, group);
+      const MvueChoice<C, kM> choice(x + g * kM, magnitude + g * kM, mixed.n, mixed.seed, group);
       SDGP_UNROLL
       for (int j = 0; j < kM; ++j) {
         keep[g * kM + j] = choice.keep[j];
@@ -102,13 +103,13 @@ SDGP_HOST_DEVICE void pack_span(uint32_t* word, const Pruning& mixed, int left, 
     flag_largest<4>(pair, mixed.n, kept);
   } else {
     Bits x[kSpan];
-    typename C::E size[kSpan];
+    typename C::E magnitude[kSpan];
     bool keep[kSpan];
     SDGP_UNROLL
     for (int i = 0; i < kSpan; ++i) x[i] = static_cast<Bits>(word[i / 2] >> (i % 2 * 16));
     SDGP_UNROLL
-    for (int i = 0; i < kSpan; i += 2) magnitudes<C>(word[i / 2], size[i], size[i + 1]);
-    select_span<C, kMethod, kM, kSpan>(x, size, mixed, left, first_group, keep, least);
+    for (int i = 0; i < kSpan; i += 2) magnitudes_of<C>(word[i / 2], magnitude[i], magnitude[i + 1]);
+    select_span<C, kMethod, kM, kSpan>(x, magnitude, mixed, left, first_group, keep, least);
     SDGP_UNROLL
     for (int i = 0; i < kSpan / 2; ++i) {
       const int at = i / 4 * 8 + i % 4;
@@ -178,17 +179,17 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
     for (int at = 0; at < kSpan; at += 4) flag_largest<4>(pair + at, mixed.n, kept + at);
   } else {
     Bits x[2][kSpan];
-    typename C::E size[2][kSpan];
+    typename C::E magnitude[2][kSpan];
     bool keep[2][kSpan];
     SDGP_UNROLL
     for (int j = 0; j < kSpan; ++j) {
       x[0][j] = static_cast<Bits>(pair[j]);
       x[1][j] = static_cast<Bits>(pair[j] >> 16);
-      magnitudes<C>(pair[j], size[0][j], size[1][j]);
+      magnitudes_of<C>(pair[j], magnitude[0][j], magnitude[1][j]);
     }
     SDGP_UNROLL
     for (int v = 0; v < 2; ++v) {
-      select_span<C, kMethod, kM, kSpan>(x[v], size[v], mixed, left,
+      select_span<C, kMethod, kM, kSpan>(x[v], magnitude[v], mixed, left,
                                          first_group + static_cast<uint64_t>(v) * row_groups, keep[v], least[v]);
     }
     SDGP_UNROLL
@@ -205,8 +206,8 @@ SDGP_HOST_DEVICE void pack_pair_span(uint32_t* pair, const Pruning& mixed, int l
       const int quad = 2 * at + half;
       uint32_t word[4], both[2];
       from_pairs<4>(pair + 4 * quad, word, word + 2);
-      const uint32_t sizes[2] = {least[0][quad] * 0x10001u, least[1][quad] * 0x10001u};
-      places[half] = pack_quads<raises<kMethod, kM>>(word, kept + 4 * quad, sizes, both);
+      const uint32_t raised[2] = {least[0][quad] * 0x10001u, least[1][quad] * 0x10001u};
+      places[half] = pack_quads<raises<kMethod, kM>>(word, kept + 4 * quad, raised, both);
       values[quad] = both[0];
       values[kSharedWords + quad] = both[1];
     }

@@ -61,16 +61,16 @@ SDGP_HOST_DEVICE uint32_t at_least(int n, uint32_t a, uint32_t b, uint32_t c) {
 // Flags the n elements of each group with the largest magnitudes, 0 < n < kM. Ties go to the lower index.
 template <int kM>
 SDGP_HOST_DEVICE void flag_largest(const uint32_t* pair, int n, uint32_t* kept) {
-  uint32_t size[kM];
+  uint32_t magnitude[kM];
   uint32_t above[kM];
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
-    size[j] = pair[j] & ~kFlags;
+    magnitude[j] = pair[j] & ~kFlags;
     above[j] = pair[j] | kFlags;
   }
   if constexpr (kM == 4) {  // an element stays if it is larger than at least 4 - n of the other three
-    const uint32_t c01 = above[0] - size[1], c02 = above[0] - size[2], c03 = above[0] - size[3];
-    const uint32_t c12 = above[1] - size[2], c13 = above[1] - size[3], c23 = above[2] - size[3];
+    const uint32_t c01 = above[0] - magnitude[1], c02 = above[0] - magnitude[2], c03 = above[0] - magnitude[3];
+    const uint32_t c12 = above[1] - magnitude[2], c13 = above[1] - magnitude[3], c23 = above[2] - magnitude[3];
     kept[0] = at_least(4 - n, c01, c02, c03);
     kept[1] = at_least(4 - n, ~c01, c12, c13);
     kept[2] = at_least(4 - n, ~c02, ~c12, c23);
@@ -83,7 +83,7 @@ SDGP_HOST_DEVICE void flag_largest(const uint32_t* pair, int n, uint32_t* kept) 
     for (int i = 0; i < kM; ++i) {
       SDGP_UNROLL
       for (int j = i + 1; j < kM; ++j) {
-        const uint32_t first = (above[i] - size[j]) >> 15 & 0x10001u;  // i goes before j
+        const uint32_t first = (above[i] - magnitude[j]) >> 15 & 0x10001u;  // i goes before j
         rank[i] += 0x10001u - first;
         rank[j] -= 0x10001u - first;
       }
@@ -106,7 +106,7 @@ SDGP_HOST_DEVICE uint32_t larger_pair(uint32_t a, uint32_t b) {
 #endif
 }
 
-// Raises the sizes of two elements to `least`, which is a pair, too.
+// Raises the magnitudes of two elements to `least`, which is a pair, too.
 SDGP_HOST_DEVICE uint32_t raised(uint32_t pair, uint32_t least) {
   return (pair & kFlags) | larger_pair(pair & ~kFlags, least);
 }

@@ -99,12 +99,12 @@ template <class C, int kM>
 SDGP_HOST_DEVICE void prune_mvue_words(uint32_t* word, const Pruning& mixed, uint64_t group) {
   using Bits = typename C::Bits;
   Bits x[kM];
-  typename C::E size[kM];
+  typename C::E magnitude[kM];
   SDGP_UNROLL
   for (int j = 0; j < kM; j += 2) {
     x[j] = static_cast<Bits>(word[j / 2]);
     x[j + 1] = static_cast<Bits>(word[j / 2] >> 16);
-    magnitudes<C>(word[j / 2], size[j], size[j + 1]);
+    magnitudes_of<C>(word[j / 2], magnitude[j], magnitude[j + 1]);
   }
   if (mixed.scale) {
     prune_mvue<C, kM>(x, mixed, group);
@@ -112,7 +112,7 @@ SDGP_HOST_DEVICE void prune_mvue_words(uint32_t* word, const Pruning& mixed, uin
     for (int j = 0; j < kM; j += 2) word[j / 2] = x[j] | static_cast<uint32_t>(x[j + 1]) << 16;
     return;
   }
-  const MvueChoice<C, kM> choice(x, size, mixed.n, mixed.seed, group);
+  const MvueChoice<C, kM> choice(x, magnitude, mixed.n, mixed.seed, group);
   SDGP_UNROLL
   for (int j = 0; j < kM; j += 2) {
     uint32_t& both = word[j / 2];

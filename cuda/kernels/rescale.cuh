@@ -140,14 +140,14 @@ struct LaneSums {
     const bool per_row = params.lanes == Lanes::kGroupsOfRow;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
-      const E size = magnitude<C>(x[j]);
-      const E kept_size = has<kM>(keep, j) ? size : E{0};
+      const E magnitude = magnitude_of<C>(x[j]);
+      const E kept_magnitude = has<kM>(keep, j) ? magnitude : E{0};
       if (per_row) {
-        all[0] += size;
-        kept[0] += kept_size;
+        all[0] += magnitude;
+        kept[0] += kept_magnitude;
       } else {
-        all[j] += size;
-        kept[j] += kept_size;
+        all[j] += magnitude;
+        kept[j] += kept_magnitude;
       }
     }
   }

@@ -193,9 +193,9 @@ SDGP_HOST_DEVICE void prune_rescale_group(typename C::Bits* x, const Pruning& mi
   E kept = 0;
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
-    const E size = magnitude<C>(x[j]);
-    all += size;
-    if (has<kM>(keep, j)) kept += size;
+    const E magnitude = magnitude_of<C>(x[j]);
+    all += magnitude;
+    if (has<kM>(keep, j)) kept += magnitude;
   }
   const E factor = kept == 0 ? E{1} : all / kept;
   SDGP_UNROLL
@@ -220,14 +220,14 @@ SDGP_HOST_DEVICE void prune_rescale(typename C::Bits* x, const Pruning& pruning,
   }
 }
 
-// What mvue does with a group: the elements that stay, and the least size of them.
+// What mvue does with a group: the elements that stay, and the least magnitude of them.
 template <class C, int kM>
 struct MvueChoice {
   using E = typename C::E;
   using K = typename C::K;
   bool keep[kM];
   bool above[kM];  // stays unchanged
-  const E* size;
+  const E* magnitude;
   E step = std::numeric_limits<E>::infinity();
   K least = 0;  // the step, as a magnitude
 
@@ -246,12 +246,12 @@ struct MvueChoice {
 
   // Finds the elements above the step. Returns the sum of the others.
   SDGP_HOST_DEVICE E find_above() {
-    above[0] = size[0] >= step;
-    E rest = above[0] ? E{0} : size[0];
+    above[0] = magnitude[0] >= step;
+    E rest = above[0] ? E{0} : magnitude[0];
     SDGP_UNROLL
     for (int j = 1; j < kM; ++j) {
-      above[j] = size[j] >= step;
-      if (!above[j]) rest += size[j];
+      above[j] = magnitude[j] >= step;
+      if (!above[j]) rest += magnitude[j];
     }
     return rest;
   }
@@ -269,12 +269,13 @@ struct MvueChoice {
     return (low & !(above[2] | above[3])) | (high & !(above[0] | above[1]));
   }
 
-  // `sizes` are those of `x`. See Note [mvue].
-  SDGP_HOST_DEVICE MvueChoice(const typename C::Bits* x, const E* sizes, int n, uint64_t mixed_seed, uint64_t group)
-      : size(sizes) {
-    E rest = size[0];
+  // `magnitudes` are those of `x`. See Note [mvue].
+  SDGP_HOST_DEVICE MvueChoice(const typename C::Bits* x, const E* magnitudes, int n, uint64_t mixed_seed,
+                              uint64_t group)
+      : magnitude(magnitudes) {
+    E rest = magnitude[0];
     SDGP_UNROLL
-    for (int j = 1; j < kM; ++j) rest += size[j];
+    for (int j = 1; j < kM; ++j) rest += magnitude[j];
     if (!(rest < std::numeric_limits<E>::infinity())) {  // inf or NaN
       const Mask<kM> largest = select_magnitude<C, kM>(x, n);
       SDGP_UNROLL
@@ -300,9 +301,9 @@ struct MvueChoice {
     E reached = 0;
     SDGP_UNROLL
     for (int j = 0; j < kM; ++j) {
-      above[j] = size[j] >= step;
-      if (j == 0) reached = above[0] ? E{0} : size[0];
-      if (j > 0 && !above[j]) reached += size[j];
+      above[j] = magnitude[j] >= step;
+      if (j == 0) reached = above[0] ? E{0} : magnitude[0];
+      if (j > 0 && !above[j]) reached += magnitude[j];
       const bool hit = reached > point;
       if (hit) point += step;
       keep[j] = above[j] | hit;
@@ -316,10 +317,10 @@ template <class C, int kM>
 SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint64_t group) {
   using Bits = typename C::Bits;
   using K = typename C::K;
-  typename C::E size[kM];
+  typename C::E magnitude[kM];
   SDGP_UNROLL
-  for (int j = 0; j < kM; ++j) size[j] = magnitude<C>(x[j]);
-  const MvueChoice<C, kM> choice(x, size, mixed.n, mixed.seed, group);
+  for (int j = 0; j < kM; ++j) magnitude[j] = magnitude_of<C>(x[j]);
+  const MvueChoice<C, kM> choice(x, magnitude, mixed.n, mixed.seed, group);
   SDGP_UNROLL
   for (int j = 0; j < kM; ++j) {
     const K key = without_sign<C>(x[j]);
@@ -327,7 +328,9 @@ SDGP_HOST_DEVICE void prune_mvue(typename C::Bits* x, const Pruning& mixed, uint
     const auto kept = static_cast<Bits>(larger | (x[j] ^ key));
     x[j] = choice.keep[j] ? kept : Bits{0};
     if (mixed.scale && choice.keep[j]) {
-      x[j] = choice.above[j] ? C::kOne : without_sign<C>(kept) != 0 ? C::narrow(choice.step / choice.size[j]) : Bits{0};
+      x[j] = choice.above[j]              ? C::kOne
+             : without_sign<C>(kept) != 0 ? C::narrow(choice.step / choice.magnitude[j])
+                                          : Bits{0};
     }
   }
 }

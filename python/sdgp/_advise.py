@@ -236,6 +236,6 @@ def _twins(
         if why is not None or twin is None:
             reasons[name] = str(why)
             continue
-        plain = module.to_dense() if isinstance(module, PruningLayer) else module
+        plain = module.to_plain() if isinstance(module, PruningLayer) else module
         twins[module] = [twin.sharing(plain, pruning) for pruning in settings]
     return twins, reasons

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from ._decision import Decision, Products
 from ._ops import prune_nm
 from ._pattern import Pattern, PatternLike, Pruning, WeightGradLike
+from ._renamed import warn_renamed
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -77,38 +78,49 @@ class PruningLayer(nn.Module):
     _plain: ClassVar[type[nn.Module]]
 
     @classmethod
-    def from_dense(
+    def from_plain(
         cls,
-        dense: nn.Module,
+        plain: nn.Module,
         pattern: PatternLike = "2:4",
         method: str = "mvue",
         backend: str = "auto",
         *,
         weight_grad: WeightGradLike | None = None,
     ) -> Self:
-        """Returns a pruning layer that shares the Parameters, buffers and hooks of the plain layer ``dense``.
+        """Returns a pruning layer that shares the Parameters, buffers and hooks of the plain layer ``plain``.
 
         Raises:
-            ValueError: If ``dense`` is of another class (also a subclass): ``from_dense: requirement, got actual``.
+            ValueError: If ``plain`` is of another class (also a subclass): ``from_plain: requirement, got actual``.
         """
-        if type(dense) is not cls._plain:
+        if type(plain) is not cls._plain:
             raise ValueError(
-                f"from_dense: expected a {cls._plain.__module__}.{cls._plain.__qualname__}, got {type(dense).__name__}"
+                f"from_plain: expected a {cls._plain.__module__}.{cls._plain.__qualname__}, got {type(plain).__name__}"
             )
-        return cls.sharing(dense, Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
+        return cls.sharing(plain, Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
 
     @classmethod
     def sharing(cls, plain: nn.Module, pruning: Pruning) -> Self:
-        """Does what ``from_dense`` does, with settings that were checked."""
+        """Does what ``from_plain`` does, with settings that were checked."""
         layer = _share(plain, cls)
         layer._set_up(pruning)
         return layer
 
-    def to_dense(self) -> nn.Module:
+    def to_plain(self) -> nn.Module:
         """Returns a plain layer that shares the Parameters, buffers and hooks of this layer."""
         plain = _share(self, self._plain)
         _drop_settings(plain)
         return plain
+
+    @classmethod
+    def from_dense(cls, dense: nn.Module, *settings: Any, **named: Any) -> Self:
+        """The old name of ``from_plain``."""
+        warn_renamed(cls.__name__, "from_dense", "from_plain")
+        return cls.from_plain(dense, *settings, **named)
+
+    def to_dense(self) -> nn.Module:
+        """The old name of ``to_plain``."""
+        warn_renamed(type(self).__name__, "to_dense", "to_plain")
+        return self.to_plain()
 
     def __prepare_scriptable__(self) -> nn.Module:
         # torch.jit.script calls this method and would keep the returned module in the model permanently.

@@ -136,9 +136,9 @@ def steps_beside_plain(
 
     Returns:
         A row for each pattern and backend. ``saved`` is the median over the rounds of 1 - converted / plain;
-        ``saved_low`` and ``saved_high`` are the ends of its 95 % interval. ``noise`` is what a second copy of the plain
-        model seems to save. ``bfloat16_saved`` is what a plain copy under bfloat16 autocast saves. Pruning has to beat
-        the faster of the plain model and this copy.
+        ``saved_low`` and ``saved_high`` are the ends of its 95 % interval. ``plain_again_saved`` is what a second
+        copy of the plain model seems to save. ``bfloat16_saved`` is what a plain copy under bfloat16 autocast saves.
+        Pruning has to beat the faster of the plain model and this copy.
     """
 
     def step(net: nn.Module, dtype: torch.dtype | None = autocast) -> Callable[[], None]:
@@ -166,7 +166,7 @@ def steps_beside_plain(
     bfloat16_saved = _saved(of_bfloat16["plain bfloat16"], of_bfloat16["plain"])
     shared = {
         "plain_ms": round(1e3 * statistics.median(plain), 2),
-        "noise": round(statistics.median(_saved(times["plain again"], plain)), 4),
+        "plain_again_saved": round(statistics.median(_saved(times["plain again"], plain)), 4),
         "bfloat16_saved": round(statistics.median(bfloat16_saved), 4),
     }
     return [

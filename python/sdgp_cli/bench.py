@@ -64,7 +64,7 @@ def show(report: Report) -> str:
                 "plain ms",
                 "auto ms",
                 "saved",
-                "plain again: noise",
+                "plain again",
                 "plain in bfloat16",
                 "sparse layers",
             ),
@@ -92,7 +92,7 @@ def _product_cells(row: Row) -> tuple[str, ...]:
 
 def _step_cells(row: Row) -> tuple[str, ...]:
     times = (f"{row[key]:.1f}" for key in ("plain_ms", "converted_ms"))
-    shares = (f"{row[key]:+.1%}" for key in ("saved", "noise", "bfloat16_saved"))
+    shares = (f"{row[key]:+.1%}" for key in ("saved", "plain_again_saved", "bfloat16_saved"))
     return row["model"], row["pattern"], *times, *shares, f"{row['layers_sparse']} of {row['layers']}"
 
 

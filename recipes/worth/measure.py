@@ -39,7 +39,16 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 8
 _PREDICTED = ("verdict", "saved", "noise", "net")
-_KEPT = ("saved", "saved_low", "saved_high", "noise", "bfloat16_saved", "plain_ms", "layers_sparse", "weights_sparse")
+_KEPT = (
+    "saved",
+    "saved_low",
+    "saved_high",
+    "plain_again_saved",
+    "bfloat16_saved",
+    "plain_ms",
+    "layers_sparse",
+    "weights_sparse",
+)
 
 
 def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
