@@ -236,6 +236,18 @@ def test_a_useless_batch_is_passed_over() -> None:
     assert run.budget.state_dict()["next"] == 6
 
 
+def test_a_busy_moment_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 1e-4)[1])  # less than the layers take
+        run.steps(0, 1)
+    assert run.budget.verdict.startswith("no advice at step 2: expected an idle machine")
+    assert not is_pruned(run.model)
+    run.steps(2)
+    assert run.budget.verdict.startswith("it pays")
+    assert is_pruned(run.model)
+
+
 def test_other_errors_of_advise_are_those_of_step() -> None:
     budget = sdgp.Budget(net(), lambda model, batch: model(batch[0]), every=1)
     with pytest.raises(ValueError, match=r"^advise: expected loss\(model, batch\) to return a scalar"):

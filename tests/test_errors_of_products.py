@@ -131,6 +131,10 @@ def test_gradients_on_a_device_without_a_kernel(op: str) -> None:
 # Fake tensors must refuse shapes and dtypes that no result can have. The real ops write the messages.
 
 BAD_SHAPES = {
+    "compress_nm, n above m": lambda: sdgp.compress_nm(meta(3, 8), 5, 4),
+    "prune_nm_matmul, m above 64": lambda: _ops.prune_nm_matmul(meta(3, 8), meta(8, 5), 2, 65),
+    "conv2d_input_grad_nm, no value kept": lambda: on_meta("conv2d", n=0),
+    "conv2d_weight_grad_nm, n above m": lambda: on_meta("weight", n=5),
     "compress_nm of a scalar": lambda: sdgp.compress_nm(meta(), 2, 4),
     "decompress_nm, indices of another shape": lambda: sdgp.decompress_nm(meta(3, 6), indices(2, 6), 4, 10),
     "spmm_nm, indices of another shape": lambda: sdgp.spmm_nm(meta(3, 6), indices(6), 4, meta(10, 5)),

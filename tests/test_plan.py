@@ -37,6 +37,7 @@ def test_chooses_what_saves_most_time_to_the_same_loss() -> None:
     plan = Plan(rows, {"a": "", "b": "", "c": "", "d": ""}, 100.0)
     assert plan == {"a": ("4:16", "mvue"), "b": ("1:1", "mvue", "8:16")}
     assert (plan.saved, plan.noise) == pytest.approx((0.19, 0.002))
+    assert plan.limit == pytest.approx(0.45)  # five gradients of 9 ms
     assert plan.net == pytest.approx(net_saving(0.19, 0.002, 1.0)) == pytest.approx(1 - 0.81 * 1.002)
     nets = [point.net for point in plan.curve]
     assert nets == sorted(nets)
@@ -77,7 +78,9 @@ def test_unknown_noise_is_not_called_costly() -> None:
 def test_a_choice_that_saves_too_little() -> None:
     plan = Plan([row("a", "data", "8:16", 0.5, 0.0)], {"a": ""}, 100.0)
     assert str(plan) == (
-        "exact (1): saves too little\nnothing pays here: pruning could save 0.5% of the time to the same loss"
+        "exact (1): saves too little\n"
+        "the products that pruning can shorten take 9% of a step\n"
+        "nothing pays here: pruning could save 0.5% of the time to the same loss"
     )
 
 

@@ -314,6 +314,12 @@ def test_ops_refuse_tangents() -> None:
         assert sdgp.prune_nm(x, 2, 4).shape == x.shape  # x has no tangent
 
 
+@pytest.mark.parametrize("at", [0, 1])
+def test_vmap_over_no_samples(at: int) -> None:
+    samples = torch.randn(4, 0, 8).movedim(1, at)
+    assert torch.vmap(lambda x: sdgp.prune_nm(x, 2, 4), in_dims=at)(samples).shape == (0, 4, 8)
+
+
 def test_ops_refuse_tangents_around_vmap() -> None:
     x = torch.randn(4, 8)
     with pytest.raises(RuntimeError, match="prune_nm: expected no forward-mode differentiation"):

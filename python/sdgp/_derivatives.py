@@ -55,6 +55,9 @@ def _vmap(op: Any) -> Any:
             )
             return result
 
+        if info.batch_size == 0:
+            input, at = args[0], in_dims[0]
+            return input.new_empty(0, *input.shape) if at is None else torch.empty_like(input.movedim(at, 0)), 0
         return torch.stack([of_sample(index) for index in range(info.batch_size)]), 0
 
     return rule

@@ -28,6 +28,7 @@ def _compress_nm(
     input: Tensor, n: int, m: int, dim: int = -1, method: str = "magnitude", seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     _check_device("compress_nm", "seed", seed, input)
+    _check_pattern("compress_nm", n, m)
     kept = _ceil_div(input.shape[dim], m) * n
     return _empty_innermost(input, dim, kept, input.dtype), _empty_innermost(input, dim, kept, torch.uint8)
 
@@ -50,6 +51,7 @@ def _prune_nm_matmul(
     input: Tensor, dense: Tensor, n: int, m: int, method: str = "magnitude", seed: Tensor | None = None
 ) -> Tensor:
     _check_device("_prune_nm_matmul", "seed", seed, input)
+    _check_pattern("_prune_nm_matmul", n, m)
     _check_matrix("_prune_nm_matmul", "dense", dense, input)
     _check_shape("_prune_nm_matmul", "dense", dense, (input.shape[-1], dense.shape[1]))
     return input.new_empty(*input.shape[:-1], dense.shape[1])
@@ -71,6 +73,7 @@ def _conv2d_input_grad_nm(
     channels_last: bool,
 ) -> Tensor:
     _check_device("_conv2d_input_grad_nm", "seed", seed, grad_output)
+    _check_pattern("_conv2d_input_grad_nm", n, m)
     _check_dtype("_conv2d_input_grad_nm", "weight", weight, grad_output)
     _check_shape("_conv2d_input_grad_nm", "weight", weight, (grad_output.shape[1], *weight.shape[1:]))
     samples, channels = grad_output.shape[0], weight.shape[1] * groups
@@ -95,6 +98,7 @@ def _conv2d_weight_grad_nm(
     channels_last: bool,
 ) -> Tensor:
     _check_device("_conv2d_weight_grad_nm", "seed", seed, grad_output)
+    _check_pattern("_conv2d_weight_grad_nm", n, m)
     _check_dtype("_conv2d_weight_grad_nm", "input", input, grad_output)
     _check_shape("_conv2d_weight_grad_nm", "input", input, (grad_output.shape[0], *input.shape[1:]))
     out, channels = grad_output.shape[1], input.shape[1] // groups
@@ -125,6 +129,11 @@ def _empty_innermost(like: Tensor, dim: int, size: int, dtype: torch.dtype) -> T
     shape = list(like.shape)
     del shape[dim]
     return like.new_empty(*shape, size, dtype=dtype).movedim(-1, dim)
+
+
+def _check_pattern(op: str, n: int, m: int) -> None:
+    if not 1 <= n <= m <= C.max_group_size:
+        raise RuntimeError(f"{op}: expected 1 <= n <= m <= {C.max_group_size}, got n={n}, m={m}")
 
 
 def _check_indices(op: str, indices: Tensor, values: Tensor) -> None:

@@ -70,6 +70,7 @@ class Plan(dict[str, tuple[Any, ...]]):
         pays: whether pruning pays. If it does not, the plan is empty.
         verdict: one sentence that says whether pruning pays, with the numbers.
         saved: the share of a step's time that the chosen products save.
+        limit: the share of a step's time that the exact products of all candidates take. No plan can save more.
         noise: the noise that the chosen products add together, as a share of the noise of the batch.
         net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + noise).
         net_low, net_high: the net saving at the ends of the noise's 95 % interval.
@@ -138,6 +139,11 @@ class Plan(dict[str, tuple[Any, ...]]):
         return math.fsum(row.saved_ms for row in self.chosen) / self.step_ms
 
     @property
+    def limit(self) -> float:
+        exact = {(row.layer, row.gradient): row.exact_ms for row in self.candidates if row.sparse_ms is not None}
+        return math.fsum(exact.values()) / self.step_ms
+
+    @property
     def noise(self) -> float:
         return self._factor * math.fsum(row.noise for row in self.chosen)
 
@@ -189,6 +195,8 @@ class Plan(dict[str, tuple[Any, ...]]):
         head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")
         lines = format_table(head, map(_cells, self.chosen)) if self.chosen else []
         lines += [f"exact ({count}): {why}" for why, count in self._why_exact().items()]
+        if self.limit > 0:
+            lines.append(f"the products that pruning can shorten take {self.limit:.0%} of a step")
         return "\n".join([*lines, *self.notes, self.verdict])
 
     def __repr__(self) -> str:

@@ -89,6 +89,7 @@ def _advised(args: argparse.Namespace, model: nn.Module, batches: list[Any], wha
         "pays": plan.pays,
         "verdict": plan.verdict,
         "saved": plan.saved,
+        "limit": plan.limit,
         "noise": plan.noise,
         "net": plan.net,
         "step_ms": plan.step_ms,

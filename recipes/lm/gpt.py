@@ -15,7 +15,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from ..common import checkpoint
-from ..common.config import NonNegative, Share
+from ..common.config import NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
@@ -51,7 +51,7 @@ class Config(TextSettings):
     size: Literal["tiny", "small", "medium", "wide", "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"] = "tiny"
     layers: Literal["all", "attention", "mlp"] = "all"  # the layers of the blocks that prune
     weight_decay: NonNegative = 0.1
-    beta2: Share = 0.95
+    beta2: Annotated[float, 0, 0.999999] = 0.95  # AdamW refuses 1
     shard: bool = False  # FSDP2 instead of DDP
 
 

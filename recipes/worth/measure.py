@@ -38,7 +38,7 @@ from .tasks import TASKS, Parts, Task
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 8
-_PREDICTED = ("verdict", "saved", "noise", "net")
+_PREDICTED = ("verdict", "saved", "limit", "noise", "net")
 _KEPT = (
     "saved",
     "saved_low",
@@ -156,7 +156,7 @@ def main() -> None:
             stored = json.loads(saved_path.read_text(encoding="utf-8"))
         except OSError as error:
             sys.exit(f"worth: --keep-plan: expected a stored plan, got none: {error}")
-        predicted = {key: stored[key] for key in _PREDICTED}
+        predicted = {key: stored[key] for key in _PREDICTED if key in stored}
     else:
         advised = advice(task, data)
         print(advised, flush=True)

@@ -96,7 +96,8 @@ def verdicts(name: str, found: list[Arm], measured: dict[str, dict[str, Any]]) -
     """Returns lines of Markdown for each machine: the net saving that ``advise`` predicts, and that of the runs."""
     comparable, lines = comparable_arms(found), []
     for machine, document in measured.items():
-        proposed = f"{document['saved']:.0%} per step, noise τ {document['noise']:.3f}"
+        limit = f" of at most {document['limit']:.0%}" if "limit" in document else ""
+        proposed = f"{document['saved']:.0%}{limit} per step, noise τ {document['noise']:.3f}"
         with_plan = False
         for arm in comparable:
             row = saving_of(arm, machine, document)
