@@ -77,7 +77,7 @@ def cusparselt(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", multiply)
-    monkeypatch.setattr(semi_structured, "float8_obstacle", lambda device, pattern: None)
+    monkeypatch.setattr(semi_structured, "float8_obstacle", lambda *_: None)
 
 
 @pytest.mark.parametrize("lead", [(5,), (2, 3), ()])
@@ -134,6 +134,47 @@ def test_a_sparse_weight_gradient() -> None:
     assert dw.is_contiguous()
 
 
+@pytest.mark.parametrize("backend", ["dense", "sparse"])
+@pytest.mark.usefixtures("cusparselt")
+def test_rescale_has_a_factor_for_each_sample_and_channel(backend: str) -> None:
+    layer = sdgp.convert(plain_layer(), "2:4", "rescale", backend=backend)
+    x, grad_output = sample(4, 8)
+    dx = gradients(layer(x), grad_output, x)[0].double()
+    expected = sdgp.prune_nm(grad_output, 2, 4, -1, "rescale").double() @ layer.weight.detach().double()
+    assert (dx - expected).norm() < 0.1 * expected.norm()
+    by_row = sdgp.prune_nm(rows(grad_output), 2, 4, -1, "rescale").double() @ layer.weight.detach().double()
+    assert (dx - by_row.view_as(dx)).norm() > 1.5 * (dx - expected).norm()
+
+
+@pytest.mark.usefixtures("cusparselt")
+def test_layers_with_other_casts_have_decisions_of_their_own() -> None:
+    x = torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)
+    with sdgp.Chooser(timer=Timer(1.0, 2.0), search=False) as chooser:
+        for count, recipe in enumerate(RECIPES, 1):
+            layer = sdgp.convert(plain_layer(recipe, (256, 512)))
+            layer(x).sum().backward()
+            assert len(chooser) == count
+        other = sdgp.Chooser()
+        other.load_state_dict(chooser.state_dict())
+        assert other.state_dict() == chooser.state_dict()
+
+
+def test_a_forced_backend_in_a_transform_is_an_error() -> None:
+    _, layer = layer_and_twin("dense")
+    with pytest.raises(ValueError, match=r'^float8_linear: backend="dense" expected no torch.func transform'):
+        torch.func.grad(lambda x: layer(x).sum())(sample(4)[0])
+
+
+@pytest.mark.usefixtures("cusparselt")
+def test_flops() -> None:
+    _, layer = layer_and_twin("sparse")
+    x, grad_output = sample(32)
+    output = layer(x)
+    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+        torch.autograd.grad(output, x, grad_output)
+    assert counter.get_total_flops() == 32 * 96 * 64  # two for each second value
+
+
 @pytest.mark.usefixtures("cusparselt")
 def test_a_row_of_zeros() -> None:
     _, layer = layer_and_twin("sparse")
@@ -161,13 +202,20 @@ def test_auto_on_a_cpu_is_torchaos_layer() -> None:
     layer = sdgp.convert(plain_layer(features=(256, 512)))
     x = torch.randn(256, 256, dtype=torch.bfloat16, requires_grad=True)
     assert is_torchaos(layer(x))
-    assert "a float8 product on cuda, got cpu" in sdgp.report(layer)[0].why
+    assert "cuda for float8, got cpu" in sdgp.report(layer)[0].why
 
 
 def test_forced_sparse_says_what_it_needs() -> None:
     _, layer = layer_and_twin("sparse")
-    with pytest.raises(ValueError, match=r'float8_linear: backend="sparse" expected a float8 product on cuda, got cpu'):
+    with pytest.raises(ValueError, match=r'float8_linear: backend="sparse" expected cuda for float8, got cpu'):
         all_gradients(layer, *sample(4))
+
+
+CASTS = "dyn_ten_e5m2 dyn_ten_e4m3"
+
+
+def obstacle(dtype: torch.dtype = torch.bfloat16, pattern: str = "2:4", casts: str = CASTS) -> str | None:
+    return semi_structured.float8_obstacle(torch.device("cuda", 0), dtype, sdgp.Pattern.parse(pattern), casts)
 
 
 @pytest.mark.parametrize(
@@ -186,12 +234,22 @@ def test_devices(
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: library)
     monkeypatch.setattr(torch.backends.cusparselt, "version", lambda: None)
     monkeypatch.setattr(semi_structured, "_multiplies_float8", lambda device: right)
-    semi_structured._float8_obstacle_of_device.cache_clear()
-    try:
-        assert semi_structured.float8_obstacle(torch.device("cuda", 0), sdgp.Pattern(2, 4)) == expected
-        assert "got 4:8" in str(semi_structured.float8_obstacle(torch.device("cuda", 0), sdgp.Pattern(4, 8)))
-    finally:
-        semi_structured._float8_obstacle_of_device.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: True)
+    monkeypatch.setattr(semi_structured, "_float8_obstacles", {})
+    assert obstacle() == expected
+    assert "got float64" in str(obstacle(dtype=torch.float64))
+    assert "got 4:8" in str(obstacle(pattern="4:8"))
+    assert "got dis_ten_e4m3 dis_ten_e4m3" in str(obstacle(casts="dis_ten_e4m3 dis_ten_e4m3"))
+    assert "not emulated" in str(obstacle(casts=CASTS + " emulate"))
+
+
+def test_a_captured_graph_checks_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(semi_structured, "_float8_obstacles", {})
+    assert "before the capture" in str(obstacle())
+    monkeypatch.setattr(semi_structured, "_float8_obstacles", {0: None})
+    assert obstacle() is None
 
 
 @pytest.mark.usefixtures("cusparselt")
@@ -271,7 +329,8 @@ def test_advise_and_watch_know_the_layer() -> None:
         return model(batch).float().pow(2).mean()
 
     plan = sdgp.advise(model, *(sample(32)[0].detach() for _ in range(2)), loss=lambda m, b: m(b).float().pow(2).mean())
-    assert "float8 product on cuda" in str(plan) or not plan
+    assert not plan
+    assert "cuda for float8, got cpu" in str(plan)
     sdgp.convert(model, "2:4", "magnitude", backend="dense")
     with sdgp.watch(model, every=1) as watch:
         loss(x).backward()

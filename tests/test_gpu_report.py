@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,6 @@ from sdgp import _semi_structured as semi_structured
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("torchvision")
-pytest.importorskip("torchao.float8.float8_linear", exc_type=ImportError)
 
 
 class Event:
@@ -99,6 +99,8 @@ def gpu(faked: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     for name, value in small.items():
         monkeypatch.setattr(gpu, name, value)
     monkeypatch.setitem(gpu.SUBJECTS, "prune_nm", lambda: gpu.prune_nm(1))
+    if find_spec("torchao") is None:
+        monkeypatch.delitem(gpu.SUBJECTS, "float8")
     for module in (bench, gpu_lines):
         monkeypatch.setattr(module, "RESULTS", tmp_path)
     module_: ModuleType = gpu

@@ -257,7 +257,8 @@ def _other(pruning: Pruning) -> str:
 
 
 def _obstacle(site: Site) -> str | None:
-    return obstacle(site.op, site.gradient, site.pruning, site.device, site.dtype, site.groups)
+    casts = dict(zip(("data", "weight"), site.casts, strict=False)).get(site.gradient, "")
+    return obstacle(site.op, site.gradient, site.pruning, site.device, site.dtype, site.groups, casts)
 
 
 def _static(site: Site, why: str) -> Decision:
@@ -280,7 +281,7 @@ def _site(named: dict[str, Any]) -> Site:
     pruning = {name: named["pruning"][name] for name in _SETTINGS if name in named["pruning"]}
     pruning["pattern"] = Pattern(*pruning["pattern"])
     known = {name: named[name] for name in Site._fields if name in named}
-    for name in ("weight_shape", "geometry"):
+    for name in ("weight_shape", "geometry", "casts"):
         known[name] = tuple(known.get(name, ()))
     device, dtype = torch.device(named["device"]), getattr(torch, named["dtype"].removeprefix("torch."))
     return Site(**{**known, "device": device, "dtype": dtype, "pruning": Pruning(**pruning)})

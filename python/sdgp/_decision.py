@@ -29,6 +29,7 @@ class Site(NamedTuple):
         geometry: stride, padding and dilation of a convolution, in one flat tuple.
         gradient: ``"data"`` or ``"weight"``.
         transposed: whether the weight is (in, out), as in the Conv1D of transformers.
+        casts: how a float8 layer casts the factors of its data and of its weight gradient; empty for other layers.
     """
 
     op: str
@@ -45,6 +46,7 @@ class Site(NamedTuple):
     channels_last: bool = False
     gradient: str = "data"
     transposed: bool = False
+    casts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchao.float8.float8_linear import Float8Linear as _PlainFloat8Linear
 
@@ -31,8 +30,9 @@ class Float8Linear(PruningLayer, _PlainFloat8Linear):  # type: ignore[misc]
     """
 
     bias: Tensor | None
-    casts: LayerCasts
+    _casts: LayerCasts
     _plain = _PlainFloat8Linear
+    _rows_multiple = 16
 
     def __init__(
         self,
@@ -55,8 +55,7 @@ class Float8Linear(PruningLayer, _PlainFloat8Linear):  # type: ignore[misc]
             plain: Tensor = call_plain(self, input)
             return plain
         self._note_input(input)
-        x = input.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else input
-        output = pruned_float8_linear(x, self.weight, *self._settings(), self, self.casts)
+        output = pruned_float8_linear(input, self.weight, *self._settings(), self, self._casts)
         if output is None:
             exact: Tensor = super().forward(input)
             return exact
@@ -64,13 +63,13 @@ class Float8Linear(PruningLayer, _PlainFloat8Linear):  # type: ignore[misc]
 
     def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
         weight = self.weight if weight is None else weight
-        return Float8Products(rows(grad_output), weight.detach(), self.casts.data, "data", self.pruning.data)
+        return Float8Products(grad_output, weight.detach(), self._casts.data, "data", self.pruning.data)
 
     def weight_products(self, grad_output: Tensor, input: Tensor) -> Products:
         assert self.pruning.weight is not None
-        grad, samples = rows(grad_output).t(), rows(input.detach())
-        return Float8Products(grad, samples, self.casts.weight, "weight", self.pruning.weight)
+        grad, samples = rows(grad_output).t(), rows(input.detach()).to(grad_output.dtype)
+        return Float8Products(grad, samples, self._casts.weight, "weight", self.pruning.weight)
 
     def _set_up(self, pruning: Pruning) -> None:
         super()._set_up(pruning)
-        self.casts = LayerCasts.of(self)
+        self._casts = LayerCasts.of(self)

@@ -76,6 +76,7 @@ class PruningLayer(nn.Module):
     unscheduled: Pattern | None = None
     plain_for: tuple[object, ...] | None
     _plain: ClassVar[type[nn.Module]]
+    _rows_multiple: ClassVar[int] = 1  # the products take only multiples of this number of rows
 
     @classmethod
     def from_plain(
@@ -340,7 +341,7 @@ def unprune_in_place(module: PruningLayer) -> None:
 
 
 def _drop_settings(module: nn.Module) -> None:
-    for name in ("pruning", "holds", "decision", "weight_decision", "unscheduled", "plain_for", "casts"):
+    for name in ("pruning", "holds", "decision", "weight_decision", "unscheduled", "plain_for", "_casts"):
         vars(module).pop(name, None)
 
 

@@ -140,7 +140,11 @@ class Plan(dict[str, tuple[Any, ...]]):
 
     @property
     def limit(self) -> float:
-        exact = {(row.layer, row.gradient): row.exact_ms for row in self.candidates if row.sparse_ms is not None}
+        exact: dict[tuple[str, str], float] = {}
+        for row in self.candidates:
+            if row.sparse_ms is not None:
+                key = row.layer, row.gradient
+                exact[key] = max(exact.get(key, 0.0), row.exact_ms)
         return math.fsum(exact.values()) / self.step_ms
 
     @property

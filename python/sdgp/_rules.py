@@ -22,7 +22,13 @@ LEAST_WORK_CUDA = 2**35
 
 
 def obstacle(
-    op: str, gradient: str, pruning: Pruning, device: torch.device, dtype: torch.dtype, groups: int = 1
+    op: str,
+    gradient: str,
+    pruning: Pruning,
+    device: torch.device,
+    dtype: torch.dtype,
+    groups: int = 1,
+    casts: str = "",
 ) -> str | None:
     """Returns why a gradient has no sparse product, as "requirement, got actual", or None if it has one.
 
@@ -30,9 +36,10 @@ def obstacle(
         op: ``"linear"``, ``"float8_linear"`` or ``"conv2d"``.
         gradient: ``"data"`` or ``"weight"``.
         groups: the number of groups of a convolution.
+        casts: how a float8 layer casts the factors.
     """
     if op == "float8_linear":
-        return _semi_structured.float8_obstacle(device, pruning.pattern)
+        return _semi_structured.float8_obstacle(device, dtype, pruning.pattern, casts)
     if device.type == "cpu":
         return None
     if device.type != "cuda":

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.flop_counter import register_flop_formula
 
 from ._load import C
 from ._ops import pack_24, prune_nm
@@ -159,17 +162,30 @@ def metadata_layout(index: int, dtype: torch.dtype) -> str | None:
 # A product in float8: both factors are float8_e4m3fn, and each row of the result has a scale.
 
 
-def float8_obstacle(device: torch.device, pattern: Pattern) -> str | None:
-    """Does what ``obstacle`` does, for the product in float8."""
+_float8_obstacles: dict[int, str | None] = {}  # by the index of the device
+
+
+def float8_obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern, casts: str) -> str | None:
+    """Does what ``obstacle`` does, for the product in float8. ``casts`` is the name of torchao's casts."""
     if device.type != "cuda":
-        return f"a float8 product on cuda, got {device}"
+        return f"cuda for float8, got {device}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"float16, bfloat16 or float32 around the float8 product, got {str(dtype).removeprefix('torch.')}"
     if not pattern.fits_24:
         return f"a pattern that 2:4 tensor cores take (n <= 2 and m a multiple of 4, or 1:2), got {pattern}"
-    return _float8_obstacle_of_device(device.index if device.index is not None else torch.cuda.current_device())
+    if "dis_" in casts or "emulate" in casts:
+        return f"two factors that are cast to float8 and not emulated, got {casts}"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    if index not in _float8_obstacles:
+        if torch.cuda.is_current_stream_capturing():
+            return "a float8 product that was checked before the capture of a CUDA graph, got none"
+        _float8_obstacles[index] = _float8_obstacle_of_device(index)
+    return _float8_obstacles[index]
 
 
-@functools.cache
 def _float8_obstacle_of_device(index: int) -> str | None:
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("sdgp::prune_nm", "CUDA"):
+        return "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < (8, 9):
         return f"a GPU of compute capability 8.9 or newer for float8, got {major}.{minor}"
@@ -181,20 +197,23 @@ def _float8_obstacle_of_device(index: int) -> str | None:
 
 
 def _multiplies_float8(device: torch.device) -> bool:
-    """Returns whether the product gives the right result for a small example. No document of cuSPARSELt says so."""
+    """Returns whether the product is right for a small example. cuSPARSELt's documentation does not promise it."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, dtype=torch.float32, device=device, generator=generator)
 
-    matrix = prune_nm(random(2 * TILE_ROWS, TILE_COLS), 2, 4).to(torch.float8_e4m3fn)
-    dense, scale = random(TILE_COLS // 2, TILE_COLS).to(torch.float8_e4m3fn), random(2 * TILE_ROWS)
-    expected = scale[:, None] * (matrix.float() @ dense.float().t())
-    try:
-        actual = multiply_float8(matrix, dense, scale, torch.bfloat16).float()
-    except RuntimeError:
-        return False
-    return torch.allclose(actual, expected, rtol=2**-7, atol=2**-7)
+    with torch.no_grad(), _disable_current_modes(), torch.autocast(device.type, enabled=False):
+        matrix = prune_nm(random(2 * TILE_ROWS, TILE_COLS), 2, 4).to(torch.float8_e4m3fn)
+        dense, scale = random(TILE_COLS // 2, TILE_COLS).to(torch.float8_e4m3fn), random(2 * TILE_ROWS)
+        expected = scale[:, None] * (matrix.float() @ dense.float().t())
+        try:
+            actual = multiply_float8(matrix, dense, scale, torch.bfloat16).float()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError:
+            return False
+        return torch.allclose(actual, expected, rtol=2**-7, atol=2**-7)
 
 
 @torch.library.custom_op("sdgp::_multiply_float8", mutates_args=())
@@ -202,7 +221,7 @@ def multiply_float8(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.d
     """Multiplies a pruned matrix (rows, cols) by the transpose of ``dense`` (columns, cols).
 
     Row i of the result (rows, columns), in ``dtype``, is multiplied by ``scale[i]``. Both factors are float8_e4m3fn.
-    An operator of its own, because torch.compile cannot trace the compressor.
+    This is an operator because torch.compile cannot trace the compressor.
     """
     rows, cols = matrix.shape
     columns = dense.shape[0]
@@ -218,6 +237,11 @@ def multiply_float8(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.d
 @multiply_float8.register_fake
 def _(matrix: Tensor, dense: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix.new_empty(matrix.shape[0], dense.shape[0], dtype=dtype)
+
+
+@register_flop_formula(torch.ops.sdgp._multiply_float8)
+def _(matrix: Sequence[int], dense: Sequence[int], *_: Any, **__: Any) -> int:
+    return matrix[0] * matrix[1] * dense[0]  # half of the values of the matrix count
 
 
 def _pad_bytes(matrix: Tensor, rows: int, cols: int) -> Tensor:

@@ -94,7 +94,7 @@ class Study:
         useful = [twin for twin in twins if found[twin].saved_ms > 0]
         if not useful:
             return
-        some = _some(module, grad_output)
+        some = _some(module, grad_output, twins[0]._rows_multiple)
         part = grad_output[some]
         whole, seen = squared_norm(grad_output), squared_norm(part)
         if seen < whole / 16:  # most of the gradient is in the other samples
@@ -227,7 +227,8 @@ def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Ten
 
 def _shapes(module: nn.Module, *tensors: Tensor) -> str:
     """Describes all that the time of a layer's products depends on, except the pruning."""
-    geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups")]
+    geometry = [getattr(module, name, None) for name in ("stride", "padding", "dilation", "groups", "linear_mm_config")]
+    geometry += [module.config] if isinstance(module, nn.Linear) and hasattr(module, "config") else []
     weight = module.weight
     assert isinstance(weight, Tensor)
     layouts = [(tensor.dtype, tuple(tensor.shape), tensor.stride()) for tensor in (*tensors, weight)]
@@ -255,9 +256,14 @@ def _widest(twins: list[PruningLayer]) -> list[PruningLayer]:
     return list(widest.values())
 
 
-def _some(module: nn.Module, grad_output: Tensor) -> slice:
-    """Returns which samples to measure: every fourth one of a large batch, because more would add little."""
+def _some(module: nn.Module, grad_output: Tensor, multiple: int) -> slice:
+    """Returns which samples to measure: every fourth one of a large batch, because more would add little.
+
+    All of them, if a fourth of the rows is no multiple of ``multiple``.
+    """
     if grad_output.ndim == (3 if isinstance(module, nn.Conv2d) else 1):
         return slice(None)  # without a batch dimension: these are channels or features
     least = 256 if grad_output.ndim == 2 else 4
-    return slice(0, None, 4 if grad_output.shape[0] >= least else 1)
+    every = slice(0, None, 4 if grad_output.shape[0] >= least else 1)
+    whole = grad_output[every].numel() // max(grad_output.shape[-1], 1) % multiple == 0
+    return every if whole else slice(None)

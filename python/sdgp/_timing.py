@@ -190,7 +190,7 @@ def _beside(own: Sequence[float], plain: Sequence[float]) -> dict[str, float]:
 
 
 def _counts(model: nn.Module) -> dict[str, int]:
-    """Returns how many layers prune each gradient if that pays, and how many of them take the sparse product."""
+    """Returns for each gradient how many layers may prune it, and how many of them take the sparse product."""
     result: dict[str, int] = {}
     for gradient, name in (("data", "layers"), ("weight", "weights")):
         rows = [row for row in report(model) if row.pattern and row.gradient == gradient]

@@ -24,13 +24,16 @@ def twin_of(module: nn.Module) -> type[PruningLayer] | None:
     if issubclass(kind, PruningLayer):
         return kind if "_plain" in vars(kind) else None  # a parametrization makes a subclass
     if (names := _OF_LIBRARIES.get((kind.__module__, kind.__qualname__))) is not None:
-        twin: type[PruningLayer] = getattr(importlib.import_module(names[0]), names[1])
+        try:
+            twin: type[PruningLayer] = getattr(importlib.import_module(names[0]), names[1])
+        except ImportError:  # another version of the library, with other names
+            return None
         return twin
     twins: dict[type[nn.Module], type[PruningLayer]] = {nn.Linear: Linear, nn.Conv2d: Conv2d}
     return twins.get(kind)
 
 
 def layers_of_libraries() -> tuple[type[nn.Module], ...]:
-    """Returns the layers of other libraries that sdgp knows, if their modules are imported: others cannot exist."""
+    """Returns the layers of other libraries that sdgp knows and that somebody imported. Others cannot exist."""
     layers = (getattr(sys.modules.get(module), name, None) for module, name in _OF_LIBRARIES)
     return tuple(layer for layer in layers if layer is not None)

@@ -168,13 +168,13 @@ def start(
 
 
 def _trained(tensor: Tensor) -> bool:
-    """Returns whether a tensor needs a gradient, in a transform at any of its levels."""
+    """Returns whether a tensor needs a gradient. In a transform, a gradient at any level counts."""
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     return _requires_grad(tensor) if transforms else tensor.requires_grad
 
 
 def _why_plain(op: str, pruning: Pruning, work: int, input: Tensor, weight: Tensor) -> Decision | None:
-    """Returns why the plain operator computes a call under ``auto``. None: it need not.
+    """Returns why the plain operator computes a call under ``auto``, or None if sdgp may compute it.
 
     Raises:
         ValueError: If pruning is forced and sdgp cannot prune the tensors.
@@ -197,7 +197,7 @@ def _why_plain(op: str, pruning: Pruning, work: int, input: Tensor, weight: Tens
 def _all_exact(
     layer: Layer | None, chooser: Chooser, sites: Mapping[str, Site], asked: Sequence[str], work: int
 ) -> bool:
-    """Returns whether no gradient of a call is pruned, as is known before it. Then it tells the layer why."""
+    """Returns whether it is known before the backward that nothing is pruned. If so, the layer notes the reasons."""
     exact = {}
     for gradient in asked:
         decision = chooser.foresee(sites[gradient], work)

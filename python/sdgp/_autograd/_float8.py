@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """torchao's float8 linear with a pruned data gradient and, on request, a pruned weight gradient.
 
-torchao trains a linear layer with three products q(left) q(right), where q casts to float8 with a scale. Its own
-backward always computes both gradients. So each product here is torchao's forward with the casts of that product, which
-gives the same bits. This module is imported only with torchao.
+torchao trains a linear layer with three products q(left) q(right), where q casts to float8 with a scale. torchao's
+backward always computes both gradients. sdgp needs them one by one, so it calls torchao's forward with the casts of
+each product; the bits are the same. This module is imported only with torchao.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torchao.float8.config import Float8LinearConfig, ScalingGranularity
+from torchao.float8.distributed_utils import tensor_already_casted_to_fp8
 from torchao.float8.float8_linear import matmul_with_hp_or_float8_args
 from torchao.float8.float8_scaling_utils import hp_tensor_to_float8_dynamic
 from torchao.float8.float8_training_tensor import LinearMMConfig
@@ -38,6 +39,17 @@ class Casts(NamedTuple):
     multiply: LinearMMConfig
     cast: Float8LinearConfig
 
+    @property
+    def name(self) -> str:
+        """Says all that the time of the product depends on, for ``Site.casts``."""
+        return " ".join(
+            (
+                self.cast.cast_config_input.short_str(),
+                self.cast.cast_config_weight.short_str(),
+                *(name for name, value in self.multiply.output._asdict().items() if value is True),
+            )
+        )
+
 
 class LayerCasts(NamedTuple):
     """The casts of a layer's three products: y = x Wᵀ, dx = dy W and dW = dyᵀ x."""
@@ -51,13 +63,11 @@ class LayerCasts(NamedTuple):
         config, multiply = layer.config, layer.linear_mm_config
 
         def casts(left: Any, right: Any, product: Any) -> Casts:
-            # The forward uses the casts of input and weight. A config requires casts of the gradient that fit.
+            # The forward uses the casts of input and weight. The config also checks the gradient's, so it gets one.
             cast = Float8LinearConfig(
                 cast_config_input=left,
                 cast_config_weight=right,
                 cast_config_grad_output=left,
-                pad_inner_dim=config.pad_inner_dim,
-                emulate=config.emulate,
                 round_scales_to_power_of_2=config.round_scales_to_power_of_2,
             )
             return Casts(LinearMMConfig(product, product, product), cast)
@@ -88,15 +98,31 @@ def pruned_float8_linear(
             weight_shape=weight.shape,
             weight_contiguous=weight.is_contiguous(),
             values=exponent(input.numel()),
+            casts=(casts.data.name, casts.weight.name),
         )
 
     def count_rows() -> int:
         return input.numel() // max(input.shape[-1], 1)
 
-    if input.ndim == 0 or (not torch.compiler.is_compiling() and in_transform()):
+    if input.ndim == 0:
+        return None  # torchao's own error
+    if torch.compiler.is_compiling() and (tensor_already_casted_to_fp8(input) or tensor_already_casted_to_fp8(weight)):
         return None
     call = start(OP, pruning, held, layer, input, weight, input.numel() * weight.shape[0], make_site, count_rows)
-    return None if call is None else _Float8Linear.apply(input, weight, call, casts)
+    if call is None:
+        return None
+    if not torch.compiler.is_compiling() and in_transform():
+        raise ValueError(
+            f'{OP}: backend="{pruning.backend}" expected no torch.func transform, for which torchao has no rule, got '
+            'one; use backend="auto"'
+        )
+    output: Tensor = _Float8Linear.apply(_as_autocast(input), weight, call, casts)
+    return output
+
+
+def _as_autocast(input: Tensor) -> Tensor:
+    """Casts the input as torchao's layer does: under the autocast of CUDA, on any device."""
+    return input.to(torch.get_autocast_dtype("cuda")) if torch.is_autocast_enabled("cuda") else input
 
 
 class _Float8Linear(Function):
@@ -107,18 +133,19 @@ class _Float8Linear(Function):
         return _multiply(input, weight.t(), casts.output)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+    def backward(ctx: Any, grad_output: Any) -> tuple[OptionalTensor, ...]:
         *_, weight, input = ctx.saved_tensors
         call: Call = ctx.call
         needs = wanted(ctx)
         grad_input = grad_weight = None
-        grad = rows(grad_output)
+        if tensor_already_casted_to_fp8(grad_output):
+            grad_output = grad_output.to_original_precision()
         if needs[0]:
-            data = Float8Products(grad, weight, ctx.casts.data, "data", call.data.pruning)
-            grad_input = _gradient(call, call.data, data).reshape(*grad_output.shape[:-1], weight.shape[1])
+            data = Float8Products(grad_output, weight, ctx.casts.data, "data", call.data.pruning)
+            grad_input = _gradient(call, call.data, data)
         if needs[1]:
             part = call.weight or Part(call.data.pruning, product="exact")
-            of_weight = Float8Products(grad.t(), rows(input), ctx.casts.weight, "weight", part.pruning)
+            of_weight = Float8Products(rows(grad_output).t(), rows(input), ctx.casts.weight, "weight", part.pruning)
             grad_weight = _gradient(call, part, of_weight)
         return grad_input, grad_weight, None, None
 
@@ -140,7 +167,8 @@ class Float8Products:
     """A gradient of a float8 linear layer (``Products``): ``grad_output @ right``, both cast to float8.
 
     Attributes:
-        grad_output: (rows, out) for the data gradient, (out, rows) for the weight gradient: pruned along its rows.
+        grad_output: (..., out) for the data gradient, (out, rows) for the weight gradient: pruned along the last
+            dimension.
         right: the weight (out, in), or the input (rows, in).
         gradient: ``"data"`` or ``"weight"``.
     """
@@ -156,7 +184,8 @@ class Float8Products:
         return self.grad_output.numel() * self.right.shape[1]
 
     def obstacle(self) -> str | None:
-        return obstacle(OP, self.gradient, self.pruning, self.grad_output.device, self.grad_output.dtype)
+        grad = self.grad_output
+        return obstacle(OP, self.gradient, self.pruning, grad.device, grad.dtype, casts=self.casts.name)
 
     def exact(self) -> Tensor:
         return _multiply(self.grad_output, self.right, self.casts)
@@ -170,17 +199,17 @@ class Float8Products:
         n, m = self.pruning.pattern
         grad, method = rescaled(detached(self.grad_output), -1, self.pruning)
         pruned = prune_nm(grad, n, m, -1, method, seed)
-        left, left_scale = self._cast(pruned, ScalingGranularity.AXISWISE)
+        left, left_scale = self._cast(rows(pruned), ScalingGranularity.AXISWISE)
         right, right_scale = self._cast(self.right.t().contiguous(), ScalingGranularity.TENSORWISE)
         scale = (left_scale * right_scale).reciprocal().flatten()
-        result: Tensor = _semi_structured.multiply_float8(left, right, scale, self.grad_output.dtype)
-        return result
+        product: Tensor = _semi_structured.multiply_float8(left, right, scale, self.grad_output.dtype)
+        return product.reshape(*self.grad_output.shape[:-1], self.right.shape[1])
 
     def operands(self, seed: OptionalTensor = None) -> None:
-        """Returns None: nothing searches for an algorithm of a product in float8."""
+        """Returns None: sdgp does not search for algorithms of products in float8."""
 
     def _cast(self, matrix: Tensor, granularity: ScalingGranularity) -> tuple[Tensor, Tensor]:
-        """Returns the matrix in float8_e4m3fn, the only one that cuSPARSELt's operators take, and its scale.
+        """Casts to float8_e4m3fn, the only float8 dtype that cuSPARSELt's operators take. Returns values and scale.
 
         A scale per row costs nothing here, and keeps rows of small gradients from becoming zero: e4m3 has a smaller
         range than e5m2, in which torchao casts gradients by default.
