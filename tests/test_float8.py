@@ -6,12 +6,14 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from compare import Timer, gradients
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import sdgp
 from sdgp import _semi_structured as semi_structured
@@ -288,11 +290,63 @@ def test_a_compiled_sparse_product() -> None:
     assert equal(gradients(compiled(x), grad_output, x, layer.weight, layer.bias), expected)
 
 
+@pytest.fixture
+def under_autocast() -> Iterator[None]:
+    """Turns on the autocast that torchao's layer looks at, that of CUDA, although there may be no GPU."""
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    torch.set_autocast_enabled("cuda", True)
+    yield
+    torch.set_autocast_enabled("cuda", False)
+
+
+@pytest.mark.usefixtures("cusparselt")
+@pytest.mark.parametrize("mode", ["none", "reentrant", "non-reentrant"])
+@pytest.mark.parametrize("backend", ["auto", "dense", "sparse"])
+def test_square_layers_under_a_checkpoint_before_and_after_the_measurement(backend: str, mode: str) -> None:
+    plain = plain_layer(features=(256, 256), dtype=torch.float32)
+    layer = sdgp.convert(copy.deepcopy(plain), "2:4", "magnitude", backend=backend)
+    x, grad_output = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
+    with sdgp.Chooser(timer=Timer(1.0, 2.0), search=False) as chooser:
+        for _ in range(2):  # auto measures in the first backward
+            output = layer(x) if mode == "none" else checkpoint(layer, x, use_reentrant=mode == "reentrant")
+            layer.weight.grad = x.grad = None
+            output.backward(grad_output)
+            assert torch.equal(output, plain(x))
+            exact, dw = gradients(plain(x), grad_output, x, plain.weight)
+            pruned = layer.products(sdgp.prune_nm(grad_output, 2, 4), x)
+            expected = pruned.exact() if backend == "dense" else pruned.sparse()
+            assert torch.equal(x.grad, expected)
+            assert not torch.equal(x.grad, exact)
+            assert torch.equal(layer.weight.grad, dw)
+    assert len(chooser) == (backend == "auto")
+
+
+@pytest.mark.filterwarnings("ignore:torch.get_autocast_gpu_dtype:DeprecationWarning")  # torchao calls it
+@pytest.mark.usefixtures("under_autocast", "cusparselt")
+@pytest.mark.parametrize("backend", ["auto", "dense", "sparse"])
+def test_autocast(backend: str) -> None:
+    plain = plain_layer(features=(256, 256), dtype=torch.float32)
+    layer = sdgp.convert(copy.deepcopy(plain), "2:4", "magnitude", backend=backend)
+    x, grad_output = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256).bfloat16()
+    with sdgp.Chooser(timer=Timer(2.0, 1.0), search=False):
+        for _ in range(2):
+            output = layer(x)
+            assert output.dtype == torch.bfloat16
+            assert torch.equal(output, plain(x))
+            dx, dw, _ = all_gradients(layer, x, grad_output)
+            exact, exact_dw, _ = all_gradients(plain, x, grad_output)
+            assert (dx.dtype, dw.dtype) == (torch.float32, torch.float32)
+            assert torch.equal(dx, exact) == (backend == "auto")
+            assert torch.equal(dw, exact_dw)
+    assert layer.decision.product == {"auto": "exact"}.get(backend, backend)
+    assert backend != "auto" or layer.plain_for is not None  # the quick way for later calls
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint(reentrant: bool) -> None:
     plain, layer = layer_and_twin("dense")
     x, grad_output = sample(4, 8)
-    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+    output = checkpoint(layer, x, use_reentrant=reentrant)
     output.backward(grad_output)
     assert x.grad is not None
     assert torch.equal(x.grad, all_gradients(plain, x, sdgp.prune_nm(grad_output, 2, 4))[0])

@@ -9,6 +9,7 @@ each product; the bits are the same. This module is imported only with torchao.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +29,8 @@ from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm
 from ._autocast import OptionalTensor
 from ._backward import decide, detached, pruned_gradient, rescaled, rows, wanted
-from ._call import Call, Layer, Part, exponent, in_transform, save, start
+from ._call import Call, Layer, Part, in_transform, save, start
+from ._linear import count_rows, linear_site
 
 OP = "float8_linear"
 
@@ -89,26 +91,15 @@ def pruned_float8_linear(
     """Computes x Wᵀ as torchao does, with pruned gradients. None: torchao's own layer must compute this call."""
 
     def make_site(dtype: torch.dtype) -> Site:
-        return Site(
-            op=OP,
-            device=input.device,
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            pruning=pruning.data,
-            weight_shape=weight.shape,
-            weight_contiguous=weight.is_contiguous(),
-            values=exponent(input.numel()),
-            casts=(casts.data.name, casts.weight.name),
-        )
-
-    def count_rows() -> int:
-        return input.numel() // max(input.shape[-1], 1)
+        names = casts.data.name, casts.weight.name
+        return linear_site(OP, dtype, pruning, input, weight, casts=names)
 
     if input.ndim == 0:
         return None  # torchao's own error
     if torch.compiler.is_compiling() and (tensor_already_casted_to_fp8(input) or tensor_already_casted_to_fp8(weight)):
         return None
-    call = start(OP, pruning, held, layer, input, weight, input.numel() * weight.shape[0], make_site, count_rows)
+    work = input.numel() * weight.shape[0]
+    call = start(OP, pruning, held, layer, input, weight, work, make_site, partial(count_rows, input))
     if call is None:
         return None
     if not torch.compiler.is_compiling() and in_transform():

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,30 +105,37 @@ def pruned_linear(
     """
 
     def make_site(dtype: torch.dtype) -> Site:
-        return Site(
-            op="linear",
-            device=input.device,
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            pruning=pruning.data,
-            weight_shape=weight.shape,
-            weight_contiguous=weight.is_contiguous(),
-            values=exponent(input.numel()),
-            transposed=transposed,
-        )
-
-    def count_rows() -> int:
-        return input.numel() // max(input.shape[-1], 1)
+        return linear_site("linear", dtype, pruning, input, weight, transposed=transposed)
 
     if input.ndim == 0:
         return _linear(input, weight, bias, transposed)  # PyTorch's own error
     work = input.numel() * weight.shape[1 if transposed else 0]
-    call = start("linear", pruning, held, layer, input, weight, work, make_site, count_rows)
+    call = start("linear", pruning, held, layer, input, weight, work, make_site, partial(count_rows, input))
     if call is None:
         return _linear(input, weight, bias, transposed)
     function: type[Function] = _LinearInTransform if not torch.compiler.is_compiling() and in_transform() else _Linear
     output: Tensor = function.apply(*autocast(input, weight, bias), call, transposed)
     return output
+
+
+def linear_site(op: str, dtype: torch.dtype, pruning: Pruning, input: Tensor, weight: Tensor, **own: Any) -> Site:
+    """Returns the site of a linear layer's data gradient. ``own`` are fields that other kinds of layers lack."""
+    return Site(
+        op=op,
+        device=input.device,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        pruning=pruning.data,
+        weight_shape=weight.shape,
+        weight_contiguous=weight.is_contiguous(),
+        values=exponent(input.numel()),
+        **own,
+    )
+
+
+def count_rows(input: Tensor) -> int:
+    """Returns the number of rows of an input (..., features)."""
+    return input.numel() // max(input.shape[-1], 1)
 
 
 def _linear(input: Tensor, weight: Tensor, bias: OptionalTensor, transposed: bool) -> Tensor:
