@@ -333,3 +333,18 @@ def _compiled(
 def exponent(size: int) -> int:
     """Returns the exponent of the next power of two."""
     return max(size - 1, 0).bit_length()
+
+
+def site_of(op: str, dtype: torch.dtype, pruning: Pruning, input: Tensor, weight: Tensor, **own: Any) -> Site:
+    """Returns the site of a layer's data gradient. ``own`` are the fields that other kinds of layers lack."""
+    return Site(
+        op=op,
+        device=input.device,
+        dtype=dtype,
+        threads=torch.get_num_threads(),
+        pruning=pruning.data,
+        weight_shape=weight.shape,
+        weight_contiguous=weight.is_contiguous(),
+        values=exponent(input.numel()),
+        **own,
+    )

@@ -15,7 +15,7 @@ from .._decision import Products, Site
 from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
 from ._backward import decide, forward_derivative, pruned_gradient, wanted
-from ._call import Call, Layer, exponent, in_transform, save, start
+from ._call import Call, Layer, exponent, in_transform, save, site_of, start
 from ._conv2d_products import (
     Conv2dProducts,
     Conv2dWeightProducts,
@@ -107,15 +107,12 @@ def pruned_conv2d(
     """Computes ``conv2d`` with settings that were checked. ``held`` and ``layer`` are as in ``pruned_linear``."""
 
     def make_site(dtype: torch.dtype) -> Site:
-        return Site(
-            op="conv2d",
-            device=input.device,
-            dtype=dtype,
-            threads=torch.get_num_threads(),
-            pruning=pruning.data,
-            weight_shape=weight.shape,
-            weight_contiguous=weight.is_contiguous(),
-            values=exponent(input.numel()),
+        return site_of(
+            "conv2d",
+            dtype,
+            pruning,
+            input,
+            weight,
             pixels=exponent(input.shape[-2] * input.shape[-1]),
             groups=groups,
             geometry=(*_pair(stride), *((padding,) if isinstance(padding, str) else _pair(padding)), *_pair(dilation)),

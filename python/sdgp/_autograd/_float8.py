@@ -29,8 +29,8 @@ from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm
 from ._autocast import OptionalTensor
 from ._backward import decide, detached, pruned_gradient, rescaled, rows, wanted
-from ._call import Call, Layer, Part, in_transform, save, start
-from ._linear import count_rows, linear_site
+from ._call import Call, Layer, Part, in_transform, save, site_of, start
+from ._linear import count_rows
 
 OP = "float8_linear"
 
@@ -92,7 +92,7 @@ def pruned_float8_linear(
 
     def make_site(dtype: torch.dtype) -> Site:
         names = casts.data.name, casts.weight.name
-        return linear_site(OP, dtype, pruning, input, weight, casts=names)
+        return site_of(OP, dtype, pruning, input, weight, casts=names)
 
     if input.ndim == 0:
         return None  # torchao's own error

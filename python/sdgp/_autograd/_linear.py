@@ -20,7 +20,7 @@ from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor, autocast
 from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, wanted
-from ._call import Call, Layer, exponent, in_transform, save, start
+from ._call import Call, Layer, in_transform, save, site_of, start
 
 
 def linear(
@@ -105,7 +105,7 @@ def pruned_linear(
     """
 
     def make_site(dtype: torch.dtype) -> Site:
-        return linear_site("linear", dtype, pruning, input, weight, transposed=transposed)
+        return site_of("linear", dtype, pruning, input, weight, transposed=transposed)
 
     if input.ndim == 0:
         return _linear(input, weight, bias, transposed)  # PyTorch's own error
@@ -116,21 +116,6 @@ def pruned_linear(
     function: type[Function] = _LinearInTransform if not torch.compiler.is_compiling() and in_transform() else _Linear
     output: Tensor = function.apply(*autocast(input, weight, bias), call, transposed)
     return output
-
-
-def linear_site(op: str, dtype: torch.dtype, pruning: Pruning, input: Tensor, weight: Tensor, **own: Any) -> Site:
-    """Returns the site of a linear layer's data gradient. ``own`` are fields that other kinds of layers lack."""
-    return Site(
-        op=op,
-        device=input.device,
-        dtype=dtype,
-        threads=torch.get_num_threads(),
-        pruning=pruning.data,
-        weight_shape=weight.shape,
-        weight_contiguous=weight.is_contiguous(),
-        values=exponent(input.numel()),
-        **own,
-    )
 
 
 def count_rows(input: Tensor) -> int:
