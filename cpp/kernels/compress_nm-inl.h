@@ -142,22 +142,25 @@ struct Packer {
   // Returns whether place_block accepts `rows` elements at a time.
   bool places(int64_t rows) const { return whole ? rows % kPack == 0 : m % kPack == 0; }
 
-  // Packs whole groups. Instead of indices, writes the byte offsets of the rows of a dense operand. Writes up to 16
-  // elements beyond the kept values.
-  void place_block(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
+  // Packs whole groups, and returns the end of the kept values. Instead of indices, writes the byte offsets of the rows
+  // of a dense operand. Writes up to 16 elements beyond the kept values. With n == 0, keeps what is not +0.
+  T* place_block(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
 #if defined(__AVX512F__)
     if constexpr (sizeof(T) == 4) {
       if (whole || m % kLanes<T> == 0) return place_vectors(x, size, values, offsets, row_bytes);
     }
 #endif
     if (whole) {
-      const int kept = kPack / m * n;
-      for (int64_t i = 0; i < size; i += kPack, values += kept, offsets += kept) {
-        const uint64_t order = table.order[kept_bits(x + i)];
+      for (int64_t i = 0; i < size; i += kPack) {
+        const uint32_t bits = kept_bits(x + i);
+        const uint64_t order = table.order[bits];
+        const int kept = n > 0 ? kPack / m * n : __builtin_popcount(bits);
         store_in_order(x + i, order, values);
         store_offsets(order, i, row_bytes, offsets);
+        values += kept;
+        offsets += kept;
       }
-      return;
+      return values;
     }
     for (int64_t i = 0; i < size; i += m) {
       const uint64_t bits = group_bits(x + i);
@@ -170,11 +173,12 @@ struct Packer {
         offsets += __builtin_popcount(block);
       }
     }
+    return values;
   }
 
 #if defined(__AVX512F__)
   // place_block for 32-bit elements, a vector at a time. A vector is whole groups, or a group is whole vectors.
-  void place_vectors(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
+  T* place_vectors(const T* x, int64_t size, T* values, uint16_t* offsets, uint16_t row_bytes) const {
     constexpr int kL = kLanes<T>;
     const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const __m512i lane_bytes = _mm512_mullo_epi32(lanes, _mm512_set1_epi32(row_bytes));
@@ -205,6 +209,7 @@ struct Packer {
       const __m512i vector = _mm512_castsi256_si512(load_bits<__m256i>(x + i));
       place(vector, i, table.filled[_mm512_test_epi32_mask(vector, vector) & 0xff]);
     }
+    return values;
   }
 #endif
 

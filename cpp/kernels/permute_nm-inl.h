@@ -49,6 +49,7 @@ inline PermutePlan make_permute_plan(const SpmmArgs& args) {
 inline bool permutes(const SpmmArgs& args) {
   const Gradient* gradient = args.gradient;
   if (args.dtype != DType::kBFloat16 || args.pruning.m > kTable || gradient == nullptr) return false;
+  if (!args.pruning.fixed()) return false;
   if (args.groups != 1 || args.out_channels_first) return false;
   const int64_t pixels = args.height.out * args.width.out;
   if (args.samples > 1 && gradient->sample_stride != pixels * gradient->pixel_stride) return false;

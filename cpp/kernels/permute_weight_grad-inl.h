@@ -56,8 +56,8 @@ inline PermuteWeightPlan make_permute_weight_plan(const WeightGradArgs& args) {
 
 // Returns whether the permute kernel supports this weight gradient. The tap kernel computes the others.
 inline bool permutes_weight(const WeightGradArgs& args) {
-  return args.dtype == DType::kBFloat16 && args.pruning.m <= kTable && args.groups == 1 && args.col_stride == 1 &&
-         is_short(args.height) && is_short(args.width) &&
+  return args.dtype == DType::kBFloat16 && args.pruning.m <= kTable && args.pruning.fixed() && args.groups == 1 &&
+         args.col_stride == 1 && is_short(args.height) && is_short(args.width) &&
          args.line_stride < INT32_MAX / at_least(args.height.in, 1) / 2 &&
          args.pixel_stride < INT32_MAX / at_least(args.width.in, 1) / 2;
 }

@@ -156,6 +156,18 @@ struct PruneKernel {
     }
   }
 
+  // Prunes kL consecutive groups with elements in the lanes. Returns false if that is not possible.
+  static SDGP_INLINE bool prune_across(const T* in, T* out, const Pruning& mixed, const LaneGroups<C>& groups) {
+    if (mixed.scale) return false;
+    const UnstructuredTake<C> of(mixed);
+    const Key<C> starts = UnstructuredTake<C>::start(mixed.seed, groups);
+    bool finite = true;
+    for (int g = 0; g < kL; ++g) {
+      finite &= prune_unstructured_across<C, kM>(of, in + g * kM, out + g * kM, starts[g]);
+    }
+    return finite;
+  }
+
   static void run_groups(const PruneArgs& args, const Plan& plan, int64_t begin, int64_t end) {
     const LaneOffsets<C> offsets([](int lane) { return static_cast<uint64_t>(group_of_lane(lane)); });
     const bool tails = plan.full < plan.groups;
@@ -168,6 +180,12 @@ struct PruneKernel {
       T* out = static_cast<T*>(args.out) + row.out;
       const int64_t stop = plan.full * (chunk + 1) / plan.chunks;
       for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kT * kL) {
+        if constexpr (kMethod == Method::kUnstructured && kM % kL == 0) {
+          const int64_t first = at_most(at, stop - kL);
+          const uint64_t index =
+              args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(first);
+          if (prune_across(in + first * kM, out + first * kM, plan.mixed, offsets.from(index, kM, false))) continue;
+        }
         Elem<C> x[kT][kM];
         LaneGroups<C> groups[kT];
         int64_t g[kT];

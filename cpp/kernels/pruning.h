@@ -27,19 +27,21 @@ using DTypes = EnumValues<DType, std::size(kDTypes)>;
 
 constexpr const DTypeTraits& traits(DType dtype) { return kDTypes[static_cast<int>(dtype)]; }
 
-enum class Method { kMagnitude, kRandom, kRescale, kRescaleGroup, kMvue };
+enum class Method { kMagnitude, kRandom, kRescale, kRescaleGroup, kMvue, kUnstructured };
 
 struct MethodTraits {
   Method value;
   const char* name;
   bool draws;     // draws random numbers, so it takes a seed
-  bool by_group;  // pruning a group needs only that group, no sums over the tensor
+  bool by_group;  // pruning a group needs only that group and the settings, no sums over the tensor
+  bool fixed;     // every group keeps n values; otherwise n of m is a mean
 };
-inline constexpr MethodTraits kMethods[] = {{Method::kMagnitude, "magnitude", false, true},
-                                            {Method::kRandom, "random", true, true},
-                                            {Method::kRescale, "rescale", false, false},
-                                            {Method::kRescaleGroup, "rescale_group", false, true},
-                                            {Method::kMvue, "mvue", true, true}};
+inline constexpr MethodTraits kMethods[] = {{Method::kMagnitude, "magnitude", false, true, true},
+                                            {Method::kRandom, "random", true, true, true},
+                                            {Method::kRescale, "rescale", false, false, true},
+                                            {Method::kRescaleGroup, "rescale_group", false, true, true},
+                                            {Method::kMvue, "mvue", true, true, true},
+                                            {Method::kUnstructured, "unstructured", true, true, false}};
 
 constexpr const MethodTraits& traits(Method method) { return kMethods[static_cast<int>(method)]; }
 
@@ -47,6 +49,12 @@ constexpr bool prunes_by_group(Method method) { return traits(method).by_group; 
 
 using Methods = EnumValues<Method, std::size(kMethods)>;
 using GroupMethods = Filtered<Methods, prunes_by_group>;
+
+constexpr bool keeps_n(Method method) { return traits(method).fixed; }
+
+// The methods of the CUDA kernels.
+using FixedMethods = Filtered<Methods, keeps_n>;
+using FixedGroupMethods = Filtered<GroupMethods, keeps_n>;
 
 // A table lists the values of its enum in their order.
 template <class Table>
@@ -66,12 +74,18 @@ struct Pruning {
   Method method;
   int n;
   int m;
-  uint64_t seed;  // for methods that draw; CUDA kernels read it on the device
-  bool scale;     // write the multipliers (0 where pruned) instead of the pruned values
+  uint64_t seed;    // for methods that draw; CUDA kernels read it on the device
+  bool scale;       // write the multipliers (0 where pruned) instead of the pruned values
+  double step = 0;  // unstructured: larger values stay unchanged
 
   // Inlined even in builds without optimization: the linker may keep one shared copy, compiled for an instruction set
   // that this CPU lacks.
   __attribute__((always_inline)) constexpr bool keeps_all() const { return n == m; }
+
+  // Returns whether all groups of a size keep equally many values.
+  __attribute__((always_inline)) constexpr bool fixed() const {
+    return kMethods[static_cast<int>(method)].fixed || keeps_all();
+  }
 };
 
 }  // namespace sdgp

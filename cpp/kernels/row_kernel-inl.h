@@ -36,13 +36,16 @@ SDGP_INLINE Vec<double> multiply_add(Vec<double> a, Vec<double> b, Vec<double> c
 #endif
 }
 
-// N:M rows of one block of the reduction in the form that the row kernel reads: contiguous, with offsets instead of
-// indices.
+// The kept values of one block of the reduction in the form that the row kernel reads: one source after the other, with
+// offsets instead of indices.
 template <class E, class Offset = uint16_t>
 struct KeptBlock {
-  const E* values;        // (sources, count)
-  const Offset* offsets;  // in bytes from the start of the tap's rows in the dense block
-  int64_t count;
+  const E* values;
+  const Offset* offsets;   // in bytes from the start of the tap's rows in the dense block
+  int64_t count;           // of each source, if `starts` is null
+  const uint32_t* starts;  // where the values of each source begin, and the end of the last one
+
+  SDGP_INLINE int64_t start(int64_t source) const { return starts ? starts[source] : source * count; }
 };
 
 template <class E>
@@ -71,9 +74,10 @@ SDGP_INLINE void multiply_row(const BlockCall<E>& call, const int32_t* entry, st
   const char* dense = call.dense;
   for (int64_t tap = 1; tap <= call.taps; ++tap, dense += call.tap_bytes) {
     if (entry[tap] < 0) continue;
-    const E* value = call.kept.values + entry[tap] * call.kept.count;
-    const uint16_t* offset = call.kept.offsets + entry[tap] * call.kept.count;
-    for (const E* const end = value + call.kept.count; value != end; ++value, ++offset) {
+    const int64_t start = call.kept.start(entry[tap]);
+    const E* value = call.kept.values + start;
+    const uint16_t* offset = call.kept.offsets + start;
+    for (const E* const end = call.kept.values + call.kept.start(entry[tap] + 1); value != end; ++value, ++offset) {
       const char* row = dense + *offset;
       const Vec<E> x = splat(*value);
       ((sum[kI] = multiply_add(x, load_bits<Vec<E>>(row + kI * sizeof(Vec<E>)), sum[kI])), ...);
@@ -138,10 +142,10 @@ struct TapsCall {
 };
 
 template <class E, class Offset, int kP, int kT, bool kFirst, int... kI>
-SDGP_INLINE void multiply_taps_row(const TapsCall<E, Offset>& call, const E* value, const Offset* offset, const E* in,
-                                   E* out, std::integer_sequence<int, kI...>) {
+SDGP_INLINE void multiply_taps_row(const TapsCall<E, Offset>& call, const E* value, const E* end, const Offset* offset,
+                                   const E* in, E* out, std::integer_sequence<int, kI...>) {
   Vec<E> sum[kP * kT] = {(kFirst ? Vec<E>{} : load_bits<Vec<E>>(in + kI * kLanes<E>))...};
-  for (const E* const end = value + call.kept.count; value != end; ++value, ++offset) {
+  for (; value != end; ++value, ++offset) {
     const char* row = call.dense + *offset;
     const Vec<E> x = splat(*value);
     ((sum[kI] = multiply_add(
@@ -163,9 +167,10 @@ __attribute__((noinline)) void multiply_taps(const TapsCall<E, Offset>& block) {
   for (int64_t fetch = 1; fetch <= call.fetches; ++fetch) {
     call.ahead->fetch();
     for (const int64_t stop = call.rows * fetch / call.fetches; row < stop; ++row) {
-      multiply_taps_row<E, Offset, kP, kT, kFirst>(call, value, offset, in, out, kSums);
-      value += call.kept.count;
-      offset += call.kept.count;
+      const E* const end = call.kept.values + call.kept.start(row + 1);
+      multiply_taps_row<E, Offset, kP, kT, kFirst>(call, value, end, offset, in, out, kSums);
+      offset += end - value;
+      value = end;
       in += call.in_stride;
       out += call.out_stride;
     }

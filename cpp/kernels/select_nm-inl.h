@@ -337,6 +337,79 @@ SDGP_INLINE void prune_mvue(Elem<C> (*x)[kM], const Pruning& mixed, const LaneGr
   }
 }
 
+// Note [Unstructured]
+// mvue with one step for the whole tensor. An element of at least step stays unchanged. Another one takes |x| / step of
+// a place, in fixed point with kFraction bits: lay these shares end to end, and keep the elements that contain the end
+// of a whole place, counted from a random start. Sums of integers are exact in any order. So lanes may be groups or
+// elements.
+constexpr int kFraction = 24;
+
+template <class C>
+struct UnstructuredTake {
+  Elem<C> step;
+  Elem<C> shares;  // per unit of magnitude
+
+  SDGP_INLINE explicit UnstructuredTake(const Pruning& mixed)
+      : step(splat(static_cast<typename C::E>(mixed.step))),
+        shares(splat(static_cast<typename C::E>(1 << kFraction)) / step) {}
+
+  static SDGP_INLINE Key<C> start(uint64_t mixed_seed, const LaneGroups<C>& groups) {
+    return (Key<C>)(RandomState<C>(mixed_seed, groups).b >> (32 - kFraction));
+  }
+
+  SDGP_INLINE Key<C> share(Elem<C> magnitude) const {
+    const Key<C> part = __builtin_convertvector(magnitude * shares, Key<C>);
+    return keep_if((Key<C>)(magnitude < step), part);
+  }
+
+  // Returns what is kept of x, if its share ends at `end`.
+  SDGP_INLINE Elem<C> take(Elem<C> x, Elem<C> magnitude, Key<C> share, Key<C> end) const {
+    const Key<C> crosses = ((end - share) ^ end) >> kFraction;
+    const Key<C> keep = (magnitude >= step) | (crosses != 0);
+    const Key<C> sign = (Key<C>)x ^ (Key<C>)magnitude;
+    return keep_if(keep, (Elem<C>)((Key<C>)vmax(magnitude, step) | sign));
+  }
+};
+
+template <class C, int kM>
+SDGP_INLINE void prune_unstructured(Elem<C>* x, const Pruning& mixed, const LaneGroups<C>& groups) {
+  const UnstructuredTake<C> of(mixed);
+  Elem<C> magnitude[kM];
+  Elem<C> out[kM];
+  Key<C> broken{};
+  Key<C> end = UnstructuredTake<C>::start(mixed.seed, groups);
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    magnitude[j] = (Elem<C>)magnitude_key<C>(x[j]);
+    broken |= magnitude[j] - magnitude[j] != 0;
+    const Key<C> share = of.share(magnitude[j]);
+    end += share;
+    out[j] = of.take(x[j], magnitude[j], share, end);
+  }
+  finish_mvue<C, kM>(x, magnitude, of.step, broken, mixed, out);
+  for (int j = 0; j < kM; ++j) x[j] = out[j];
+}
+
+// The same for one group of consecutive elements, which are in the lanes. Returns whether all of them are finite; if
+// not, the result is wrong.
+template <class C, int kM>
+SDGP_INLINE bool prune_unstructured_across(const UnstructuredTake<C>& of, const typename C::T* in, typename C::T* out,
+                                           typename C::K start) {
+  constexpr int kL = kLanes<typename C::E>;
+  static_assert(kM % kL == 0);
+  Key<C> broken{};
+  for (int j = 0; j < kM; j += kL) {
+    const Elem<C> x = C::load(in + j);
+    const auto magnitude = (Elem<C>)magnitude_key<C>(x);
+    const Key<C> share = of.share(magnitude);
+    const Key<C> end = prefix_sums<typename C::K>(share) + start;
+    C::store(out + j, of.take(x, magnitude, share, end));
+    start = end[kL - 1];
+    broken |= magnitude - magnitude != 0;
+  }
+  return !any(broken);
+}
+
 // The number of tiles that are pruned together.
 template <Method kMethod>
 constexpr int kTiles = kMethod == Method::kMvue ? 2 : 1;
@@ -349,6 +422,8 @@ SDGP_INLINE void prune_tiles(Elem<C> (*x)[kM], const Pruning& mixed, const LaneG
     prune_random<C, kM>(*x, mixed, *groups);
   } else if constexpr (kMethod == Method::kRescaleGroup) {
     prune_rescale_group<C, kM>(*x, mixed);
+  } else if constexpr (kMethod == Method::kUnstructured) {
+    prune_unstructured<C, kM>(*x, mixed, *groups);
   } else {
     static_assert(kMethod == Method::kMvue);
     prune_mvue<C, kM>(x, mixed, groups);

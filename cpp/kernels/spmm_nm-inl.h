@@ -70,7 +70,7 @@ class Spmm {
         plan_(make_spmm_plan<E>(args)),
         dense_(plan_.dense),
         gather_(args, dense_, kChunkRows),
-        packer_(args.pruning) {}
+        packer_(for_packing(args.pruning)) {}
 
   void run_unit(int64_t unit) {
     const int64_t part = unit % plan_.parts;
@@ -105,10 +105,11 @@ class Spmm {
     }
   }
 
+  // Returns how many values of a source the blocks before this one keep, or have memory for.
   int64_t kept_before(int64_t block) const {
     const int64_t groups = ceil_div(args_.size, args_.pruning.m);
     const int64_t before = block * (dense_.rows / args_.pruning.m);
-    return (before < groups ? before : groups) * args_.pruning.n;
+    return (before < groups ? before : groups) * (fixed_ ? args_.pruning.n : args_.pruning.m);
   }
 
   // Brings the kept values and offsets of a slab into the order of the row kernel: [block][source][kept].
@@ -163,7 +164,8 @@ class Spmm {
     const int64_t piece = kCompressElements / part.size > least ? kCompressElements / part.size : least;
     const bool whole = part.size % args_.pruning.m == 0;
     const bool placed = sizeof(T) == sizeof(E) && whole && packer_.places(part.size) && packer_.places(dense_.rows);
-    if (!placed) find_bases(kept_before(block_begin), count);
+    if (fixed_ && !placed) find_bases(kept_before(block_begin), count);
+    if (!fixed_) begin_blocks(block_end - block_begin);
     for (int64_t s = 0, rows = 0; s < gather_.sources; s += rows) {
       const int64_t source = gather_.first_source + s;
       const int64_t sample = one_run ? 0 : source / pixels;
@@ -178,6 +180,10 @@ class Spmm {
       part.dims[0] = {rows, gradient.pixel_stride, 0, 1, false};
       if (part.in_stride == 1) prefetch_rows(part, s + rows < gather_.sources ? rows : 0);
       const Word* buffer = pruned_.read(part, args_.pruning.keeps_all());
+      if (!fixed_) {
+        for (int64_t r = 0; r < rows; ++r) place_nonzeros(s + r, buffer + r * part.size, part.size);
+        continue;
+      }
       if (placed) {
         for (int64_t r = 0; r < rows; ++r) place_pruned(s + r, buffer + r * part.size, part.size);
         continue;
@@ -212,6 +218,41 @@ class Spmm {
       const int64_t to = first_kept + s * (length / args_.pruning.m * args_.pruning.n);
       packer_.place_block(row + i, length, reinterpret_cast<Word*>(values_.data) + to, offsets_.data + to, row_bytes);
       first_kept += block_kept * gather_.sources + kStep;
+    }
+  }
+
+  // For place_nonzeros: the rows of each block begin where its memory begins.
+  void begin_blocks(int64_t blocks) {
+    uint32_t* starts = starts_.reserve(blocks * (gather_.sources + 1));
+    for (int64_t b = 0; b < blocks; ++b) starts[b * (gather_.sources + 1)] = 0;
+  }
+
+  // Stores the elements of one pruned row that are not +0. The rows must come in order.
+  SDGP_INLINE void place_nonzeros(int64_t s, const Word* row, int64_t size) {
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    const int64_t capacity = dense_.rows * gather_.sources + kStep;
+    uint32_t* starts = starts_.data + s;
+    int64_t first = 0;  // of the block
+    for (int64_t i = 0; i < size; i += dense_.rows, first += capacity, starts += gather_.sources + 1) {
+      const int64_t length = size - i < dense_.rows ? size - i : dense_.rows;
+      E* values = values_.data + first + starts[0];
+      uint16_t* offsets = offsets_.data + first + starts[0];
+      int64_t kept = 0;
+      if (length % args_.pruning.m != 0 || !packer_.places(length)) {
+        for (int64_t j = 0; j < length; ++j) {
+          if (row[i + j] == 0) continue;
+          values[kept] = load_element<C>(reinterpret_cast<const T*>(row) + i + j);
+          offsets[kept++] = static_cast<uint16_t>(j * row_bytes);
+        }
+      } else if constexpr (sizeof(T) == sizeof(E)) {
+        Word* const words = reinterpret_cast<Word*>(values);
+        kept = packer_.place_block(row + i, length, words, offsets, row_bytes) - words;
+      } else {
+        Word* const words = row_values_.reserve(length + kStep);
+        kept = packer_.place_block(row + i, length, words, offsets, row_bytes) - words;
+        load_elements<C>(reinterpret_cast<const T*>(words), values, kept);
+      }
+      starts[1] = starts[0] + static_cast<uint32_t>(kept);
     }
   }
 
@@ -277,7 +318,8 @@ class Spmm {
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t kept =
           (kept_before(block) - kept_before(block_begin)) * gather_.sources + (block - block_begin) * kStep;
-      call.kept = {values_.data + kept, offsets_.data + kept, kept_before(block + 1) - kept_before(block)};
+      call.kept = {values_.data + kept, offsets_.data + kept, kept_before(block + 1) - kept_before(block),
+                   fixed_ ? nullptr : starts_.data + (block - block_begin) * (gather_.sources + 1)};
       call.tap_bytes = dense_.block_rows(args_, block) * dense_.row_bytes(sizeof(E));
       const char* dense = reinterpret_cast<const char*>(packed + dense_.block_offset(block));
       for (int64_t set = 0; set < gather_.sets; ++set) {
@@ -350,8 +392,15 @@ class Spmm {
     }
   }
 
+  // The settings of a packer that keeps n of every m elements, or those that are not +0.
+  static Pruning for_packing(Pruning pruning) {
+    if (!pruning.fixed()) pruning.n = 0;
+    return pruning;
+  }
+
   const SpmmArgs& args_;
   const SpmmPlan plan_;
+  const bool fixed_ = args_.pruning.fixed();
   const DensePlan& dense_;
   Gather gather_;
   bool valid_ = true;
@@ -371,6 +420,7 @@ class Spmm {
   Scratch<uint8_t> last_;
   Scratch<uint16_t> offsets_;
   Scratch<E> values_;
+  Scratch<uint32_t> starts_;  // by block and source: where its kept values begin in the block
   Scratch<E> sums_;
   Scratch<E> column_;
 };

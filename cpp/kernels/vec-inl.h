@@ -123,6 +123,21 @@ SDGP_INLINE V vmin(V a, V b) {
 SDGP_INLINE Vec<float> vmax(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
 #endif
 
+// Returns the sum of each lane and all lanes before it.
+template <class E>
+SDGP_INLINE Vec<E> prefix_sums(Vec<E> v) {
+  constexpr int kL = kLanes<E>;
+  [&]<int... kStep>(std::integer_sequence<int, kStep...>) {
+    const auto add = [&]<int kBy, int... kI>(std::integral_constant<int, kBy>, std::integer_sequence<int, kI...>)
+                         __attribute__((always_inline)) {
+                           if constexpr (kBy < kL)
+                             v += __builtin_shufflevector(Vec<E>{}, v, (kI < kBy ? kI : kL + kI - kBy)...);
+                         };
+    (add(std::integral_constant<int, 1 << kStep>{}, std::make_integer_sequence<int, kL>{}), ...);
+  }(std::make_integer_sequence<int, 4>{});
+  return v;
+}
+
 // Adds the upper half of the lanes to the lower half until one lane is left.
 template <class V>
 SDGP_INLINE auto sum_lanes(V v) {

@@ -101,8 +101,9 @@ class WeightGrad {
 
  private:
   struct Block : PixelBlock {
-    int64_t kept;  // kept values per row
-    int64_t at;    // where the kept values of the first row begin
+    int64_t kept;      // kept values per row, or the memory for them
+    int64_t at;        // where the kept values of the first row begin
+    uint32_t* starts;  // where those of each row begin, counted from there; null if all rows keep equally many
   };
 
   explicit WeightGrad(const WeightGradArgs& args)
@@ -139,21 +140,27 @@ class WeightGrad {
   Block block_at(int64_t index) const {
     if (plan_.cut.samples > 1) {
       const int64_t sample = index * plan_.cut.samples;
-      return {{sample, at_most(args_.samples - sample, plan_.cut.samples), 0, plan_.pixels}, 0, 0};
+      return {{sample, at_most(args_.samples - sample, plan_.cut.samples), 0, plan_.pixels}, 0, 0, nullptr};
     }
     const int64_t begin = index % plan_.per_sample * plan_.cut.pixels;
-    return {{index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels)}, 0, 0};
+    return {{index / plan_.per_sample, 1, begin, at_most(begin + plan_.cut.pixels, plan_.pixels)}, 0, 0, nullptr};
   }
 
   // Prunes a slab of the chunk's rows and packs the kept values as [block][row][kept].
   void read_kept(int64_t begin, int64_t end) {
     count_ = end - begin;
     Block* blocks = blocks_.reserve(count_);
+    uint32_t* starts = fixed_ ? nullptr : starts_.reserve(count_ * (rows_ + 1));
     int64_t at = 0;
     for (int64_t i = 0; i < count_; ++i) {
       blocks[i] = block_at(begin + i);
-      blocks[i].kept = plan_.kept(blocks[i].end - blocks[i].begin, args_.pruning) * blocks[i].samples;
+      blocks[i].kept =
+          fixed_ ? plan_.kept(blocks[i].end - blocks[i].begin, args_.pruning) * blocks[i].samples : blocks[i].size();
       blocks[i].at = at;
+      if (!fixed_) {
+        blocks[i].starts = starts + i * (rows_ + 1);
+        blocks[i].starts[0] = 0;
+      }
       at += blocks[i].kept * rows_ + kKeep;
     }
     values_.reserve(at + kKeep);
@@ -205,11 +212,12 @@ class WeightGrad {
     }
   }
 
-  // Stores what a row keeps at its place in each block. Fills the block with zeros if the row keeps fewer values.
+  // Stores what a row keeps at its place in each block. If rows keep equally many, fills up with zeros; otherwise the
+  // rows must come in order.
   SDGP_INLINE void place_row(const Block* first, const Block* last, int64_t row, const Word* pruned) {
     const uint32_t* places = places_.data;
     for (const Block* block = first; block < last; pruned += block->size(), places += block->size(), ++block) {
-      const int64_t at = block->at + row * block->kept;
+      const int64_t at = block->at + (fixed_ ? row * block->kept : block->starts[row]);
       E* values = values_.data + at;
       uint32_t* offsets = offsets_.data + at;
       int64_t kept = 0;
@@ -219,6 +227,10 @@ class WeightGrad {
         Word* words = words_.reserve(block->kept + kKeep);
         kept = keep_row(table_, pruned, block->size(), places, words, offsets);
         load_elements<C>(reinterpret_cast<const T*>(words), values, kept);
+      }
+      if (!fixed_) {
+        block->starts[row + 1] = block->starts[row] + static_cast<uint32_t>(kept);
+        continue;
       }
       for (; kept < block->kept; ++kept) {
         values[kept] = 0;
@@ -234,7 +246,7 @@ class WeightGrad {
     const int64_t calls = args_.height.kernel * ceil_div(args_.width.kernel, plan_.taps);
     const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(E));
     TapsCall<E, uint32_t> call{};
-    call.kept = {values_.data + block.at, offsets_.data + block.at, block.kept};
+    call.kept = {values_.data + block.at, offsets_.data + block.at, block.kept, block.starts};
     call.rows = rows_;
     call.tap_bytes = args_.width.dilation * position_bytes;
     call.ahead = &ahead;
@@ -301,6 +313,7 @@ class WeightGrad {
   Patches patches_;
   PackedInput<C> input_;
   const int64_t taps_;
+  const bool fixed_ = args_.pruning.fixed();
   PackTable table_;
   PrunedRows<Word> rows_of_;
   int64_t group_ = 0;
@@ -315,6 +328,7 @@ class WeightGrad {
   Scratch<Word> words_;
   Scratch<E> values_;
   Scratch<uint32_t> offsets_;
+  Scratch<uint32_t> starts_;
   Scratch<E> sums_;
   Scratch<const E*> begin_;
   Scratch<int64_t> pitch_;

@@ -28,8 +28,15 @@ Tensor empty_innermost(const Tensor& like, int64_t dim, int64_t size, ScalarType
   return movedim(torch::stable::new_empty(like, sizes, dtype), -1, dim);
 }
 
-std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& settings) {
+PruneCall validate(const Tensor& input, const Settings& settings) {
   const PruneCall call = validate_prune("compress_nm", input, settings);
+  check(call.pruning.fixed(), "compress_nm: expected a method that keeps n values of each group, got ",
+        traits(call.pruning.method).name);
+  return call;
+}
+
+std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& settings) {
+  const PruneCall call = validate(input, settings);
   const int64_t n = call.pruning.n, m = call.pruning.m;
   const int64_t kept = (input.size(call.dim) + m - 1) / m * n;
   Tensor values = empty_innermost(input, call.dim, kept, input.scalar_type());
@@ -46,7 +53,7 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& 
     args.pruned = true;
   }
   args.prune = describe_prune(source, source, call);
-  args.prune.pruning = read_seed(input, call);
+  args.prune.pruning = complete(input, call);
   args.values = values.mutable_data_ptr();
   args.indices = indices.mutable_data_ptr<uint8_t>();
   const Kernels& table = kernels();
@@ -57,7 +64,7 @@ std::tuple<Tensor, Tensor> compress_nm_cpu(const Tensor& input, const Settings& 
 }
 
 std::tuple<Tensor, Tensor> compress_nm_unsupported(const Tensor& input, const Settings& settings) {
-  validate_prune("compress_nm", input, settings);
+  validate(input, settings);
   refuse_device("compress_nm", input);
 }
 

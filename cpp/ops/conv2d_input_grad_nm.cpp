@@ -48,7 +48,7 @@ Tensor conv2d_input_grad_nm_cpu(const Tensor& grad_output, const Tensor& weight,
   };
   multiply({.op = kOp,
             .dtype = call.dtype,
-            .pruning = read_seed(grad_output, call),
+            .pruning = complete(grad_output, call),
             .samples = samples,
             .groups = groups,
             .height = axis(0),

@@ -56,7 +56,7 @@ Tensor conv2d_weight_grad_nm_cpu(const Tensor& grad_output, const Tensor& input,
     return Axis2d{input.size(d), grad_output.size(d), kernel_size[at], stride[at], padding[at], dilation[at]};
   };
   multiply(WeightProduct{.dtype = call.dtype,
-                         .pruning = read_seed(grad_output, call),
+                         .pruning = complete(grad_output, call),
                          .rows = rows / groups,
                          .cols = cols,
                          .samples = grad_output.size(0),

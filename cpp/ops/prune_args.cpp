@@ -56,6 +56,8 @@ PruneCall validate_prune(const char* op, const Tensor& input, const Settings& se
                         .m = static_cast<int>(settings.m),
                         .seed = 0,
                         .scale = false};
+  check(pruning.fixed() || !input.is_cuda(), op, ": expected a tensor on the CPU for ", traits(method).name,
+        ", got one on cuda");
   return {dtype, front_dim, pruning, settings.seed};
 }
 

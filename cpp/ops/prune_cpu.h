@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
-// Pruning on the CPU for the ops that need it: the settings with their seed, and the pruning itself.
+// Pruning on the CPU for the ops that need it: the settings with what they take from tensors, and the pruning itself.
 #pragma once
 
 #include "prune_args.h"
@@ -12,8 +12,8 @@ constexpr int64_t kGrainElements = 32768;  // with fewer, a second thread costs 
 // Returns the least number of work units per thread if `units` units share `elements` elements.
 inline int64_t grain_of(int64_t units, int64_t elements) { return 1 + units * kGrainElements / (elements + 1); }
 
-// Returns the call's settings. If the method needs a seed, they contain the caller's seed or else a drawn one.
-Pruning read_seed(const Tensor& input, const PruneCall& call);
+// Returns the call's settings with what the method needs: the caller's seed or else a drawn one, and the step.
+Pruning complete(const Tensor& input, const PruneCall& call);
 
 // Writes prune_nm of `input` to `output`.
 void prune_into_cpu(const Tensor& input, Tensor& output, const PruneCall& call);

@@ -47,8 +47,7 @@ Tensor prune_nm_matmul_cpu(const Tensor& input, const Tensor& dense, const Setti
   const PruneCall call = validate(input, dense, settings);
   Tensor output = empty_rows(input, dense.size(1));
   if (!prepare_output(output, dense.size(0) > 0)) return output;
-  const Product product{
-      .op = kOp, .dtype = call.dtype, .pruning = read_seed(input, call), .samples = count_rows(input)};
+  const Product product{.op = kOp, .dtype = call.dtype, .pruning = complete(input, call), .samples = count_rows(input)};
   if (is_transposed(input)) {
     const Gradient columns{.data = input.const_data_ptr(),
                            .sample_stride = 1,

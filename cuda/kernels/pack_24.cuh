@@ -287,7 +287,7 @@ SDGP_HOST_DEVICE void pack_metadata(const PackArgs& args, int64_t tile_row, int6
 // Calls `call` with the method and the group size of the compiled kernel for these arguments.
 template <class Call>
 void visit_pack(const PackArgs& args, const Call& call) {
-  visit(GroupMethods{}, args.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
+  visit(FixedGroupMethods{}, args.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
     visit(PackedSizes{}, args.pruning.m, [&]<int kM>(Constant<kM> size) { call(method, size); });
   });
 }

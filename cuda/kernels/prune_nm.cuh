@@ -206,7 +206,7 @@ SDGP_HOST_DEVICE void prune_thread(const PruneParams& params, uint64_t thread) {
 // Calls `call` with the method, the group size and the share of a thread of the compiled kernel for this plan.
 template <class C, class Call>
 void visit_prune(const PrunePlan& plan, const Call& call) {
-  visit(Methods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
+  visit(FixedMethods{}, plan.params.pruning.method, [&]<Method kMethod>(Constant<kMethod> method) {
     visit_at_least(GroupSizes{}, plan.params.pruning.m, [&]<int kM>(Constant<kM> size) {
       visit(Shares{}, plan.share, [&]<Share kShare>(Constant<kShare> share) {
         if constexpr (has_kernel(kShare, kMethod, sizeof(typename C::Bits), kM)) call(method, size, share);

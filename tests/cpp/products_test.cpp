@@ -213,6 +213,53 @@ void test_product(const Product& p, int n, int m, const std::string& what) {
   }
 }
 
+// A gradient whose groups keep different numbers of values is pruned inside the kernel only. The result must be the
+// product of the gradient that prune_nm prunes.
+template <class F>
+void test_unstructured(const Product& p, int n, int m, bool channels_first, const std::string& what) {
+  if (skip()) return;
+  using T = typename F::Type;
+  const sdgp::Pruning pruning{
+      .method = sdgp::Method::kUnstructured, .n = n, .m = m, .seed = 7, .scale = false, .step = 0.5 * m / n};
+  const int64_t channels = p.groups * p.size;
+  const auto data = draw<F>(p.samples * channels * p.height.out * p.width.out);
+  const auto dense = draw<F>(channels * p.cols * p.height.kernel * p.width.kernel);
+  const sdgp::Kernels& table = sdgp::kernels();
+  sdgp::PruneArgs prune = describe_rows(p, F::kDType, pruning, channels_first);
+  prune.in = data.data();
+  auto pruned = data;
+  prune.out = pruned.data();
+  if (n != m) table.prune_nm(prune, 0, table.prune_nm_units(prune));
+
+  sdgp::Pruning keep_all = pruning;
+  keep_all.n = m;
+  sdgp::SpmmArgs all = describe(p, F::kDType, keep_all);
+  prune.pruning = keep_all;
+  prune.in = pruned.data();
+  std::vector<T> values(static_cast<size_t>(p.samples * all.compressed.sample_stride));
+  std::vector<uint8_t> indices(values.size());
+  const sdgp::CompressArgs compress{prune, true, values.data(), indices.data()};
+  table.compress_nm(compress, 0, table.compress_nm_units(compress));
+  all.compressed.values = values.data();
+  all.compressed.indices = indices.data();
+  all.dense.data = dense.data();
+
+  prune.in = data.data();
+  sdgp::SpmmArgs args = describe(p, F::kDType, pruning);
+  args.dense.data = dense.data();
+  const sdgp::Gradient gradient = describe_gradient(p, prune);
+  args.gradient = &gradient;
+  std::vector<T> first(static_cast<size_t>(p.samples * p.height.in * p.width.in * p.groups * p.cols));
+  std::vector<T> actual(first.size());
+  multiply(table, args, first, 1);
+  expect_sums<F>(p, all, first, what);
+  for (const int64_t threads : {1, 3}) {
+    args.threads = threads;
+    expect(multiply(table, args, actual, 2 * threads - 1), what + ", valid");
+    expect(std::memcmp(actual.data(), first.data(), first.size() * sizeof(T)) == 0, what + ", threads");
+  }
+}
+
 // Pruning inside the kernel must give the same result as the compressed gradient: bit for bit if one kernel multiplies
 // both, else up to rounding.
 template <class F>
@@ -267,6 +314,11 @@ void test_all_gradients() {
           test_gradient<Real<double>>(product, n, m, method, channels_first, what + " float64");
           test_gradient<BFloat16>(product, n, m, method, channels_first, what + " bfloat16");
         }
+        const std::string what = std::string(product.name) + " unstructured " + std::to_string(n) + ":" +
+                                 std::to_string(m) + (channels_first ? " first" : " last");
+        test_unstructured<Real<float>>(product, n, m, channels_first, what + " float32");
+        test_unstructured<Real<double>>(product, n, m, channels_first, what + " float64");
+        test_unstructured<BFloat16>(product, n, m, channels_first, what + " bfloat16");
       }
     }
   }
@@ -314,8 +366,9 @@ void test_weight_grad(const WeightProduct& p, int n, int m, sdgp::Method method,
   const auto drawn = draw<F>(p.gradient_size(), 0.2), image = draw<F>(p.input_size());
   std::copy(drawn.begin(), drawn.end(), gradient.data);
   std::copy(image.begin(), image.end(), input.data);
-  sdgp::WeightGradArgs args =
-      describe(p, F::kDType, {.method = method, .n = n, .m = m, .seed = 0x0123456789abcdefu, .scale = false});
+  const sdgp::Pruning pruning{
+      .method = method, .n = n, .m = m, .seed = 0x0123456789abcdefu, .scale = false, .step = 0.5 * m / n};
+  sdgp::WeightGradArgs args = describe(p, F::kDType, pruning);
   args.gradient.data = gradient.data;
   args.input = input.data;
 
@@ -350,10 +403,10 @@ void test_all_weight_grads() {
   bool at_end = false;
   for (const WeightProduct& product : kWeightProducts) {
     for (const auto& [n, m] : patterns) {
-      for (const auto method : {sdgp::Method::kMagnitude, sdgp::Method::kMvue}) {
+      for (const auto method : {sdgp::Method::kMagnitude, sdgp::Method::kMvue, sdgp::Method::kUnstructured}) {
         at_end = !at_end;
         const std::string what = std::string(product.name) + " weight " + std::to_string(n) + ":" + std::to_string(m) +
-                                 (method == sdgp::Method::kMvue ? " mvue" : "");
+                                 " " + sdgp::traits(method).name;
         test_weight_grad<Real<float>>(product, n, m, method, at_end, what + " float32");
         test_weight_grad<Real<double>>(product, n, m, method, at_end, what + " float64");
         test_weight_grad<Half>(product, n, m, method, at_end, what + " float16");

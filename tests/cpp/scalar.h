@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Scalar code for one group of prune_nm, which follows the specification. The specification is Note [Magnitude order],
-// Note [Random numbers] and Note [mvue] in cpp/kernels/select_nm-inl.h.
+// Note [Random numbers], Note [mvue] and Note [Unstructured] in cpp/kernels/select_nm-inl.h.
 #pragma once
 
 #include <cmath>
@@ -117,6 +117,29 @@ Group<E> mvue(const Group<E>& x, int n, uint64_t seed, uint64_t index) {
     if (left == 0 || !(above || hit)) continue;
     --left;
     out[j] = above ? x[j] : std::copysign(step, x[j]);
+  }
+  return out;
+}
+
+template <class E>
+bool all_finite(const Group<E>& x) {
+  for (const E value : x) {
+    if (!std::isfinite(value)) return false;
+  }
+  return true;
+}
+
+template <class E>
+Group<E> unstructured(const Group<E>& x, int n, E step, uint64_t seed, uint64_t index) {
+  if (!all_finite(x)) return masked(x, largest_magnitudes(x, n));
+  const E shares = static_cast<E>(1 << 24) / step;
+  uint32_t end = Random(seed, index).b >> 8;
+  Group<E> out(x.size());
+  for (size_t j = 0; j < x.size(); ++j) {
+    const bool above = std::abs(x[j]) >= step;
+    const uint32_t begin = end;
+    if (!above) end += static_cast<uint32_t>(std::abs(x[j]) * shares);
+    if (above || begin >> 24 != end >> 24) out[j] = above ? x[j] : std::copysign(step, x[j]);
   }
   return out;
 }

@@ -38,11 +38,12 @@ E sample(std::mt19937& generator, int kind) {
 constexpr int kKinds = 7;
 
 template <class E>
-std::vector<E> expected(const std::vector<E>& x, Method method, int n, bool scale, uint64_t index) {
+std::vector<E> expected(const std::vector<E>& x, const Pruning& pruning, uint64_t index) {
+  const auto [method, n, m, seed, scale, step] = pruning;
   const std::vector<bool> keep = scalar::largest_magnitudes(x, n);
   const std::vector<E> ones(x.size(), E{1});
   if (method == Method::kMagnitude) return scalar::masked(scale ? ones : x, keep);
-  if (method == Method::kRandom) return scalar::random(scale ? ones : x, n, kSeed, index);
+  if (method == Method::kRandom) return scalar::random(scale ? ones : x, n, seed, index);
   if (method == Method::kRescaleGroup) {
     E all = 0;
     E kept = 0;
@@ -55,11 +56,13 @@ std::vector<E> expected(const std::vector<E>& x, Method method, int n, bool scal
     for (E& value : out) value *= factor;
     return scalar::masked(out, keep);
   }
-  std::vector<E> out = scalar::mvue(x, n, kSeed, index);
+  const bool mvue = method == Method::kMvue;
+  std::vector<E> out =
+      mvue ? scalar::mvue(x, n, seed, index) : scalar::unstructured(x, n, static_cast<E>(step), seed, index);
   if (!scale) return out;
   E total = 0;
   for (const E value : x) total += std::abs(value);
-  if (!std::isfinite(total)) return scalar::masked(ones, keep);
+  if (mvue ? !std::isfinite(total) : !scalar::all_finite(x)) return scalar::masked(ones, keep);
   for (size_t j = 0; j < x.size(); ++j) {
     if (out[j] != 0) out[j] = out[j] == x[j] ? E{1} : std::abs(out[j] / x[j]);
   }
@@ -90,7 +93,8 @@ void test_tiles(int n, int kind, bool scale, int length) {
     lanes[tile].length[lane] = static_cast<typename C::U>(length);
     lanes[tile].padded = length < kM;
   }
-  const Pruning pruning{.method = kMethod, .n = n, .m = kM, .seed = kSeed, .scale = scale};
+  const double step = kind == 5 ? std::ldexp(1, sizeof(E) == 8 ? -999 : -103) : 0.75;
+  const Pruning pruning{.method = kMethod, .n = n, .m = kM, .seed = kSeed, .scale = scale, .step = step};
   prune_tiles<C, kMethod, kM>(x, with_mixed_seed(pruning), lanes);
   const std::string what = "method " + std::to_string(static_cast<int>(kMethod)) + ", " + std::to_string(n) + ":" +
                            std::to_string(kM) + ", kind " + std::to_string(kind) + ", scale " + std::to_string(scale) +
@@ -98,7 +102,7 @@ void test_tiles(int n, int kind, bool scale, int length) {
   for (int g = 0; g < kT * kL; ++g) {
     const int tile = g / kL, lane = g % kL;
     const uint64_t index = static_cast<uint64_t>(lanes[tile].hi[lane]) << 32 | lanes[tile].lo[lane];
-    const std::vector<E> wanted = expected(groups[g], kMethod, n, scale, index);
+    const std::vector<E> wanted = expected(groups[g], pruning, index);
     for (int j = 0; j < length; ++j) expect(same<E>(x[tile][j][lane], wanted[j]), what);
   }
 }
@@ -114,6 +118,7 @@ void test_size() {
           test_tiles<C, Method::kRandom, kM>(n, kind, scale, length);
           test_tiles<C, Method::kRescaleGroup, kM>(n, kind, scale, length);
           test_tiles<C, Method::kMvue, kM>(n, kind, scale, length);
+          test_tiles<C, Method::kUnstructured, kM>(n, kind, scale, length);
         }
       }
     }

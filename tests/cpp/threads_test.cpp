@@ -33,7 +33,7 @@ struct Shared {
 };
 
 sdgp::PruneArgs rows_of(const Shared& shared, Method method) {
-  const sdgp::Pruning pruning{.method = method, .n = 2, .m = 8, .seed = 7, .scale = false};
+  const sdgp::Pruning pruning{.method = method, .n = 2, .m = 8, .seed = 7, .scale = false, .step = 2};
   sdgp::PruneArgs rows = describe_rows(shared.product, sdgp::DType::kFloat32, pruning, true);
   rows.in = shared.gradient.data();
   rows.dim_per_factor = true;
@@ -121,7 +121,8 @@ void in_threads(Work work) {
 
 void test_all() {
   const Shared shared;
-  for (const Method method : {Method::kMagnitude, Method::kRandom, Method::kRescale, Method::kMvue}) {
+  for (const Method method :
+       {Method::kMagnitude, Method::kRandom, Method::kRescale, Method::kMvue, Method::kUnstructured}) {
     Calls alone(shared, method);
     alone.prune_and_pack();
     alone.multiply();

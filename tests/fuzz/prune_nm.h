@@ -95,6 +95,9 @@ std::vector<typename F::Type> expected_group(const PruneArgs& args, const std::v
   if constexpr (sizeof(T) > 2) {
     if (args.pruning.method == Method::kMvue) return scalar::mvue(x, args.pruning.n, args.pruning.seed, index);
     if (args.pruning.method == Method::kRescaleGroup) return scalar::rescale_group(x, args.pruning.n);
+    if (args.pruning.method == Method::kUnstructured) {
+      return scalar::unstructured(x, args.pruning.n, static_cast<T>(args.pruning.step), args.pruning.seed, index);
+    }
   }
   std::abort();
 }
@@ -170,7 +173,8 @@ void fuzz_prune(Bytes& bytes) {
   using T = typename F::Type;
   PruneArgs args = draw_tensor(bytes, false);
   args.dtype = F::kDType;
-  args.pruning.method = static_cast<Method>(bytes.below(5));
+  args.pruning.method = static_cast<Method>(bytes.below(6));
+  args.pruning.step = std::ldexp(1, static_cast<int>(bytes.below(32)) - 16);
   args.pruning.scale = bytes.below(4) == 0;
   if (args.pruning.method != Method::kRescale && bytes.below(4) == 0) {  // one part of a larger tensor
     args.first_group = bytes.word() >> 20;
@@ -198,7 +202,7 @@ void fuzz_prune(Bytes& bytes) {
   } else if (exact) {
     check_groups<F>(args, in, first);
   }
-  check_at_most_n<F>(args, first);
+  if (args.pruning.method != Method::kUnstructured) check_at_most_n<F>(args, first);
   for (const Kernels* table : kTables) {
     const Array<T> whole(first.size, skew);
     const Array<T> cut(first.size, skew);

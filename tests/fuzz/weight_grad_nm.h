@@ -59,9 +59,14 @@ void fuzz_weight_grad(Bytes& bytes) {
   const WeightProduct p = draw_weight_product(bytes);
   const int m = static_cast<int>(bytes.flag() ? int64_t{1} << bytes.below(7) : 1 + bytes.below(64));
   const int n = static_cast<int>(1 + bytes.below(m));
-  const Method method = bytes.flag() ? Method::kMagnitude : bytes.flag() ? Method::kRandom : Method::kMvue;
-  sdgp::WeightGradArgs args =
-      describe(p, F::kDType, {.method = method, .n = n, .m = m, .seed = bytes.byte(), .scale = false});
+  const Method methods[] = {Method::kMagnitude, Method::kRandom, Method::kMvue, Method::kUnstructured};
+  const sdgp::Pruning pruning{.method = methods[bytes.below(4)],
+                              .n = n,
+                              .m = m,
+                              .seed = bytes.byte(),
+                              .scale = false,
+                              .step = std::ldexp(1, static_cast<int>(bytes.below(8)) - 4)};
+  sdgp::WeightGradArgs args = describe(p, F::kDType, pruning);
   const int64_t pieces = 1 + bytes.below(5);
   const int64_t skew = bytes.below(4);
   const int64_t threads = 1 + bytes.below(8);

@@ -21,7 +21,7 @@ namespace sdgp {
 //
 //   pattern             "n:m" of the data gradient. A group is m output features or channels. If n == m, the data
 //                       gradient is exact.
-//   method              A method of prune_nm. "mvue" is unbiased.
+//   method              A method of prune_nm. "mvue" and "unstructured" are unbiased.
 //   backend             "pruned" always prunes, and uses the sparse product on the CPU and the dense product elsewhere.
 //                       "sparse" and "dense" prune and use that product. "exact" does not prune.
 //   weight_grad         "n:m" of the gradient that enters the weight gradient. A group is m rows or output pixels. The

@@ -33,9 +33,10 @@ c10::TypedOperatorHandle<Signature> find(const char* name) {
 //
 //   input   float32, float64, float16 or bfloat16. It may have any strides and any shape except a scalar. It is on the
 //           CPU, or on CUDA if the program also links sdgp::sdgp_cuda.
-//   method  "magnitude", "random", "rescale", "rescale_group" or "mvue".
-//   seed    For "random" and "mvue": int64, one element, on the input's device. By default the device's generator draws
-//           it, as in Python: torch::manual_seed(s) and torch.manual_seed(s) lead to the same choices.
+//   method  "magnitude", "random", "rescale", "rescale_group" or "mvue". On the CPU also "unstructured", with which
+//           n of m values stay only in the mean over the tensor.
+//   seed    For "random", "mvue" and "unstructured": int64, one element, on the input's device. By default the device's
+//           generator draws it, as in Python: torch::manual_seed(s) and torch.manual_seed(s) lead to the same choices.
 //
 // Returns a tensor with the input's shape, dtype and strides.
 inline at::Tensor prune_nm(const at::Tensor& input, int64_t n, int64_t m, int64_t dim = -1,
