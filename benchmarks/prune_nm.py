@@ -21,7 +21,7 @@ from torch import Tensor
 import sdgp
 
 PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
-METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue")
+METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # 16 MiB of float32 without a fast path: maps smaller than a vector, groups whose size is not a power of two, samples

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-METHODS = ("magnitude", "random", "rescale", "rescale_group", "mvue")
+METHODS = ("magnitude", "random", "rescale", "rescale_group", "mvue", "unstructured")
+FIXED_METHODS = METHODS[:-1]  # every group keeps n values
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 # The patterns of the published tables, 1:2, and some patterns without a compiled kernel.

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import sdgp
 from sdgp._choose import current_chooser
 from sdgp._pattern import Pruning
-from sdgp._rules import LEAST_WORK, static_rule
+from sdgp._rules import LEAST_WORK, obstacle, static_rule
 
 # The choices of auto and pruned.
 
@@ -440,3 +440,12 @@ def test_static_rule_of_a_gpu(change: dict[str, Any], sparse: bool, monkeypatch:
     pruning = Pruning.parse("test", case.pop("pattern", "2:4"), "mvue", "auto")
     values = case.pop("values", 4096 * 4096)
     assert static_rule(pruning=pruning, device=torch.device("cuda"), values=values, **case) is sparse
+
+
+@pytest.mark.parametrize("op", ["linear", "conv2d", "float8_linear"])
+def test_unstructured_needs_a_cpu(op: str) -> None:
+    pruning = Pruning.parse("test", "2:4", "unstructured", "auto")
+    why = obstacle(op, "data", pruning, torch.device("cuda"), torch.bfloat16)
+    assert why == "a cpu for the method unstructured, got cuda"
+    if op != "float8_linear":
+        assert obstacle(op, "data", pruning, torch.device("cpu"), torch.bfloat16) is None

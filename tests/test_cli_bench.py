@@ -34,7 +34,7 @@ def test_bench(options: tuple[str, ...], command: Command) -> None:
     assert [row["pattern"] for row in found["prune_nm"]] == 2 * patterns
     for row in found["prune_nm"]:
         assert 0 < row["clone_ms"] < 1000
-        assert set(row["times_clone"]) == {"magnitude", "random", "rescale", "rescale_group", "mvue"}
+        assert set(row["times_clone"]) == {"magnitude", "random", "rescale", "rescale_group", "mvue", "unstructured"}
         assert all(0.01 < times < 1000 for times in row["times_clone"].values())
     assert [row["pattern"] for row in found["data_gradient"]] == 2 * patterns
     for row in found["data_gradient"]:

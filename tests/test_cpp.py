@@ -102,7 +102,7 @@ def network(method: str, weight_grad: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("weight_grad", ["1:1", "4:16"])
-@pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group", "random", "mvue"])
+@pytest.mark.parametrize("method", ["magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured"])
 def test_trains_as_python_does(method: str, weight_grad: str, programs: Path, tmp_path: Path) -> None:
     """C++ must give Python's loss at each step and Python's final weights. The same seed must give the same draws."""
     torch.manual_seed(1)
@@ -141,11 +141,11 @@ CASES = {
     **{f"linear {backend} {method}": linear(backend=backend, method=method, weight_grad="2:4",
                                             weight_grad_method=method)
        for backend in ("pruned", "sparse", "dense")
-       for method in ("magnitude", "rescale", "rescale_group", "random", "mvue")},
+       for method in ("magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured")},
     **{f"conv2d {backend} {method}": conv2d(backend=backend, method=method, weight_grad="4:16",
                                             weight_grad_method=method)
        for backend in ("pruned", "sparse", "dense")
-       for method in ("magnitude", "rescale", "rescale_group", "random", "mvue")},
+       for method in ("magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured")},
     "linear large": linear(input=torch.randn(4096, 128), weight=torch.randn(64, 128), bias=torch.randn(64)),
     "linear 1-d": linear(input=torch.randn(12)),
     "linear 4:4": linear(pattern="4:4"),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from compare import close, gradients, same_as_reference
-from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
+from samples import DTYPES, FIXED_METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
 from torch import Tensor, nn
 
 import sdgp
@@ -51,7 +51,7 @@ def to_cuda(x: Tensor) -> Tensor:
 
 @each_sample()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_prunes_as_the_cpu_does(sample: Sample, dtype: torch.dtype, method: str) -> None:
     x = cast(sample.make(), dtype)
     on_gpu = to_cuda(x)
@@ -78,7 +78,7 @@ def test_many_dimensions_that_do_not_merge() -> None:
     same_as_reference(sdgp.prune_nm(to_cuda(x), 2, 4).cpu(), sdgp.prune_nm(x, 2, 4), "magnitude")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_nothing_but_the_output_is_allocated(method: str) -> None:
     x = torch.randn(64, 256, 32, 32, device="cuda")
     sdgp.prune_nm(x, 2, 4, 1, method)
@@ -104,7 +104,7 @@ def test_runs_on_the_current_stream() -> None:
     assert torch.equal(pruned, expected)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_in_a_cuda_graph(method: str) -> None:
     x, seed = torch.randn(32, 64, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
     torch.ops.sdgp.prune_nm(x, 2, 4, -1, method, seed)
@@ -140,7 +140,7 @@ def test_on_a_second_device() -> None:
     assert torch.cuda.current_device() == 0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_opcheck(method: str) -> None:
     seed = torch.zeros(1, dtype=torch.int64, device="cuda")
     x = torch.randn(4, 16, device="cuda", requires_grad=True)
@@ -155,6 +155,16 @@ def test_seed_on_the_wrong_device() -> None:
         torch.ops.sdgp.prune_nm(x, 2, 4, -1, "mvue", torch.zeros(1, dtype=torch.int64))
 
 
+def test_unstructured_needs_a_cpu() -> None:
+    x = torch.randn(4, 8, device="cuda")
+    with pytest.raises(RuntimeError, match=r"prune_nm: expected a tensor on the CPU for unstructured, got one on cuda"):
+        sdgp.prune_nm(x, 2, 4, method="unstructured")
+    assert torch.equal(sdgp.prune_nm(x, 4, 4, method="unstructured"), x)
+    layer = sdgp.convert(torch.nn.Linear(8, 8, device="cuda"), method="unstructured")
+    layer(x).sum().backward()
+    assert "a cpu for the method unstructured" in sdgp.report(layer)[0].why
+
+
 # The sparse product.
 
 
@@ -166,7 +176,7 @@ def test_the_layout_is_known(dtype: torch.dtype) -> None:
 
 @pytest.mark.usefixtures("has_product")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 @pytest.mark.parametrize("pattern", [(1, 2), (2, 4), (1, 4), (2, 8), (2, 12), (2, 16), (1, 32), (2, 64)])
 @pytest.mark.parametrize("shape", [(256, 192, 128), (100, 70, 50), (1, 8, 8), (513, 64, 257)])
 @pytest.mark.parametrize("transposed", [False, True])

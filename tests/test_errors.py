@@ -110,6 +110,15 @@ def test_prune_nm_layout(make: Callable[[], torch.Tensor], layout: str) -> None:
 
 # Compressed tensors.
 
+
+def test_compress_nm_of_a_method_without_a_fixed_number() -> None:
+    requirement = "a method that keeps n values of each group"
+    with pytest.raises(RuntimeError, match=message("compress_nm", requirement, "unstructured")):
+        sdgp.compress_nm(X, 2, 4, method="unstructured")
+    values, _ = sdgp.compress_nm(X, 4, 4, method="unstructured")
+    assert torch.equal(values, X)
+
+
 VALUES, INDICES = sdgp.compress_nm(torch.randn(3, 10), 2, 4)  # (3, 6)
 PRODUCTS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
     "decompress_nm": (sdgp.decompress_nm, {"values": VALUES, "indices": INDICES, "m": 4, "size": 10}),

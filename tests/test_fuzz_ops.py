@@ -22,7 +22,7 @@ import torch
 from compare import INSTRUCTION_SETS, identical, near, same, same_as_reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from samples import DTYPES, METHODS, PATTERNS, draw_seed
+from samples import DTYPES, FIXED_METHODS, METHODS, PATTERNS, draw_seed
 from torch import Tensor
 
 import sdgp
@@ -132,32 +132,43 @@ def _threads() -> Any:
 
 
 def check_prune(case: Case, method: str, compare: bool = True) -> list[Tensor]:
-    """Checks prune_nm, compress_nm and decompress_nm, and returns their results."""
+    """Checks prune_nm and, for methods that it takes, compress_nm and decompress_nm. Returns the results."""
     x, kind, n, m, dim, seed = case
     pruned = call(sdgp.prune_nm, x, n, m, dim, method, seed)
+    compressed = check_compress(case, method, pruned, compare) if method in FIXED_METHODS else []
+    if not compare:
+        return [pruned, *compressed]
+    assert pruned.stride() == torch.empty_like(x).stride()
+    if method != "rescale" or kind in TAME:
+        same_as_reference(pruned, reference.prune_nm(x, n, m, dim, method, seed), method)
+    if method in ("magnitude", "random"):
+        same(pruned, torch.where(pruned == 0, torch.zeros_like(x), x))
+    return [pruned, *compressed]
+
+
+def check_compress(case: Case, method: str, pruned: Tensor, compare: bool) -> list[Tensor]:
+    x, kind, n, m, dim, seed = case
     kept, indices = call(sdgp.compress_nm, x, n, m, dim, method, seed)
     restored = call(sdgp.decompress_nm, kept, indices, m, x.shape[dim], dim)
     if not compare:
-        return [pruned, kept, indices, restored]
+        return [kept, indices, restored]
     identical(restored.contiguous(), pruned.contiguous())
-    assert pruned.stride() == torch.empty_like(x).stride()
     for group in pruned.movedim(dim, -1).split(m, -1):
         assert not ((group != 0).sum(-1) > n).any()
     if method != "rescale" or kind in TAME:
-        same_as_reference(pruned, reference.prune_nm(x, n, m, dim, method, seed), method)
         expected_kept, expected_indices = reference.compress_nm(x, n, m, dim, method, seed)
         same_as_reference(kept, expected_kept, method)
         identical(indices, expected_indices)
-    if method in ("magnitude", "random"):
-        same(pruned, torch.where(pruned == 0, torch.zeros_like(x), x))
-    return [pruned, kept, indices, restored]
+    return [kept, indices, restored]
 
 
 def check_linear(case: Case, method: str, weight: Tensor) -> None:
     """Checks the product of a pruned gradient that is compressed before the product or inside it."""
     x, kind, n, m, _, seed = case
-    kept, indices = sdgp.compress_nm(x, n, m, -1, method, seed)
-    results = [call(sdgp.spmm_nm, kept, indices, m, weight)]
+    results = []
+    if method in FIXED_METHODS:
+        kept, indices = sdgp.compress_nm(x, n, m, -1, method, seed)
+        results.append(call(sdgp.spmm_nm, kept, indices, m, weight))
     pruned = sdgp.prune_nm(x, n, m, -1, method, seed).double()
     if method != "rescale":
         results.append(call(_ops.prune_nm_matmul, x, weight, n, m, method, seed))
@@ -269,9 +280,10 @@ def test_eight_threads_at_once() -> None:
         seed = torch.tensor([number])
         results = []
         for method in METHODS:
-            pruned = sdgp.prune_nm(x, n, m, 1, method, seed)
-            kept, indices = sdgp.compress_nm(x, n, m, 1, method, seed)
-            results += [pruned, kept, indices, sdgp.decompress_nm(kept, indices, m, x.shape[1], 1)]
+            results.append(sdgp.prune_nm(x, n, m, 1, method, seed))
+            if method in FIXED_METHODS:
+                kept, indices = sdgp.compress_nm(x, n, m, 1, method, seed)
+                results += [kept, indices, sdgp.decompress_nm(kept, indices, m, x.shape[1], 1)]
             if x is shared and method != "rescale":
                 window: tuple[Any, ...] = ([15, 15], [1, 1], [1, 1], [1, 1], 1, False)
                 results.append(_ops.conv2d_input_grad_nm(x, weight, n, m, method, seed, *window))

@@ -12,7 +12,7 @@ import torch
 from compare import INSTRUCTION_SETS, rerun, same, same_as_reference, strided_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from samples import DTYPES, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
+from samples import DTYPES, FIXED_METHODS, METHODS, PATTERNS, Sample, cast, draw_seed, each_sample
 from torch import Tensor
 
 import sdgp
@@ -132,7 +132,7 @@ def test_every_instruction_set(isa: str) -> None:
 @given(
     values=st.lists(st.floats(width=32, allow_subnormal=True), min_size=1, max_size=70),
     m=st.integers(1, 64),
-    method=st.sampled_from(METHODS),
+    method=st.sampled_from(FIXED_METHODS),
     data=st.data(),
 )
 def test_at_most_n_of_every_m(values: list[float], m: int, method: str, data: st.DataObject) -> None:
@@ -152,12 +152,49 @@ def test_scale_invariant(method: str, power: int) -> None:
         torch.testing.assert_close(sdgp.prune_nm(x * scale, n, m, 1, method), expected, rtol=1e-5, atol=0)
 
 
-def test_mvue_has_no_absolute_epsilon() -> None:
+@pytest.mark.parametrize("method", ["mvue", "unstructured"])
+def test_unbiased_methods_have_no_absolute_epsilon(method: str) -> None:
     x = torch.randn(256, 64)
     seed = draw_seed()
     powers = torch.tensor(2.0) ** torch.tensor([-100, -40, 40, 90])  # exact, so the draws stay the same
     for scale in powers:
-        same(sdgp.prune_nm(x * scale, 4, 16, -1, "mvue", seed), sdgp.prune_nm(x, 4, 16, -1, "mvue", seed) * scale)
+        same(sdgp.prune_nm(x * scale, 4, 16, -1, method, seed), sdgp.prune_nm(x, 4, 16, -1, method, seed) * scale)
+
+
+def test_unstructured_by_hand() -> None:
+    """The shares add up to 2 of 8 with a step of 2: the 5 stays, and half a place is left for each 1."""
+    outcomes = {tuple(prune([5, 1, 0, 1, 0, 0, 0, 0], 2, 8, "unstructured")) for _ in range(50)}
+    assert outcomes == {(5, 2, 0, 0, 0, 0, 0, 0), (5, 0, 0, 2, 0, 0, 0, 0)}
+
+
+def test_unstructured_keeps_more_where_values_are_large() -> None:
+    x = torch.ones(64, 64)
+    x[:8] = 100
+    pruned = sdgp.prune_nm(x, 2, 8, method="unstructured")
+    assert torch.equal(pruned[:8], x[:8])
+    assert (pruned[8:].count_nonzero(1) <= 16).all()
+    assert int(pruned.count_nonzero()) == pytest.approx(x.numel() / 4, abs=64)
+
+
+@pytest.mark.parametrize("shape", [(1, 64), (40, 50), (8, 32, 33, 31), (3, 1, 70000)])
+def test_unstructured_keeps_about_n_of_m(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape)
+    for n, m in ((1, 32), (4, 32), (16, 32), (3, 7)):
+        for dim in (-1, 0):
+            kept = sdgp.prune_nm(x, n, m, dim, "unstructured").count_nonzero() / x.numel()
+            assert float(kept) == pytest.approx(n / m, rel=0.05, abs=2 / x.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_unstructured_of_values_too_small_for_shares(dtype: torch.dtype) -> None:
+    """Where 2²⁴ / step would overflow, fewer values stay, but no zero is kept, and the others are still unbiased."""
+    tiny = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    x = torch.tensor([tiny, 0, -2 * tiny, 0], dtype=dtype).expand(2000, 4)
+    seed = draw_seed()
+    pruned = sdgp.prune_nm(x, 1, 4, method="unstructured", seed=seed)
+    same(pruned, reference.prune_nm(x, 1, 4, method="unstructured", seed=seed))
+    assert not pruned[:, 1::2].any()
+    assert pruned.isfinite().all()
 
 
 def test_rescale_keeps_the_sum() -> None:
@@ -195,7 +232,7 @@ def test_ties_go_to_the_lower_index() -> None:
 
 
 def test_nan_and_inf_survive() -> None:
-    for method in ("magnitude", "mvue"):
+    for method in ("magnitude", "mvue", "unstructured"):
         kept = sdgp.prune_nm(torch.tensor([9e9, nan, -inf, 1e38]), 2, 4, method=method)
         assert kept[1].isnan()
         assert kept.tolist()[2] == -inf
@@ -212,7 +249,7 @@ def test_a_signalling_nan_of_float16_counts_as_the_quiet_one(method: str) -> Non
     assert sdgp.prune_nm(x, 1, 2, method=method).isnan().tolist() == [True, False]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", FIXED_METHODS)
 def test_tail_keeps_n_or_its_length(method: str) -> None:
     pruned = sdgp.prune_nm(torch.rand(1000, 11) + 1, 4, 8, method=method)
     assert ((pruned[:, 8:] != 0).sum(1) == 3).all()
@@ -230,7 +267,7 @@ def test_n_equal_m_is_the_identity(method: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("method", ["random", "mvue"])
+@pytest.mark.parametrize("method", ["random", "mvue", "unstructured"])
 def test_manual_seed_reproduces(method: str) -> None:
     x = torch.randn(64, 64)
     for draw in (sdgp.prune_nm, torch.ops.sdgp.prune_nm):

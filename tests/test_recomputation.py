@@ -83,7 +83,7 @@ BACKENDS = ("auto", "pruned", "dense", "sparse")
 
 
 @pytest.mark.parametrize("sparse_wins", [True, False])
-@pytest.mark.parametrize("method", ["magnitude", "mvue"])
+@pytest.mark.parametrize("method", ["magnitude", "mvue", "unstructured"])
 @pytest.mark.parametrize("weight_grad", [None, "4:16"])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", KINDS)

@@ -119,20 +119,33 @@ def test_mvue_is_unbiased_with_the_least_variance(n: int, m: int) -> None:
     torch.testing.assert_close(drawn.double().var(0), variance, rtol=0.02, atol=1e-6)
 
 
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (3, 7), (4, 32), (16, 32)])
+def test_unstructured_is_unbiased(n: int, m: int) -> None:
+    group = torch.randn(m, dtype=torch.float64)
+    drawn = sdgp.prune_nm(group.float().expand(DRAWS, -1), n, m, method="unstructured", seed=seed(5)).double()
+    step = drawn[:, group.abs().argmin()].abs().max()  # what an element below the step becomes, if it stays
+    variance = group.abs() * (step - group.abs()).clamp(min=0)
+    assert ((drawn.mean(0) - group).abs() <= 4 * (variance / DRAWS).sqrt() + 1e-6 * group.abs()).all()
+    torch.testing.assert_close(drawn.var(0), variance, rtol=0.03, atol=1e-6)
+    torch.testing.assert_close((drawn != 0).double().mean(), torch.tensor(n / m).double(), rtol=0.01, atol=0)
+
+
+@pytest.mark.parametrize("method", ["mvue", "unstructured"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 32)])
-def test_mvue_is_unbiased_in_every_dtype(n: int, m: int, dtype: torch.dtype) -> None:
+def test_unbiased_in_every_dtype(n: int, m: int, dtype: torch.dtype, method: str) -> None:
     group = torch.randn(2 * m + m // 2).to(dtype)  # with a remainder
     draws = 40_000
-    total = sdgp.prune_nm(group.expand(draws, -1), n, m, method="mvue").double()
+    total = sdgp.prune_nm(group.expand(draws, -1), n, m, method=method).double()
     # Chance is bounded by the standard error of each mean. Rounding the kept value adds the dtype's own error.
     error = (total.mean(0) - group.double()).abs()
     assert (error <= 4 * total.std(0) / draws**0.5 + torch.finfo(dtype).eps * total.abs().amax(0) + 1e-12).all()
 
 
-def test_mvue_draws_groups_independently() -> None:
+@pytest.mark.parametrize("method", ["mvue", "unstructured"])
+def test_groups_are_drawn_independently(method: str) -> None:
     x = torch.tensor([3.0, 1.0, 2.0, 1.5]).expand(DRAWS, -1)
-    kept = (sdgp.prune_nm(x, 2, 4, method="mvue", seed=seed(6)) != 0).double()
+    kept = (sdgp.prune_nm(x, 2, 4, method=method, seed=seed(6)) != 0).double()
     centered = kept - kept.mean(0)
     for lag in (1, 2, 8, 1024):
         correlation = (centered[:-lag].t() @ centered[lag:]) / DRAWS / torch.outer(kept.std(0), kept.std(0))
@@ -144,7 +157,7 @@ import hashlib, sys, torch, sdgp
 torch.set_num_threads(int(sys.argv[1]))
 x = torch.randn(64, 96, 33, generator=torch.Generator().manual_seed(0))
 digest = hashlib.sha256()
-for method in ("random", "mvue"):
+for method in ("random", "mvue", "unstructured"):
     torch.manual_seed(7)
     for dim, m in ((0, 4), (1, 8), (2, 32), (1, 5)):
         digest.update(sdgp.prune_nm(x, 2, m, dim, method).contiguous().numpy().tobytes())
@@ -168,7 +181,7 @@ def test_draws_are_the_same_in_every_process_with_every_number_of_threads() -> N
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available() and not os.environ.get("REQUIRE_CUDA"), reason="needs a GPU")
-@pytest.mark.parametrize("method", ["random", "mvue"])
+@pytest.mark.parametrize("method", ["random", "mvue", "unstructured"])
 def test_draws_are_the_same_on_a_gpu(method: str) -> None:
     x = torch.randn(64, 96, 33)
     for n, m in ((1, 2), (2, 4), (3, 5), (4, 32)):

@@ -16,7 +16,7 @@ from ._hints import START_EXACT, hints
 from ._layer import PruningLayer, prune_in_place
 from ._models import check_eager, check_module, check_whole, layers_of
 from ._noise import Norm, difference, samples_of, tensors_of
-from ._pattern import Pattern, PatternLike, Pruning
+from ._pattern import UNBIASED_METHODS, Pattern, PatternLike, Pruning, methods_on
 from ._plan import Plan
 from ._step import Loss, check_optimizer, state_kept
 from ._steps import Memory, Steps, UnusableBatch
@@ -30,7 +30,7 @@ def advise(
     loss: Loss | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     patterns: Iterable[PatternLike] | None = None,
-    methods: Iterable[str] = ("mvue",),
+    methods: Iterable[str] | None = None,
     filter: Callable[[nn.Module, str], bool] | None = None,
     rounds: int = 3,
     progress: Callable[[str], None] | None = None,
@@ -63,8 +63,9 @@ def advise(
         patterns: the patterns to try. Default on a CPU: 16:32, 8:32 and 4:32, because wide groups take no longer than
             narrow ones there and add less noise; groups half as wide where a layer is too narrow. Default on other
             devices: 2:4 and 1:4.
-        methods: the methods to try. Only ``"mvue"`` is unbiased. The errors of the other methods do not average out,
-            and their total is larger than the sum of the candidates' noise; the noise of the whole plan is measured.
+        methods: the methods to try. Default: the unbiased ones, ``"mvue"`` and, on a CPU, ``"unstructured"``. The
+            errors of other methods do not average out, and their total is larger than the sum of the candidates'
+            noise; the noise of the whole plan is measured.
         filter: ``filter(module, name) -> bool``. A layer for which it returns False stays plain.
         rounds: the number of timing rounds. The shortest time counts, because other programs only make times longer.
         progress: a function that is called with the name of each stage when the stage begins.
@@ -97,7 +98,7 @@ def advised(
     loss: Loss | None,
     optimizer: torch.optim.Optimizer | None,
     patterns: Iterable[PatternLike] | None,
-    methods: Iterable[str],
+    methods: Iterable[str] | None,
     filter: Callable[[nn.Module, str], bool] | None,
     rounds: int,
     say: Callable[[str], None],
@@ -167,14 +168,14 @@ def prepared(
     model: nn.Module,
     optimizer: torch.optim.Optimizer | None,
     patterns: Iterable[PatternLike] | None,
-    methods: Iterable[str],
+    methods: Iterable[str] | None,
     filter: Callable[[nn.Module, str], bool] | None,
 ) -> tuple[Norm, dict[nn.Module, list[PruningLayer]], dict[str, str]]:
     """Checks the arguments. Returns the norm of the noise, the twins of the layers, and why other layers have none."""
     if isinstance(patterns, str) or isinstance(methods, str):
         raise ValueError(f"{op}: expected lists of patterns and methods, got {patterns!r} and {methods!r}")
     norm = Norm.of(op, model, optimizer)
-    methods = list(dict.fromkeys(methods))
+    methods = list(dict.fromkeys(_default_methods(model) if methods is None else methods))
     tried = [
         [Pruning.parse(op, pattern, method, "auto", (pattern, method)) for method in methods]
         for pattern in (_default_patterns(model) if patterns is None else map(Pattern.parse, patterns))
@@ -190,11 +191,19 @@ def prepared(
 
 
 def _default_patterns(model: nn.Module) -> list[Pattern]:
-    parameter = next(model.parameters(), None)
-    if parameter is None or parameter.device.type != "cpu":
+    if _device_type(model) != "cpu":
         return [Pattern(2, 4), Pattern(1, 4)]
     wide = [Pattern(16, 32), Pattern(8, 32), Pattern(4, 32)]
     return [*wide, *(_half_as_wide(pattern) for pattern in wide)]
+
+
+def _default_methods(model: nn.Module) -> list[str]:
+    return [method for method in UNBIASED_METHODS if method in methods_on(_device_type(model))]
+
+
+def _device_type(model: nn.Module) -> str:
+    parameter = next(model.parameters(), None)
+    return "" if parameter is None else parameter.device.type
 
 
 def _half_as_wide(pattern: Pattern) -> Pattern:

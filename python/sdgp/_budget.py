@@ -89,7 +89,7 @@ class Budget:
         first: int | None = None,
         net: float = 0.01,
         patterns: Iterable[PatternLike] | None = None,
-        methods: Iterable[str] = ("mvue",),
+        methods: Iterable[str] | None = None,
         filter: Callable[[nn.Module, str], bool] | None = None,
         to: str | PathLike[str] | Callable[[Mapping[str, Any]], object] | None = None,
     ) -> None:
@@ -107,7 +107,8 @@ class Budget:
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._every, self._next, self._net, self._to = every, first, net, to
         self._patterns = patterns if patterns is None or isinstance(patterns, str) else list(patterns)
-        self._methods, self._filter = methods if isinstance(methods, str) else tuple(methods), filter
+        self._methods = methods if methods is None or isinstance(methods, str) else tuple(methods)
+        self._filter = filter
         prepared("Budget", model, optimizer, self._patterns, self._methods, filter)
         self._memory = Memory()
         self.step_count, self.plan, self.verdict = 0, dict[str, tuple[Any, ...]](), ""

@@ -55,7 +55,8 @@ def convert(
         pattern: ``"n:m"``, ``(n, m)`` or a ``sdgp.Pattern``. Or a plan ``{layer: (pattern, method)}``, such as
             ``sdgp.advise`` proposes; layers that are not in the plan stay plain. An entry ``(pattern, method,
             weight_grad)`` overrides the argument ``weight_grad`` for its layer.
-        method: a method of ``sdgp.prune_nm``; ``"mvue"`` is unbiased. A plan contains its own methods.
+        method: a method of ``sdgp.prune_nm``; ``"mvue"`` and ``"unstructured"`` are unbiased. A plan contains
+            its own methods.
         filter: ``filter(module, name) -> bool``; False leaves that layer plain.
         backend: as in ``sdgp.linear``.
         weight_grad: how to prune the gradient that enters the weight gradients, along rows or output pixels: a

@@ -55,7 +55,7 @@ def hints(
         times = math.ceil(LEAST_WORK / study.largest_work)
         yield f"the largest layer is too small to gain: use a batch {times} times as large"
     if any(row.method not in UNBIASED_METHODS for row in candidates):
-        yield "methods other than mvue are biased: their errors do not average out"
+        yield "biased methods: their errors do not average out"
 
 
 def _idle(steps: Steps, optimizer: torch.optim.Optimizer | None) -> int:

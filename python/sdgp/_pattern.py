@@ -10,10 +10,16 @@ from ._load import C
 
 METHODS: tuple[str, ...] = C.methods
 METHODS_THAT_DRAW: tuple[str, ...] = C.methods_that_draw
-METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # the result of a group depends only on that group
-UNBIASED_METHODS = ("mvue",)
+METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # the sparse products prune by it on the way
+UNBIASED_METHODS = ("mvue", "unstructured")
 BACKENDS = ("auto", "pruned", "sparse", "dense")
 MAX_GROUP_SIZE: int = C.max_group_size
+
+
+def methods_on(device: str) -> tuple[str, ...]:
+    """Returns the methods that prune on devices of this type."""
+    methods: tuple[str, ...] = C.methods_on_cuda
+    return methods if device == "cuda" else METHODS
 
 
 class Pattern(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import _semi_structured
-from ._pattern import Pruning
+from ._pattern import Pruning, methods_on
 
 # The multiply-adds of a gradient whose exact product takes about 0.2 ms. Below it, the call overhead of the sparse
 # product would cost most of what pruning saves. This is a constant, because under `auto` the path of a forward depends
@@ -38,6 +38,8 @@ def obstacle(
         groups: the number of groups of a convolution.
         casts: how a float8 layer casts the factors.
     """
+    if pruning.method not in methods_on(device.type):
+        return f"a cpu for the method {pruning.method}, got {device}"
     if op == "float8_linear":
         return _semi_structured.float8_obstacle(device, dtype, pruning.pattern, casts)
     if device.type == "cpu":

@@ -281,7 +281,7 @@ def watch(
 
     - ``cosine``: the cosine of the angle between p and g. ``error``: |p - g| / |g|.
     - ``bias``: |E p - g| / |g|, over the last ``window`` records. This is the error that would remain after averaging
-      many draws: about 0 for ``mvue``, and the error itself for methods without random draws.
+      many draws: about 0 for the unbiased methods, and the error itself for methods without random draws.
     - ``l1_kept``, ``l2_kept``: the norm of the values of x that stay, as a share of the norm of x.
     - ``zeros``: the share of zeros in x. ``density``: the share of nonzeros in the pruned x.
 

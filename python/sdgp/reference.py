@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """The specification of the ops in plain PyTorch. It has one function per op, which is slow and runs on any device.
 
-Every kernel is tested against these functions. Pruning by ``magnitude``, ``random``, ``rescale_group`` and ``mvue``
-agrees bit for bit, given the same seed. ``rescale`` and the products agree except for rounding, because their sums have
-no fixed order.
+Every kernel is tested against these functions. Pruning by ``magnitude``, ``random``, ``rescale_group``, ``mvue`` and
+``unstructured`` agrees bit for bit, given the same seed. ``rescale`` and the products agree except for rounding,
+because their sums have no fixed order.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -170,6 +171,8 @@ def _scale_and_value(
         scale, value = _rescale_group(x, _largest(_magnitude_key(groups), n))
     elif method == "mvue":
         scale, value = _mvue(groups, x, n, seed)
+    elif method == "unstructured":
+        scale, value = _unstructured(groups, x, _step(input, n, m), n, seed)
     else:
         raise ValueError(f"prune_nm: unknown method {method!r}")
     return tuple(t.flatten(-2)[..., :size].movedim(-1, dim) for t in (scale, value))  # type: ignore[return-value]
@@ -275,6 +278,46 @@ def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tenso
     one = torch.ones_like(x)
     scale = torch.where(keep, torch.where(sampled, step.unsqueeze(-1) / magnitude, one), zero)
     return scale, torch.where(sampled, torch.copysign(step.unsqueeze(-1).expand_as(x), x), x)
+
+
+_SAMPLE = 8192
+
+
+def _step(input: Tensor, n: int, m: int) -> Tensor:
+    """Finds the step with which n of m elements stay in the mean, from a sample of them."""
+    spacing = max(1, -(-input.numel() // _SAMPLE))
+    while math.gcd(spacing, input.numel()) > 1:
+        spacing += 1
+    sample = input.reshape(-1)[::spacing].double().abs()
+    magnitudes = sample[sample.isfinite()].tolist()
+    wanted, step = len(magnitudes) * n / m, torch.inf
+    while True:
+        rest, places = 0.0, wanted
+        for magnitude in magnitudes:
+            if magnitude < step:
+                rest += magnitude
+            else:
+                places -= 1
+        if places <= 0 or not rest / places < step:
+            return torch.tensor(step, dtype=torch.float64, device=input.device)
+        step = rest / places
+
+
+def _unstructured(groups: Tensor, x: Tensor, step: Tensor, n: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Implements ``unstructured`` (Note [Unstructured] in cpp/kernels/select_nm-inl.h)."""
+    magnitude, zero = x.abs(), torch.zeros_like(x)
+    limits, least = torch.finfo(groups.dtype), 2.0 ** (-999 if x.dtype == torch.float64 else -103)
+    least = max(least, limits.smallest_normal * limits.eps)  # so 2^24 / step is finite
+    step = step.clamp(least, limits.max).to(x.dtype).to(groups.dtype).to(x.dtype)
+    below = magnitude < step
+    share = torch.where(below, magnitude * (torch.full_like(step, 2.0**24) / step), zero).long()
+    end = (_random_state(groups, seed)[1] >> 8).unsqueeze(-1) + share.cumsum(-1)
+    keep = ~below | ((end - share) >> 24 != end >> 24)
+    finite = x.isfinite().all(-1, keepdim=True)
+    keep = torch.where(finite, keep, _largest(_magnitude_key(groups), n))
+    sampled = below & finite
+    scale = torch.where(keep, torch.where(sampled, step / magnitude, torch.ones_like(x)), zero)
+    return scale, torch.where(sampled, torch.copysign(step.expand_as(x), x), x)
 
 
 # Random numbers (Note [Random numbers] in cpp/kernels/select_nm-inl.h). Each int64 holds a 32-bit word.

@@ -13,7 +13,6 @@ import torch
 
 from sdgp._machine import environment
 from sdgp._models import format_table
-from sdgp._pattern import METHODS
 
 from . import CommandError, Report, measurements, to_json
 from .measurements import METHOD, SECONDS, Row
@@ -45,11 +44,12 @@ def run(args: argparse.Namespace) -> Report:
 
 
 def show(report: Report) -> str:
+    methods = report["prune_nm"][0]["times_clone"]
     lines = [
         *_heading(report),
         "",
         "prune_nm: time in clone()s of the same tensor",
-        *format_table(("tensor", "pattern", "clone ms", *METHODS), map(_pruning_cells, report["prune_nm"])),
+        *format_table(("tensor", "pattern", "clone ms", *methods), map(_pruning_cells, report["prune_nm"])),
         "",
         f"data gradient, {METHOD}: the sparse product, pruning included, compared with the exact one",
         *format_table(
@@ -79,7 +79,7 @@ def show(report: Report) -> str:
 
 
 def _pruning_cells(row: Row) -> tuple[str, ...]:
-    times = (f"{row['times_clone'][method]:.2f}" for method in METHODS)
+    times = (f"{time:.2f}" for time in row["times_clone"].values())
     return row["tensor"], row["pattern"], f"{row['clone_ms']:.2f}", *times
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdgp import Conv2d, Linear, Pattern, chooser, prune_nm
-from sdgp._pattern import METHODS
+from sdgp._pattern import methods_on
 from sdgp._timing import interleaved, seconds, steps_beside_plain, training_step
 
 METHOD = "mvue"  # for products and steps
@@ -99,7 +99,7 @@ def _pruning(name: str, shape: tuple[int, ...], dim: int, pattern: str, effort: 
     x = torch.randn(shape).to(**to)
     n, m = Pattern.parse(pattern)
     candidates: dict[str, Callable[[], Tensor]] = {"clone": x.clone}
-    candidates |= {method: partial(prune_nm, x, n, m, dim, method) for method in METHODS}
+    candidates |= {method: partial(prune_nm, x, n, m, dim, method) for method in methods_on(x.device.type)}
     a_round = 2 * sum(interleaved(candidates, 1, x.device).values())
     times = interleaved(candidates, effort.rounds("prune_nm", a_round), x.device)
     clone = times.pop("clone")

@@ -54,7 +54,7 @@ def linear(
             - ``"pruned"``: always prunes, and uses the faster of the sparse and the dense product.
             - ``"sparse"``, ``"dense"``: always prunes, and uses that product.
         weight_grad: how to prune the gradient that enters dW: a pattern, or (pattern, method). The default method is
-            ``"mvue"``, the only unbiased one. With None, or with fewer than m rows, dW is exact. To prune only dW, pass
+            ``"mvue"``. It should be unbiased. With None, or with fewer than m rows, dW is exact. To prune only dW, pass
             a ``pattern`` with n == m, such as ``"1:1"``.
 
     Returns:
