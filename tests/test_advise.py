@@ -39,7 +39,7 @@ def test_layers_of_the_same_shapes_are_timed_once() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), *(nn.Linear(64, 64) for _ in range(3)))
     with Counting() as chooser:
-        plan = sdgp.advise(model, *batches(), loss=loss, patterns=("8:16", "4:16"))
+        plan = sdgp.advise(model, *batches(), loss=loss, patterns=("8:16", "4:16"), methods=("mvue",))
     data = 2  # patterns of the three equal layers; the first layer has no data gradient
     weight = 2 + 2  # patterns of the three equal layers, and of the first layer
     assert chooser.count == data + weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import sdgp
 from sdgp._choose import current_chooser
-from sdgp._pattern import Pruning
+from sdgp._pattern import METHODS_THAT_DRAW, Pruning
 from sdgp._rules import LEAST_WORK, obstacle, static_rule
 
 # The choices of auto and pruned.
@@ -291,7 +291,7 @@ def test_measuring_leaves_the_generator_to_the_layer(backend: str, method: str, 
         second = data_gradient(layer, x, grad_output)
     assert torch.equal(torch.get_rng_state(), after_first)
     assert torch.equal(first, second)
-    drawn = method in ("random", "mvue") and (backend == "pruned" or sparse_wins)
+    drawn = method in METHODS_THAT_DRAW and (backend == "pruned" or sparse_wins)
     assert torch.equal(before, after_first) == (not drawn)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import sdgp
+from sdgp._pattern import METHODS_THAT_DRAW
 
 # The function linear.
 
@@ -106,7 +107,7 @@ def prune_each_group(grad_output: Tensor, groups: int, method: str) -> Tensor:
 
     The random methods draw once for all groups, so all groups are pruned in one call.
     """
-    if method in ("random", "mvue"):
+    if method in METHODS_THAT_DRAW:
         if grad_output.shape[1] // groups % 4 == 0:
             return sdgp.prune_nm(grad_output, 2, 4, 1, method)
         samples = grad_output.shape[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import math
 import re
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,28 @@ from advice import Wrapped, batch_noise, batches, gradient, loss, net
 from torch import Tensor, nn
 
 import sdgp
-from sdgp._plan import STEPS_PER_NOISE
+from sdgp._plan import STEPS_PER_NOISE, Candidate
 
 pytestmark = pytest.mark.usefixtures("told")
 
 
-def test_noise_is_that_of_the_parameters_gradient() -> None:
+def setting(row: Candidate) -> dict[str, tuple[Any, ...]]:
+    """Returns a plan with one candidate alone."""
+    one = (row.pattern, row.method)
+    return {row.layer: one if row.gradient == "data" else ("1:1", "mvue", one)}
+
+
+@pytest.mark.parametrize(("method", "patterns"), [("mvue", ("2:4", "1:4")), ("unstructured", ("1:4", "4:32"))])
+def test_noise_is_that_of_the_parameters_gradient(method: str, patterns: tuple[str, ...]) -> None:
     """The noise of each candidate must match whole backwards in which only that gradient is pruned, over four pairs."""
     found: dict[tuple[str, str, str], list[float]] = {}
     for seed in range(4):
         model, pair = net(), batches(seed=seed)
-        rows = sdgp.advise(model, *pair, loss=loss, patterns=("2:4", "1:4")).candidates
+        rows = sdgp.advise(model, *pair, loss=loss, patterns=patterns, methods=(method,)).candidates
         exact, noise = gradient(model, pair[0]), batch_noise(model, pair)
         for row in rows:
             assert row.bias == 0
-            plan = {row.layer: (row.pattern, "mvue") if row.gradient == "data" else ("1:1", "mvue", row.pattern)}
-            twin = sdgp.convert(copy.deepcopy(model), plan, backend="dense")
+            twin = sdgp.convert(copy.deepcopy(model), setting(row), backend="dense")
             draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(3)]
             found.setdefault((row.layer, row.gradient, row.pattern), []).append(row.noise * noise * 3 / sum(draws))
     assert {key[:2] for key in found} == {
@@ -66,7 +73,7 @@ def test_one_batch_is_halved(reduction: str) -> None:
 
     model, pair = net(), batches()
     both = tuple(torch.cat(tensors) for tensors in zip(*pair, strict=True))
-    one, two = sdgp.advise(model, both, loss=loss), sdgp.advise(model, *pair, loss=loss)
+    one, two = (sdgp.advise(model, *given, loss=loss, methods=("mvue",)) for given in ([both], pair))
     assert "one batch gives the noise only to a factor of about two: pass more batches" in one.notes
     # Twice the batch halves the noise of the batch and of the pruning.
     ratios = [a.noise / b.noise for a, b in zip(one.candidates, two.candidates, strict=True)]
@@ -101,15 +108,13 @@ def test_noise_of_a_model_with_everything_in_the_way() -> None:
     model, pair = Wrapped(), [(torch.randn(64, 3, 20, 20), torch.randint(64, (64,))) for _ in range(2)]
     plan = sdgp.advise(model, *pair, loss=loss, patterns=("1:4",))
     exact, noise = gradient(model, pair[0]), batch_noise(model, pair)
-    rows = {(row.layer, row.gradient): row for row in plan.candidates}
-    assert set(rows) == {("first", "weight")} | {
+    assert {(row.layer, row.gradient) for row in plan.candidates} == {("first", "weight")} | {
         (layer, gradient) for layer in ("circular", "shared", "head") for gradient in ("data", "weight")
     }
-    for (layer, kind), found in rows.items():
-        setting = ("1:4", "mvue") if kind == "data" else ("1:1", "mvue", "1:4")
-        twin = sdgp.convert(copy.deepcopy(model), {layer: setting}, backend="dense")
+    for row in plan.candidates:
+        twin = sdgp.convert(copy.deepcopy(model), setting(row), backend="dense")
         draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(8)]
-        assert found.noise == pytest.approx(sum(draws) / 8 / noise, rel=0.5), (layer, kind)
+        assert row.noise == pytest.approx(sum(draws) / 8 / noise, rel=0.5), row
 
 
 def test_a_quarter_without_a_gradient_is_not_the_whole() -> None:
@@ -133,8 +138,7 @@ def test_a_quarter_without_a_gradient_is_not_the_whole() -> None:
     noise = batch_noise(model, pair)
     exact = gradient(model, pair[0])
     for row in plan.candidates:
-        setting = ("1:4", "mvue") if row.gradient == "data" else ("1:1", "mvue", "1:4")
-        twin = sdgp.convert(copy.deepcopy(model), {row.layer: setting}, backend="dense")
+        twin = sdgp.convert(copy.deepcopy(model), setting(row), backend="dense")
         draws = [float((gradient(twin, pair[0]) - exact).square().sum()) for _ in range(4)]
         assert math.isnan(row.noise) or row.noise == pytest.approx(sum(draws) / 4 / noise, rel=0.5), row
 

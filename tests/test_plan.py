@@ -138,7 +138,7 @@ def test_convert_takes_a_plan_and_its_json() -> None:
         ({"2": ("2:4", "mvue", "16:4")}, r"convert: expected weight_grad to be a pattern, .*, got '16:4'"),
         ({"5": ("2:4", "mvue"), "6": ("2:4", "mvue")}, r"convert: expected .*layers of this model, got '5', '6'"),
         ({"2": ("5:4", "mvue")}, r'pattern: expected "n:m" .*, got \'5:4\''),
-        ({"2": ("2:4", "best")}, r"convert: expected .*mvue, got 'best'"),
+        ({"2": ("2:4", "best")}, r"convert: expected .*unstructured, got 'best'"),
     ],
     ids=str,
 )
@@ -157,7 +157,7 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(plan)
     assert text.splitlines()[0].split(" | ")[0].strip() == "layer"
     chosen = plan.chosen[0]
-    cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} mvue +\| 1\.00 +\| 0\.\d\d"
+    cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} {chosen.method} +\| 1\.00 +\| 0\.\d\d"
     assert re.search(rf"^{cells}", text, re.MULTILINE), text
     assert "exact (1): filter returned False" in text
     assert (

@@ -164,7 +164,7 @@ def test_convolution(
         grad = grad.contiguous(memory_format=torch.channels_last)
     elif layout == "every other column":
         grad = grad.repeat_interleave(2, -1)[..., ::2]
-    method = data.draw(st.sampled_from(["magnitude", "random", "mvue"]))
+    method = data.draw(st.sampled_from(["magnitude", "random", "mvue", "unstructured"]))
     arguments: tuple[Any, ...] = (size, stride, padding, dilation, groups, channels_last)
     actual, exact, magnitude = convolutions(grad, weight, n, m, method, *arguments)
     assert actual.shape == exact.shape
@@ -201,7 +201,7 @@ def convolutions(
 @pytest.mark.parametrize("pattern", PATTERNS, ids=lambda pattern: "{}:{}".format(*pattern))
 def test_linear_prunes_as_prune_nm_does(pattern: tuple[int, int], dtype: torch.dtype) -> None:
     # Long rows that are read in several slabs, few rows that do not fill a chunk, and remainders.
-    for method in ("magnitude", "random", "rescale_group", "mvue"):
+    for method in ("magnitude", "random", "rescale_group", "mvue", "unstructured"):
         for rows, size, cols in ((300, 2100, 33), (5, 70, 260), (1, 3, 1)):
             grad, weight, seed = torch.randn(rows, size).to(dtype), torch.randn(size, cols).to(dtype), draw_seed()
             actual = prune_nm_matmul(grad, weight, *pattern, method, seed)
@@ -209,7 +209,7 @@ def test_linear_prunes_as_prune_nm_does(pattern: tuple[int, int], dtype: torch.d
             near(actual, pruned @ weight.double(), pruned.abs() @ weight.double().abs(), size)
 
 
-@pytest.mark.parametrize("method", ["magnitude", "mvue"])
+@pytest.mark.parametrize("method", ["magnitude", "mvue", "unstructured"])
 def test_convolution_equals_its_reference(method: str) -> None:
     grad, weight, seed = torch.randn(2, 24, 7, 6), torch.randn(24, 5, 3, 3), draw_seed()
     arguments: tuple[Any, ...] = (grad, weight, 2, 4, method, seed, [7, 6], [1, 1], [1, 1], [1, 1], 1, False)
@@ -229,7 +229,7 @@ def test_linear_of_any_strides(grad: Tensor, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue"])
+@pytest.mark.parametrize("method", ["magnitude", "random", "rescale_group", "mvue", "unstructured"])
 def test_matmul_of_transposed_operands(method: str, dtype: torch.dtype) -> None:
     """Adjacent rows, rows far apart and reordered leading dimensions must give the bits of contiguous operands."""
     inputs = [torch.randn(130, 300).t(), torch.randn(66, 5, 40).movedim(0, -1), torch.randn(600, 130)[::2]]

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from weight_grads import FORCED, exact, forced, large, layers, make, prune_pixels, prune_rows
 
 import sdgp
-from sdgp._pattern import Pruning, WeightGrad
+from sdgp._pattern import UNBIASED_METHODS, Pruning, WeightGrad
 
 # What surrounds a layer.
 
@@ -244,7 +244,7 @@ def test_report_tells_of_bias(method: str) -> None:
     for _ in range(2):  # before a backward and after it
         data, weight = sdgp.report(layer)
         assert "biased" not in data.why
-        assert weight.why == 'backend="dense"' + ("" if method == "mvue" else phrase)
+        assert weight.why == 'backend="dense"' + ("" if method in UNBIASED_METHODS else phrase)
         layer(x).sum().backward()
     with sdgp.paused(layer):
         assert "biased" not in sdgp.report(layer)[1].why

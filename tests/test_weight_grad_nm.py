@@ -264,7 +264,7 @@ def test_threads_do_not_change_the_result(channels_last: bool, dtype: torch.dtyp
     of_threads(lambda: prune_nm_matmul(rows, dense, 2, 8, "mvue", seed))
 
 
-@pytest.mark.parametrize("method", ["random", "mvue"])
+@pytest.mark.parametrize("method", ["random", "mvue", "unstructured"])
 def test_seeds(method: str) -> None:
     grad, x = torch.randn(2, 8, 9, 9), torch.randn(2, 5, 9, 9)
 
