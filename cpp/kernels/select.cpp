@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Chooses the kernel table of this process and reads the size of the L1 cache.
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 #include <unistd.h>
 
 #include <cstdlib>
@@ -62,6 +65,22 @@ int64_t first_level_cache_bytes() {
     return int64_t{32768};
   }();
   return bytes;
+}
+
+int wide_loads_per_cycle() {
+  static const int loads = [] {
+#if defined(__x86_64__)
+    // Zen 4 (family 25) splits them. Intel's CPUs and later ones of AMD do not.
+    unsigned int signature = 0, b = 0, c = 0, d = 0;
+    __builtin_cpu_init();
+    if (__builtin_cpu_is("amd") && __get_cpuid(1, &signature, &b, &c, &d)) {
+      const unsigned int family = (signature >> 8 & 0xf) + (signature >> 20 & 0xff);
+      if (family <= 25) return 1;
+    }
+#endif
+    return 2;
+  }();
+  return loads;
 }
 
 }  // namespace sdgp

@@ -35,6 +35,9 @@ const Kernels& kernels();
 // Returns the size of one core's L1 data cache, or 32 KiB if the system does not report it.
 int64_t first_level_cache_bytes();
 
+// Returns how many vectors of 64 bytes this CPU loads from its L1 cache in a cycle.
+int wide_loads_per_cycle();
+
 namespace baseline {
 extern const Kernels table;
 }

@@ -36,8 +36,8 @@ class Budget:
     that, at every ``every``-th step, it asks for advice on the batch of that step and converts the model to the plan.
     An empty plan makes the model plain again.
 
-    Each call for advice takes as long as six to ten steps. The first one takes about twenty steps more, because it
-    times the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then
+    Each call for advice takes as long as six to ten steps. The first one takes twenty to thirty steps more, because
+    it times the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then
     asks again after ``max(every // 50, 1)`` steps.
 
     Under ``torch.distributed`` only the first process computes the advice, and all processes receive its plan. The
