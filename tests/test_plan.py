@@ -157,7 +157,8 @@ def test_table(monkeypatch: pytest.MonkeyPatch) -> None:
     text = str(plan)
     assert text.splitlines()[0].split(" | ")[0].strip() == "layer"
     chosen = plan.chosen[0]
-    cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {chosen.pattern} {chosen.method} +\| 1\.00 +\| 0\.\d\d"
+    pruned_to = f"{chosen.pattern} {chosen.method}"
+    cells = rf"{chosen.layer} +\| {chosen.gradient} +\| \(8192, 64\) \| {pruned_to} +\| 1\.00 +\| 0\.\d\d"
     assert re.search(rf"^{cells}", text, re.MULTILINE), text
     assert "exact (1): filter returned False" in text
     assert (
