@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import sdgp
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
+from sdgp._plan import Interval
 
 SPARSE_MS = {
     "16:32": 0.8,
@@ -24,16 +25,25 @@ SPARSE_MS = {
 }  # the exact product takes 1
 
 
+def as_expected(*_: Any) -> Interval:
+    """Stands in for ``Steps.realized``: whole steps save what their products save."""
+    return Interval(1.0, 1.0, 1.0)
+
+
 class Told(sdgp.Chooser):
     """A chooser that takes the time of a sparse product from its pattern."""
 
-    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+    def measure(
+        self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+    ) -> sdgp.Decision:
         assert products.exact().shape == products.sparse().shape
         return sdgp.Decision("sparse", "", exact_ms=1.0, sparse_ms=SPARSE_MS[str(pruning.pattern)])
 
 
 class Slower(sdgp.Chooser):
-    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+    def measure(
+        self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+    ) -> sdgp.Decision:
         return sdgp.Decision("exact", "", exact_ms=1.0, sparse_ms=2.0)
 
 

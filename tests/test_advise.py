@@ -16,10 +16,13 @@ from torch import Tensor, nn
 import sdgp
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
+from sdgp._plan import Interval
+from sdgp._steps import Steps
 
 pytestmark = pytest.mark.usefixtures("told")
 
 X = torch.ones(4, 32)
+REALIZED = Steps.realized  # the fixture replaces it
 
 
 def compiled_in_place() -> nn.Module:
@@ -32,9 +35,11 @@ def test_layers_of_the_same_shapes_are_timed_once() -> None:
     class Counting(Told):
         count = 0
 
-        def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+        def measure(
+            self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+        ) -> sdgp.Decision:
             self.count += 1
-            return super().measure(products, pruning, rounds)
+            return super().measure(products, pruning, rounds, exact_ms)
 
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(32, 64), *(nn.Linear(64, 64) for _ in range(3)))
@@ -206,9 +211,44 @@ def test_generators_of_python_and_numpy_come_back() -> None:
     assert (random.random(), np.random.rand()) == expected
 
 
+def test_whole_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain and pruned steps take turns; the shortest times and the ratios of the pairs count."""
+    model, times = net(), iter([10, 7, 20, 14, 12, 7, 11, 11, 10, 8])
+    kinds: list[type[nn.Module]] = []
+
+    def seconds(call: Any, device: torch.device) -> float:
+        before = len(calls)
+        call()
+        if not steps:
+            return 0.010
+        kinds.append(calls[before])
+        return next(times) / 1e3
+
+    def noticed(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        calls.append(type(model[4]))
+        return loss(model, batch)
+
+    def realized(self: Steps, pruned: Any, expected: float) -> Interval:
+        steps.append(expected)
+        return REALIZED(self, pruned, expected)
+
+    calls: list[type[nn.Module]] = []
+    steps: list[float] = []
+    monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
+    monkeypatch.setattr("sdgp._steps.Steps.realized", realized)
+    monkeypatch.setattr("sdgp._steps.seconds", seconds)
+    plan = sdgp.advise(model, *batches(), loss=noticed)
+    assert kinds == 5 * [nn.Linear, sdgp.Linear]
+    assert plan.saved == pytest.approx(1 - 7 / 10)
+    assert plan._realized[1:] == pytest.approx((0 / steps[0], (1 - 7 / 12) / steps[0]))
+    assert len(steps) == 1
+
+
 def test_times_of_a_busy_machine_give_no_verdict() -> None:
     class Busy(Told):
-        def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+        def measure(
+            self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+        ) -> sdgp.Decision:
             return sdgp.Decision("sparse", "", exact_ms=1e6, sparse_ms=1.0)
 
     with Busy(), pytest.raises(ValueError, match="advise: expected an idle machine"):

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from advice import Slower, Told, batches, loss, net
+from advice import Slower, Told, as_expected, batches, loss, net
 from torch import nn
 
 import sdgp
 from sdgp import _plan
+from sdgp._steps import Steps
 
 pytestmark = pytest.mark.usefixtures("told")
 
@@ -128,6 +129,7 @@ def test_resumes_bit_for_bit() -> None:
     resumed.optimizer.load_state_dict(others[1])
     sdgp.chooser.load_state_dict(measured)
     resumed.budget.load_state_dict(checkpoint)
+    assert resumed.budget._memory == whole.budget._memory
     assert is_pruned(resumed.model)
     resumed.steps(3, 4, 5)
     assert resumed.budget.plan == whole.budget.plan
@@ -141,6 +143,7 @@ def test_state_before_the_first_advice_is_json() -> None:
     state = json.loads(json.dumps(run.budget.state_dict(), allow_nan=False))
     run.budget.load_state_dict(state)
     assert math.isnan(run.budget._memory.step_ms)
+    assert run.budget._memory.realized is None
 
 
 def test_a_batch_of_another_size_is_timed_anew() -> None:
@@ -176,6 +179,7 @@ def worker(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
     torch.set_num_threads(1)
     _plan.STEPS_PER_NOISE = 0.0
+    Steps.realized = as_expected
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     with Told() if rank == 0 else Slower():  # only the first process's times count
         run = Run(every=2, net=0.0)

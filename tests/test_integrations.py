@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from advice import as_expected
 from torch import Tensor, nn
 
 import sdgp
@@ -56,7 +57,9 @@ def another_process() -> sdgp.Chooser:
 class Faster(sdgp.Chooser):
     """A chooser that finds every sparse product faster."""
 
-    def measure(self, products: Any, pruning: Any, rounds: int | None = None) -> sdgp.Decision:
+    def measure(
+        self, products: Any, pruning: Any, rounds: int | None = None, exact_ms: float | None = None
+    ) -> sdgp.Decision:
         return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
 
 
@@ -68,6 +71,7 @@ def pays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Makes pruning pay even in these small models."""
     monkeypatch.setattr("sdgp._study.LEAST_WORK", 0)
     monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.1)[1])
+    monkeypatch.setattr("sdgp._steps.Steps.realized", as_expected)
     monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.0)
     with Faster(least_work=0):
         yield

@@ -14,7 +14,7 @@ from torch import nn
 
 import sdgp
 from sdgp._autograd import LinearProducts, LinearWeightProducts
-from sdgp._plan import Candidate, Plan, net_saving
+from sdgp._plan import Candidate, Interval, Plan, net_saving
 
 pytestmark = pytest.mark.usefixtures("told")
 
@@ -57,6 +57,25 @@ def test_a_plan_that_measures_noisier_than_its_parts_is_chosen_anew() -> None:
     assert plan.take_measured(0.6) is False
     assert not plan
     assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 10.0% off a step and costs 60.0%")
+
+
+def test_steps_that_save_less_than_their_products() -> None:
+    rows = [row("a", "data", "8:16", 10, 0.03), row("b", "data", "8:16", 10, 0.09)]
+    plan = Plan(rows, {}, 100.0, noise_error=0.1)
+    plan.take_realized(Interval(0.9, 0.7, 1.0))
+    assert set(plan) == {"a", "b"}
+    assert plan.saved == pytest.approx(0.18)
+    by_noise, by_time = 0.82 * 0.12 * 0.2, 0.2 * 0.2 * 1.12
+    assert plan.net - plan.net_low == pytest.approx(math.hypot(by_noise, by_time))
+    assert plan.net_high - plan.net == pytest.approx(math.hypot(by_noise, 0.2 * 0.1 * 1.12))
+    assert "the chosen products save 20% of a step; whole steps take 18% [14%, 20%] less time" in str(plan)
+    plan.take_realized(Interval(0.5, 0.5, 0.5))  # b now saves 5 % for 9 % more steps
+    assert set(plan) == {"a"}
+    assert plan.saved == plan.curve[-1].saved == pytest.approx(0.05)
+    plan.take_realized(Interval(0.2, 0.1, 0.3))
+    assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 2.0% off a step and costs 3.0%")
+    plan.take_realized(Interval(-0.1, -0.2, 0.1))
+    assert plan.verdict.startswith("nothing pays here: sparse products are faster, but whole steps with them take")
 
 
 def test_a_saving_below_one_percent_does_not_pay() -> None:

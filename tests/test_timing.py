@@ -61,6 +61,14 @@ def test_measuring_times_both_products_in_turn() -> None:
         assert decision.ms == getattr(decision, f"{decision.product}_ms")
 
 
+def test_a_known_time_is_not_measured_again() -> None:
+    products = Named(sparse=0.9)
+    decision = sdgp.Chooser(timer=products.time).measure(products, pruning("auto"), 3, 2.0)
+    assert products.calls == ["sparse"] * 4
+    assert (decision.product, decision.exact_ms) == ("sparse", 2.0)
+    assert decision.sparse_ms == pytest.approx(0.9)
+
+
 def test_the_shortest_of_the_rounds_counts() -> None:
     times = iter([3.0, 5.0, 90.0, 6.0, 2.0, 4.0])
     measuring = sdgp.Chooser(timer=lambda call, device: next(times), rounds=3)

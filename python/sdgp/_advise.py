@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -132,15 +131,20 @@ def advised(
         notes = list(hints(steps, study, optimizer, candidates))
         plan = Plan(candidates, reasons, memory.step_ms, norm.kind, noise.error, notes)
         if plan.saved >= 1:
-            memory.step_ms, memory.decisions = math.nan, {}
+            memory.forget()
             raise UnusableBatch(
                 "advise: expected an idle machine, got layers that take longer than the step: ask again"
             )
+        if plan.chosen:
+            say("steps with the plan")
+            if memory.realized is None:
+                memory.realized = steps.realized(lambda: _pruned(model, plan, "auto"), plan.saved)
+            plan.take_realized(memory.realized)
         for _ in range(3):  # a choice that changes is measured again
             if not plan.chosen:
                 break
-            say("the whole plan")
-            with _pruned(model, plan):
+            say("noise of the plan")
+            with _pruned(model, plan, "dense"):
                 pruned = steps.gradients(batches[0])
             if plan.take_measured(norm.squared(difference(pruned, study.exact)) / noise.mean):
                 break
@@ -211,15 +215,15 @@ def _half_as_wide(pattern: Pattern) -> Pattern:
 
 
 @contextmanager
-def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]]) -> Iterator[None]:
-    """Makes the layers of ``plan`` prune inside the context, even where the sparse product is slower."""
+def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]], backend: str) -> Iterator[None]:
+    """Makes the layers of ``plan`` prune inside the context."""
     modules = dict(layers_of(model))
     before = [(modules[name], type(modules[name]), dict(vars(modules[name]))) for name in plan]
     for name, (pattern, method, *weight) in plan.items():
         module = modules[name]
         twin = twin_of(module)
         assert twin is not None  # the plan holds only layers that have a candidate
-        prune_in_place(module, twin, Pruning.parse("advise", pattern, method, "dense", *weight))
+        prune_in_place(module, twin, Pruning.parse("advise", pattern, method, backend, *weight))
         module.holds = {}  # type: ignore[assignment]
     try:
         yield

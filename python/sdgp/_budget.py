@@ -20,12 +20,13 @@ from ._convert import convert
 from ._decision import Decision
 from ._models import check_eager, check_module, is_sharded
 from ._pattern import PatternLike
+from ._plan import Interval
 from ._step import Loss
 from ._steps import Memory, UnusableBatch
 from ._watch import check_writable
 
 # The keys of `state_dict`.
-_KEYS = {"step", "next", "plan", "verdict", "step_ms", "decisions", "values"}
+_KEYS = {"step", "next", "plan", "verdict", "step_ms", "realized", "decisions", "values"}
 
 
 class Budget:
@@ -178,8 +179,9 @@ class Budget:
         """
         memory = self._memory
         decisions = {key: asdict(decision) for key, decision in memory.decisions.items()}
+        realized = None if memory.realized is None else list(memory.realized)
         step_ms = memory.step_ms if math.isfinite(memory.step_ms) else None
-        measured = {"step_ms": step_ms, "decisions": decisions, "values": memory.values}
+        measured = {"step_ms": step_ms, "realized": realized, "decisions": decisions, "values": memory.values}
         taken = {"plan": dict(self.plan), "verdict": self.verdict}
         return {"step": self.step_count, "next": self._next, **taken, **measured}
 
@@ -199,7 +201,8 @@ class Budget:
         self.plan = {name: tuple(setting) for name, setting in state["plan"].items()}
         self.step_count, self._next, self.verdict = state["step"], state["next"], state["verdict"]
         step_ms = math.nan if state["step_ms"] is None else state["step_ms"]
-        self._memory = Memory(step_ms, decisions, state["values"])
+        realized = None if state["realized"] is None else Interval(*state["realized"])
+        self._memory = Memory(step_ms, realized, decisions, state["values"])
 
 
 def _check_alone(model: nn.Module) -> None:

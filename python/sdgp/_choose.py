@@ -162,12 +162,20 @@ class Chooser:
             message = str(error).partition("\n")[0]
             return Decision(_other(pruning), f"the sparse product failed when it was measured: {message}")
 
-    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> Decision:
-        """Times the products that compete under ``pruning.backend``. It draws nothing from PyTorch's generators."""
+    def measure(
+        self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+    ) -> Decision:
+        """Times the products that compete under ``pruning.backend``. It draws nothing from PyTorch's generators.
+
+        Args:
+            exact_ms: the time of the exact product, if it is known. It is not measured again.
+        """
         other = _other(pruning)
+        known = {} if exact_ms is None else {"exact": exact_ms}
+        unknown = [product for product in ("sparse", other) if product not in known]
         device = products.grad_output.device
         algorithm = self._algorithm(products, rounds)
-        ms = self.measure_all(products, ("sparse", other), rounds, algorithm)
+        ms = known | self.measure_all(products, unknown, rounds, algorithm)
         calls = self._calls_ms if other == "exact" and device.type == "cpu" else 0.0  # a GPU hides this overhead
         if ms["sparse"] + calls < self._margin * ms[other]:
             product, why = "sparse", f"faster than {other}: {ms['sparse']:.2f} ms against {ms[other]:.2f} ms"

@@ -59,6 +59,14 @@ class Point(NamedTuple):
     net: float
 
 
+class Interval(NamedTuple):
+    """A measured value with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
 class Plan(dict[str, tuple[Any, ...]]):
     """The proposal of ``sdgp.advise`` for ``sdgp.convert``: a dictionary from layer names to settings.
 
@@ -69,11 +77,12 @@ class Plan(dict[str, tuple[Any, ...]]):
     Attributes:
         pays: whether pruning pays. If it does not, the plan is empty.
         verdict: one sentence that says whether pruning pays, with the numbers.
-        saved: the share of a step's time that the chosen products save.
+        saved: the share of a step's time that the plan saves, measured on whole steps.
         limit: the share of a step's time that the exact products of all candidates take. No plan can save more.
         noise: the noise that the chosen products add together, as a share of the noise of the batch.
         net: the share of the time to the same loss that is saved: 1 - (1 - saved) (1 + noise).
-        net_low, net_high: the net saving at the ends of the noise's 95 % interval.
+        net_low, net_high: the ends of the net saving's 95 % interval. It combines the errors of the noise and of the
+            steps' times.
         norm: the norm of the noise, ``"euclidean"`` or ``"adam"``. With ``"adam"``, each coordinate is scaled as the
             optimizer scales its steps.
         chosen, candidates: the chosen and all measured candidates, lists of ``Candidate``.
@@ -100,15 +109,24 @@ class Plan(dict[str, tuple[Any, ...]]):
         self._reasons, self._noise_error = dict(reasons), noise_error
         self._dropped: list[Candidate] = []  # the choice, if it saves too little
         self._factor = 1.0  # measured noise of all chosen candidates together / sum of their single noises
+        self._realized = Interval(1.0, 1.0, 1.0)  # measured saving of the step / sum of the products' savings
         self._choose()
 
     def _choose(self) -> None:
-        self.chosen, self.curve = _greedy(self.candidates, self.step_ms, STEPS_PER_NOISE * self._factor)
+        self.chosen, self.curve = _greedy(
+            self.candidates, self.step_ms, self._realized.value, STEPS_PER_NOISE * self._factor
+        )
         self._dropped = []
         if self.curve[-1].net < _LEAST_NET:
             self.chosen, self._dropped = [], self.chosen
         self.clear()
         self.update(_settings(self.chosen))
+
+    def take_realized(self, realized: Interval) -> None:
+        """Takes over how much of its products' savings the whole step shows. The choice may change."""
+        self._realized = realized
+        if not 0.8 < realized.value < 1.25 or self.net <= 0:
+            self._choose()
 
     def take_measured(self, noise: float) -> bool:
         """Takes over the measured noise of the whole plan.
@@ -136,6 +154,10 @@ class Plan(dict[str, tuple[Any, ...]]):
 
     @property
     def saved(self) -> float:
+        return self._realized.value * self._saved_by_products
+
+    @property
+    def _saved_by_products(self) -> float:
         return math.fsum(row.saved_ms for row in self.chosen) / self.step_ms
 
     @property
@@ -153,28 +175,30 @@ class Plan(dict[str, tuple[Any, ...]]):
 
     @property
     def net(self) -> float:
-        return self._net(1.0)
+        return net_saving(self.saved, self.noise, STEPS_PER_NOISE)
 
     @property
     def net_low(self) -> float:
-        return self._net(1 + 2 * self._noise_error)
+        return self.net - self._net_error(self._realized.low, 1 + 2 * self._noise_error)
 
     @property
     def net_high(self) -> float:
-        return self._net(max(0.0, 1 - 2 * self._noise_error))
+        return self.net + self._net_error(self._realized.high, max(0.0, 1 - 2 * self._noise_error))
 
-    def _net(self, times: float) -> float:
-        return net_saving(self.saved, times * self.noise, STEPS_PER_NOISE)
+    def _net_error(self, realized: float, times: float) -> float:
+        """Combines the errors of the net saving from both measurements, of which one is replaced by an end each."""
+        by_time = net_saving(realized * self._saved_by_products, self.noise, STEPS_PER_NOISE) - self.net
+        by_noise = net_saving(self.saved, times * self.noise, STEPS_PER_NOISE) - self.net
+        return math.hypot(by_time, by_noise)
 
     @property
     def verdict(self) -> str:
         if self.pays:
-            low, high = sorted((self.net_low, self.net_high))
             steps = STEPS_PER_NOISE * self.noise
             return (
-                f"{'it pays' if low > 0 else 'it may pay'}: {self.net:.0%} less time to the same loss [{low:.0%}, "
-                f"{high:.0%}]; a step takes {self.saved:.0%} less time, and the added noise costs {steps:.0%} more "
-                "steps"
+                f"{'it pays' if self.net_low > 0 else 'it may pay'}: {self.net:.0%} less time to the same loss "
+                f"[{self.net_low:.0%}, {self.net_high:.0%}]; a step takes {self.saved:.0%} less time, and the added "
+                f"noise costs {steps:.0%} more steps"
             )
         if self.curve[-1].net > 0:
             return f"nothing pays here: pruning could save {self.curve[-1].net:.1%} of the time to the same loss"
@@ -182,11 +206,13 @@ class Plan(dict[str, tuple[Any, ...]]):
         if faster and all(math.isnan(row.noise) for row in faster):
             return f"nothing pays here: the noise of all {len(faster)} candidates that save time is unknown"
         faster = [row for row in faster if not math.isnan(row.noise)]
+        if faster and self._realized.value <= 0:
+            return "nothing pays here: sparse products are faster, but whole steps with them take as long as without"
         if faster:
-            cost = STEPS_PER_NOISE * self._factor
-            best = max(faster, key=lambda row: net_saving(row.saved_ms / self.step_ms, row.noise, cost))
+            cost, per_ms = STEPS_PER_NOISE * self._factor, self._realized.value / self.step_ms
+            best = max(faster, key=lambda row: net_saving(per_ms * row.saved_ms, row.noise, cost))
             return (
-                f"nothing pays here: the best of {len(faster)} candidates takes {best.saved_ms / self.step_ms:.1%} "
+                f"nothing pays here: the best of {len(faster)} candidates takes {per_ms * best.saved_ms:.1%} "
                 f"off a step and costs {cost * best.noise:.1%} more steps ({best.layer or 'the model'}, "
                 f"{best.gradient} gradient, {best.pattern})"
             )
@@ -201,6 +227,12 @@ class Plan(dict[str, tuple[Any, ...]]):
         lines += [f"exact ({count}): {why}" for why, count in self._why_exact().items()]
         if self.limit > 0:
             lines.append(f"the products that pruning can shorten take {self.limit:.0%} of a step")
+        if self.chosen and self._realized != (1, 1, 1):
+            lines.append(
+                f"the chosen products save {self._saved_by_products:.0%} of a step; whole steps take {self.saved:.0%} "
+                f"[{self._realized.low * self._saved_by_products:.0%}, "
+                f"{self._realized.high * self._saved_by_products:.0%}] less time"
+            )
         return "\n".join([*lines, *self.notes, self.verdict])
 
     def __repr__(self) -> str:
@@ -245,7 +277,9 @@ def net_saving(saved: float, noise: float, steps_per_noise: float) -> float:
     return 1 - (1 - saved) * (1 + steps_per_noise * noise)
 
 
-def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[list[Candidate], list[Point]]:
+def _greedy(
+    rows: Iterable[Candidate], step_ms: float, realized: float, cost: float
+) -> tuple[list[Candidate], list[Point]]:
     """Adds or replaces one candidate at a time, always the one that gains most, until no candidate gains anything."""
     options: dict[tuple[str, str], list[Candidate]] = {}
     for row in rows:
@@ -259,14 +293,14 @@ def _greedy(rows: Iterable[Candidate], step_ms: float, cost: float) -> tuple[lis
         for key, candidates in options.items():
             old = chosen.get(key)
             for row in candidates:
-                more_saved = saved + (row.saved_ms - (old.saved_ms if old else 0.0)) / step_ms
+                more_saved = saved + realized * (row.saved_ms - (old.saved_ms if old else 0.0)) / step_ms
                 net = net_saving(more_saved, noise + row.noise - (old.noise if old else 0.0), cost)
                 if net > curve[-1].net + 1e-6 and (best is None or net > best[0]):
                     best = net, key, row
         if best is None:
             return [chosen[key] for key in options if key in chosen], curve
         chosen[best[1]] = best[2]
-        saved = math.fsum(row.saved_ms for row in chosen.values()) / step_ms
+        saved = realized * math.fsum(row.saved_ms for row in chosen.values()) / step_ms
         noise = math.fsum(row.noise for row in chosen.values())
         curve.append(Point(saved, noise, net_saving(saved, noise, cost)))
 

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 from ._decision import Decision
 from ._noise import Estimate, Gradients, Norm, batch_noise, noise_of_halves, part_of, samples_of, tensors_of
+from ._plan import Interval
 from ._step import Loss, compute_loss, run_backward
-from ._timing import seconds
+from ._timing import interval, seconds
+
+_LONG = 10  # seconds: three pairs of long steps are enough, because short disturbances average out in each
 
 
 class UnusableBatch(ValueError):
@@ -27,6 +30,7 @@ class Memory:
     """The times that one call of ``advised`` keeps for the next call. They hold for batches of one size."""
 
     step_ms: float = math.nan
+    realized: Interval | None = None  # of the products' savings, see ``Steps.realized``
     decisions: dict[str, Decision] = field(default_factory=dict)  # by layer, call and pruning
     values: int = 0  # the number of values in the batch
 
@@ -34,7 +38,11 @@ class Memory:
         """Drops the times if ``batch`` has another size."""
         values = sum(tensor.numel() for tensor in tensors_of(batch))
         if not 0.9 * self.values <= values <= 1.1 * self.values:
-            self.step_ms, self.decisions, self.values = math.nan, {}, values
+            self.forget()
+            self.values = values
+
+    def forget(self) -> None:
+        self.step_ms, self.realized, self.decisions = math.nan, None, {}
 
 
 class Steps:
@@ -112,6 +120,31 @@ class Steps:
         except Exception:  # a loss may do anything that bfloat16 does not support; then there is no hint
             return 0.0
         return 1 - min(times[1:]) / self.memory.step_ms
+
+    def realized(self, pruned: Callable[[], AbstractContextManager[None]], expected: float) -> Interval:
+        """Measures how much of the expected saving whole steps show. Plain and pruned steps take turns.
+
+        Args:
+            pruned: returns a context manager in which the model prunes.
+            expected: the share of a step's time that pruning saves according to the times of its products.
+
+        Returns:
+            Measured saving / ``expected``, from the shortest times, and the ends of its 95 % interval.
+        """
+
+        def with_pruning() -> None:
+            with pruned():
+                self.gradients(self.batches[0])
+
+        device = next(iter(self.norm.scales)).device
+        with_pruning()  # the first backward measures which products are faster
+        plain, own = list[float](), list[float]()
+        while len(own) < 3 or (len(own) < self.rounds + 2 and sum(plain) + sum(own) < _LONG):
+            plain.append(seconds(lambda: self.gradients(self.batches[0]), device))
+            own.append(seconds(with_pruning, device))
+        ratios = sorted((b / a for a, b in zip(plain, own, strict=True)), reverse=True)
+        low, high = interval(len(ratios))
+        return Interval(*((1 - ratio) / expected for ratio in (min(own) / min(plain), ratios[low], ratios[high])))
 
     def batch_noise(self, exact: Gradients) -> Estimate:
         """Estimates the noise of the batch from several batches, or from the halves of a single one.

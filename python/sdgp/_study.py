@@ -57,7 +57,8 @@ class Study:
         self._steps, self.names, self._twins, self._narrow_for_wide = steps, names, twins, narrow_for_wide
         self._found: dict[tuple[nn.Module, str], dict[PruningLayer, _Measured]] = {}
         self._calls: Counter[tuple[nn.Module, str]] = Counter()
-        self._alike: dict[str, Decision] = {}  # by shapes and pruning: many networks repeat their layers
+        self._alike: dict[tuple[str, Pruning], Decision] = {}  # by shapes: many networks repeat their layers
+        self._exact_ms: dict[str, float | None] = {}  # the exact product is the same for all prunings
         self._shapes: dict[nn.Module, str] = {}
         self.largest_work = 0
         self._obstacles: dict[nn.Module, str] = {}
@@ -130,10 +131,11 @@ class Study:
         key = f"{call}: {gradient} {pruning.pattern} {pruning.method}"
         decision = self._steps.memory.decisions.get(key)
         if decision is None:
-            shapes = f"{_shapes(module, products.grad_output, input)} {gradient} {pruning.pattern} {pruning.method}"
-            if shapes not in self._alike:
-                self._alike[shapes] = self._decide(products, pruning)
-            decision = self._steps.memory.decisions[key] = self._alike[shapes]
+            shapes = f"{_shapes(module, products.grad_output, input)} {gradient}"
+            if (shapes, pruning) not in self._alike:
+                self._alike[shapes, pruning] = self._decide(products, pruning, self._exact_ms.get(shapes))
+            decision = self._steps.memory.decisions[key] = self._alike[shapes, pruning]
+            self._exact_ms[shapes] = decision.exact_ms
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
         measured.sparse_ms += decision.sparse_ms or 0.0
@@ -142,9 +144,9 @@ class Study:
         else:
             slower.add(pruning.method)
 
-    def _decide(self, products: Products, pruning: Pruning) -> Decision:
+    def _decide(self, products: Products, pruning: Pruning, exact_ms: float | None) -> Decision:
         try:
-            return current_chooser().measure(products, pruning, self._steps.rounds)
+            return current_chooser().measure(products, pruning, self._steps.rounds, exact_ms)
         except RuntimeError as error:  # out of memory, or a library does not support this size
             return Decision("exact", str(error))
 

@@ -79,7 +79,9 @@ def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[st
 class _Untimed(sdgp.Chooser):
     """Reports every sparse product as faster, so that ``advise`` measures the noise of all patterns."""
 
-    def measure(self, products: Products, pruning: Pruning, rounds: int | None = None) -> sdgp.Decision:
+    def measure(
+        self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+    ) -> sdgp.Decision:
         return sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
 
 

@@ -23,6 +23,7 @@ from recipes.common import checkpoint
 from recipes.common.errors import UserError
 from recipes.common.process import Stop
 from recipes.common.record import _match_layouts
+from sdgp._plan import Interval
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -68,6 +69,7 @@ def test_a_budget_resumes_bit_for_bit(tmp_path: Path, images: Path, monkeypatch:
         sdgp.chooser, "measure", lambda *_, **__: sdgp.Decision("sparse", "", exact_ms=2.0, sparse_ms=1.0)
     )
     monkeypatch.setattr("sdgp._steps.seconds", lambda call, device: (call(), 0.1)[1])
+    monkeypatch.setattr("sdgp._steps.Steps.realized", lambda *_: Interval(1.0, 1.0, 1.0))
     monkeypatch.setattr("sdgp._plan.STEPS_PER_NOISE", 0.01)
     large = ("context=128", "batch_size=8")  # smaller layers are never pruned
     words = [word for setting in ("weight_grad=", "budget=2", *large) for word in ("--set", setting)]
