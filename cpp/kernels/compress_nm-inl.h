@@ -242,9 +242,51 @@ struct Packer {
   }
 };
 
+#if defined(__AVX512F__)
+// place_block for 16-bit elements that are not +0, a vector at a time. Accepts any size, and returns the number of kept
+// values. Writes up to 32 elements beyond them.
+__attribute__((target("avx512vbmi2"))) inline int64_t place_words(const uint16_t* x, int64_t size, uint16_t* values,
+                                                                  uint16_t* offsets, uint16_t row_bytes) {
+  constexpr int kL = kLanes<uint16_t>;
+  Vec<uint16_t> bytes;
+  for (int i = 0; i < kL; ++i) bytes[i] = static_cast<uint16_t>(i * row_bytes);
+  const auto step = static_cast<uint16_t>(kL * row_bytes);
+  int64_t kept = 0;
+  for (int64_t i = 0; i < size; i += kL, bytes += step) {
+    const __mmask32 inside = size - i < kL ? (1u << (size - i)) - 1 : ~0u;
+    const __m512i vector = _mm512_maskz_loadu_epi16(inside, x + i);
+    const __mmask32 bits = _mm512_test_epi16_mask(vector, vector);
+    store_bits(values + kept, _mm512_maskz_compress_epi16(bits, vector));
+    store_bits(offsets + kept, _mm512_maskz_compress_epi16(bits, (__m512i)bytes));
+    kept += __builtin_popcount(bits);
+  }
+  return kept;
+}
+
+// keep_row for 16-bit elements, a vector at a time.
+__attribute__((target("avx512vbmi2"))) inline int64_t keep_words(const uint16_t* x, int64_t size,
+                                                                 const uint32_t* places, uint16_t* values,
+                                                                 uint32_t* kept_places) {
+  constexpr int kL = kLanes<uint16_t>, kHalf = kL / 2;
+  int64_t kept = 0;
+  for (int64_t i = 0; i < size; i += kL) {
+    const __mmask32 inside = size - i < kL ? (1u << (size - i)) - 1 : ~0u;
+    const __m512i vector = _mm512_maskz_loadu_epi16(inside, x + i);
+    const __mmask32 bits = _mm512_test_epi16_mask(vector, vector);
+    store_bits(values + kept, _mm512_maskz_compress_epi16(bits, vector));
+    const auto lower = static_cast<__mmask16>(bits), upper = static_cast<__mmask16>(bits >> kHalf);
+    store_bits(kept_places + kept, _mm512_maskz_compress_epi32(lower, load_bits<__m512i>(places + i)));
+    store_bits(kept_places + kept + __builtin_popcount(lower),
+               _mm512_maskz_compress_epi32(upper, load_bits<__m512i>(places + i + kHalf)));
+    kept += __builtin_popcount(bits);
+  }
+  return kept;
+}
+#endif
+
 // keep_row moves the elements of a row that are not +0 to the front, together with their entries in `places`, and
 // returns their number. It reads and writes up to kKeep - 1 elements beyond them.
-constexpr int kKeep = 16;
+constexpr int kKeep = 32;
 
 template <class T>
 SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, const uint32_t* places, T* values,
@@ -252,9 +294,10 @@ SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, c
   int64_t kept = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    for (int64_t i = 0; i < size; i += kKeep) {
+    constexpr int kL = kLanes<T>;
+    for (int64_t i = 0; i < size; i += kL) {
       const auto element = load_bits<__m512i>(x + i);
-      const uint32_t inside = size - i < kKeep ? (1u << (size - i)) - 1 : 0xffff;
+      const uint32_t inside = size - i < kL ? (1u << (size - i)) - 1 : 0xffff;
       const auto bits = static_cast<__mmask16>(_mm512_test_epi32_mask(element, element) & inside);
       store_bits(values + kept, _mm512_maskz_compress_epi32(bits, element));
       store_bits(kept_places + kept, _mm512_maskz_compress_epi32(bits, load_bits<__m512i>(places + i)));

@@ -4,7 +4,7 @@
 // once per instruction set.
 #pragma once
 
-#include "lanes-inl.h"
+#include "arithmetic-inl.h"
 #include "plan-inl.h"
 #include "table.h"
 
@@ -14,7 +14,10 @@ constexpr int kMaxPanel = 8;
 
 // Returns the vectors of a panel: enough sums to hide the four cycles of an addition. Narrower panels leave room in the
 // L1 cache for more reduction rows.
-inline int64_t widest_panel() { return kVectorBytes == 64 ? 4 * wide_loads_per_cycle() : kMaxPanel; }
+template <class A>
+int64_t widest_panel() {
+  return kVectorBytes == 64 ? A::kVectors * 4 * wide_loads_per_cycle() : kMaxPanel;
+}
 
 // The bytes of the L1 cache for the dense operand. The rest is for data that is read once.
 inline int64_t block_bytes() {
@@ -24,7 +27,7 @@ inline int64_t block_bytes() {
 
 static_assert(kMaxGroupSize * kMaxPanel * kVectorBytes <= 65536, "an offset into a block has 16 bits");
 
-// The layout of the packed operand: [group][panel][block][tap][row][column of the panel], all of type E. Missing
+// The layout of the packed operand: [group][panel][block][tap][row][column of the panel], all of type Packed. Missing
 // columns of the last panel are zero.
 struct DensePlan {
   int64_t taps;
@@ -46,110 +49,76 @@ struct DensePlan {
   int64_t block_offset(int64_t block) const { return block * rows * taps * width; }
 };
 
-template <class E>
+template <class A>
 DensePlan make_dense_plan(const SpmmArgs& args) {
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(typename A::Packed));
+  constexpr int64_t kColumns = A::kVectors * kLanes<typename A::Sum>;
   DensePlan plan{};
   plan.taps = args.height.kernel * args.width.kernel;
-  const int64_t vectors = ceil_div(args.cols, kLanes<E>);
-  plan.panels = ceil_div(vectors, widest_panel());
-  plan.panel = ceil_div(vectors, plan.panels);
-  plan.panels = ceil_div(vectors, plan.panel);
-  plan.width = plan.panel * kLanes<E>;
+  const int64_t steps = ceil_div(args.cols, kColumns);
+  plan.panels = ceil_div(steps, at_most(widest_panel<A>(), kMaxPanel) / A::kVectors);
+  const int64_t panel_steps = ceil_div(steps, plan.panels);
+  plan.panel = panel_steps * A::kVectors;
+  plan.panels = ceil_div(steps, panel_steps);
+  plan.width = panel_steps * kColumns;
   const int64_t groups = ceil_div(args.size, args.pruning.m);
-  const int64_t group_bytes = args.pruning.m * plan.width * static_cast<int64_t>(sizeof(E));
+  const int64_t group_bytes = args.pruning.m * plan.width * kBytes;
   const int64_t cache = block_bytes();
   const int64_t fit = group_bytes < cache ? cache / group_bytes : 1;
   plan.blocks = ceil_div(groups, fit);
   plan.rows = ceil_div(groups, plan.blocks) * args.pruning.m;
   plan.blocks = ceil_div(args.size, plan.rows);
-  plan.tap_set = cache / (plan.rows * plan.width * static_cast<int64_t>(sizeof(E)));
+  plan.tap_set = cache / (plan.rows * plan.width * kBytes);
   if (plan.tap_set < 1) plan.tap_set = 1;
   if (plan.tap_set > plan.taps) plan.tap_set = plan.taps;
   return plan;
 }
 
 template <class C>
-SDGP_INLINE typename C::E load_element(const typename C::T* p) {
-  if constexpr (sizeof(typename C::T) == sizeof(typename C::E)) {
-    return *p;
-  } else {
-    typename C::T lanes[kLanes<typename C::E>] = {*p};
-    return C::load(lanes)[0];
-  }
-}
-
-template <class C>
-SDGP_INLINE void store_element(typename C::T* p, typename C::E value) {
-  if constexpr (sizeof(typename C::T) == sizeof(typename C::E)) {
-    *p = value;
-  } else {
-    typename C::T lanes[kLanes<typename C::E>];
-    C::store(lanes, C::round(splat<typename C::E>(value)));
-    *p = lanes[0];
-  }
-}
-
-template <class C>
-SDGP_INLINE void load_elements(const typename C::T* from, typename C::E* to, int64_t count) {
-  constexpr int kL = kLanes<typename C::E>;
-  int64_t i = 0;
-  for (; i + kL <= count; i += kL) store_bits(to + i, C::load(from + i));
-  for (; i < count; ++i) to[i] = load_element<C>(from + i);
-}
-
-template <class C>
-SDGP_INLINE void store_elements(const typename C::E* from, typename C::T* to, int64_t count) {
-  constexpr int kL = kLanes<typename C::E>;
-  int64_t i = 0;
-  for (; i + kL <= count; i += kL) C::store(to + i, C::round(load_bits<Vec<typename C::E>>(from + i)));
-  for (; i < count; ++i) store_element<C>(to + i, from[i]);
-}
-
-template <class C>
 void pack_range(const SpmmArgs& args, int64_t begin, int64_t end) {
-  using E = typename C::E;
-  const DensePlan plan = make_dense_plan<E>(args);
+  using A = ArithmeticOf<C>;
+  const DensePlan plan = make_dense_plan<A>(args);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % plan.blocks;
     const int64_t panel = unit / plan.blocks % plan.panels;
     const int64_t group = unit / plan.blocks / plan.panels;
     const int64_t first_col = panel * plan.width;
     const int64_t cols = args.cols - first_col < plan.width ? args.cols - first_col : plan.width;
-    E* to = static_cast<E*>(args.packed) + plan.panel_offset(args, group, panel) + plan.block_offset(block);
+    auto* to = static_cast<typename A::Packed*>(args.packed) + plan.panel_offset(args, group, panel) +
+               plan.block_offset(block);
     for (int64_t tap = 0; tap < plan.taps; ++tap) {
       const int64_t at = tap / args.width.kernel * args.dense.height_stride +
                          tap % args.width.kernel * args.dense.width_stride + first_col * args.dense.col_stride;
       for (int64_t k = 0; k < plan.block_rows(args, block); ++k, to += plan.width) {
         const auto* from = static_cast<const typename C::T*>(args.dense.data) + at +
                            (group * args.size + block * plan.rows + k) * args.dense.row_stride;
-        if (args.dense.col_stride == 1) {
-          load_elements<C>(from, to, cols);
-        } else {
-          for (int64_t j = 0; j < cols; ++j) to[j] = load_element<C>(from + j * args.dense.col_stride);
-        }
-        for (int64_t j = cols; j < plan.width; ++j) to[j] = 0;
+        Packing<C>::columns(from, args.dense.col_stride, cols, to, plan.width);
       }
     }
   }
 }
 
-inline int64_t packed_bytes(const SpmmArgs& args) {
+template <bool kPairs>
+int64_t packed_bytes(const SpmmArgs& args) {
   return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
-    using E = typename LanesOf<kDType>::E;  // 16-bit floats are widened
-    const DensePlan plan = make_dense_plan<E>(args);
-    return args.groups * plan.panels * args.size * plan.taps * plan.row_bytes(sizeof(E));
+    using A = ArithmeticOf<ProductLanes<kDType, kPairs>>;
+    const DensePlan plan = make_dense_plan<A>(args);
+    return args.groups * plan.panels * args.size * plan.taps * plan.row_bytes(sizeof(typename A::Packed));
   });
 }
 
-inline int64_t pack_units(const SpmmArgs& args) {
+template <bool kPairs>
+int64_t pack_units(const SpmmArgs& args) {
   return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
-    const DensePlan plan = make_dense_plan<typename LanesOf<kDType>::E>(args);
+    const DensePlan plan = make_dense_plan<ArithmeticOf<ProductLanes<kDType, kPairs>>>(args);
     return args.groups * plan.panels * plan.blocks;
   });
 }
 
-inline void pack(const SpmmArgs& args, int64_t begin, int64_t end) {
-  visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) { pack_range<LanesOf<kDType>>(args, begin, end); });
+template <bool kPairs>
+void pack(const SpmmArgs& args, int64_t begin, int64_t end) {
+  visit(DTypes{}, args.dtype,
+        [&]<DType kDType>(Constant<kDType>) { pack_range<ProductLanes<kDType, kPairs>>(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA

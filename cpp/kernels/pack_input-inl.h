@@ -28,7 +28,7 @@ struct Columns {
 template <class C>
 class PackedInput {
   using T = typename C::T;
-  using E = typename C::E;
+  using Packed = typename ArithmeticOf<C>::Packed;
 
  public:
   int64_t pitch = 0;  // positions from one line to the next in the last result of pack()
@@ -37,15 +37,15 @@ class PackedInput {
   PackedInput(const WeightGradArgs& args, int64_t width) : args_(args), width_(width), patches_(args) {}
 
   // Returns [sample][patch][line][position][column], valid until the next call.
-  const E* pack(const PixelBlock& block, const Columns& columns) {
+  const Packed* pack(const PixelBlock& block, const Columns& columns) {
     patches_.find(block.begin, block.end);
     pitch = patches_.pitch;
-    E* to = packed_.reserve(block.samples * patches_.size * width_);
+    Packed* to = packed_.reserve(block.samples * patches_.size * width_);
     for (int64_t s = 0; s < block.samples; ++s, to += patches_.size * width_) {
       for (int64_t i = 0; i < patches_.count; ++i) {
         const Patch& patch = patches_.list.data[i];
         const Strip strip = strip_of(patch);
-        E* line = to + patch.at * width_;
+        Packed* line = to + patch.at * width_;
         for (int64_t y = 0; y < patches_.height.packed(patch.lines); ++y, line += pitch * width_) {
           pack_line(strip, line_of(patch, strip, y, columns.first, block.sample + s), columns.count, line);
         }
@@ -105,49 +105,41 @@ class PackedInput {
   }
 
   // Packs one line. `from` is where its strip begins in the input, or null if the line is outside the input.
-  void pack_line(const Strip& strip, const T* from, int64_t cols, E* to) {
+  void pack_line(const Strip& strip, const T* from, int64_t cols, Packed* to) {
     if (from == nullptr || strip.count == 0) return clear(to, strip.length * width_);
     clear(to, strip.before * width_);
     to += strip.before * width_;
     clear(to + strip.count * width_, (strip.length - strip.before - strip.count) * width_);
     const int64_t step = patches_.width.jump * args_.pixel_stride;
-    if (args_.col_stride == 1) {
-      for (int64_t i = 0; i < strip.count; ++i) {
-        load_elements<C>(from + i * step, to + i * width_, cols);
-        if (cols < width_) clear(to + i * width_ + cols, width_ - cols);
-      }
-      return;
-    }
-    constexpr int kL = kLanes<E>;
+    constexpr int kL = kLanes<Packed>;
     int64_t i = 0;
-    if (step == 1) {
+    if (args_.col_stride != 1 && step == 1) {
       for (; i + kL <= strip.count; i += kL) {
         for (int64_t c = 0; c < width_; c += kL) {
-          Vec<E> tile[kL];
+          Vec<Packed> tile[kL];
 #pragma GCC unroll 64
-          for (int j = 0; j < kL; ++j)
-            tile[j] = c + j < cols ? C::load(from + i + (c + j) * args_.col_stride) : Vec<E>{};
-          transpose<E, kL>(tile);
+          for (int j = 0; j < kL; ++j) {
+            tile[j] = c + j < cols ? Packing<C>::load(from + i + (c + j) * args_.col_stride) : Vec<Packed>{};
+          }
+          transpose<Packed, kL>(tile);
 #pragma GCC unroll 64
-          for (int j = 0; j < kL; ++j) store_bits(to + (i + j) * width_ + c, tile[j]);
+          for (int j = 0; j < kL; ++j) Packing<C>::store_columns(to + (i + j) * width_ + c, tile[j]);
         }
       }
     }
     for (; i < strip.count; ++i) {
-      for (int64_t c = 0; c < width_; ++c) {
-        to[i * width_ + c] = c < cols ? load_element<C>(from + i * step + c * args_.col_stride) : E{};
-      }
+      Packing<C>::columns(from + i * step, args_.col_stride, cols, to + i * width_, width_);
     }
   }
 
-  static SDGP_INLINE void clear(E* to, int64_t count) {
-    if (count > 0) std::memset(to, 0, static_cast<size_t>(count) * sizeof(E));
+  static SDGP_INLINE void clear(Packed* to, int64_t count) {
+    if (count > 0) std::memset(to, 0, static_cast<size_t>(count) * sizeof(Packed));
   }
 
   const WeightGradArgs& args_;
   const int64_t width_;
   Patches patches_;
-  Scratch<E> packed_;
+  Scratch<Packed> packed_;
   Scratch<const char*> strips_;
 };
 

@@ -28,7 +28,7 @@ const Kernels& choose() {
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool has_bfloat16 = has_avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi2");
   // Intel CPUs multiply pairs of bfloat16 at half the rate, so the row kernel is faster there (Note [Permute kernel]).
   const bool fast_bfloat16 = __builtin_cpu_is("amd");
   // From best to worst.

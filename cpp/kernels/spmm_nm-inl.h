@@ -26,13 +26,13 @@ struct SpmmPlan {
   int64_t units;
 };
 
-template <class E>
+template <class A>
 SpmmPlan make_spmm_plan(const SpmmArgs& args) {
   SpmmPlan plan{};
-  plan.dense = make_dense_plan<E>(args);
+  plan.dense = make_dense_plan<A>(args);
   plan.rows = args.samples * args.height.in * args.width.in;
   plan.chunks = ceil_div(plan.rows, kChunkRows);
-  const int64_t panel_bytes = kChunkRows * plan.dense.width * static_cast<int64_t>(sizeof(E));
+  const int64_t panel_bytes = kChunkRows * plan.dense.width * static_cast<int64_t>(sizeof(typename A::Sum));
   // Each part repeats some work. It repeats more if it has to prune, so parts are larger then.
   plan.parts = ceil_div(plan.dense.panels * panel_bytes, args.gradient ? 4 * kResultBytes : kResultBytes);
   const int64_t wanted = args.threads > 1 ? ceil_div(kUnitsPerThread * args.threads, plan.chunks * args.groups) : 1;
@@ -47,6 +47,8 @@ template <class C>
 class Spmm {
   using T = typename C::T;
   using E = typename C::E;
+  using A = ArithmeticOf<C>;
+  using Packed = typename A::Packed;
   using Word = SDGP_ISA::Word<sizeof(T)>;
 
  public:
@@ -59,6 +61,9 @@ class Spmm {
  private:
   // The number of kept values that are read at a time.
   static constexpr int64_t kStep = 16;
+  // Stores write whole vectors. The excess falls into the next row, which is written later, or into the gap after a
+  // block, which has this many elements.
+  static constexpr int64_t kGap = 32;
   // In rows. A slab has too little of one row for the hardware prefetcher.
   static constexpr int64_t kAhead = 4;
   using Step = VecType<uint8_t, kStep>::type;
@@ -67,7 +72,7 @@ class Spmm {
 
   explicit Spmm(const SpmmArgs& args)
       : args_(args),
-        plan_(make_spmm_plan<E>(args)),
+        plan_(make_spmm_plan<A>(args)),
         dense_(plan_.dense),
         gather_(args, dense_, kChunkRows),
         packer_(for_packing(args.pruning)) {}
@@ -86,7 +91,7 @@ class Spmm {
       kept_end_ = 0;
     }
 
-    const int64_t kept_bytes = static_cast<int64_t>(sizeof(uint16_t) + sizeof(E)) * gather_.sources;
+    const int64_t kept_bytes = static_cast<int64_t>(sizeof(uint16_t) + sizeof(Packed)) * gather_.sources;
     const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
     int64_t slab_blocks = kSlabBytes / (kept_bytes * block_kept + 1);
     if (slab_blocks < 1) slab_blocks = 1;
@@ -107,19 +112,22 @@ class Spmm {
 
   // Returns how many values of a source the blocks before this one keep, or have memory for.
   int64_t kept_before(int64_t block) const {
+    if (!fixed_) return block * capacity();
     const int64_t groups = ceil_div(args_.size, args_.pruning.m);
     const int64_t before = block * (dense_.rows / args_.pruning.m);
-    return (before < groups ? before : groups) * (fixed_ ? args_.pruning.n : args_.pruning.m);
+    return (before < groups ? before : groups) * args_.pruning.n;
   }
+
+  // Returns how many values of a source a block may keep, a multiple of what is multiplied together.
+  int64_t capacity() const { return ceil_div(dense_.rows, A::kStep) * A::kStep; }
 
   // Brings the kept values and offsets of a slab into the order of the row kernel: [block][source][kept].
   void read_kept(int64_t block_begin, int64_t block_end) {
     const int64_t begin = kept_before(block_begin);
     const int64_t count = kept_before(block_end) - begin;
-    // Stores write whole steps. The excess falls into the next row, which is written later, or into a gap.
     const int64_t blocks = block_end - block_begin;
-    offsets_.reserve(count * gather_.sources + blocks * kStep);
-    values_.reserve(count * gather_.sources + blocks * kStep);
+    offsets_.reserve(count * gather_.sources + blocks * kGap);
+    values_.reserve(count * gather_.sources + blocks * kGap);
     if (args_.gradient != nullptr) return compress_rows(block_begin, block_end, count);
     find_bases(begin, count);
     const T* const values = static_cast<const T*>(args_.compressed.values);
@@ -135,7 +143,7 @@ class Spmm {
   void find_bases(int64_t begin, int64_t count) {
     uint16_t* base = base_.reserve(count + kStep);
     uint8_t* last = last_.reserve(count + kStep);
-    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(Packed)));
     for (int64_t i = 0; i < count + kStep; ++i) {
       const int64_t first = (begin + i) / args_.pruning.n * args_.pruning.m;
       const int64_t left = args_.size - first;
@@ -163,7 +171,7 @@ class Spmm {
     const int64_t least = gradient.channel_stride == 1 ? 1 : 64;  // rows that lie side by side
     const int64_t piece = kCompressElements / part.size > least ? kCompressElements / part.size : least;
     const bool whole = part.size % args_.pruning.m == 0;
-    const bool placed = sizeof(T) == sizeof(E) && whole && packer_.places(part.size) && packer_.places(dense_.rows);
+    const bool placed = Packing<C>::kMoved && whole && packer_.places(part.size) && packer_.places(dense_.rows);
     if (fixed_ && !placed) find_bases(kept_before(block_begin), count);
     if (!fixed_) begin_blocks(block_end - block_begin);
     for (int64_t s = 0, rows = 0; s < gather_.sources; s += rows) {
@@ -211,13 +219,13 @@ class Spmm {
   // Stores the pruned elements of one row (whole groups) at their places.
   SDGP_INLINE void place_pruned(int64_t s, const Word* row, int64_t size) {
     const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
-    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(Packed)));
     int64_t first_kept = 0;  // of the block, over all sources
     for (int64_t i = 0; i < size; i += dense_.rows) {
       const int64_t length = size - i < dense_.rows ? size - i : dense_.rows;
       const int64_t to = first_kept + s * (length / args_.pruning.m * args_.pruning.n);
       packer_.place_block(row + i, length, reinterpret_cast<Word*>(values_.data) + to, offsets_.data + to, row_bytes);
-      first_kept += block_kept * gather_.sources + kStep;
+      first_kept += block_kept * gather_.sources + kGap;
     }
   }
 
@@ -229,28 +237,34 @@ class Spmm {
 
   // Stores the elements of one pruned row that are not +0. The rows must come in order.
   SDGP_INLINE void place_nonzeros(int64_t s, const Word* row, int64_t size) {
-    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
-    const int64_t capacity = dense_.rows * gather_.sources + kStep;
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(Packed)));
+    const int64_t block_capacity = capacity() * gather_.sources + kGap;
     uint32_t* starts = starts_.data + s;
     int64_t first = 0;  // of the block
-    for (int64_t i = 0; i < size; i += dense_.rows, first += capacity, starts += gather_.sources + 1) {
+    for (int64_t i = 0; i < size; i += dense_.rows, first += block_capacity, starts += gather_.sources + 1) {
       const int64_t length = size - i < dense_.rows ? size - i : dense_.rows;
-      E* values = values_.data + first + starts[0];
+      Packed* values = values_.data + first + starts[0];
       uint16_t* offsets = offsets_.data + first + starts[0];
       int64_t kept = 0;
-      if (length % args_.pruning.m != 0 || !packer_.places(length)) {
+      if constexpr (A::kStep == 2) {
+        kept = place_words(row + i, length, values, offsets, row_bytes);
+      } else if (length % args_.pruning.m != 0 || !packer_.places(length)) {
         for (int64_t j = 0; j < length; ++j) {
           if (row[i + j] == 0) continue;
-          values[kept] = load_element<C>(reinterpret_cast<const T*>(row) + i + j);
+          values[kept] = Packing<C>::element(reinterpret_cast<const T*>(row) + i + j);
           offsets[kept++] = static_cast<uint16_t>(j * row_bytes);
         }
-      } else if constexpr (sizeof(T) == sizeof(E)) {
+      } else if constexpr (Packing<C>::kMoved) {
         Word* const words = reinterpret_cast<Word*>(values);
         kept = packer_.place_block(row + i, length, words, offsets, row_bytes) - words;
       } else {
         Word* const words = row_values_.reserve(length + kStep);
         kept = packer_.place_block(row + i, length, words, offsets, row_bytes) - words;
-        load_elements<C>(reinterpret_cast<const T*>(words), values, kept);
+        Packing<C>::elements(reinterpret_cast<const T*>(words), values, kept);
+      }
+      for (; kept % A::kStep != 0; ++kept) {  // so that no row ends with a part of a step
+        values[kept] = 0;
+        offsets[kept] = offsets[kept - 1];
       }
       starts[1] = starts[0] + static_cast<uint32_t>(kept);
     }
@@ -260,14 +274,14 @@ class Spmm {
   // last index in range. Nothing may be read from `end` on.
   SDGP_INLINE void place_row(int64_t s, const T* row, const uint8_t* row_indices, int64_t count, const T* end) {
     const int64_t block_kept = dense_.rows / args_.pruning.m * args_.pruning.n;
-    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(E)));
+    const auto row_bytes = static_cast<uint16_t>(dense_.row_bytes(sizeof(Packed)));
     const uint16_t* base = base_.data;
     const uint8_t* last = last_.data;
     uint16_t* offsets = offsets_.data;
-    E* values = values_.data;
+    Packed* values = values_.data;
     Step bad{};
     int64_t gap = 0;
-    for (int64_t i = 0; i < count; i += block_kept, gap += kStep) {
+    for (int64_t i = 0; i < count; i += block_kept, gap += kGap) {
       const int64_t length = count - i < block_kept ? count - i : block_kept;
       const int64_t to = i * gather_.sources + s * length + gap;
       for (int64_t j = 0; j < length; j += kStep) {
@@ -285,7 +299,7 @@ class Spmm {
           value = value_copy;
           index = index_copy;
         }
-        for (int64_t k = 0; k < kStep; k += kLanes<E>) store_bits(values + to + j + k, C::load(value + k));
+        Packing<C>::elements(value, values + to + j, kStep);
         const auto at_index = load_bits<Step>(index);
         const auto limit = load_bits<Step>(last + i + j);
         const Step safe = at_index < limit ? at_index : limit;
@@ -310,17 +324,17 @@ class Spmm {
     const int64_t cols = args_.cols - first_col < dense_.width ? args_.cols - first_col : dense_.width;
     const bool direct = sizeof(T) == sizeof(E) && !args_.out_channels_first && cols == dense_.width &&
                         gather_.lists.data[gather_.sets - 1].count == rows_;
-    const E* packed = static_cast<const E*>(args_.packed) + dense_.panel_offset(args_, group_, panel);
-    BlockCall<E> call{};
+    const auto* packed = static_cast<const Packed*>(args_.packed) + dense_.panel_offset(args_, group_, panel);
+    BlockCall<A> call{};
     call.in = sums;
     call.in_stride = dense_.width;
     const bool plain = is_plain_product(args_);
     for (int64_t block = block_begin; block < block_end; ++block) {
       const int64_t kept =
-          (kept_before(block) - kept_before(block_begin)) * gather_.sources + (block - block_begin) * kStep;
+          (kept_before(block) - kept_before(block_begin)) * gather_.sources + (block - block_begin) * kGap;
       call.kept = {values_.data + kept, offsets_.data + kept, kept_before(block + 1) - kept_before(block),
                    fixed_ ? nullptr : starts_.data + (block - block_begin) * (gather_.sources + 1)};
-      call.tap_bytes = dense_.block_rows(args_, block) * dense_.row_bytes(sizeof(E));
+      call.tap_bytes = dense_.block_rows(args_, block) * dense_.row_bytes(sizeof(Packed));
       const char* dense = reinterpret_cast<const char*>(packed + dense_.block_offset(block));
       for (int64_t set = 0; set < gather_.sets; ++set) {
         const EntryList& list = gather_.lists.data[set];
@@ -338,19 +352,19 @@ class Spmm {
         if (plain) {
           multiply_plain(call, first);
         } else {
-          (first ? block_function<E, true> : block_function<E, false>)(dense_.panel)(call);
+          multiply_block_of(dense_.panel, first, call);
         }
       }
     }
     if (block_end == dense_.blocks && !direct) store_panel(sums, first_col, cols);
   }
 
-  void multiply_plain(const BlockCall<E>& call, bool first) {
+  void multiply_plain(const BlockCall<A>& call, bool first) {
     constexpr int64_t kRowsPerFetch = 4;
     const int64_t fetches = ceil_div(rows_, kRowsPerFetch);
     const int64_t piece = ceil_div(call.next_lines > 0 ? call.tap_bytes / 64 : 0, fetches) * 64;
     Ahead ahead{.strips = &call.next, .count = piece > 0, .pieces = fetches, .step = piece, .bytes = piece};
-    multiply_taps_of<E, uint16_t>(dense_.panel, 1, first,
+    multiply_taps_of<A, uint16_t>(dense_.panel, 1, first,
                                   {.kept = call.kept,
                                    .rows = rows_,
                                    .dense = call.dense,
@@ -419,20 +433,24 @@ class Spmm {
   Scratch<uint16_t> base_;
   Scratch<uint8_t> last_;
   Scratch<uint16_t> offsets_;
-  Scratch<E> values_;
+  Scratch<Packed> values_;
   Scratch<uint32_t> starts_;  // by block and source: where its kept values begin in the block
   Scratch<E> sums_;
   Scratch<E> column_;
 };
 
-inline int64_t spmm_nm_units(const SpmmArgs& args) {
-  return visit(DTypes{}, args.dtype,
-               [&]<DType kDType>(Constant<kDType>) { return make_spmm_plan<typename LanesOf<kDType>::E>(args).units; });
+template <bool kPairs>
+int64_t spmm_nm_units(const SpmmArgs& args) {
+  return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    return make_spmm_plan<ArithmeticOf<ProductLanes<kDType, kPairs>>>(args).units;
+  });
 }
 
-inline bool spmm_nm_kernel(const SpmmArgs& args, int64_t begin, int64_t end) {
-  return visit(DTypes{}, args.dtype,
-               [&]<DType kDType>(Constant<kDType>) { return Spmm<LanesOf<kDType>>::run(args, begin, end); });
+template <bool kPairs>
+bool spmm_nm_kernel(const SpmmArgs& args, int64_t begin, int64_t end) {
+  return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
+    return Spmm<ProductLanes<kDType, kPairs>>::run(args, begin, end);
+  });
 }
 
 }  // namespace sdgp::SDGP_ISA

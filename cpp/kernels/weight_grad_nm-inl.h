@@ -48,18 +48,20 @@ inline double cycles_per_pixel(int64_t vectors, int64_t panels, double kept, dou
          pixels;
 }
 
-template <class E>
+template <class A>
 WeightGradPlan make_weight_grad_plan(const WeightGradArgs& args) {
+  constexpr int kL = kLanes<typename A::Sum>;
   WeightGradPlan plan{};
   plan.pixels = args.height.out * args.width.out;
   plan.groups = ceil_div(plan.pixels, args.pruning.m);
   plan.taps = at_most(args.width.kernel, kMaxTaps);
-  const int64_t vectors = ceil_div(args.cols, kLanes<E>);
+  const int64_t vectors = ceil_div(args.cols, A::kVectors * kL) * A::kVectors;
   Patches patches(args);
   double best = 0;
-  for (int64_t panel = 1; panel <= at_most(vectors, kMaxPanel) && panel * plan.taps <= kMaxSums; ++panel) {
+  const int64_t widest = at_most(at_most(vectors, kMaxPanel), kMaxSums / plan.taps);
+  for (int64_t panel = A::kVectors; panel <= widest; panel += A::kVectors) {
     const int64_t panels = ceil_div(vectors, panel);
-    const int64_t bytes = panel * kVectorBytes;
+    const int64_t bytes = panel * kL * static_cast<int64_t>(sizeof(typename A::Packed));
     const Cut cut = cut_pixels(args, patches, block_bytes() / bytes);
     const int64_t size = cut.samples * cut.pixels;
     const double kept = static_cast<double>(plan.kept(cut.pixels, args.pruning) * cut.samples);
@@ -70,12 +72,12 @@ WeightGradPlan make_weight_grad_plan(const WeightGradArgs& args) {
     plan.panels = panels;
     plan.cut = cut;
   }
-  plan.width = plan.panel * kLanes<E>;
+  plan.width = plan.panel * kL;
   plan.per_sample = ceil_div(plan.pixels, plan.cut.pixels);
   plan.blocks = plan.cut.samples > 1 ? ceil_div(args.samples, plan.cut.samples) : args.samples * plan.per_sample;
   plan.chunks = ceil_div(args.rows, kWeightRows);
   const int64_t taps = args.height.kernel * args.width.kernel;
-  const int64_t panel_bytes = kWeightRows * taps * plan.width * static_cast<int64_t>(sizeof(E));
+  const int64_t panel_bytes = kWeightRows * taps * plan.width * static_cast<int64_t>(sizeof(typename A::Sum));
   plan.parts = at_most(ceil_div(plan.panels * panel_bytes, 4 * kResultBytes), plan.panels);
   const int64_t wanted = args.threads > 1 ? kUnitsPerThread * args.threads : 1;
   // Each part prunes again. Each chunk packs again, which costs less.
@@ -91,6 +93,8 @@ template <class C>
 class WeightGrad {
   using T = typename C::T;
   using E = typename C::E;
+  using A = ArithmeticOf<C>;
+  using Packed = typename A::Packed;
   using Word = SDGP_ISA::Word<sizeof(T)>;
 
  public:
@@ -108,7 +112,7 @@ class WeightGrad {
 
   explicit WeightGrad(const WeightGradArgs& args)
       : args_(args),
-        plan_(make_weight_grad_plan<E>(args)),
+        plan_(make_weight_grad_plan<A>(args)),
         patches_(args),
         input_(args, plan_.width),
         taps_(args.height.kernel * args.width.kernel) {
@@ -122,7 +126,7 @@ class WeightGrad {
     group_ = unit / plan_.parts % args_.groups;
     first_row_ = unit / plan_.parts / args_.groups * plan_.chunk_rows;
     rows_ = at_most(args_.rows - first_row_, plan_.chunk_rows);
-    const int64_t row_bytes = rows_ * static_cast<int64_t>(sizeof(uint32_t) + sizeof(E));
+    const int64_t row_bytes = rows_ * static_cast<int64_t>(sizeof(uint32_t) + sizeof(Packed));
     const int64_t block_kept = plan_.kept(plan_.cut.pixels, args_.pruning) * plan_.cut.samples;
     const int64_t slabs = ceil_div(plan_.blocks, at_least(kSlabBytes / (row_bytes * block_kept), 1));
     const int64_t panel_sums = rows_ * taps_ * plan_.width;
@@ -154,8 +158,8 @@ class WeightGrad {
     int64_t at = 0;
     for (int64_t i = 0; i < count_; ++i) {
       blocks[i] = block_at(begin + i);
-      blocks[i].kept =
-          fixed_ ? plan_.kept(blocks[i].end - blocks[i].begin, args_.pruning) * blocks[i].samples : blocks[i].size();
+      blocks[i].kept = fixed_ ? plan_.kept(blocks[i].end - blocks[i].begin, args_.pruning) * blocks[i].samples
+                              : ceil_div(blocks[i].size(), A::kStep) * A::kStep;
       blocks[i].at = at;
       if (!fixed_) {
         blocks[i].starts = starts + i * (rows_ + 1);
@@ -182,8 +186,8 @@ class WeightGrad {
     for (const Block* block = first; block < last; ++block) {
       patches_.find(block->begin, block->end);
       for (int64_t s = 0; s < block->samples; ++s, places += block->end - block->begin) {
-        patches_.find_places(block->begin, block->end, s * patches_.size, plan_.width * static_cast<int64_t>(sizeof(E)),
-                             places);
+        patches_.find_places(block->begin, block->end, s * patches_.size,
+                             plan_.width * static_cast<int64_t>(sizeof(Packed)), places);
       }
     }
     const Gradient& gradient = args_.gradient;
@@ -218,17 +222,23 @@ class WeightGrad {
     const uint32_t* places = places_.data;
     for (const Block* block = first; block < last; pruned += block->size(), places += block->size(), ++block) {
       const int64_t at = block->at + (fixed_ ? row * block->kept : block->starts[row]);
-      E* values = values_.data + at;
+      Packed* values = values_.data + at;
       uint32_t* offsets = offsets_.data + at;
       int64_t kept = 0;
-      if constexpr (sizeof(T) == sizeof(E)) {
+      if constexpr (A::kStep == 2) {
+        kept = keep_words(pruned, block->size(), places, values, offsets);
+      } else if constexpr (Packing<C>::kMoved) {
         kept = keep_row(table_, pruned, block->size(), places, reinterpret_cast<Word*>(values), offsets);
       } else {
         Word* words = words_.reserve(block->kept + kKeep);
         kept = keep_row(table_, pruned, block->size(), places, words, offsets);
-        load_elements<C>(reinterpret_cast<const T*>(words), values, kept);
+        Packing<C>::elements(reinterpret_cast<const T*>(words), values, kept);
       }
       if (!fixed_) {
+        for (; kept % A::kStep != 0; ++kept) {  // so that no row ends with a part of a step
+          values[kept] = 0;
+          offsets[kept] = offsets[kept - 1];
+        }
         block->starts[row + 1] = block->starts[row] + static_cast<uint32_t>(kept);
         continue;
       }
@@ -244,8 +254,8 @@ class WeightGrad {
     const char* input = reinterpret_cast<const char*>(input_.pack(block, columns_of(panel)));
     Ahead ahead = find_ahead(panel, index);
     const int64_t calls = args_.height.kernel * ceil_div(args_.width.kernel, plan_.taps);
-    const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(E));
-    TapsCall<E, uint32_t> call{};
+    const int64_t position_bytes = plan_.width * static_cast<int64_t>(sizeof(Packed));
+    TapsCall<A, uint32_t> call{};
     call.kept = {values_.data + block.at, offsets_.data + block.at, block.kept, block.starts};
     call.rows = rows_;
     call.tap_bytes = args_.width.dilation * position_bytes;
@@ -326,7 +336,7 @@ class WeightGrad {
   Scratch<uint32_t> places_;
   Scratch<Word> pruned_;
   Scratch<Word> words_;
-  Scratch<E> values_;
+  Scratch<Packed> values_;
   Scratch<uint32_t> offsets_;
   Scratch<uint32_t> starts_;
   Scratch<E> sums_;
@@ -334,15 +344,17 @@ class WeightGrad {
   Scratch<int64_t> pitch_;
 };
 
-inline int64_t weight_grad_nm_units(const WeightGradArgs& args) {
+template <bool kPairs>
+int64_t weight_grad_nm_units(const WeightGradArgs& args) {
   return visit(DTypes{}, args.dtype, [&]<DType kDType>(Constant<kDType>) {
-    return make_weight_grad_plan<typename LanesOf<kDType>::E>(args).units;
+    return make_weight_grad_plan<ArithmeticOf<ProductLanes<kDType, kPairs>>>(args).units;
   });
 }
 
-inline void weight_grad_nm_kernel(const WeightGradArgs& args, int64_t begin, int64_t end) {
+template <bool kPairs>
+void weight_grad_nm_kernel(const WeightGradArgs& args, int64_t begin, int64_t end) {
   visit(DTypes{}, args.dtype,
-        [&]<DType kDType>(Constant<kDType>) { WeightGrad<LanesOf<kDType>>::run(args, begin, end); });
+        [&]<DType kDType>(Constant<kDType>) { WeightGrad<ProductLanes<kDType, kPairs>>::run(args, begin, end); });
 }
 
 }  // namespace sdgp::SDGP_ISA
