@@ -29,6 +29,7 @@ PYBIND11_MODULE(_C, module) {
   module.attr("methods") = names(sdgp::kMethods, all);
   module.attr("methods_that_draw") = names(sdgp::kMethods, [](const auto& method) { return method.draws; });
   module.attr("methods_on_cuda") = names(sdgp::kMethods, [](const auto& method) { return method.fixed; });
+  module.attr("methods_unbiased") = names(sdgp::kMethods, [](const auto& method) { return method.unbiased; });
   module.attr("methods_by_group") = names(sdgp::kMethods, [](const auto& method) { return method.by_group; });
   module.attr("tile_24") = pybind11::make_tuple(sdgp::kTileRows, sdgp::kTileCols);
   module.attr("layouts_24") = names(sdgp::kLayouts24, all);

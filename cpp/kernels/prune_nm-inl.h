@@ -178,13 +178,15 @@ struct PruneKernel {
       const Row row = find_row(args, args.ndim, position);
       const T* in = static_cast<const T*>(args.in) + row.in;
       T* out = static_cast<T*>(args.out) + row.out;
+      const uint64_t first_group = args.first_group + row.index * static_cast<uint64_t>(plan.row_groups);
+      const auto groups_from = [&](int64_t group) __attribute__((always_inline)) {
+        return offsets.from(first_group + static_cast<uint64_t>(group), kM, false);
+      };
       const int64_t stop = plan.full * (chunk + 1) / plan.chunks;
       for (int64_t at = plan.full * chunk / plan.chunks; at < stop; at += kT * kL) {
         if constexpr (kMethod == Method::kUnstructured && kM % kL == 0) {
           const int64_t first = at_most(at, stop - kL);
-          const uint64_t index =
-              args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(first);
-          if (prune_across(in + first * kM, out + first * kM, plan.mixed, offsets.from(index, kM, false))) continue;
+          if (prune_across(in + first * kM, out + first * kM, plan.mixed, groups_from(first))) continue;
         }
         Elem<C> x[kT][kM];
         LaneGroups<C> groups[kT];
@@ -193,9 +195,7 @@ struct PruneKernel {
         for (int t = 0; t < kT; ++t) {
           g[t] = at_most(at + t * kL, stop - kL);  // moves back as in run_rows
           load_groups(in + g[t] * kM, x[t]);
-          const uint64_t index =
-              args.first_group + row.index * static_cast<uint64_t>(plan.row_groups) + static_cast<uint64_t>(g[t]);
-          groups[t] = offsets.from(index, kM, false);
+          groups[t] = groups_from(g[t]);
         }
         prune_tiles<C, kMethod, kM>(x, plan.mixed, groups);
 #pragma GCC unroll 2

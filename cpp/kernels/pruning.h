@@ -35,13 +35,14 @@ struct MethodTraits {
   bool draws;     // draws random numbers, so it takes a seed
   bool by_group;  // pruning a group needs only that group and the settings, no sums over the tensor
   bool fixed;     // every group keeps n values; otherwise n of m is a mean
+  bool unbiased;  // the mean over the draws is the input
 };
-inline constexpr MethodTraits kMethods[] = {{Method::kMagnitude, "magnitude", false, true, true},
-                                            {Method::kRandom, "random", true, true, true},
-                                            {Method::kRescale, "rescale", false, false, true},
-                                            {Method::kRescaleGroup, "rescale_group", false, true, true},
-                                            {Method::kMvue, "mvue", true, true, true},
-                                            {Method::kUnstructured, "unstructured", true, true, false}};
+inline constexpr MethodTraits kMethods[] = {{Method::kMagnitude, "magnitude", false, true, true, false},
+                                            {Method::kRandom, "random", true, true, true, false},
+                                            {Method::kRescale, "rescale", false, false, true, false},
+                                            {Method::kRescaleGroup, "rescale_group", false, true, true, false},
+                                            {Method::kMvue, "mvue", true, true, true, true},
+                                            {Method::kUnstructured, "unstructured", true, true, false, true}};
 
 constexpr const MethodTraits& traits(Method method) { return kMethods[static_cast<int>(method)]; }
 
