@@ -18,6 +18,7 @@ from torch import nn
 
 import sdgp
 from sdgp import _plan
+from sdgp._plan import Interval
 from sdgp._steps import Steps
 
 pytestmark = pytest.mark.usefixtures("told")
@@ -250,6 +251,18 @@ def test_a_busy_moment_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not is_pruned(run.model)
     run.steps(2)
     assert run.budget.verdict.startswith("it pays")
+    assert is_pruned(run.model)
+
+
+def test_steps_that_seemed_to_save_nothing_are_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = iter([Interval(-0.1, -0.5, 0.2), Interval(0.9, 0.8, 1.0)])
+    monkeypatch.setattr(Steps, "realized", lambda *_: next(found))
+    run = Run(every=2)
+    run.steps(0, 1)
+    assert run.budget.verdict.startswith("nothing pays here: sparse products are faster, but whole steps with them")
+    run.steps(2, 3)
+    assert run.budget.verdict.startswith("it pays")
+    run.steps(4, 5)  # what was measured once is kept
     assert is_pruned(run.model)
 
 

@@ -140,6 +140,8 @@ def advised(
             if memory.realized is None:
                 memory.realized = steps.realized(lambda: _pruned(model, plan, "auto"), plan.saved)
             plan.take_realized(memory.realized)
+            if not plan.chosen:
+                memory.realized = None  # perhaps the machine was busy: the next call measures it again
         for _ in range(3):  # a choice that changes is measured again
             if not plan.chosen:
                 break

@@ -125,7 +125,7 @@ class Plan(dict[str, tuple[Any, ...]]):
     def take_realized(self, realized: Interval) -> None:
         """Takes over how much of its products' savings the whole step shows. The choice may change."""
         self._realized = realized
-        if not 0.8 < realized.value < 1.25 or self.net <= 0:
+        if not 0.8 < realized.value < 1.25 or self.net < _LEAST_NET:
             self._choose()
 
     def take_measured(self, noise: float) -> bool:
@@ -143,7 +143,7 @@ class Plan(dict[str, tuple[Any, ...]]):
         close = total > 0 and 0.8 < noise / (self._factor * total) < 1.25
         if total > 0:
             self._factor = noise / total
-        if close and self.net > 0:
+        if close and self.net >= _LEAST_NET:
             return True
         self._choose()
         return self.chosen == before
