@@ -14,6 +14,7 @@ from advice import Slower, Told, batches, loss, net
 from torch import Tensor, nn
 
 import sdgp
+from sdgp._choose import current_chooser
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
 from sdgp._plan import Interval
@@ -242,6 +243,11 @@ def test_whole_steps_are_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert plan.saved == pytest.approx(1 - 7 / 10)
     assert plan._realized[1:] == pytest.approx((0 / steps[0], (1 - 7 / 12) / steps[0]))
     assert len(steps) == 1
+    known = len(current_chooser())
+    assert known > 0
+    sdgp.convert(model, plan)
+    loss(model, batches()[0]).backward()
+    assert len(current_chooser()) == known  # training measures nothing again
 
 
 def test_times_of_a_busy_machine_give_no_verdict() -> None:

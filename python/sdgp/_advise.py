@@ -43,8 +43,9 @@ def advise(
 
     ``advise`` times the sparse and the exact product of each layer's data and weight gradient. It measures the noise
     that each pruned gradient would add to the gradient of *all* parameters, and chooses the patterns with the largest
-    ``net``. If nothing pays, the plan is empty. ``advise`` leaves the model, its gradients and buffers and PyTorch's
-    random number generators unchanged.
+    ``net``. Then it times whole steps with the plan and without it in turn, and corrects S. If nothing pays, the plan
+    is empty. ``advise`` leaves the model, its gradients and buffers and PyTorch's random number generators unchanged.
+    ``sdgp.chooser`` keeps the times of the plan's products, so that training does not measure them again.
 
     Gradients change during training, and an untrained model tolerates pruning worst: train for a few hundred steps
     first. The model is measured in its current mode: call ``model.train()`` before. A step is a forward and a backward;
