@@ -5,8 +5,8 @@
 // it for the caches; row_kernel-inl.h has the inner loops. Compiled once per instruction set.
 #pragma once
 
-#include "compress_nm-inl.h"
 #include "gather-inl.h"
+#include "packer-inl.h"
 #include "row_kernel-inl.h"
 
 namespace sdgp::SDGP_ISA {

@@ -10,8 +10,8 @@
 // needed.
 #pragma once
 
-#include "compress_nm-inl.h"
 #include "pack_input-inl.h"
+#include "packer-inl.h"
 #include "spmm_nm-inl.h"
 
 namespace sdgp::SDGP_ISA {
