@@ -42,8 +42,9 @@ struct OneByOne {
   using Sum = E;
   using Packed = E;
   using Panels = Values<1, 2, 3, 4, 5, 6, 7, 8>;  // widths of a panel, in vectors of sums
-  static constexpr int kStep = 1;                 // kept values that are multiplied together
-  static constexpr int kVectors = 1;              // a panel is a multiple of this
+  static constexpr bool kPairs = false;
+  static constexpr int kStep = 1;     // kept values that are multiplied together
+  static constexpr int kVectors = 1;  // a panel is a multiple of this
 
   // Adds the products of kStep kept values with kP vectors of columns, for each tap.
   template <int kP, class Offset, int... kI>
@@ -67,6 +68,7 @@ struct InPairs {
   using Sum = float;
   using Packed = uint16_t;
   using Panels = Values<2, 4, 6, 8>;
+  static constexpr bool kPairs = true;
   static constexpr int kStep = 2;
   static constexpr int kVectors = 2;
 
@@ -201,7 +203,7 @@ struct Packing {
 
   // Stores the columns that follow each other in a dense row.
   static SDGP_INLINE void store_columns(Packed* to, Vec<Packed> columns) {
-    if constexpr (A::kStep == 2) {
+    if constexpr (A::kPairs) {
       store_bits(to, A::arrange(columns));
     } else {
       store_bits(to, columns);

@@ -16,7 +16,7 @@ constexpr int kMaxPanel = 8;
 // L1 cache for more reduction rows.
 template <class A>
 int64_t widest_panel() {
-  return kVectorBytes == 64 ? A::kVectors * 4 * wide_loads_per_cycle() : kMaxPanel;
+  return kVectorBytes == 64 ? at_most(A::kVectors * 4 * wide_loads_per_cycle(), kMaxPanel) : kMaxPanel;
 }
 
 // The bytes of the L1 cache for the dense operand. The rest is for data that is read once.
@@ -56,7 +56,7 @@ DensePlan make_dense_plan(const SpmmArgs& args) {
   DensePlan plan{};
   plan.taps = args.height.kernel * args.width.kernel;
   const int64_t steps = ceil_div(args.cols, kColumns);
-  plan.panels = ceil_div(steps, at_most(widest_panel<A>(), kMaxPanel) / A::kVectors);
+  plan.panels = ceil_div(steps, widest_panel<A>() / A::kVectors);
   const int64_t panel_steps = ceil_div(steps, plan.panels);
   plan.panel = panel_steps * A::kVectors;
   plan.panels = ceil_div(steps, panel_steps);

@@ -22,7 +22,8 @@ struct PackTable {
 };
 
 // m divides 8. Each m consecutive bits of the eight are a group, which is filled up to n bits.
-inline void make_pack_table(PackTable& table, int n, int m) {
+__attribute__((noinline)) constexpr PackTable make_pack_table(int n, int m) {
+  PackTable table{};
   for (int bits = 0; bits < 256; ++bits) {
     uint64_t order = 0;
     uint32_t filled = 0;
@@ -40,7 +41,11 @@ inline void make_pack_table(PackTable& table, int n, int m) {
     table.order[bits] = order;
     table.filled[bits] = static_cast<uint8_t>(filled);
   }
+  return table;
 }
+
+// Keeps the elements that are not +0.
+inline constexpr PackTable kPackNonzeros = make_pack_table(0, kPack);
 
 // Returns one bit per element of eight: 1 if the element is not +0.
 template <class T>
@@ -92,11 +97,10 @@ struct Packer {
   const int n;
   const int m;
   const bool whole;  // eight elements are a whole number of groups
-  PackTable table;
+  const PackTable table;
 
-  explicit Packer(const Pruning& pruning) : n(pruning.n), m(pruning.m), whole(kPack % m == 0) {
-    make_pack_table(table, whole ? n : 0, whole ? m : kPack);
-  }
+  explicit Packer(const Pruning& pruning)
+      : n(pruning.n), m(pruning.m), whole(kPack % m == 0), table(whole ? make_pack_table(n, m) : kPackNonzeros) {}
 
   // Packs one group of `length` elements. Reads and writes nothing beyond it.
   void pack_group(const T* x, int64_t length, T* values, uint8_t* indices) const {
@@ -289,8 +293,7 @@ __attribute__((target("avx512vbmi2"))) inline int64_t keep_words(const uint16_t*
 constexpr int kKeep = 32;
 
 template <class T>
-SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, const uint32_t* places, T* values,
-                             uint32_t* kept_places) {
+SDGP_INLINE int64_t keep_row(const T* x, int64_t size, const uint32_t* places, T* values, uint32_t* kept_places) {
   int64_t kept = 0;
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
@@ -309,8 +312,8 @@ SDGP_INLINE int64_t keep_row(const PackTable& table, const T* x, int64_t size, c
   for (int64_t i = 0; i < size; i += kPack) {
     const uint32_t inside = size - i < kPack ? (1u << (size - i)) - 1 : 0xff;
     const uint32_t bits = kept_bits(x + i) & inside;
-    store_in_order(x + i, table.order[bits], values + kept);
-    store_in_order(places + i, table.order[bits], kept_places + kept);
+    store_in_order(x + i, kPackNonzeros.order[bits], values + kept);
+    store_in_order(places + i, kPackNonzeros.order[bits], kept_places + kept);
     kept += __builtin_popcount(bits);
   }
   return kept;

@@ -304,4 +304,12 @@ SDGP_INLINE void transpose(Vec<E>* x) {
   }
 }
 
+// The vectors of lanes of type C: elements, signed integers (magnitudes and masks) and unsigned integers.
+template <class C>
+using Elem = Vec<typename C::E>;
+template <class C>
+using Key = Vec<typename C::K>;
+template <class C>
+using Unsigned = Vec<typename C::U>;
+
 }  // namespace sdgp::SDGP_ISA

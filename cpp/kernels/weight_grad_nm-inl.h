@@ -115,9 +115,7 @@ class WeightGrad {
         plan_(make_weight_grad_plan<A>(args)),
         patches_(args),
         input_(args, plan_.width),
-        taps_(args.height.kernel * args.width.kernel) {
-    make_pack_table(table_, 0, kPack);
-  }
+        taps_(args.height.kernel * args.width.kernel) {}
 
   void run_unit(int64_t unit) {
     const int64_t part = unit % plan_.parts;
@@ -225,13 +223,13 @@ class WeightGrad {
       Packed* values = values_.data + at;
       uint32_t* offsets = offsets_.data + at;
       int64_t kept = 0;
-      if constexpr (A::kStep == 2) {
+      if constexpr (A::kPairs) {
         kept = keep_words(pruned, block->size(), places, values, offsets);
       } else if constexpr (Packing<C>::kMoved) {
-        kept = keep_row(table_, pruned, block->size(), places, reinterpret_cast<Word*>(values), offsets);
+        kept = keep_row(pruned, block->size(), places, reinterpret_cast<Word*>(values), offsets);
       } else {
         Word* words = words_.reserve(block->kept + kKeep);
-        kept = keep_row(table_, pruned, block->size(), places, words, offsets);
+        kept = keep_row(pruned, block->size(), places, words, offsets);
         Packing<C>::elements(reinterpret_cast<const T*>(words), values, kept);
       }
       if (!fixed_) {
@@ -324,7 +322,6 @@ class WeightGrad {
   PackedInput<C> input_;
   const int64_t taps_;
   const bool fixed_ = args_.pruning.fixed();
-  PackTable table_;
   PrunedRows<Word> rows_of_;
   int64_t group_ = 0;
   int64_t first_row_ = 0;

@@ -50,7 +50,7 @@ std::vector<double> sample_magnitudes(const Tensor& input) {
 }
 
 // Finds the step with which n of m elements stay in the mean: the probabilities min(1, |x| / step) add up to n / m of
-// the elements. As in Note [mvue] of select_nm-inl.h, over a sample. The result is a finite number of type T, because
+// the elements. As in Note [mvue] of mvue-inl.h, over a sample. The result is a finite number of type T, because
 // kept elements get this value, and so large that 2^24 / step is finite, too.
 template <class T>
 double find_step(const Tensor& input, const Pruning& pruning) {

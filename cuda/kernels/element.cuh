@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Converts a stored element to a number and back. Bits is the stored word. E is the type for arithmetic. K is the
-// integer type for magnitudes (Note [Magnitude order] in cpp/kernels/select_nm-inl.h).
+// integer type for magnitudes (Note [Magnitude order] in cpp/kernels/select_largest-inl.h).
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Prunes one group in one thread. It selects exactly the same positions as cpp/kernels/select_nm-inl.h, and the notes
-// there hold here too. kM is the compiled group size. A smaller group is padded with zeros at its end. The code is
-// compiled without contraction of multiply and add (-fmad=false).
+// in the files that it includes hold here too. kM is the compiled group size. A smaller group is padded with zeros at
+// its end. The code is compiled without contraction of multiply and add (-fmad=false).
 #pragma once
 
 #include <limits>

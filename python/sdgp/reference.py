@@ -243,7 +243,7 @@ def _rescale_group(x: Tensor, keep: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _mvue(groups: Tensor, x: Tensor, n: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Implements ``mvue`` (Note [mvue] in cpp/kernels/select_nm-inl.h)."""
+    """Implements ``mvue`` (Note [mvue] in cpp/kernels/mvue-inl.h)."""
     magnitude = x.abs()
     zero = torch.zeros_like(x)
     total = _sequential_sum(magnitude)
@@ -304,7 +304,7 @@ def _step(input: Tensor, n: int, m: int) -> Tensor:
 
 
 def _unstructured(groups: Tensor, x: Tensor, step: Tensor, n: int, seed: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Implements ``unstructured`` (Note [Unstructured] in cpp/kernels/select_nm-inl.h)."""
+    """Implements ``unstructured`` (Note [Unstructured] in cpp/kernels/mvue-inl.h)."""
     magnitude, zero = x.abs(), torch.zeros_like(x)
     limits, least = torch.finfo(groups.dtype), 2.0 ** (-999 if x.dtype == torch.float64 else -103)
     least = max(least, limits.smallest_normal * limits.eps)  # so 2^24 / step is finite
@@ -320,7 +320,7 @@ def _unstructured(groups: Tensor, x: Tensor, step: Tensor, n: int, seed: Tensor 
     return scale, torch.where(sampled, torch.copysign(step.expand_as(x), x), x)
 
 
-# Random numbers (Note [Random numbers] in cpp/kernels/select_nm-inl.h). Each int64 holds a 32-bit word.
+# Random numbers (Note [Random numbers] in cpp/kernels/random_numbers-inl.h). Each int64 holds a 32-bit word.
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: BSD-3-Clause
 //
 // Scalar code for one group of prune_nm, which follows the specification. The specification is Note [Magnitude order],
-// Note [Random numbers], Note [mvue] and Note [Unstructured] in cpp/kernels/select_nm-inl.h.
+// Note [Random numbers], Note [mvue] and Note [Unstructured] in cpp/kernels/.
 #pragma once
 
 #include <cmath>
