@@ -201,6 +201,48 @@ def test_trainer_with_a_budget(hf_callback: Any, pays: None, accumulate: int, tm
     assert same(trainer.model, again.model)
 
 
+@pytest.mark.parametrize("restore", [True, False], ids=["callback from the checkpoint", "callback from the program"])
+def test_trainer_with_a_budget_of_some_layers(hf_callback: Any, pays: None, restore: bool, tmp_path: Path) -> None:
+    settings = {**BUDGET, "filter": lambda module, name: name.endswith("c_proj"), "to": tmp_path / "lines"}
+    whole, _ = hf_train(tmp_path / "whole", hf_callback(budget=settings))
+    resumed, _ = hf_train(
+        tmp_path / "resumed",
+        hf_callback(budget={} if restore else settings),
+        resume=tmp_path / "whole" / "checkpoint-3",
+        restore_callback_states_from_checkpoint=restore,
+    )
+    assert {name.endswith("c_proj") for name, layer in resumed.model.named_modules() if phase(layer) == "2:4"} == {True}
+    assert same(whole.model, resumed.model)
+    assert (tmp_path / "lines").stat().st_size > 0
+    with pytest.raises(ValueError, match=r"^SdgpCallback: expected budget's to as a path, .*got a function"):
+        hf_train(tmp_path / "function", hf_callback(budget={"to": print}))
+
+
+def test_a_second_training_begins_anew(hf_callback: Any, pays: None, tmp_path: Path) -> None:
+    callback = hf_callback(budget=BUDGET)
+    hf_train(tmp_path / "first", callback)
+    model = gpt2()
+    _, phases = hf_train(tmp_path / "second", callback, model)
+    assert phases[:3] == ["plain"] * 3
+    assert callback.budget.step_count == 8
+
+
+def test_an_interrupted_training_leaves_no_hook_behind(hf_callback: Any, pays: None, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    callback, model = hf_callback(budget=BUDGET), gpt2()
+    handle = model.transformer.h[0].register_forward_hook(stop)
+    with pytest.raises(Stop):
+        hf_train(tmp_path / "first", callback, model)
+    handle.remove()
+    hf_train(tmp_path / "second", callback, model)
+    assert not model._forward_pre_hooks
+
+
 # The callback for Lightning.
 
 # Warnings about Lightning's calls of torch, and Lightning's warnings on machines with more cores or a GPU.
@@ -317,6 +359,8 @@ def test_lightning_with_a_budget(lightning: tuple[Any, Any], pays: None, accumul
     again, _ = fit(library, tmp_path, resumed, tmp_path / "half", **arguments)
     assert resumed.budget.step_count == 8
     assert same(whole.lightning_module, again.lightning_module)
+    fit(library, tmp_path, resumed, epochs=accumulate, accumulate_grad_batches=accumulate)
+    assert resumed.budget.step_count == 4  # another training, which begins anew
 
 
 @asks_torch
@@ -349,7 +393,7 @@ def test_old_names_warn_and_work() -> None:
         ({"method": "rescale"}, "SdgpCallback: expected a pattern .*, got none"),
         ({"backend": "pruned"}, "SdgpCallback: expected a pattern .*, got none"),
         ({"pattern": "2:4", "backend": "fast"}, "SdgpCallback: expected .*auto, pruned, sparse, dense, got 'fast'"),
-        ({"budget": {}, "pattern": "2:4"}, "SdgpCallback: expected a budget alone, .*, got more"),
+        ({"budget": {}, "pattern": "2:4"}, "SdgpCallback: expected budget without pattern, .*, got both"),
         ({"patterns": {3: "4:2"}}, "pattern: expected .*, got '4:2'"),
     ],
 )

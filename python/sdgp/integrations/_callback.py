@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from os import PathLike, fspath
 from typing import Any
 
 from torch import Tensor, nn
@@ -54,10 +55,16 @@ class ScheduleCallback:
         exact_first = renamed("SdgpCallback", "dense_first", dense_first, "exact_first", exact_first)
         exact_last = renamed("SdgpCallback", "dense_last", dense_last, "exact_last", exact_last)
         if budget is not None and (pattern is not None or exact_first or exact_last or patterns):
-            raise ValueError("SdgpCallback: expected a budget alone, which chooses what to prune and when, got more")
+            raise ValueError(
+                "SdgpCallback: expected budget without pattern, exact_first, exact_last and patterns, got both"
+            )
         if isinstance(pattern, Mapping):
-            raise ValueError("SdgpCallback: expected a pattern, got a plan: sdgp.convert(model, plan), then no pattern")
+            raise ValueError(
+                "SdgpCallback: expected a pattern, got a plan: call sdgp.convert(model, plan), and pass no pattern"
+            )
         self.budget_settings = None if budget is None else dict(budget)
+        if self.budget_settings is not None and isinstance(self.budget_settings.get("to"), PathLike):
+            self.budget_settings["to"] = fspath(self.budget_settings["to"])  # which a checkpoint can store
         pruning = Pruning.parse("SdgpCallback", pattern or "2:4", method, backend, weight_grad)
         if pattern is None and (method, filter, backend, weight_grad) != ("mvue", None, "auto", None):
             raise ValueError("SdgpCallback: expected a pattern with method, filter, backend and weight_grad, got none")
@@ -94,6 +101,7 @@ class ScheduleCallback:
         self.budget = Budget(model, loss, optimizer, **(self.budget_settings or {}))
         if self.budget_state is not None:
             self.budget.load_state_dict(self.budget_state)
+            self.budget_state = None  # the next training begins anew
 
     @property
     def measured(self) -> dict[str, Any]:

@@ -51,7 +51,7 @@ class SdgpCallback(ScheduleCallback, Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         if self.budget_settings is not None:
             if not getattr(pl_module, "automatic_optimization", True):
-                raise ValueError("SdgpCallback: a budget expected automatic optimization, got manual")
+                raise ValueError("SdgpCallback: expected automatic optimization with budget=, got manual optimization")
             self._step, self._trainer = trainer.global_step, trainer
             self.start_budget(pl_module, self._loss, trainer.optimizers[0])
             return

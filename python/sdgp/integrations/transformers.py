@@ -11,7 +11,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from .._layer import PruningLayer
-from .._step import Hook
+from .._models import layers_of
+from .._step import Handles, Hook
+from .._twins import twin_of
 from ._callback import ScheduleCallback, scaled
 
 
@@ -29,6 +31,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         exact_first, exact_last, patterns: as ``sdgp.Schedule`` takes them.
         budget: the keyword arguments of a ``sdgp.Budget``, ``{}`` for its defaults. It replaces all other arguments and
             chooses what to prune and when. The model must return its loss, and batches must have at least two samples.
+            ``to`` must be a path, because checkpoints store the arguments.
 
     Raises:
         ValueError: If an argument is invalid. The message reads ``SdgpCallback: requirement, got actual``. The start of
@@ -43,6 +46,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
     layers: Collection[str] | None = None  # from a checkpoint, which cannot store a filter: the layers it chose
     _converted: Collection[str] | None = None
     _batch: Mapping[str, Any] | None = None  # the batch of the last training forward
+    _hooks = Handles()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
         # A checkpoint of a run without this callback lacks this entry, but the Trainer requires it.
@@ -50,10 +54,19 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         attributes = (saved[-1] if isinstance(saved, list) else saved)["attributes"]
         self.measured = attributes["measured"]
         if self.budget_settings is not None:
-            self.budget_state = attributes.get("budget_state")
+            if callable(self.budget_settings.get("to")):
+                raise ValueError(
+                    "SdgpCallback: expected budget's to as a path, got a function: no checkpoint stores it"
+                )
+            # The Trainer also calls ``state`` when a new training begins, and finds the end of the last one there.
+            self.budget_state = attributes.get("budget_state") if state.global_step else None
+            if (layers := self.layers) is not None:
+                self.budget_settings["filter"] = lambda module, name: name in layers
             scaler = getattr(kwargs["optimizer"], "scaler", None)  # of accelerate's optimizer
             self.start_budget(model, lambda *asked: scaled(_loss(*asked), scaler), kwargs["optimizer"])
-            self._hook = model.register_forward_pre_hook(Hook(self._note_batch), with_kwargs=True)
+            self._converted = self._chosen(model)
+            self._hooks.remove()  # an interrupted training may have left one
+            self._hooks = Handles([model.register_forward_pre_hook(Hook(self._note_batch), with_kwargs=True)])
             return
         if (layers := self.layers) is not None:
             self.filter = lambda module, name: name in layers
@@ -70,8 +83,15 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.budget is not None:
-            self._hook.remove()
+            self._hooks.remove()
             self._batch = None
+
+    def _chosen(self, model: nn.Module) -> list[str] | None:
+        """Returns the layers that the budget's filter chooses; None if there is no filter."""
+        filter = (self.budget_settings or {}).get("filter")
+        if filter is None:
+            return None
+        return [name for name, layer in layers_of(model) if twin_of(layer) is not None and filter(layer, name)]
 
     def _note_batch(self, model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         if model.training:  # num_items_in_batch counts the tokens of several batches; without it, the loss is a mean
@@ -82,7 +102,7 @@ class SdgpCallback(ScheduleCallback, TrainerCallback, ExportableState):  # type:
         settings = {name: getattr(self, name) for name in self.stored} | {"patterns": list(self.patterns.items())}
         attributes = {"measured": self.measured, "layers": self._converted}
         if self.budget_settings is not None:
-            settings["budget"] = self.budget_settings
+            settings["budget"] = {key: value for key, value in self.budget_settings.items() if key != "filter"}
             attributes["budget_state"] = None if self.budget is None else self.budget.state_dict()
         return {"args": settings, "attributes": attributes}
 
@@ -91,7 +111,7 @@ def _loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, Tensor):
         raise ValueError(
-            "SdgpCallback: a budget expected a model that returns its loss, got none: the Trainer's own loss functions "
-            "and label_smoothing_factor cannot be used with it"
+            "SdgpCallback: expected a model that returns its loss with budget=, got none: the Trainer's own loss "
+            "functions and label_smoothing_factor cannot be used with it"
         )
     return loss
