@@ -7,6 +7,7 @@ import copy
 import itertools
 import pickle
 import re
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -293,9 +294,13 @@ def test_an_empty_plan_leaves_nothing_to_schedule_or_watch() -> None:
 
 def test_a_share_of_less_than_one_unit_is_said() -> None:
     model = sdgp.convert(nn.Linear(8, 8), "2:4")
-    with pytest.warns(UserWarning, match="exact_first=0.25 of total=3 is less than one unit"):
+    with pytest.warns(UserWarning, match="exact_first=0.25 of total=3 is less than one unit") as warned:
         schedule = sdgp.Schedule(model, total=3, exact_first=0.25)
+    assert warned[0].filename == __file__
     assert not schedule.exact
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a pattern from the start has an effect
+        assert str(sdgp.Schedule(model, total=3, patterns={0.25: "1:4"}).pattern) == "1:4"
 
 
 def test_layers_that_are_converted_later_follow_the_schedule() -> None:
@@ -334,6 +339,16 @@ def test_a_model_follows_its_newest_schedule() -> None:
     assert reasons(model) == {""}
     del second
     sdgp.convert(model, "2:4", backend="pruned")  # no schedule is left to follow
+    assert reasons(model) == {""}
+
+
+def test_a_conversion_ends_what_a_lost_schedule_holds() -> None:
+    model = small()
+    schedule = sdgp.Schedule(model, total=2, exact_last=1)
+    schedule.step()
+    del schedule
+    assert reasons(model) == {"scheduled, exact_last=1 of 2"}
+    sdgp.convert(model, "2:4", backend="pruned")
     assert reasons(model) == {""}
 
 

@@ -178,11 +178,11 @@ class Schedule:
         if self._total is None:
             raise ValueError(f"Schedule: expected total with a share, got {name}={value} alone")
         units = int(value * self._total + 1e-9)
-        if units == 0:
+        if units == 0 and name.startswith("exact"):
             warnings.warn(
                 f"Schedule: {name}={value} of total={self._total} is less than one unit, so it has no effect; count in "
                 "smaller units, such as steps",
-                stacklevel=4,
+                stacklevel=3,
             )
         return units
 
@@ -202,5 +202,9 @@ def _schedule_of(layer: nn.Module) -> Schedule | None:
 def keep_scheduled(layer: nn.Module) -> None:
     """Puts a layer that was converted just now into the state that its schedule requires, if it has one."""
     schedule = _schedule_of(layer)
-    if schedule is not None and isinstance(layer, PruningLayer):
+    if not isinstance(layer, PruningLayer):
+        return
+    if schedule is not None:
         schedule._adopt(layer)
+    else:
+        layer.hold("schedule", "")  # a schedule that is gone may have left it
