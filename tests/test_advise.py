@@ -170,6 +170,7 @@ def test_an_optimizer_that_steps_in_backward_is_refused() -> None:
         ((net(), torch.full((4, 32), math.nan)), {}, "finite loss", "nan"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: model(x)}, "scalar tensor", r"shape \(4, 64\)"),
         ((net(), torch.ones(4, 32)), {"loss": lambda model, x: 1.0}, "scalar tensor", "float"),
+        ((net(), X), {"filter": lambda module, name: None}, "filter to return a bool", "None"),
         ((net(), 1), {"optimizer": torch.optim.SGD(net().parameters())}, "optimizer of this model", "6 parameters"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -197,6 +198,25 @@ def test_a_loss_that_refuses_a_part_of_the_batch() -> None:
     assert sdgp.advise(net(), *batches(), loss=strict).pays
     with pytest.raises(ValueError, match=r"advise: expected several batches, or one whose halves .*: expected 8192"):
         sdgp.advise(net(), batches()[0], loss=strict)
+
+
+def test_a_failed_measurement_is_the_reason() -> None:
+    class Failing(Told):
+        def measure(
+            self, products: Products, pruning: Pruning, rounds: int | None = None, exact_ms: float | None = None
+        ) -> sdgp.Decision:
+            raise RuntimeError("out of memory")
+
+    with Failing():
+        plan = sdgp.advise(net(), *batches(), loss=loss)
+    assert "out of memory" in str(plan)
+    assert all(row.sparse_ms is None for row in plan.candidates)
+
+
+def test_several_gpus_raise_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.random, "_fork_rng_warned_already", False)
+    sdgp.advise(net(), *batches(), loss=loss)
 
 
 def test_generators_of_python_and_numpy_come_back() -> None:

@@ -216,10 +216,11 @@ def test_parametrized_weights() -> None:
 
 
 def test_whole_models_load_with_weights_only(tmp_path: Any) -> None:
-    model = nn.Sequential(sdgp.Linear(8, 8), sdgp.Conv2d(8, 8, 3, backend="dense"))
+    model = nn.Sequential(sdgp.Linear(8, 8), sdgp.Conv2d(8, 8, 3, backend="dense"), nn.Linear(8, 2))
+    sdgp.convert(model, backend="dense", filter=lambda module, name: name != "2")
     model[0].hold("schedule", "scheduled")
     torch.save(model, tmp_path / "model.pt")
-    with torch.serialization.safe_globals([nn.Sequential, set]):
+    with torch.serialization.safe_globals([nn.Sequential, nn.Linear, set]):
         loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     assert sdgp.report(loaded) == sdgp.report(model)
 

@@ -243,10 +243,41 @@ def test_exact_layers_are_not_recorded() -> None:
     with sdgp.Chooser(timer=Timer(1.0, 2.0)):
         for _ in range(2):
             step(model, torch.randn(256, 256))
-        assert watch["1"]["step"] == [2]  # at step 1 nothing was measured yet
+        assert watch["1"]["step"] == [2]  # the decision of step 0 still stood before the backward of step 1
         with sdgp.paused(model):
             step(model, torch.randn(256, 256))
         assert watch["1"]["step"] == [2]
+
+
+@pytest.mark.parametrize(("sparse", "steps"), [(1.0, [0, 1]), (3.0, [])])
+def test_the_step_in_which_auto_decides(sparse: float, steps: list[int]) -> None:
+    model = converted(nn.Linear(256, 256), backend="auto")
+    watch = sdgp.watch(model, every=1)
+    with sdgp.Chooser(timer=Timer(sparse, 2.0)):
+        for _ in range(2):
+            step(model, torch.randn(256, 256))
+    assert [record["step"] for record in watch.values()] == ([steps] if steps else [])
+
+
+def test_layers_that_are_converted_later_are_recorded() -> None:
+    model = sdgp.convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), {})
+    watch = sdgp.watch(model, every=1)
+    step(model, torch.randn(4, 8))
+    assert not watch
+    sdgp.convert(model, {"1": ("2:4", "mvue")}, backend="pruned")
+    step(model, torch.randn(4, 8))
+    assert {name: record["step"] for name, record in watch.items()} == {"1": [1]}
+
+
+def test_steps_of_measurements_do_not_count() -> None:
+    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
+    watch = sdgp.watch(model, every=1)
+    step(model, torch.randn(4, 8))
+    sdgp.profile(model, torch.randn(4, 8), rounds=1)
+    sdgp.advise(model, *torch.randn(2, 4, 8), rounds=1)
+    step(model, torch.randn(4, 8))
+    assert watch.step == 2
+    assert watch["1"]["step"] == [0, 1]
 
 
 def test_a_backward_after_the_pause_is_not_recorded() -> None:

@@ -190,7 +190,7 @@ def prepared(
     if not any(tried):
         raise ValueError(f"{op}: expected at least one pattern and one method, got none")
     settings = sorted((pruning for row in tried for pruning in row), key=lambda pruning: -sparsity(pruning))
-    twins, reasons = _twins(model, settings, filter)
+    twins, reasons = _twins(op, model, settings, filter)
     if not twins:
         why = f": {next(iter(reasons.values()))}" if reasons else ""
         raise ValueError(f"{op}: expected a model with layers to prune, got none{why}")
@@ -238,7 +238,7 @@ def _pruned(model: nn.Module, plan: Mapping[str, tuple[Any, ...]], backend: str)
 
 
 def _twins(
-    model: nn.Module, settings: list[Pruning], filter: Callable[[nn.Module, str], bool] | None
+    op: str, model: nn.Module, settings: list[Pruning], filter: Callable[[nn.Module, str], bool] | None
 ) -> tuple[dict[nn.Module, list[PruningLayer]], dict[str, str]]:
     """Makes a converted twin of each layer for every setting. The twins share the layer's Parameters.
 
@@ -247,7 +247,7 @@ def _twins(
     """
     twins, reasons = {}, {}
     for name, module in layers_of(model):
-        why = why_plain(module, name, Pruning.parse("advise", "1:1", "mvue", "auto"), filter)
+        why = why_plain(op, module, name, Pruning.parse("advise", "1:1", "mvue", "auto"), filter)
         twin = twin_of(module)
         if why is not None or twin is None:
             reasons[name] = str(why)

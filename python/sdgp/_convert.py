@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -27,6 +28,9 @@ PlanLike: TypeAlias = Mapping[str, Sequence[Any]]
 class _Reason(NamedTuple):
     kind: type[nn.Module]  # the class of the layer at that time
     why: str
+
+
+torch.serialization.add_safe_globals([_Reason])  # torch.load(weights_only=True) may load it
 
 
 def convert(
@@ -82,7 +86,9 @@ def convert(
     else:
         same = Pruning.parse("convert", pattern, method, backend, weight_grad)
         settings = [(name, module, same) for name, module in layers_of(model)]
-    plan = [(module, pruning, why_plain(module, name, pruning, filter)) for name, module, pruning in settings]
+    plan = [
+        (module, pruning, why_plain("convert", module, name, pruning, filter)) for name, module, pruning in settings
+    ]
     for module, pruning, why in plan:
         twin = twin_of(module)
         if why is None and twin is not None and pruning is not None:
@@ -182,7 +188,7 @@ def _planned(model: nn.Module, plan: PlanLike, backend: str, weight_grad: Weight
 
 
 def why_plain(
-    module: nn.Module, name: str, pruning: Pruning | None, filter: Callable[[nn.Module, str], bool] | None
+    op: str, module: nn.Module, name: str, pruning: Pruning | None, filter: Callable[[nn.Module, str], bool] | None
 ) -> str | None:
     """Returns the reason to leave a layer plain, or None. ``pruning`` is None if a plan does not contain the layer."""
     if pruning is None:
@@ -193,7 +199,7 @@ def why_plain(
     if filter is not None:
         wanted = filter(module, name)
         if not isinstance(wanted, bool):
-            raise ValueError(f"convert: expected filter to return a bool, got {wanted!r} for {name or '(model)'}")
+            raise ValueError(f"{op}: expected filter to return a bool, got {wanted!r} for {name or '(model)'}")
         if not wanted:
             return "filter returned False"
     if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -215,7 +221,7 @@ def _why_replaced(module: nn.Module) -> str | None:
     """Returns a reason if the instance has its own forward, which conversion cannot change: it changes the class."""
     for name in ("forward", "_conv_forward"):
         if name in vars(module) and not _is_own_method(module, name) and not isinstance(module, PruningLayer):
-            return f"its {name} was replaced on the instance (by a hook of accelerate, say): convert before that"
+            return f"its {name} was replaced on the instance, for example by accelerate: call sdgp.convert before that"
     return None
 
 
@@ -245,9 +251,9 @@ def _why_unusual(weight: Any) -> str | None:
 def _why_unknown(module: nn.Module) -> str:
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
-        return "its projections are applied inside one fused function, out of reach"
+        return "its projections are applied inside one fused function, so sdgp cannot convert them"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
-        return "applied inside nn.MultiheadAttention's fused function, out of reach"
+        return "applied inside nn.MultiheadAttention's fused function, so sdgp cannot convert it"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin):
         return f"{kind} has no weight before its first forward: convert after it"
     if isinstance(module, (nn.Linear, nn.Conv2d, *layers_of_libraries())):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ._choose import current_chooser
 from ._convert import paused
-from ._layer import PruningLayer, weight_sources
+from ._layer import PruningLayer
 from ._models import check_eager, check_whole, format_table, pruning_layers
 from ._report import report
 from ._rules import kernels_run
@@ -128,7 +128,7 @@ def profile(
         run_step("profile", model, batch, loss)
 
     result = Profile()
-    device = next((weight_sources(layer)[0].device for layer in layers), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     gradients: dict[PruningLayer, list[tuple[Tensor, Tensor]]] = {layer: [] for layer in layers}
     exact_times, times = [], []
     with state_kept("profile", model):

@@ -7,7 +7,7 @@ import functools
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -124,12 +124,12 @@ class Handles:
 def on_gradient(
     layers: Iterable[_Layer], begin: Callable[[_Layer], Receive | None], *, weights: bool = False
 ) -> Handles:
-    """Follows each layer call that has a data gradient to its backward, until the handles are removed.
+    """Calls ``begin`` after each forward that has a data gradient, until the handles are removed.
 
     Calls under torch.compile or the transforms of torch.func, and batched gradients, are left out.
 
     Args:
-        begin: ``begin(layer)`` is called after the forward. It returns what the backward calls with the output gradient
+        begin: ``begin(layer)`` returns a function, which the backward of that forward calls with the output gradient
             and the input, or None.
         weights: include layer calls that have only a weight gradient. ``input`` is then the detached input if there is
             a weight gradient and nobody has changed the input in place since. Otherwise ``input`` is on the meta
@@ -219,18 +219,35 @@ def _tensors(output: Any) -> Iterator[Tensor]:
         yield from (tensor for value in output for tensor in _tensors(value))
 
 
+def generators_kept(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Restores PyTorch's generators after the block: the CPU's, and those of the GPUs that hold ``tensors``."""
+    return torch.random.fork_rng(sorted({tensor.get_device() for tensor in tensors if tensor.is_cuda}))
+
+
+# The number of ``state_kept`` blocks that are running: their steps are no training.
+_measurements = 0
+
+
+def is_measuring() -> bool:
+    """Returns whether a forward that runs now is a part of a measurement of ``advise``, ``Budget`` or ``profile``."""
+    return _measurements > 0
+
+
 @contextmanager
 def state_kept(op: str, model: nn.Module, *others: Tensor) -> Iterator[None]:
     """Restores gradients (also of ``others``), buffers, generators and the layers' decisions after the block.
 
     The generators are PyTorch's and the global ones of Python and NumPy. It restores all that it can if something
-    cannot be restored.
+    cannot be restored. Inside the block, ``is_measuring`` is true.
 
     Raises:
         ValueError: If the hook of a parameter changed it: ``op: requirement, got actual``. It is restored too.
     """
+    global _measurements
     parameters = [*model.parameters(), *others]
     with ExitStack() as stack:
+        _measurements += 1
+        stack.callback(_end_measurement)
         hooked = [(parameter, parameter.detach().clone()) for parameter in parameters if parameter._backward_hooks]
         stack.callback(_restore_parameters, op, hooked)
         for module in model.modules():
@@ -243,11 +260,16 @@ def state_kept(op: str, model: nn.Module, *others: Tensor) -> Iterator[None]:
         for parameter in parameters:
             stack.callback(setattr, parameter, "grad", parameter.grad)
             parameter.grad = None
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(generators_kept(parameters))
         stack.callback(random.setstate, random.getstate())
         if (numpy := sys.modules.get("numpy")) is not None:
             stack.callback(numpy.random.set_state, numpy.random.get_state())
         yield
+
+
+def _end_measurement() -> None:
+    global _measurements
+    _measurements -= 1
 
 
 def _restore_parameters(op: str, before: list[tuple[Tensor, Tensor]]) -> None:

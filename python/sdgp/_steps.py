@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ._decision import Decision
 from ._noise import Estimate, Gradients, Norm, batch_noise, noise_of_halves, part_of, samples_of, tensors_of
 from ._plan import Interval
-from ._step import Loss, compute_loss, run_backward
+from ._step import Loss, compute_loss, generators_kept, run_backward
 from ._timing import interval, seconds
 
 _LONG = 10  # seconds: three pairs of long steps are enough, because short disturbances average out in each
@@ -78,7 +79,7 @@ class Steps:
         parameters = list(self.norm.scales)
         for parameter in parameters:
             parameter.grad = None
-        with torch.random.fork_rng():
+        with generators_kept(parameters):
             with nullcontext() if autocast is None else torch.autocast("cpu", autocast):
                 value = self.loss(batch)
             if not torch.isfinite(value):
@@ -153,7 +154,7 @@ class Steps:
             exact: the exact gradients of the first batch.
         """
         if len(self.batches) > 1:
-            estimate = batch_noise((exact, *map(self.gradients, self.batches[1:])), self.norm)
+            estimate = batch_noise(chain([exact], map(self.gradients, self.batches[1:])), self.norm)
         else:
             batch = self.batches[0]
             half = (samples_of(batch) or 0) // 2

@@ -136,6 +136,9 @@ class Study:
                 self._alike[shapes, pruning] = self._decide(products, pruning, self._exact_ms.get(shapes))
             decision = self._steps.memory.decisions[key] = self._alike[shapes, pruning]
             self._exact_ms[shapes] = decision.exact_ms
+        if decision.sparse_ms is None:  # the measurement failed
+            self._obstacles[module] = decision.why
+            return
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
         measured.sparse_ms += decision.sparse_ms or 0.0

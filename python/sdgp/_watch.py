@@ -21,10 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from . import _fidelity
 from ._fidelity import METRICS, Sums
 from ._layer import PruningLayer, prunes
-from ._models import check_eager, check_module, format_table, pruning_layers
+from ._models import check_eager, check_module, format_table, layers_of, pruning_layers
 from ._pattern import Pruning
 from ._renamed import renamed
-from ._step import Handles, Hook, Receive, note_weights, on_gradient
+from ._step import Handles, Hook, Receive, is_measuring, note_weights, on_gradient
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,8 @@ class Watch(Mapping[str, Record]):
             raise ValueError(f"watch: expected every >= 1 and window >= 1, got {every} and {window}")
         if exact_below is not None and not 0 < exact_below <= 1:
             raise ValueError(f"watch: expected 0 < exact_below <= 1, a cosine, got {exact_below}")
-        names: dict[nn.Module, str] = {layer: name for layer, name in pruning_layers("watch", model).items()}
+        pruning_layers("watch", model)
+        names = {layer: name or "(model)" for name, layer in layers_of(model)}  # they may be converted later
         if isinstance(to, (str, PathLike)):
             check_writable("watch", to)
         elif to is not None and not hasattr(to, "add_scalar"):
@@ -79,6 +80,7 @@ class Watch(Mapping[str, Record]):
         self._last: dict[str, deque[Sums]] = {}  # the finite records in the window
         self._judged: dict[str, Pruning] = {}  # the settings that these records are of
         self._pending: list[tuple[PruningLayer, Pruning, Tensor]] = []
+        self._undecided: set[nn.Module] = set()  # auto decides for these in the backward of the pending step
         self._pending_step = 0
         self._weights: dict[nn.Module, Tensor] = {}  # those that a parametrization computed in the last forward
         self._layer_hooks: list[Handles] = []
@@ -161,7 +163,7 @@ class Watch(Mapping[str, Record]):
             return
         self._collect()
         self._rest()
-        if not (model.training and torch.is_grad_enabled()):
+        if not (model.training and torch.is_grad_enabled()) or is_measuring():
             return
         if self.step % self._every == 0:
             layers = [layer for layer in self._names if isinstance(layer, PruningLayer)]
@@ -184,7 +186,10 @@ class Watch(Mapping[str, Record]):
     ) -> None:
         if isinstance(grad_output, FakeTensor) or grad_output.is_meta:
             return  # there are no values
-        if isinstance(layer, PruningLayer) and prunes(pruning, layer.decision):
+        undecided = pruning.backend == "auto" and not pruning.is_identity and vars(layer).get("decision") is None
+        if isinstance(layer, PruningLayer) and (undecided or prunes(pruning, layer.decision)):
+            if undecided:
+                self._undecided.add(layer)
             seed = (self._pending_step << 20) + len(self._pending)
             self._pending.append((layer, pruning, _fidelity.measure(layer, pruning, weight, grad_output, shape, seed)))
 
@@ -193,6 +198,10 @@ class Watch(Mapping[str, Record]):
 
         This runs when the next step begins or somebody reads the records, so that training does not wait for it.
         """
+        for layer in self._undecided:
+            if not (isinstance(layer, PruningLayer) and prunes(layer.pruning, layer.decision)):
+                self._pending = [entry for entry in self._pending if entry[0] is not layer]
+        self._undecided.clear()
         if not self._pending:
             return
         fetched = torch.stack([sums.cpu() for _, _, sums in self._pending]).tolist()
@@ -285,7 +294,8 @@ def watch(
     - ``l1_kept``, ``l2_kept``: the norm of the values of x that stay, as a share of the norm of x.
     - ``zeros``: the share of zeros in x. ``density``: the share of nonzeros in the pruned x.
 
-    Weight gradients are not recorded. If ``exact_below`` sets a layer aside, both its gradients are exact.
+    Layers that are converted later are recorded, too. Weight gradients are not recorded. If ``exact_below`` sets a
+    layer aside, both its gradients are exact. The steps of ``advise``, ``Budget`` and ``profile`` do not count.
 
     A step is a forward in training mode with gradients enabled. If there are several forwards before one step of the
     optimizer, each one counts. Nothing is recorded under torch.compile, the transforms of torch.func, batched gradients
