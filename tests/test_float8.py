@@ -224,7 +224,7 @@ def obstacle(dtype: torch.dtype = torch.bfloat16, pattern: str = "2:4", casts: s
     ("capability", "library", "right", "expected"),
     [
         ((8, 6), True, True, "a GPU of compute capability 8.9 or newer for float8, got 8.6"),
-        ((9, 0), False, True, f"a torch with cuSPARSELt, got {torch.__version__} without"),
+        ((9, 0), False, True, f"a torch with cuSPARSELt, got torch {torch.__version__} without it"),
         ((9, 0), True, False, "a cuSPARSELt that multiplies float8 with a scale per row, got None"),
         ((8, 9), True, True, None),
     ],

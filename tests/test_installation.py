@@ -71,7 +71,7 @@ def test_a_driver_that_runs_the_cuda_library(driver: int) -> None:
 def test_an_older_driver() -> None:
     message = (
         r"^sdgp's CUDA library was built with CUDA 13\.1 and needs a driver for CUDA 13\.0 or newer, "
-        r"found torch 2\.10\.0\+cu128 on a driver for CUDA 12\.8: update the driver, build sdgp with its CUDA, "
+        r"found torch 2\.10\.0\+cu128 on a driver for CUDA 12\.8: update the driver, build sdgp with the CUDA "
     )
     with pytest.raises(ImportError, match=message):
         _load.check_driver(13010, 12080, "torch 2.10.0+cu128")

@@ -39,9 +39,9 @@ def test_dtypes_that_do_not(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("built", "capability", "library", "expected"),
     [
-        (False, (9, 0), True, "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"),
+        (False, (9, 0), True, "sdgp's CUDA kernels, got an sdgp that was built without CUDA (option SDGP_CUDA)"),
         (True, (7, 5), True, "a GPU of compute capability 8.0 or newer, got 7.5"),
-        (True, (9, 0), False, f"a torch with cuSPARSELt, got {torch.__version__} without"),
+        (True, (9, 0), False, f"a torch with cuSPARSELt, got torch {torch.__version__} without it"),
         (True, (8, 6), False, None),  # uses CUTLASS
         (True, (9, 0), True, None),
     ],
@@ -103,6 +103,21 @@ def test_shapes_of_a_product(layout: str, shape: tuple[int, int, int], monkeypat
             product = semi_structured._multiply_packed(operand.packed, layout, operand.padded_cols, padded)
             assert product.shape == (operand.packed.shape[0], 64)
         assert semi_structured.multiply(operand, dense).shape == (rows, columns)
+
+
+@pytest.mark.parametrize("backend", ["pruned", "sparse", "dense"])
+def test_a_method_that_needs_a_cpu(backend: str) -> None:
+    """The error comes from the forward, whose line the user wrote, not from the backward."""
+    message = rf'linear: backend="{backend}" expected a method that prunes on cuda \(.*mvue.*\), got unstructured; use'
+    with FakeTensorMode():
+        layer = torch.nn.Linear(64, 64, device="cuda")
+        x = torch.empty(8, 64, device="cuda", requires_grad=True)
+        for settings in ({"method": "unstructured"}, {"weight_grad": ("2:4", "unstructured")}):
+            sdgp.convert(layer, "2:4", backend=backend, **settings)
+            with pytest.raises(ValueError, match=message):
+                layer(x)
+        sdgp.convert(layer, "4:4", "unstructured", backend=backend)
+        assert layer(x).shape == (8, 64)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -35,7 +35,7 @@ def _refuse_gradient(op: str) -> None:
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
             f"{op}: expected no differentiation, got a backward; this op has no gradient: use sdgp.linear, or "
-            "sdgp.prune_nm and a dense product"
+            "sdgp.prune_nm and a dense product; torch.compile needs torch.no_grad() around it"
         )
 
     torch.library.register_autograd(f"sdgp::{op}", backward)

@@ -35,7 +35,12 @@ _CHANGES_KEPT = 64
 
 
 class _Change(NamedTuple):
-    """The settings until a change: before autograd's node ``until``, changed while ``node`` ran (None: no node)."""
+    """The settings before a change.
+
+    Attributes:
+        until: the sequence number of the first node that autograd made after the change.
+        node: the node in which the change happened, or None outside a backward.
+    """
 
     until: int
     node: int | None
@@ -259,7 +264,7 @@ class PruningLayer(nn.Module):
 
 
 def prunes(pruning: Pruning, decision: Decision | None) -> bool:
-    """Returns whether a product prunes that nobody holds exact, as far as its last decision tells."""
+    """Returns whether a product prunes, judged by its last decision. It ignores holds."""
     if pruning.is_identity:
         return False
     return pruning.backend != "auto" if decision is None else decision.prunes
@@ -282,7 +287,10 @@ def trains_weight(layer: nn.Module) -> bool:
 
 
 def calls_plain(layer: nn.Module, input: object) -> bool:
-    """Returns whether a tracer makes this call, or a hook that kept this forward after sdgp.revert."""
+    """Returns whether the plain layer must compute this call.
+
+    It must if torch.fx traces it, or if another library stored this method before sdgp.revert.
+    """
     return is_traced(input) or not isinstance(layer, PruningLayer)
 
 

@@ -74,7 +74,7 @@ def _load_cuda(path: Path, torch: str) -> None:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         raise ImportError(
-            f"sdgp's CUDA library did not load under {torch}: {error}; reinstall sdgp, or build it without: "
+            f"sdgp's CUDA library did not load under {torch}: {error}; reinstall sdgp, or build it without CUDA: "
             f"{_WITHOUT_CUDA}"
         ) from error
     check_driver(library.sdgp_cuda_runtime(), library.sdgp_cuda_driver(), torch)
@@ -90,7 +90,7 @@ def check_driver(runtime: int, driver: int, torch: str) -> None:
         raise ImportError(
             f"sdgp's CUDA library was built with CUDA {_dotted(runtime)} and needs a driver for CUDA "
             f"{runtime // 1000}.0 or newer, found {torch} on a driver for CUDA {_dotted(driver)}: update the driver, "
-            f"build sdgp with its CUDA, or without: {_WITHOUT_CUDA}"
+            f"build sdgp with the CUDA version of the driver, or without CUDA: {_WITHOUT_CUDA}"
         )
 
 

@@ -10,7 +10,7 @@ from ._load import C
 
 METHODS: tuple[str, ...] = C.methods
 METHODS_THAT_DRAW: tuple[str, ...] = C.methods_that_draw
-METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # the sparse products prune by it on the way
+METHODS_BY_GROUP: tuple[str, ...] = C.methods_by_group  # the sparse products prune with it themselves
 UNBIASED_METHODS: tuple[str, ...] = C.methods_unbiased
 BACKENDS = ("auto", "pruned", "sparse", "dense")
 MAX_GROUP_SIZE: int = C.max_group_size

@@ -186,7 +186,10 @@ class Plan(dict[str, tuple[Any, ...]]):
         return self.net + self._net_error(self._realized.high, max(0.0, 1 - 2 * self._noise_error))
 
     def _net_error(self, realized: float, times: float) -> float:
-        """Combines the errors of the net saving from both measurements, of which one is replaced by an end each."""
+        """Returns how far the net saving is from the end of its interval.
+
+        The time, then the noise, takes the value at the end of its own interval; the two changes add up as squares.
+        """
         by_time = net_saving(realized * self._saved_by_products, self.noise, STEPS_PER_NOISE) - self.net
         by_noise = net_saving(self.saved, times * self.noise, STEPS_PER_NOISE) - self.net
         return math.hypot(by_time, by_noise)

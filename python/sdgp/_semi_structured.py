@@ -41,12 +41,12 @@ def obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern) -> str 
 @functools.cache
 def _obstacle_of_device(index: int) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("sdgp::_pack_24", "CUDA"):
-        return "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"
+        return "sdgp's CUDA kernels, got an sdgp that was built without CUDA (option SDGP_CUDA)"
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         return f"a GPU of compute capability 8.0 or newer, got {major}.{minor}"
     if major > 8 and not torch.backends.cusparselt.is_available():
-        return f"a torch with cuSPARSELt, got {torch.__version__} without"
+        return f"a torch with cuSPARSELt, got torch {torch.__version__} without it"
     return None
 
 
@@ -185,12 +185,12 @@ def float8_obstacle(device: torch.device, dtype: torch.dtype, pattern: Pattern, 
 
 def _float8_obstacle_of_device(index: int) -> str | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key("sdgp::prune_nm", "CUDA"):
-        return "sdgp's CUDA kernels, got an sdgp that was built without (SDGP_CUDA)"
+        return "sdgp's CUDA kernels, got an sdgp that was built without CUDA (option SDGP_CUDA)"
     major, minor = torch.cuda.get_device_capability(index)
     if (major, minor) < (8, 9):
         return f"a GPU of compute capability 8.9 or newer for float8, got {major}.{minor}"
     if not torch.backends.cusparselt.is_available():
-        return f"a torch with cuSPARSELt, got {torch.__version__} without"
+        return f"a torch with cuSPARSELt, got torch {torch.__version__} without it"
     if not _multiplies_float8(torch.device("cuda", index)):
         return f"a cuSPARSELt that multiplies float8 with a scale per row, got {torch.backends.cusparselt.version()}"
     return None

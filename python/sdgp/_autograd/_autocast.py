@@ -6,9 +6,9 @@ first, and autograd casts the gradients back.
 
 Note [Cast cache]
 ATen keeps the cast of each leaf weight until the outermost autocast region ends, so that a weight that is used twice is
-cast and saved once. Python cannot read ATen's cache, so `_casts` is a second cache with the same lifetime. A token
-tells when ATen empties its cache: the token hangs on the gradient accumulator of a one-element leaf that ATen has cast
-and cached. Only the cached cast keeps that accumulator alive, so the token dies with the cache.
+cast and saved once. Python cannot read ATen's cache, so `_casts` is a second cache with the same lifetime. To end with
+ATen's cache, it lets ATen cast and cache a leaf of one element. Only this cached cast keeps the leaf's gradient
+accumulator alive, and a hook on the accumulator holds `_casts`. So `_casts` is freed when ATen empties its cache.
 """
 
 from __future__ import annotations

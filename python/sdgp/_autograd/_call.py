@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""The shared parts of the forwards of linear and conv2d: whether a call uses the autograd Function, and its notes.
+"""The shared parts of the forwards of linear and conv2d.
+
+They decide whether a call uses the autograd Function, and note what its backward needs (``Call``).
 
 Note [One path]
 Activation checkpointing repeats a forward in the middle of a backward. By then other layers may have been measured, a
@@ -23,7 +25,7 @@ from torch.autograd import forward_ad
 from .._choose import SMALL, Chooser, current_chooser
 from .._decision import Decision, Site
 from .._ops import PRUNED_DTYPES
-from .._pattern import Pruning
+from .._pattern import Pruning, methods_on
 from .._rules import LEAST_WORK, static_rule
 from ._autocast import computed_dtype
 
@@ -143,6 +145,8 @@ def start(
         weight_pruning = None
     if not (trains_input or weight_pruning is not None):
         return None  # no gradient to prune
+    if pruning.backend != "auto":
+        _check_methods(op, pruning, trains_input, weight_pruning, input.device)
     if torch.compiler.is_compiling():
         return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
     asked = (*(_DATA if trains_input else ()), *(_WEIGHT if weight_pruning is not None else ()))
@@ -165,6 +169,18 @@ def start(
         return None
     of_weight = None if weight_pruning is None else Part(weight_pruning, sites["weight"])
     return Call(op, Part(pruning.data, site), of_weight, held, layer, chooser)
+
+
+def _check_methods(
+    op: str, pruning: Pruning, trains_input: bool, weight_pruning: Pruning | None, device: torch.device
+) -> None:
+    available = methods_on(device.type)
+    for part in (pruning.data if trains_input else None, weight_pruning):
+        if part is not None and part.method not in available and not part.is_identity:
+            raise ValueError(
+                f'{op}: backend="{pruning.backend}" expected a method that prunes on {device.type} '
+                f'({", ".join(available)}), got {part.method}; use one of them, or backend="auto"'
+            )
 
 
 def _trained(tensor: Tensor) -> bool:
