@@ -17,7 +17,7 @@ DEV := $(if $(LOCKED),--require-hashes -r requirements/lock.txt,-r requirements/
 SANITIZED ?= "test_prunes or test_product or test_linear or test_conv2d or many_dimensions"
 # Under the other versions of torch, slow tests and tests that do not depend on torch's version run only for a release.
 SECOND_ARGS ?= -m "not slow" $(addprefix --ignore=tests/test_,cuda_on_host.py fuzz_ops.py docs.py compress_nm.py statistics.py plot.py)
-BENCHMARKS ?= prune_nm compress_nm spmm_nm conv2d weight_grad auto train_step
+BENCHMARKS ?= prune_nm gradients auto train_step
 
 CXX_FILES := $(shell find benchmarks cpp cuda examples tests -name "*.h" -o -name "*.cpp" -o -name "*.cu" -o -name "*.cuh")
 

@@ -28,16 +28,18 @@ import torch
 import torchvision
 from bench import MEASURED, ROOT, Row, store
 from gpu_lines import LINES, write_markdown
-from prune_nm import METHODS, PATTERNS
+from prune_nm import PATTERNS
 from torch import Tensor, nn
 
 import sdgp
 from sdgp import Pattern, _semi_structured
 from sdgp._machine import machine
 from sdgp._ops import pack_24
+from sdgp._pattern import methods_on
 from sdgp._timing import training_step
 
 ROUNDS = 11
+METHODS = methods_on("cuda")
 TURN_MS = 2.0  # milliseconds of work between two readings of the clock
 CUDA = torch.device("cuda")
 PACKED = (16384, 8192)  # 256 MiB of 16-bit values

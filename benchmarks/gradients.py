@@ -1,5 +1,13 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Code that spmm_nm.py, conv2d.py and weight_grad.py share: they compare a layer's sparse gradient with the exact one.
+"""Compares the sparse products of layers with PyTorch's exact ones: data and weight gradients.
+
+The subjects: spmm_nm, the data gradients of linear layers; conv2d, those of channels_last convolutions; weight_grad,
+the weight gradients of both. Prints one line per shape (rows, in -> out, or kernel, batch, in -> out, pixels of the
+input) and pattern: the time of the exact product; for each method, the time of the sparse one and its speed as a
+multiple of the exact one's; the time of a clone() of the output gradient.
+
+    python benchmarks/gradients.py                              # everything, half an hour or so
+    python benchmarks/gradients.py --subject conv2d --shape 1x1 --pattern 2:4 4:32
 
 The sparse time includes all work of a layer's backward: it packs the other operand, prunes and multiplies. The system
 allocates fresh pages for tensors above about 32 MiB in every call, exact or sparse. The page faults may take longer
@@ -13,37 +21,105 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from bench import Row, arguments, begin, finish, median_and_interval, rounds_of, subject_here
-from torch import Tensor
+from torch import Tensor, nn
 
+import sdgp
 from sdgp._decision import Products
 from sdgp._pattern import Pruning
 
+SUBJECTS = ("spmm_nm", "conv2d", "weight_grad")
 # By density: 1/2, 1/4, 1/8. The saved arithmetic limits the speed to 2, 4 and 8 times that of exact.
 PATTERNS = ("2:4", "8:16", "16:32", "1:4", "4:16", "1:8", "4:32")
 METHODS = ("magnitude", "mvue", "rescale")
 
+LINEAR = ((4096, 768, 3072), (4096, 3072, 768), (2048, 1024, 4096))  # rows, in, out
+
+
+class Convolution(NamedTuple):
+    kernel: int
+    batch: int
+    channels_in: int
+    channels_out: int
+    size: int  # height and width of the input
+    stride: int = 1
+
+    def __str__(self) -> str:
+        kernel, batch, channels_in, channels_out, size, stride = self
+        text = f"{kernel}x{kernel} {batch}, {channels_in} -> {channels_out}, {size}x{size}"
+        return text if stride == 1 else f"{text} / {stride}"
+
+
+CONVOLUTIONS = (
+    Convolution(3, 64, 64, 64, 32),
+    Convolution(3, 64, 128, 128, 16),
+    Convolution(3, 64, 256, 256, 8),
+    Convolution(3, 64, 128, 256, 16, stride=2),
+    Convolution(1, 32, 256, 64, 56),
+    Convolution(1, 32, 64, 256, 56),
+    Convolution(1, 32, 1024, 256, 14),
+    Convolution(1, 24, 512, 128, 28),
+)
+
 
 class Case(NamedTuple):
-    """One data or weight gradient. ``operand`` is the tensor that the output gradient is multiplied with."""
+    """One data or weight gradient, as the product of the output gradient and ``operand``."""
 
     name: str
     grad_output: Tensor
     operand: Tensor
     result_bytes: int
     flop: int  # for the exact product
-    products: Callable[[Pruning], Products]
+    products: Products
+
+
+def layers(subject: str) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """Yields the name, the layer and the input."""
+    if subject != "conv2d":
+        for rows, features_in, features_out in LINEAR:
+            layer = nn.Linear(features_in, features_out, bias=False)
+            yield f"linear {rows}, {features_in} -> {features_out}", layer, torch.randn(rows, features_in)
+    if subject != "spmm_nm":
+        for shape in CONVOLUTIONS:
+            kernel, batch, channels_in, channels_out, size, stride = shape
+            convolution = nn.Conv2d(channels_in, channels_out, kernel, stride, kernel // 2, bias=False)
+            images = torch.randn(batch, channels_in, size, size)
+            yield str(shape), convolution, images.to(memory_format=torch.channels_last)
+
+
+def cases(subject: str, shape: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Yields one case at a time, because all would not fit in memory."""
+    for name, plain, images in layers(subject):
+        if shape not in name:
+            continue
+        input, weight_grad = images.to(dtype), subject == "weight_grad"
+        layer: Any = sdgp.convert(
+            plain.to(dtype, memory_format=torch.channels_last),  # type: ignore[call-overload]
+            backend="sparse",
+            weight_grad="8:16" if weight_grad else None,
+        )
+        with torch.no_grad():
+            grad = torch.randn_like(layer(input))
+        yield Case(
+            name=name,
+            grad_output=grad,
+            operand=input if weight_grad else layer.weight,
+            result_bytes=(layer.weight if weight_grad else input).nbytes,
+            flop=2 * grad.numel() * layer.weight[0].numel(),
+            products=layer.weight_products(grad, input) if weight_grad else layer.products(grad, input),
+        )
 
 
 def measure(case: Case, pattern: str, rounds: int) -> Row:
     candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
     for method in METHODS:
-        products = case.products(Pruning.parse("benchmark", pattern, method, "sparse"))
+        products = replace(case.products, pruning=Pruning.parse("benchmark", pattern, method, "sparse"))
         candidates["exact"] = products.exact
         candidates[method] = products.sparse
     times = rounds_of(candidates, rounds)
@@ -100,9 +176,9 @@ def _best(call: Callable[[], object], seconds: float = 1.0) -> float:
     return best
 
 
-def main(subject: str, description: str | None, cases: Callable[[torch.dtype], Iterable[Case]]) -> None:
-    """Runs the command line of all programs. ``cases`` makes one at a time, because all would not fit in memory."""
-    parser = arguments(description)
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--subject", nargs="*", choices=SUBJECTS, default=SUBJECTS)
     parser.add_argument("--shape", default="", help="only those whose name contains this")
     parser.add_argument("--pattern", nargs="*", default=PATTERNS)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -111,11 +187,14 @@ def main(subject: str, description: str | None, cases: Callable[[torch.dtype], I
     args.machine |= speeds(dtype)
     product, clone = args.machine["best_dense_product_gflop_per_s"], args.machine["best_clone_gb_per_s"]
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
-    subject = subject if args.dtype == "float32" else f"{subject}, {args.dtype}"
-    rows = (
-        measure(case, pattern, args.rounds)
-        for case in cases(dtype)
-        if args.shape in case.name
-        for pattern in args.pattern
-    )
-    finish(args, subject_here(subject), rows, line)
+    for subject in args.subject:
+        rows = (
+            measure(case, pattern, args.rounds)
+            for case in cases(subject, args.shape, dtype)
+            for pattern in args.pattern
+        )
+        finish(args, subject_here(subject if args.dtype == "float32" else f"{subject}, {args.dtype}"), rows, line)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,8 +3,7 @@
 
 The layers are tiny ones, which are held exact or too small for auto, and the smallest ones that auto measures and
 leaves exact. Forward, and forward with backward, are timed. Each difference is the median over rounds of two
-consecutive calls, with its 95 % interval; a second plain layer shows the noise. The last line is for training steps on
-images of varying size, without the first ten steps.
+consecutive calls, with its 95 % interval; a second plain layer shows the noise.
 
     python benchmarks/overhead.py
 """
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import random
 from collections.abc import Callable, Iterator
 
 import torch
@@ -87,40 +85,12 @@ def measure(name: str, rounds: int) -> Iterator[Row]:
                 yield {"layer": name, "state": state, "part": part, "added_us": added, "low_us": low, "high_us": high}
 
 
-def train(model: nn.Module, images: Tensor) -> None:
-    model(images).square().mean().backward()
-
-
-def images_of_varying_size(steps: int) -> Row:
-    """Times training steps of a small network on images with sides of 48 to 111 pixels, as in object detection."""
-    plain = nn.Sequential(
-        nn.Conv2d(3, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(64, 64, 3, padding=1),
-    )
-    converted = sdgp.convert(copy.deepcopy(plain))
-    sizes, ratios = random.Random(0), []
-    with sdgp.Chooser() as chooser:
-        for step in range(steps):
-            images = torch.randn(2, 3, sizes.randrange(48, 112), sizes.randrange(48, 112))
-            models = (plain, converted) if step % 2 else (converted, plain)
-            times = {model: seconds(functools.partial(train, model, images)) for model in models}
-            ratios.append(times[converted] / times[plain])
-        median, low, high = (round(ratio, 4) for ratio in median_and_interval(ratios[10:]))
-        return {"steps": steps, "sites": len(chooser), "times_plain": median, "low": low, "high": high}
-
-
 def rows(rounds: int) -> Iterator[Row]:
     for name in LAYERS:
         yield from measure(name, rounds)
-    yield images_of_varying_size(max(rounds // 10, 30))
 
 
 def line(row: Row) -> str:
-    if "layer" not in row:
-        return "images of varying size, auto: {times_plain:.3f} of plain [{low:.3f}, {high:.3f}]".format(**row)
     head = f"{row['layer']:36s} | {row['state']:11s} | {row['part']:20s}"
     return f"{head} | {row['added_us']:+6.1f} us [{row['low_us']:6.1f}, {row['high_us']:6.1f}]"
 

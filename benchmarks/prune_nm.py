@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compares prune_nm with clone() of the same tensor, and with the PyTorch composition that it replaces.
+"""Compares prune_nm or compress_nm with clone() of the same tensor, and with the PyTorch composition that it replaces.
 
 Prints one line per tensor and pattern, with the time of every method as a multiple of the clone's time. ``topk`` is the
 composition abs + topk + gather + scatter for magnitude. After the common shapes come shapes without a fast path.
 
     python benchmarks/prune_nm.py                      # everything, ten minutes or so
     python benchmarks/prune_nm.py --mib 16 --dtype float32 --pattern 2:4
+    python benchmarks/prune_nm.py --op compress_nm --mib 16 --dtype float32
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from bench import Row, arguments, begin, finish, interleaved
 from torch import Tensor
 
 import sdgp
+from sdgp._pattern import METHODS
 
 PATTERNS = ("2:4", "1:4", "1:8", "2:8", "4:8", "2:16", "4:16", "8:16", "4:32", "8:32", "16:32")
-METHODS = ("magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured")
 DTYPES = ("float32", "bfloat16", "float16")
 
 # 16 MiB of float32 without a fast path: maps smaller than a vector, groups whose size is not a power of two, samples
@@ -77,15 +78,17 @@ def measure(
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row]:
+    op = getattr(sdgp, args.op)
+    methods = [method for method in METHODS if args.op == "prune_nm" or method != "unstructured"]
     for mib in args.mib:
         for dtype in args.dtype:
             for name, x, dim, patterns in tensors(mib, getattr(torch, dtype)):
-                against_topk = mib == 16 and dtype == "float32" and name in ("(rows, C)", "NCHW")
+                against_topk = (args.op, mib, dtype) == ("prune_nm", 16, "float32") and name in ("(rows, C)", "NCHW")
                 for pattern in patterns:
                     if args.pattern is not None and pattern not in args.pattern:
                         continue
                     n, m = sdgp.Pattern.parse(pattern)
-                    calls = {method: partial(sdgp.prune_nm, x, n, m, dim, method) for method in METHODS}
+                    calls = {method: partial(op, x, n, m, dim, method) for method in methods}
                     if against_topk:
                         calls["topk"] = partial(composition, x, n, m, dim)
                     row = measure(name, x, dim, pattern, calls, args.rounds)
@@ -100,11 +103,12 @@ def line(row: Row) -> str:
 
 def main() -> None:
     parser = arguments(__doc__)
+    parser.add_argument("--op", choices=("prune_nm", "compress_nm"), default="prune_nm")
     parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
     parser.add_argument("--pattern", nargs="*", help="only these (default: all)")
     args = begin(parser)
-    finish(args, "prune_nm", rows(args), line)
+    finish(args, args.op, rows(args), line)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import sdgp
 from sdgp import _semi_structured as semi_structured
+from sdgp._pattern import methods_on
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytest.importorskip("torchvision")
@@ -124,6 +125,8 @@ def test_every_subject_is_measured_and_stored(
     stored = json.loads((tmp_path / "x.json").read_text())
     assert set(stored) == set(gpu.SUBJECTS)
     assert all(result["rows"] and result["machine"]["gpu"] == "NVIDIA Rehearsal" for result in stored.values())
+    # The CPU of the rehearsal has more methods than CUDA.
+    assert all(set(row["of_clone"]) == set(methods_on("cuda")) for row in stored["prune_nm"]["rows"])
     report = (tmp_path / "x.md").read_text()
     assert all(f"## {subject}\n" in report for subject in gpu.SUBJECTS)
     assert "gradients: stopped after 1 rows: no memory" in capsys.readouterr().out

@@ -193,31 +193,38 @@ def test_the_weight_gradient_takes_its_sums(layer: str) -> None:
 STEPS = """
 import gc, sys, torch, sdgp
 from torch import nn
-def resident_bytes():
+def counts():
     gc.collect()
-    return int(open("/proc/self/statm").read().split()[1]) * 4096
+    tensors = sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+    return int(open("/proc/self/statm").read().split()[1]) * 4096, tensors
 
 
+method, backend, steps = sys.argv[1], sys.argv[2], int(sys.argv[3])
 torch.set_num_threads(1)
 model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 64), nn.Linear(64, 16))
-sdgp.convert(model, "2:4", sys.argv[1], backend="pruned")
+sdgp.convert(model, "2:4", method, backend=backend)
 watch = sdgp.watch(model, every=10, window=2)
 optimizer = torch.optim.SGD(model.parameters(), 0.01)
-for step in range(600):
+for step in range(steps):
     optimizer.zero_grad()
     model(torch.randn(16, 8, 8, 8)).square().mean().backward()
     optimizer.step()
-    if step == 200:
-        before = resident_bytes()
-print(resident_bytes() - before)
+    if step == steps // 3:
+        before = counts()
+print(*(now - then for now, then in zip(counts(), before)))
 """
 
 
-@pytest.mark.parametrize("method", ["mvue", "rescale"])
-def test_steps_keep_nothing(method: str) -> None:
-    """Training steps must not leak memory. benchmarks/soak.py runs ten thousand."""
-    done = subprocess.run([sys.executable, "-c", STEPS, method], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 2 << 20
+@pytest.mark.parametrize(
+    ("method", "backend"), [("mvue", "pruned"), ("rescale", "pruned"), ("random", "dense"), ("unstructured", "sparse")]
+)
+def test_steps_keep_nothing(method: str, backend: str) -> None:
+    """Training steps must not leak memory. SDGP_SOAK_STEPS is their number."""
+    command = [sys.executable, "-c", STEPS, method, backend, os.environ.get("SDGP_SOAK_STEPS", "600")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    grown, tensors = map(int, done.stdout.split())
+    assert grown < 2 << 20
+    assert tensors <= 0
 
 
 # Running out of memory.

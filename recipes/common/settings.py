@@ -26,7 +26,7 @@ from .process import World
 class Settings:
     """The fields that all recipes share. The config of a recipe adds its own fields."""
 
-    method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue"] = "plain"
+    method: Literal["plain", "magnitude", "random", "rescale", "rescale_group", "mvue", "unstructured"] = "plain"
     pattern: str = "2:4"
     weight_grad: str = ""  # the pattern of the weight gradients, always with mvue; "": exact
     plan: str = ""  # a JSON file with a plan of sdgp.advise, which replaces pattern, weight_grad and filter

@@ -39,16 +39,6 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 POINTS = 8
 _PREDICTED = ("verdict", "saved", "limit", "noise", "net")
-_KEPT = (
-    "saved",
-    "saved_low",
-    "saved_high",
-    "plain_again_saved",
-    "bfloat16_saved",
-    "plain_ms",
-    "layers_sparse",
-    "weights_sparse",
-)
 
 
 def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
@@ -73,7 +63,7 @@ def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[st
     rows = steps_beside_plain(parts.model, input, target, patterns, "mvue", ["auto"], rounds, **settings)
     if plan:
         rows += steps_beside_plain(parts.model, input, target, {"plan": plan}, "mvue", ["auto"], rounds, **settings)
-    return {row["pattern"]: {key: row[key] for key in _KEPT} for row in rows}
+    return {row["pattern"]: row for row in rows}
 
 
 class _Untimed(sdgp.Chooser):
