@@ -209,8 +209,17 @@ def test_a_failed_measurement_is_the_reason() -> None:
 
     with Failing():
         plan = sdgp.advise(net(), *batches(), loss=loss)
-    assert "out of memory" in str(plan)
+    assert plan.verdict == "nothing pays here: no time was measured: out of memory"
     assert all(row.sparse_ms is None for row in plan.candidates)
+
+
+def test_a_frozen_narrow_layer_is_not_too_small() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 8), nn.Tanh(), nn.Linear(8, 8).requires_grad_(False))
+    plan = sdgp.advise(
+        model, *torch.randn(2, 8192, 32), loss=lambda model, x: model(x).square().mean(), patterns=["4:16"]
+    )
+    assert "exact (1): 8 output channels per group, fewer than m = 16" in str(plan)
 
 
 def test_several_gpus_raise_no_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,9 @@ STEPS_PER_NOISE = 1.0
 # A smaller net saving is within the measurement error.
 _LEAST_NET = 0.01
 
+# The reason for a gradient whose products are not worth a measurement.
+TOO_SMALL = "too small to gain"
+
 
 class Candidate(NamedTuple):
     """One gradient of one layer under one pattern and method: the time that pruning it saves, and the noise it adds.
@@ -221,8 +224,11 @@ class Plan(dict[str, tuple[Any, ...]]):
             )
         if any(row.sparse_ms is not None for row in self.candidates):
             return "nothing pays here: no sparse product is faster than the exact one"
-        needs = [why for why in self._reasons.values() if why.startswith("a sparse product needs")]
-        return f"nothing pays here: {needs[0] if needs else 'every layer is too small at this batch size'}"
+        reasons = Counter(why for why in self._reasons.values() if why)
+        needs = [why for why in reasons if why.startswith("a sparse product needs")]
+        if not needs and (TOO_SMALL in reasons or not reasons):
+            return "nothing pays here: every layer is too small at this batch size"
+        return f"nothing pays here: {needs[0] if needs else reasons.most_common(1)[0][0]}"
 
     def __str__(self) -> str:
         head = ("layer", "gradient", "shape", "pruned to", "exact ms", "sparse ms", "saved ms", "noise", "bias")

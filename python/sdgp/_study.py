@@ -17,7 +17,7 @@ from ._decision import Decision, Products
 from ._layer import PruningLayer
 from ._noise import Errors, Estimate, Gradients, amplifications, errors, part_of, samples_of, squared_norm
 from ._pattern import Pruning
-from ._plan import Candidate
+from ._plan import TOO_SMALL, Candidate
 from ._rules import LEAST_WORK
 from ._step import Handles, on_gradient, stand_in
 from ._steps import Steps
@@ -61,7 +61,7 @@ class Study:
         self._exact_ms: dict[str, float | None] = {}  # the exact product is the same for all prunings
         self._shapes: dict[nn.Module, str] = {}
         self.largest_work = 0
-        self._obstacles: dict[nn.Module, str] = {}
+        self._obstacles: dict[tuple[nn.Module, str], str] = {}  # why a gradient was not measured
         self.amplified: dict[nn.Module, float] = {}
         self.unmeasured = ""
         self.exact: Gradients = {}
@@ -84,6 +84,7 @@ class Study:
         if self._narrow_for_wide:
             twins = _widest(twins)
         if not twins:
+            self._obstacles[module, gradient] = _too_narrow(self._twins[module], gradient)
             return
         found = self._found.setdefault((module, gradient), {})
         self._calls[module, gradient] += 1
@@ -122,7 +123,7 @@ class Study:
         pruning = twin.pruning.data if gradient == "data" else twin.pruning.weight
         assert pruning is not None
         if (missing := products.obstacle()) is not None:
-            self._obstacles[module] = f"a sparse product needs {missing}"
+            self._obstacles[module, gradient] = f"a sparse product needs {missing}"
             return
         least = max(current_chooser().least_work(products.grad_output.device), LEAST_WORK)
         if products.work < least or pruning.method in slower:
@@ -137,7 +138,7 @@ class Study:
             decision = self._steps.memory.decisions[key] = self._alike[shapes, pruning]
             self._exact_ms[shapes] = decision.exact_ms
         if decision.sparse_ms is None:  # the measurement failed
-            self._obstacles[module] = decision.why
+            self._obstacles[module, gradient] = f"no time was measured: {decision.why}"
             return
         measured.timed = True
         measured.exact_ms += decision.exact_ms or 0.0
@@ -223,7 +224,18 @@ class Study:
         """Returns why a layer was not measured."""
         if module not in self._shapes:
             return "no gradient"
-        return self._obstacles.get(module, "too small to gain")
+        gradients = sorted(
+            {key for key in (*self._found, *self._obstacles) if key[0] is module}, key=lambda key: key[1]
+        )
+        obstacles = [self._obstacles.get(key, TOO_SMALL) for key in gradients]
+        return TOO_SMALL if TOO_SMALL in obstacles or not obstacles else obstacles[0]
+
+
+def _too_narrow(twins: list[PruningLayer], gradient: str) -> str:
+    narrowest = min(twins, key=lambda twin: twin.pruning.pattern.m)
+    pattern = narrowest.pruning.pattern
+    narrow = type(narrowest).too_narrow(narrowest, pattern) if gradient == "data" else None
+    return narrow or f"fewer rows or output pixels than m = {pattern.m}"
 
 
 def _products(twin: PruningLayer, gradient: str, grad_output: Tensor, input: Tensor) -> Products:
