@@ -83,7 +83,7 @@ def static_rule(
 
     Args:
         gradient: ``"data"`` or ``"weight"``.
-        values: the number of values of the input.
+        values: the number of values of the input; in eager mode rounded up to a power of two, as in ``Site``.
     """
     n, m = pruning.pattern
     if device.type == "cuda":
