@@ -141,6 +141,7 @@ class PruningLayer(nn.Module):
             self._remember()
             self.holds = {name: reason for name, reason in {**self.holds, who: why}.items() if reason}
             self.plain_for = None
+            self._forget_undone()
 
     def use(self, pruning: Pruning) -> None:
         """Replaces the settings, from the next forward on."""
@@ -232,6 +233,24 @@ class PruningLayer(nn.Module):
         until, node = torch._C._autograd._get_sequence_nr(), _running_node()
         if not changes or changes[-1][:2] != (until, node):  # otherwise no node has used the last settings
             changes.append(_Change(until, node, self.pruning, self.held))
+
+    def _forget_undone(self) -> None:
+        """Forgets the changes of the running node after they ended, as those of a pause in a recomputation do.
+
+        The later forwards of the node then get the settings of their first run.
+        """
+        node = None if torch.compiler.is_compiling() else _running_node()
+        changes = _past.get(self)
+        if node is None or changes is None:
+            return
+        own = len(changes)
+        while own and changes[own - 1].node == node:
+            own -= 1
+        if own < len(changes) and changes[own][2:] == (self.pruning, self.held):
+            while len(changes) > own:
+                changes.pop()
+        if not changes:
+            del _past[self]
 
     def _settings(self) -> tuple[Pruning, str]:
         """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""

@@ -77,6 +77,13 @@ def _is_asked_for(node: Any) -> bool:
         return True
 
 
+def strided(grad_output: Tensor) -> Tensor:
+    """Returns the gradient in a layout that kernels can read. That of ``gather(sparse_grad=True)`` is sparse."""
+    if torch.compiler.is_compiling() or grad_output.layout is torch.strided:
+        return grad_output
+    return grad_output.to_dense()
+
+
 def forward_derivative(
     ctx: Any, tangents: Sequence[OptionalTensor], product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:

@@ -51,7 +51,7 @@ def signature(input: Tensor) -> tuple[object, ...] | None:
     The plain operator is correct for every call. So the key need not contain all that a choice depends on, only what
     makes another choice likely. It is None in a backward, where a repeated forward uses its first settings.
     """
-    if torch._C._current_graph_task_id() != -1:
+    if torch._C._current_graph_task_id() != -1 or input.is_nested:  # a nested tensor has no shape
         return None
     return input.shape, input.dtype, torch._C._is_any_autocast_enabled(), current_chooser().epoch
 
@@ -185,8 +185,14 @@ def _check_methods(
 
 def _trained(tensor: Tensor) -> bool:
     """Returns whether a tensor needs a gradient. In a transform, a gradient at any level counts."""
-    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return _requires_grad(tensor) if transforms else tensor.requires_grad
+    if torch.compiler.is_compiling():
+        return tensor.requires_grad
+    if torch._C._are_functorch_transforms_active():
+        return _requires_grad(tensor)
+    if type(tensor) in _PLAIN_TYPES:
+        return tensor.requires_grad
+    with torch._C.DisableTorchFunctionSubclass():  # some subclasses refuse the question
+        return tensor.requires_grad
 
 
 def _why_plain(op: str, pruning: Pruning, work: int, input: Tensor, weight: Tensor) -> Decision | None:
@@ -246,7 +252,10 @@ def save(ctx: Any, weight: Tensor, input: Tensor, *, jvp: bool = False) -> None:
         jvp: saves the same for forward-mode differentiation, which always needs the input. Both must save the same
             tensors in the same order, because vmap keeps one list of their batch dimensions.
     """
-    mark = (_MARK,) if not torch.compiler.is_compiling() and has_hooks() else ()
+    mark: tuple[Tensor, ...] = ()
+    if not torch.compiler.is_compiling():
+        mark = (_MARK,) if has_hooks() else ()
+        ctx.set_materialize_grads(False)  # without an output gradient, the backward must give none, not zeros
     saved = *mark, weight, input if jvp or ctx.needs_input_grad[1] else None
     ctx.save_for_backward(*saved)
     if jvp:
@@ -359,7 +368,7 @@ def site_of(op: str, dtype: torch.dtype, pruning: Pruning, input: Tensor, weight
         dtype=dtype,
         threads=torch.get_num_threads(),
         pruning=pruning.data,
-        weight_shape=weight.shape,
+        weight_shape=tuple(int(size) for size in weight.shape),  # a tracer's sizes may be symbols, which have no hash
         weight_contiguous=weight.is_contiguous(),
         values=exponent(input.numel()),
         **own,

@@ -14,7 +14,7 @@ from torch.autograd import Function
 from .._decision import Products, Site
 from .._pattern import PatternLike, Pruning, WeightGradLike
 from ._autocast import OptionalTensor, autocast
-from ._backward import decide, forward_derivative, pruned_gradient, wanted
+from ._backward import decide, forward_derivative, pruned_gradient, strided, wanted
 from ._call import Call, Layer, exponent, in_transform, save, site_of, start
 from ._conv2d_products import (
     Conv2dProducts,
@@ -160,7 +160,9 @@ class _Conv2d(Function):
         return F.conv2d(input, weight, bias, *geometry)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+    def backward(ctx: Any, grad_output: OptionalTensor) -> tuple[OptionalTensor, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
         *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
@@ -180,7 +182,9 @@ class _Conv2dInTransform(Function):
         _save(ctx, input, weight, call, geometry, jvp=True)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+    def backward(ctx: Any, grad_output: OptionalTensor) -> tuple[OptionalTensor, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
         *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
 
@@ -201,6 +205,7 @@ def _gradients(
     ctx: Any, grad_output: Tensor, input: OptionalTensor, weight: Tensor, needs: Sequence[bool]
 ) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
     needs_input, needs_weight, needs_bias = needs
+    grad_output = strided(grad_output)
     if input is None:  # ATen reads only its shape and memory format
         memory_format = torch.channels_last if ctx.channels_last else torch.contiguous_format
         input = torch.empty_like(grad_output.new_empty(ctx.input_shape), memory_format=memory_format)

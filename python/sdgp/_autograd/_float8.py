@@ -125,6 +125,8 @@ class _Float8Linear(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Any) -> tuple[OptionalTensor, ...]:
+        if grad_output is None:
+            return None, None, None, None
         *_, weight, input = ctx.saved_tensors
         call: Call = ctx.call
         needs = wanted(ctx)

@@ -19,7 +19,7 @@ from .._pattern import PatternLike, Pruning, WeightGradLike
 from .._rules import obstacle
 from .._semi_structured import DEFAULT, Algorithm, Operand
 from ._autocast import OptionalTensor, autocast
-from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, wanted
+from ._backward import decide, detached, forward_derivative, pruned_gradient, rescaled, rows, strided, wanted
 from ._call import Call, Layer, in_transform, save, site_of, start
 
 
@@ -131,7 +131,7 @@ class _Linear(Function):
     # A forward that takes the context has the least call overhead. Transforms need _LinearInTransform.
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool) -> Tensor:
-        _save(ctx, input, weight, call, transposed)
+        _save(ctx, input, weight, bias, call, transposed)
         output = _linear(input, weight, bias, transposed)
         if not torch.compiler.is_compiling() and output._is_view():
             # Autograd does not allow changes in place to a view of a tensor that a Function made.
@@ -139,7 +139,9 @@ class _Linear(Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+    def backward(ctx: Any, grad_output: OptionalTensor) -> tuple[OptionalTensor, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
         *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, wanted(ctx)), None, None
 
@@ -155,11 +157,13 @@ class _LinearInTransform(Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        input, weight, _, call, transposed = inputs
-        _save(ctx, input, weight, call, transposed, jvp=True)
+        input, weight, bias, call, transposed = inputs
+        _save(ctx, input, weight, bias, call, transposed, jvp=True)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[OptionalTensor, ...]:
+    def backward(ctx: Any, grad_output: OptionalTensor) -> tuple[OptionalTensor, ...]:
+        if grad_output is None:
+            return None, None, None, None, None
         *_, weight, input = ctx.saved_tensors
         return *_gradients(ctx, grad_output, input, weight, ctx.needs_input_grad[:3]), None, None
 
@@ -168,8 +172,11 @@ class _LinearInTransform(Function):
         return forward_derivative(ctx, tangents, lambda x, w: _linear(x, w, None, ctx.transposed))
 
 
-def _save(ctx: Any, input: Tensor, weight: Tensor, call: Call, transposed: bool, jvp: bool = False) -> None:
+def _save(
+    ctx: Any, input: Tensor, weight: Tensor, bias: OptionalTensor, call: Call, transposed: bool, jvp: bool = False
+) -> None:
     ctx.call, ctx.transposed = call, transposed
+    ctx.bias_shape = None if bias is None or bias.ndim < 2 else bias.shape  # F.linear broadcasts any bias
     # Save the leaf itself: a view would keep memory that ZeRO releases between forward and backward.
     save(ctx, weight, input, jvp=jvp)
 
@@ -179,6 +186,7 @@ def _gradients(
 ) -> tuple[OptionalTensor, OptionalTensor, OptionalTensor]:
     grad_input = grad_weight = grad_bias = None
     call: Call = ctx.call
+    grad_output = strided(grad_output)
     if needs[0]:
         products = LinearProducts(grad_output, weight.t() if ctx.transposed else weight, call.data.pruning)
         decision = decide(call, call.data, products)
@@ -191,7 +199,7 @@ def _gradients(
         assert input is not None
         grad_weight = _weight_gradient(call, grad, rows(input), weight, ctx.transposed)
     if needs[2]:
-        grad_bias = grad.sum(0)
+        grad_bias = grad.sum(0) if ctx.bias_shape is None else grad_output.sum_to_size(ctx.bias_shape)
     return grad_input, grad_weight, grad_bias
 
 
