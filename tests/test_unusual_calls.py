@@ -47,6 +47,35 @@ def test_an_undefined_gradient_stays_undefined(name: str, backend: str) -> None:
     assert all(parameter.grad is None for parameter in layer.parameters())
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("backend", ["auto", "sparse", "dense", "pruned"])
+def test_undefined_and_defined_gradients_in_turn(backend: str, reentrant: bool | None, autocast: bool) -> None:
+    """Square layers that are large enough for auto, before and after its first measurement."""
+    plain = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    layers = sdgp.convert(copy.deepcopy(plain), "4:4", "magnitude", backend=backend, weight_grad="4:4")
+    values = torch.randn(512, 256)
+
+    def output(model: nn.Module, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return model(x) if reentrant is None else checkpoint(model, x, use_reentrant=reentrant)
+
+    def gradients(model: nn.Module) -> list[Tensor]:
+        model.zero_grad()
+        x = values.clone().requires_grad_()
+        y = output(model, x)
+        Blocked.apply(y, torch.zeros_like(y, requires_grad=True)).float().sum().backward()
+        # A reentrant checkpoint itself turns a missing gradient into zeros.
+        assert reentrant or all(tensor.grad is None for tensor in (x, *model.parameters()))
+        output(model, x).float().square().sum().backward()
+        return [tensor.grad for tensor in (x, *model.parameters())]
+
+    with sdgp.Chooser(rounds=1):
+        for _ in range(3):
+            for one, other in zip(gradients(layers), gradients(plain), strict=True):
+                torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_pause_inside_a_checkpoint_inside_a_pause(reentrant: bool) -> None:
     layer = sdgp.convert(nn.Linear(16, 16), "2:4", "magnitude", backend="dense")
