@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D as _PlainConv1D
 from ._autograd import LinearProducts, LinearWeightProducts, is_plain_again, pruned_linear, rows
 from ._decision import Products
 from ._layer import PruningLayer, call_plain, calls_plain
+from ._past_settings import settings_of
 from ._pattern import PatternLike, Pruning, WeightGradLike
 
 
@@ -53,7 +54,7 @@ class Conv1D(PruningLayer, _PlainConv1D):  # type: ignore[misc]
         self._note_input(x)
         # For a contiguous input with at most three dimensions, F.linear calls the same addmm as Conv1D.
         samples = x.reshape(-1, x.shape[-1]) if x.ndim < 3 else x.flatten(1, -2).contiguous()
-        output = pruned_linear(samples, self.weight, self.bias, *self._settings(), self, transposed=True)
+        output = pruned_linear(samples, self.weight, self.bias, *settings_of(self), self, transposed=True)
         return output.view(*x.shape[:-1], self.nf)
 
     def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:

@@ -16,6 +16,7 @@ from ._autograd import is_plain_again, rows
 from ._autograd._float8 import Float8Products, LayerCasts, pruned_float8_linear
 from ._decision import Products
 from ._layer import PruningLayer, call_plain, calls_plain
+from ._past_settings import settings_of
 from ._pattern import PatternLike, Pruning, WeightGradLike
 
 
@@ -55,7 +56,7 @@ class Float8Linear(PruningLayer, _PlainFloat8Linear):  # type: ignore[misc]
             plain: Tensor = call_plain(self, input)
             return plain
         self._note_input(input)
-        output = pruned_float8_linear(input, self.weight, *self._settings(), self, self._casts)
+        output = pruned_float8_linear(input, self.weight, *settings_of(self), self, self._casts)
         if output is None:
             exact: Tensor = super().forward(input)
             return exact

@@ -4,9 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections import deque
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
-from weakref import WeakKeyDictionary
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from ._decision import Decision, Products
 from ._ops import prune_nm
+from ._past_settings import forget_undone, remember
 from ._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 from ._renamed import warn_renamed
 
@@ -24,40 +23,8 @@ _Module = TypeVar("_Module", bound=nn.Module)
 
 _NO_GRADIENT = Decision("exact", "the input needs no gradient")
 
-# Note [Settings of a recomputation]
-# Reentrant checkpointing repeats a forward and stores nothing about the first run. A pause or a schedule may have ended
-# since then. So each change of a layer's settings is kept for a while, with the sequence number that autograd's next
-# node was to get. A forward inside a backward looks up the settings by the sequence number of the running node. This
-# node belongs to the checkpoint and was made in the first run. A checkpoint inside another checkpoint is made in the
-# recomputation of the outer one, so it gets the current settings. So does a forward in a node that changed the settings
-# itself, such as a backward that runs a model inside `paused`.
-_CHANGES_KEPT = 64
-
-
-class _Change(NamedTuple):
-    """The settings before a change.
-
-    Attributes:
-        until: the sequence number of the first node that autograd made after the change.
-        node: the node in which the change happened, or None outside a backward.
-    """
-
-    until: int
-    node: int | None
-    pruning: Pruning
-    held: str
-
-
 # The number of pauses that each layer is in, plain layers included: they may be converted in the pause.
 _pauses: dict[nn.Module, int] = {}
-
-_past: WeakKeyDictionary[PruningLayer, deque[_Change]] = WeakKeyDictionary()
-
-
-def _running_node() -> int | None:
-    """Returns the sequence number of the autograd node that runs now, or None outside a backward."""
-    node = None if torch._C._current_graph_task_id() == -1 else torch._C._current_autograd_node()
-    return None if node is None else node._sequence_nr()
 
 
 class PruningLayer(nn.Module):
@@ -138,15 +105,15 @@ class PruningLayer(nn.Module):
     def hold(self, who: str, why: str) -> None:
         """Keeps the gradients of all later forwards exact, until ``who`` calls this again with an empty ``why``."""
         if self.holds.get(who, "") != why:
-            self._remember()
+            remember(self)
             self.holds = {name: reason for name, reason in {**self.holds, who: why}.items() if reason}
             self.plain_for = None
-            self._forget_undone()
+            forget_undone(self)
 
     def use(self, pruning: Pruning) -> None:
         """Replaces the settings, from the next forward on."""
         if self.pruning != pruning:
-            self._remember()
+            remember(self)
             self.pruning = pruning
             self._forget()
 
@@ -225,42 +192,6 @@ class PruningLayer(nn.Module):
     def _forget(self) -> None:
         """Drops what was decided under other settings."""
         self.decision = self.weight_decision = self.plain_for = None
-
-    def _remember(self) -> None:
-        if torch.compiler.is_compiling():
-            return  # the traced code would depend on every layer of the process
-        changes = _past.setdefault(self, deque(maxlen=_CHANGES_KEPT))
-        until, node = torch._C._autograd._get_sequence_nr(), _running_node()
-        if not changes or changes[-1][:2] != (until, node):  # otherwise no node has used the last settings
-            changes.append(_Change(until, node, self.pruning, self.held))
-
-    def _forget_undone(self) -> None:
-        """Forgets the changes of the running node after they ended, as those of a pause in a recomputation do.
-
-        The later forwards of the node then get the settings of their first run.
-        """
-        node = None if torch.compiler.is_compiling() else _running_node()
-        changes = _past.get(self)
-        if node is None or changes is None:
-            return
-        own = len(changes)
-        while own and changes[own - 1].node == node:
-            own -= 1
-        if own < len(changes) and changes[own][2:] == (self.pruning, self.held):
-            while len(changes) > own:
-                changes.pop()
-        if not changes:
-            del _past[self]
-
-    def _settings(self) -> tuple[Pruning, str]:
-        """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and self in _past:
-            node, changes = _running_node(), _past[self]
-            if node is not None and changes[-1].node != node:
-                for change in changes:
-                    if node < change.until:
-                        return change.pruning, change.held
-        return self.pruning, self.held
 
     def _note_input(self, input: Tensor) -> None:
         """Notes that the input of a forward needs no gradient, until a forward has a decision to make."""

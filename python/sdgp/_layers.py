@@ -24,6 +24,7 @@ from ._autograd import (
 )
 from ._decision import Decision, Products
 from ._layer import PruningLayer, call_plain, calls_plain, is_traced
+from ._past_settings import settings_of
 from ._pattern import Pattern, PatternLike, Pruning, WeightGrad, WeightGradLike
 
 
@@ -71,7 +72,7 @@ class Linear(PruningLayer, nn.Linear):
             output: Tensor = call_plain(self, input)
             return output
         self._note_input(input)
-        return pruned_linear(input, self.weight, self.bias, *self._settings(), self)
+        return pruned_linear(input, self.weight, self.bias, *settings_of(self), self)
 
     def products(self, grad_output: Tensor, input: Tensor, weight: Tensor | None = None) -> Products:
         weight = self.weight if weight is None else weight
@@ -150,7 +151,7 @@ class Conv2d(PruningLayer, nn.Conv2d):
         stride: Any = self.stride
         dilation: Any = self.dilation
         input, padding = self._pad(input)
-        return pruned_conv2d(input, weight, bias, stride, padding, dilation, self.groups, *self._settings(), self)
+        return pruned_conv2d(input, weight, bias, stride, padding, dilation, self.groups, *settings_of(self), self)
 
     @staticmethod
     def _channels(layer: Any) -> int:

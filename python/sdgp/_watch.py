@@ -22,6 +22,7 @@ from . import _fidelity
 from ._fidelity import METRICS, Sums
 from ._layer import PruningLayer, prunes
 from ._models import check_eager, check_module, format_table, layers_of, pruning_layers
+from ._past_settings import settings_of
 from ._pattern import Pruning
 from ._renamed import renamed
 from ._step import Handles, Hook, Receive, is_measuring, note_weights, on_gradient
@@ -178,7 +179,7 @@ class Watch(Mapping[str, Record]):
         self._weights = {}
 
     def _after_forward(self, layer: PruningLayer) -> Receive | None:
-        pruning, held = layer._settings()  # the backward uses them too, whatever changes until then
+        pruning, held = settings_of(layer)  # the backward uses them too, whatever changes until then
         return None if held else functools.partial(self._receive, layer, pruning.data, self._weights.get(layer))
 
     def _receive(
