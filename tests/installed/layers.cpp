@@ -78,6 +78,24 @@ Result run(const Dict& of) {
   return result;
 }
 
+// The identity, whose backward gives no gradient.
+struct NoGradient : torch::autograd::Function<NoGradient> {
+  static at::Tensor forward(torch::autograd::AutogradContext*, const at::Tensor& x) { return x.clone(); }
+  static torch::autograd::variable_list backward(torch::autograd::AutogradContext*,
+                                                 const torch::autograd::variable_list&) {
+    return {at::Tensor()};
+  }
+};
+
+// Says whether a backward without an output gradient leaves the leaves of a layer without gradients.
+template <class Module>
+void show_undefined(Module module, const at::Tensor& input) {
+  const at::Tensor leaf = input.clone().requires_grad_();
+  NoGradient::apply(module->forward(leaf)).sum().backward();
+  const bool any = leaf.grad().defined() || module->weight.grad().defined() || module->bias.grad().defined();
+  std::cout << (any ? "zeros" : "no gradients") << '\n';
+}
+
 // Shows the features of a module besides its forward: its text, its clone, and an archive that torch::nn reads.
 template <class Module, class Dense>
 void show(const Module& module, Dense dense) {
@@ -106,6 +124,8 @@ void show_modules() {
   sdgp::Conv2d pruned(conv2d, settings);
   torch::manual_seed(0);
   std::cout << (pruned(x).equal(torch::nn::Conv2d(conv2d)(x)) ? "reflected alike" : "reflected otherwise") << '\n';
+  show_undefined(sdgp::Linear(torch::nn::LinearOptions(8, 16), settings), torch::randn({4, 8}));
+  show_undefined(pruned, x);
 }
 
 }  // namespace

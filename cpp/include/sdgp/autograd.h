@@ -69,6 +69,7 @@ inline void save(AutogradContext* ctx, const at::Tensor& input, const at::Tensor
   ctx->save_for_backward({weight.requires_grad() ? input : at::Tensor(), weight});
   ctx->saved_data["data"] = to_ivalue(pruning.data);
   ctx->saved_data["weight"] = to_ivalue(pruning.weight);
+  ctx->set_materialize_grads(false);  // without an output gradient, the backward must give none, not zeros
 }
 
 inline Pruning saved_pruning(AutogradContext* ctx) {
@@ -104,6 +105,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(4);
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &grad = grads[0], &input = saved[0], &weight = saved[1];
     const Pruning pruning = saved_pruning(ctx);
@@ -192,6 +194,7 @@ struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
+    if (!grads[0].defined()) return variable_list(5);
     const auto saved = ctx->get_saved_variables();
     const at::Tensor &grad = grads[0], &weight = saved[1];
     auto& data = ctx->saved_data;
