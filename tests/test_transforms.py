@@ -208,6 +208,23 @@ def test_second_derivatives(net: str, backend: str) -> None:
         torch.testing.assert_close(penalty(model), penalty(plain))
 
 
+@backends
+def test_gradients_of_forward_derivatives_are_pruned_once(backend: str) -> None:
+    """The forward derivative of Σ (W x)² along v is Σ 2 W x · W v. Its backward must prune 2 W v, and nothing else."""
+    weight, x = torch.randn(8, 6), torch.randn(6)
+
+    def call(x: Tensor) -> Tensor:
+        return sdgp.linear(x, weight, pattern="2:4", method="magnitude", backend=backend).square().sum()
+
+    def prune(gradient: Tensor) -> Tensor:
+        return gradient if backend == "auto" else sdgp.prune_nm(gradient, 2, 4)
+
+    v = torch.randn(6)
+    along_v = grad(lambda x: jvp(call, (x,), (v,))[1])(x)
+    torch.testing.assert_close(along_v, prune(2 * weight @ v) @ weight)
+    torch.testing.assert_close(jacrev(jacfwd(call))(x), prune(2 * weight.t()) @ weight)  # row i: v = unit vector i
+
+
 def test_weight_gradients_may_be_differentiated_again() -> None:
     """Weight gradients are exact, so they may be differentiated again. Only a pruned data gradient refuses."""
     layer = sdgp.Linear(8, 8, pattern="2:4", method="magnitude", backend="pruned")
