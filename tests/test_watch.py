@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Tests sdgp.watch: its records against plain PyTorch, when it records, and what it writes and sets aside.
+"""Tests sdgp.watch: its records against plain PyTorch, when it records, and what it writes.
 
 Watching must not change the training.
 """
@@ -354,46 +354,6 @@ def test_writes_to_tensorboard() -> None:
     assert written == [(f"sdgp/{key}/(model)", watch["(model)"][key][0], 0) for key in METRICS]
 
 
-def harmed() -> tuple[nn.Module, sdgp.Watch]:
-    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:8", "random")
-    return model, sdgp.watch(model, every=1, window=3, exact_below=0.9)
-
-
-def test_sets_harmed_layers_aside() -> None:
-    model, watch = harmed()
-    for _ in range(3):
-        assert not watch.set_aside
-        step(model, torch.randn(4, 8))
-    assert list(watch.set_aside) == ["0", "1"]
-    assert re.fullmatch(r"set aside at step 2, .*0\.\d\d < exact_below=0\.9", watch.set_aside["0"])
-    assert [row.note for row in sdgp.report(model)] == [f"exact: {why}" for why in watch.set_aside.values()]
-    assert str(watch).count("exact: set aside") == 2
-    x = torch.randn(4, 8, requires_grad=True)
-    dense = sdgp.revert(copy.deepcopy(model))
-    assert torch.equal(*(torch.autograd.grad(net(x).square().sum(), x)[0] for net in (model, dense)))
-    assert watch["0"]["step"] == [0, 1, 2]
-    assert "set aside" not in str(sdgp.report(sdgp.convert(model, "2:4")))
-
-
-def test_a_good_layer_stays() -> None:
-    model = converted(nn.Linear(8, 8), "7:8")
-    watch = sdgp.watch(model, every=1, window=2, exact_below=0.9)
-    for _ in range(4):
-        step(model, torch.randn(4, 8))
-    assert last(watch, "(model)")["cosine"] > 0.95
-    assert not watch.set_aside
-
-
-def test_goes_on_from_a_state_dict() -> None:
-    model, watch = harmed()
-    for _ in range(4):
-        step(model, torch.randn(4, 8))
-    other, restored = harmed()
-    restored.load_state_dict(json.loads(json.dumps(watch.state_dict())))
-    assert (restored.step, restored.set_aside) == (4, watch.set_aside)
-    assert [row.note for row in sdgp.report(other)] == [row.note for row in sdgp.report(model)]
-
-
 def test_closing_leaves_no_hook() -> None:
     model = converted(nn.Linear(8, 8))
     with sdgp.watch(model, every=1):
@@ -423,15 +383,6 @@ def test_under_torch_compile_nothing_is_recorded_and_nothing_breaks() -> None:
         sdgp.watch(compiled)
 
 
-def test_the_old_name_warns_and_works() -> None:
-    model = converted(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "1:8", "random")
-    with pytest.warns(FutureWarning, match="exact_below") as warned:
-        watch = sdgp.watch(model, every=1, window=1, dense_below=0.9)
-    assert warned[0].filename == __file__
-    step(model, torch.randn(4, 8))
-    assert list(watch.set_aside) == ["0", "1"]
-
-
 BAD: list[tuple[dict[str, Any], str, str]] = [
     ({"model": 3}, "nn.Module", "int"),
     ({"model": nn.Linear(8, 8)}, "converted layers", "none"),
@@ -455,25 +406,3 @@ def test_errors(arguments: dict[str, Any], requirement: str, got: str) -> None:
 def test_bad_states(state: dict[str, Any], requirement: str, got: str) -> None:
     with pytest.raises(ValueError, match=f"^watch: expected .*{requirement}.*, got {re.escape(got)}"):
         sdgp.watch(converted(nn.Linear(8, 8))).load_state_dict(state)
-
-
-def test_a_layer_that_is_converted_again_is_judged_anew() -> None:
-    model, watch = harmed()
-    for _ in range(3):
-        step(model, torch.randn(4, 8))
-    assert list(watch.set_aside) == ["0", "1"]
-    sdgp.convert(model, "7:8", backend="pruned")
-    for _ in range(4):
-        step(model, torch.randn(4, 8))
-    assert not watch.set_aside
-    assert watch.state_dict()["set_aside"] == {}
-
-
-def test_a_watch_that_is_restored_frees_only_its_own_layers() -> None:
-    model, watch = harmed()
-    for _ in range(3):
-        step(model, torch.randn(4, 8))
-    reasons = list(watch.set_aside.values())
-    other = sdgp.watch(model, every=1)
-    other.load_state_dict(other.state_dict())
-    assert [layer.held for layer in model] == reasons
