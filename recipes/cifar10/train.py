@@ -19,16 +19,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.checkpoint import load_weights
 from ..common.errors import UserError
 from ..common.images import is_pruned as is_pruned_convolution
 from ..common.launch import launch
 from ..common.process import World, derive_seed
-from ..common.record import Job
-from ..common.run import Run, classify
+from ..common.recipe import Recipe
+from ..common.run import classify
 from ..common.transformer import Block, decay_matrices
 from .config import Config
-from .data import Cifar, Images, load
+from .data import Cifar, load
 
 
 class Residual(nn.Module):
@@ -124,21 +123,28 @@ def augment(images: Tensor, config: Config) -> Tensor:
 
 
 def batches(
-    images: Images, config: Config, seed: int, epoch: int, first: int, world: World
-) -> Iterator[tuple[Tensor, Tensor]]:
+    config: Config, data: Cifar, seed: int, epoch: int, first: int, world: World
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Yields this process's part of each full batch of an epoch, from batch ``first`` on."""
+    images = data.train
     generator = torch.Generator().manual_seed(derive_seed("epoch", seed, epoch))
     count = config.epoch_size(len(images.labels))
     order = torch.randperm(len(images.labels), generator=generator)[:count].to(world.device)
     for index in range(first, len(order) // config.batch_size):
         batch = order[index * config.batch_size : (index + 1) * config.batch_size]
         mine = batch[world.rank :: world.size]
-        yield augment(images.normalized(mine, config.memory_format), config), images.labels[mine]
+        yield [(augment(images.normalized(mine, config.memory_format), config), images.labels[mine])]
 
 
 @torch.no_grad()
-def validate(model: nn.Module, images: Images, config: Config, world: World) -> dict[str, float]:
-    """Returns top-1 in percent and the cross-entropy. The scores of each image and its mirror image are averaged."""
+def validate(model: nn.Module, data: Cifar, config: Config, world: World, epoch: int) -> dict[str, float]:
+    """Returns top-1 in percent and the cross-entropy, or nothing if the config validates after later epochs.
+
+    The scores of each image and its mirror image are averaged.
+    """
+    if epoch + 1 < config.epochs and (epoch + 1) % config.validate_every:
+        return {}
+    images = data.test
     model.eval()
     sums = torch.zeros(2, device=world.device)
     mine = torch.arange(world.rank, len(images.labels), world.size, device=world.device)
@@ -151,14 +157,14 @@ def validate(model: nn.Module, images: Images, config: Config, world: World) -> 
     return {"top1": 100 * hits, "test_loss": loss}
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
+def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
     """Prunes what the published runs pruned, and all linear layers of a transformer's blocks."""
     return is_pruned_convolution(module, name) or (isinstance(module, nn.Linear) and name.startswith("blocks."))
 
 
-def prepare(config: Config, world: World) -> nn.Module:
+def prepare(config: Config, data: Cifar, world: World) -> nn.Module:
     model = make_model(config).to(world.device, memory_format=config.memory_format)  # type: ignore[call-overload]
-    return config.convert(model, is_pruned)
+    return config.convert(model, partial(is_pruned, config))
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -167,36 +173,27 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.0, config.momentum, weight_decay=config.weight_decay)
 
 
-def train(config: Config, data: Cifar, seed: int, world: World, job: Job) -> None:
-    steps = config.steps(config.epoch_size(len(data.train.labels)), world)
+def steps(config: Config, data: Cifar, world: World) -> int:
     if config.cutout > (size := min(data.train.pixels.shape[1:3])):
         raise UserError(f"config: expected cutout <= {size}, the size of an image, got {config.cutout}")
-    torch.manual_seed(seed)
-    model = prepare(config, world)
-
-    def validated(epoch: int) -> dict[str, float]:
-        due = epoch + 1 == config.epochs or (epoch + 1) % config.validate_every == 0
-        return validate(model, data.test, config, world) if due else {}
-
-    run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
-    run.fit(
-        batches=lambda epoch, first: ([batch] for batch in batches(data.train, config, seed, epoch, first, world)),
-        forward=partial(classify, label_smoothing=config.label_smoothing),
-        validate=validated,
-    )
-    run.finish("cifar10", data.name, "top1", "test_loss")
+    return config.steps(config.epoch_size(len(data.train.labels)), world)
 
 
-def evaluate(config: Config, data: Cifar, world: World, weights: dict[str, Tensor]) -> str:
-    model = prepare(config, world)
-    load_weights(model, weights)
-    result = validate(model, data.test, config, world)
-    return f"top-1 {result['top1']:.2f} %, loss {result['test_loss']:.3f}, of {len(data.test.labels)} images"
+RECIPE = Recipe(
+    name="cifar10",
+    config=Config,
+    metrics=("top1", "test_loss"),
+    load=load,
+    prepare=prepare,
+    is_pruned=is_pruned,
+    make_optimizer=make_optimizer,
+    steps=steps,
+    batches=batches,
+    forward=lambda config: partial(classify, label_smoothing=config.label_smoothing),
+    validate=validate,
+)
 
-
-def main() -> None:
-    launch("cifar10", __doc__, Config, load, train, evaluate)
-
+main = partial(launch, RECIPE, __doc__)
 
 if __name__ == "__main__":
     main()

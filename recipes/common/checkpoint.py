@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
 from .errors import UserError
 from .files import replacing
@@ -73,15 +74,19 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads the weights of a checkpoint that ``--eval`` names.
+    """Loads the weights of a checkpoint that ``--eval`` names. It has no frozen parameters.
 
     Raises:
         UserError: if they are not those of the model.
     """
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     try:
-        model.load_state_dict(weights)
+        options = StateDictOptions(full_state_dict=True, strict=False)
+        missing, unexpected = set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
     except RuntimeError as error:
         raise UserError(f"--eval: {error}") from None
+    if wrong := [*(name for name in missing if name not in frozen), *unexpected]:
+        raise UserError(f"--eval: expected the weights of this model, got others: {', '.join(wrong[:3])}")
 
 
 def _plain(tensor: Tensor) -> Tensor:

@@ -6,42 +6,24 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 
 from . import checkpoint, config, process
 from .config import difference
 from .errors import Stopped, UserError
-from .process import World
+from .recipe import Recipe
 from .record import Job
-from .settings import Settings
-
-_Config = TypeVar("_Config", bound=Settings)
 
 
-def launch(
-    recipe: str,
-    doc: str | None,
-    config_type: type[_Config],
-    load: Callable[[_Config, Path | None, World], Any],
-    train: Callable[[_Config, Any, int, World, Job], None],
-    evaluate: Callable[[_Config, Any, World, dict[str, torch.Tensor]], str],
-) -> None:
-    """Parses the command line and trains a run for each seed, or evaluates a checkpoint.
-
-    Args:
-        load: loads the data for a config from the folder that ``--data`` names.
-        train: trains one run.
-        evaluate: evaluates the weights of a checkpoint, and returns a text to print.
-    """
+def launch(recipe: Recipe, doc: str | None) -> None:
+    """Parses the command line and trains a run for each seed, or evaluates a checkpoint."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr] # for names that are not UTF-8
     args = _parse(doc)
     try:
-        settings = config.load(config_type, args.config, args.set)
+        settings = config.load(recipe.config, args.config, args.set)
         if args.threads:
             torch.set_num_threads(args.threads)
         world = process.start(args.device)
@@ -50,19 +32,20 @@ def launch(
                 weights, training = checkpoint.load(args.eval)
                 if changed := difference(training.get("config", {}), dataclasses.asdict(settings)):
                     print(f"--eval: the checkpoint was trained with another config: {changed}", file=sys.stderr)
-                print(evaluate(settings, load(settings, args.data, world), world, weights))
+                data = recipe.load(settings, args.data, world)
+                print(recipe.evaluate(settings, data, world, weights))
                 return
-            data = load(settings, args.data, world)
+            data = recipe.load(settings, args.data, world)
             for seed in range(args.seed, args.seed + args.seeds):
-                folder = args.out / recipe / "+".join(file.stem for file in args.config) / f"seed{seed}"
-                results = args.results or args.out / f"{recipe}.jsonl"
-                train(settings, data, seed, world, Job(folder, results, args.resume))
+                folder = args.out / recipe.name / "+".join(file.stem for file in args.config) / f"seed{seed}"
+                results = args.results or args.out / f"{recipe.name}.jsonl"
+                recipe.train(settings, data, seed, world, Job(folder, results, args.resume))
         finally:
             process.stop()
     except Stopped as stopped:
         sys.exit(128 + stopped.signal)  # as a shell reports a program that a signal ended
     except UserError as error:
-        sys.exit(f"{recipe}: {error}")
+        sys.exit(f"{recipe.name}: {error}")
 
 
 def _count(text: str) -> int:

@@ -22,7 +22,8 @@ from .process import Stop, World, derive_seed
 from .record import Curve, Job, Record
 from .settings import Settings
 
-_MicroBatches: TypeAlias = Sequence[tuple[Tensor, Tensor]]
+#: The micro-batches of one step: (input, target).
+MicroBatches: TypeAlias = Sequence[tuple[Tensor, Tensor]]
 
 
 class Measured(NamedTuple):
@@ -110,7 +111,7 @@ class Run:
 
     def fit(
         self,
-        batches: Callable[[int, int], Iterable[_MicroBatches]],
+        batches: Callable[[int, int], Iterable[MicroBatches]],
         forward: Forward,
         validate: Callable[[int], Mapping[str, float]],
     ) -> None:
@@ -139,7 +140,7 @@ class Run:
                 first = (epoch + 1) * self._epoch_steps
                 self._end_epoch(first, epoch, validate(epoch))
 
-    def _step(self, step: int, model: nn.Module, micro_batches: _MicroBatches, forward: Forward) -> int:
+    def _step(self, step: int, model: nn.Module, micro_batches: MicroBatches, forward: Forward) -> int:
         """Trains one step. Returns its images or tokens."""
         start = time.perf_counter()
         self._optimizer.zero_grad()
@@ -171,7 +172,7 @@ class Run:
         every, steps = self._config.budget, self._config.epochs * self._epoch_steps
         return CountedBudget(every, steps, self._model, loss, self._optimizer, self._saved_budget)
 
-    def _steps(self, step: int, batches: Iterable[_MicroBatches]) -> Iterator[tuple[int, _MicroBatches]]:
+    def _steps(self, step: int, batches: Iterable[MicroBatches]) -> Iterator[tuple[int, MicroBatches]]:
         """Yields (step, batch) and times the steps. Random numbers in a step depend only on seed, process and step."""
         iterator = iter(batches)
         while True:

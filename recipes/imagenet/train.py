@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision import models
 
-from ..common.checkpoint import load_weights
 from ..common.images import is_pruned
 from ..common.launch import launch
 from ..common.process import World
-from ..common.record import Job
-from ..common.run import Run, classify
+from ..common.recipe import Recipe
+from ..common.run import classify
 from ..common.transformer import decay_matrices
 from .config import Config
 from .data import ImageNet, load, train_batches, val_batches
@@ -53,7 +52,7 @@ def add_blurpool(model: nn.Module) -> None:
                 setattr(module, name, nn.Sequential(Blur(child.in_channels), child))
 
 
-def prepare(config: Config, world: World) -> nn.Module:
+def prepare(config: Config, data: ImageNet, world: World) -> nn.Module:
     model: nn.Module = getattr(models, config.net)(num_classes=config.classes)
     if config.blurpool:
         add_blurpool(model)
@@ -75,8 +74,11 @@ def resolution(config: Config, epoch: int) -> int:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, data: ImageNet, config: Config, world: World) -> dict[str, float]:
-    """Returns top-1 and top-5 in percent. The scores of each image and its mirror image are added."""
+def validate(model: nn.Module, data: ImageNet, config: Config, world: World, epoch: int) -> dict[str, float]:
+    """Returns top-1 and top-5 in percent, and the resolution of the epoch.
+
+    The scores of each image and its mirror image are added.
+    """
     model.eval()
     sums = torch.zeros(3, device=world.device)
     for images, labels in val_batches(data.val, config, world):
@@ -85,37 +87,31 @@ def accuracy(model: nn.Module, data: ImageNet, config: Config, world: World) -> 
         hits = scores.topk(min(5, config.classes)).indices == labels.unsqueeze(1)
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=world.device)])
     top1, top5, count = world.sum(sums).tolist()
-    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "resolution": resolution(config, epoch)}
 
 
-def train(config: Config, data: ImageNet, seed: int, world: World, job: Job) -> None:
-    steps = config.steps(data.train.size, world)
-    torch.manual_seed(seed)
-    model = prepare(config, world)
-
-    def steps_of(epoch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-        size = resolution(config, epoch)
-        return ([batch] for batch in train_batches(data.train, config, seed, epoch, first, size, world))
-
-    run = Run(job, config, seed, world, model, make_optimizer(model, config), steps)
-    run.fit(
-        batches=steps_of,
-        forward=partial(classify, label_smoothing=config.label_smoothing),
-        validate=lambda epoch: {"resolution": resolution(config, epoch), **accuracy(model, data, config, world)},
-    )
-    run.finish("imagenet", data.name, "top1")
+def batches(
+    config: Config, data: ImageNet, seed: int, epoch: int, first: int, world: World
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    size = resolution(config, epoch)
+    return ([batch] for batch in train_batches(data.train, config, seed, epoch, first, size, world))
 
 
-def evaluate(config: Config, data: ImageNet, world: World, weights: dict[str, Tensor]) -> str:
-    model = prepare(config, world)
-    load_weights(model, weights)
-    result = accuracy(model, data, config, world)
-    return f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} % of {data.val.size} images"
+RECIPE = Recipe(
+    name="imagenet",
+    config=Config,
+    metrics=("top1",),
+    load=load,
+    prepare=prepare,
+    is_pruned=lambda config, module, name: is_pruned(module, name),
+    make_optimizer=make_optimizer,
+    steps=lambda config, data, world: config.steps(data.train.size, world),
+    batches=batches,
+    forward=lambda config: partial(classify, label_smoothing=config.label_smoothing),
+    validate=validate,
+)
 
-
-def main() -> None:
-    launch("imagenet", __doc__, Config, load, train, evaluate)
-
+main = partial(launch, RECIPE, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -20,15 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..common.checkpoint import load_weights
 from ..common.config import Count, NonNegative
 from ..common.launch import launch
 from ..common.process import World
-from ..common.record import Job
-from ..common.run import Run, classify
+from ..common.recipe import Recipe
+from ..common.run import classify
 from ..common.transformer import decay_matrices
 from . import gpt
-from .text import Classes, TextSettings, load_classes
+from .text import Classes, TextSettings, epoch_steps, load_classes
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Classifier(nn.Module):
         return scores
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
+def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
     return name.rpartition(".")[2] in gpt.PRUNED["all"]
 
 
-def prepare(config: Config, classes: int, world: World) -> nn.Module:
+def prepare(config: Config, classes: Classes, world: World) -> nn.Module:
     if config.model:
         body = gpt.from_checkpoint(config.model, config.context)
     else:
         body = gpt.GPT(*gpt.SIZES[config.size], config.context)
-    return config.convert(Classifier(body, classes).to(world.device), is_pruned)
+    return config.convert(Classifier(body, len(classes.texts)).to(world.device), partial(is_pruned, config))
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
@@ -76,12 +76,18 @@ def load(config: Config, path: Path | None, world: World) -> Classes:
     return load_classes(path, config.context + 1)
 
 
-def batches(classes: Classes, config: Config, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yields this process's micro-batches for each step: random sequences of random classes, and the classes."""
+def batches(
+    config: Config, classes: Classes, seed: int, epoch: int, first: int, world: World
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields this process's micro-batches of each step of an epoch from step ``first`` on.
+
+    They are random sequences of random classes, and the classes, and depend on the seed of the generator alone, which
+    ``Run`` sets for each step.
+    """
     lengths = torch.tensor([len(text.train) for text in classes.texts])
     firsts, joined = lengths.cumsum(0) - lengths, torch.cat([text.train for text in classes.texts])
     offsets, shape = torch.arange(config.context), (config.accumulate, config.sequences(world))
-    for _ in range(steps):
+    for _ in range(first, config.epoch_steps):
         labels = torch.randint(len(classes.texts), shape)
         starts = firsts[labels] + (torch.rand(shape) * (lengths[labels] - config.context)).long()
         inputs = joined[starts.unsqueeze(-1) + offsets].long().to(world.device, non_blocking=True)
@@ -89,7 +95,7 @@ def batches(classes: Classes, config: Config, world: World, steps: int) -> Itera
 
 
 @torch.no_grad()
-def validate(model: nn.Module, classes: Classes, config: Config, world: World) -> dict[str, float]:
+def validate(model: nn.Module, classes: Classes, config: Config, world: World, epoch: int) -> dict[str, float]:
     """Returns top-1 in percent and the cross-entropy, each the mean over the classes."""
     model.eval()
     most = max(1, config.validation_bytes // len(classes.texts) // config.context)  # sequences per class
@@ -106,28 +112,21 @@ def validate(model: nn.Module, classes: Classes, config: Config, world: World) -
     return {"top1": 100 * hits, "test_loss": loss}
 
 
-def train(config: Config, classes: Classes, seed: int, world: World, job: Job) -> None:
-    torch.manual_seed(seed)
-    model = prepare(config, len(classes.texts), world)
-    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    run.fit(
-        batches=lambda epoch, first: batches(classes, config, world, config.epoch_steps - first),
-        forward=classify,
-        validate=lambda epoch: validate(model, classes, config, world),
-    )
-    run.finish("classify", classes.name, "top1", "test_loss")
+RECIPE = Recipe(
+    name="classify",
+    config=Config,
+    metrics=("top1", "test_loss"),
+    load=load,
+    prepare=prepare,
+    is_pruned=is_pruned,
+    make_optimizer=make_optimizer,
+    steps=epoch_steps,
+    batches=batches,
+    forward=lambda config: classify,
+    validate=validate,
+)
 
-
-def evaluate(config: Config, classes: Classes, world: World, weights: dict[str, Tensor]) -> str:
-    model = prepare(config, len(classes.texts), world)
-    load_weights(model, weights)
-    result = validate(model, classes, config, world)
-    return f"top-1 {result['top1']:.2f} %, loss {result['test_loss']:.3f}, {len(classes.texts)} classes"
-
-
-def main() -> None:
-    launch("classify", __doc__, Config, load, train, evaluate)
-
+main = partial(launch, RECIPE, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -27,10 +27,10 @@ from ..common.config import NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.record import Job
-from ..common.run import Measured, Run
+from ..common.recipe import Recipe
+from ..common.run import Forward, Measured
 from ..common.transformer import Block, decay_matrices
-from .text import Text, TextSettings, batches, load_text, mean_loss
+from .text import Text, TextSettings, batches, epoch_steps, load_text, mean_loss
 
 SIZES = {  # layers, heads, width
     "tiny": (6, 4, 128),
@@ -107,17 +107,18 @@ def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, text: Tensor, config: Config, world: World) -> float:
+def validate(model: nn.Module, text: Text, config: Config, world: World, epoch: int) -> dict[str, float]:
     """Returns the loss in bits per byte over the first ``validation_bytes``."""
     model.eval()
-    return mean_loss(model, text[: config.validation_bytes + 1], config, world, batch=64) / math.log(2)
+    first = text.validation[: config.validation_bytes + 1]
+    return {"bits_per_byte": mean_loss(model, first, config, world, batch=64) / math.log(2)}
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     return torch.optim.AdamW(decay_matrices(model, config.weight_decay), config.lr, (0.9, config.beta2))
 
 
-def prepare(config: Config, world: World) -> nn.Module:
+def prepare(config: Config, text: Text, world: World) -> nn.Module:
     model = GPT(*SIZES[config.size], config.context).to(world.device)
     config.convert(model, partial(is_pruned, config))
     if config.shard and world.size > 1:
@@ -131,27 +132,25 @@ def load(config: Config, path: Path | None, world: World) -> Text:
     return load_text(path, config.context + 1)
 
 
-def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    torch.manual_seed(seed)
-    model = prepare(config, world)
-    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    run.fit(
-        batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
-        forward=lambda model, tokens, targets: Measured(model(tokens, targets), tokens.numel(), {}),
-        validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text.validation, config, world)},
-    )
-    run.finish("gpt", text.name, "bits_per_byte")
+def forward(config: Config) -> Forward:
+    return lambda model, tokens, targets: Measured(model(tokens, targets), tokens.numel(), {})
 
 
-def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
-    model = GPT(*SIZES[config.size], config.context).to(world.device)
-    checkpoint.load_weights(model, weights)
-    return f"{bits_per_byte(model, text.validation, config, world):.4f} bits per byte of {text.name}"
+RECIPE = Recipe(
+    name="gpt",
+    config=Config,
+    metrics=("bits_per_byte",),
+    load=load,
+    prepare=prepare,
+    is_pruned=is_pruned,
+    make_optimizer=make_optimizer,
+    steps=epoch_steps,
+    batches=batches,
+    forward=forward,
+    validate=validate,
+)
 
-
-def main() -> None:
-    launch("gpt", __doc__, Config, load, train, evaluate)
-
+main = partial(launch, RECIPE, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -22,12 +22,12 @@ from ..common import checkpoint
 from ..common.errors import UserError
 from ..common.process import World
 from .gpt import Config, is_pruned, prepare
-from .text import batches, load_text
+from .text import Text, batches, load_text
 
 COLUMNS = (("2:4", "mvue"), ("4:8", "mvue"), ("4:32", "mvue"), ("2:4", "magnitude"), ("2:4", "rescale"))
 
 
-def gradients(model: nn.Module, config: Config, text: Tensor, world: World) -> dict[str, tuple[Tensor, Tensor]]:
+def gradients(model: nn.Module, config: Config, text: Text, world: World) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns for each layer its output gradient, (batch, context, out), and its weight, (out, in)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     names = {layer: name for name, layer in model.named_modules() if is_pruned(config, layer, name)}
@@ -38,7 +38,7 @@ def gradients(model: nn.Module, config: Config, text: Tensor, world: World) -> d
 
     for layer in names:
         layer.register_full_backward_hook(keep)
-    ((batch,),) = batches(text, config, world, steps=1)
+    ((batch,), *_) = batches(config, text, 0, 0, config.epoch_steps - 1, world)
     model(*batch).backward()
     return found
 
@@ -61,10 +61,10 @@ def main() -> None:
         weights, training = (None, {}) if args.checkpoint is None else checkpoint.load(args.checkpoint)
         trained = {key: value for key, value in training.get("config", {}).items() if key in ("size", "context")}
         config = dataclasses.replace(config, **trained)
-        model = prepare(config, world)
+        text = load_text(args.data, config.context + 1)
+        model = prepare(config, text, world)
         if weights is not None:
             model.load_state_dict(weights)
-        text = load_text(args.data, config.context + 1).train
     except (UserError, RuntimeError) as problem:
         sys.exit(f"gradient_error: {problem}")
     print("| layer | " + " | ".join(f"{method} {pattern}" for pattern, method in COLUMNS) + " |")

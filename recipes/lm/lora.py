@@ -29,10 +29,10 @@ from ..common.config import Count, NonNegative
 from ..common.errors import UserError
 from ..common.launch import launch
 from ..common.process import World
-from ..common.record import Job
-from ..common.run import Measured, Run
+from ..common.recipe import Recipe
+from ..common.run import Forward, Measured
 from . import gpt
-from .text import Text, TextSettings, batches, load_text, mean_loss
+from .text import Text, TextSettings, batches, epoch_steps, load_text, mean_loss
 
 SIZES = {  # layers, heads, key and value heads, width, inner width
     "tiny": (4, 4, 2, 256, 688),
@@ -53,7 +53,7 @@ class Config(TextSettings):
     warmup: NonNegative = 0.5
 
 
-def is_pruned(module: nn.Module, name: str) -> bool:
+def is_pruned(config: Config, module: nn.Module, name: str) -> bool:
     """Whether a layer is pruned: adapters, which are small, and the head are not."""
     return "lora_" not in name and "lm_head" not in name
 
@@ -72,32 +72,39 @@ def _is_gpt(config: Config) -> bool:
     return config.model.endswith(".safetensors")
 
 
-def prepare(config: Config, world: World) -> nn.Module:
-    torch.manual_seed(0)  # the same base for every seed
+def _make_base(config: Config) -> nn.Module:
     if _is_gpt(config):
-        base: nn.Module = gpt.from_checkpoint(config.model, config.context)
-    elif config.model:
+        return gpt.from_checkpoint(config.model, config.context)
+    if config.model:
         options = {"use_safetensors": True, "dtype": torch.float32, "attn_implementation": "sdpa"}
-        base = _pretrained(transformers.AutoModelForCausalLM, config, **options)
-    else:
-        layers, heads, key_heads, width, inner = SIZES[config.size]
-        base = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(
-                vocab_size=256,
-                hidden_size=width,
-                intermediate_size=inner,
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=key_heads,
-                max_position_embeddings=config.context,
-                bos_token_id=None,
-                eos_token_id=None,
-            )
+        base: nn.Module = _pretrained(transformers.AutoModelForCausalLM, config, **options)
+        return base
+    layers, heads, key_heads, width, inner = SIZES[config.size]
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=width,
+            intermediate_size=inner,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=key_heads,
+            max_position_embeddings=config.context,
+            bos_token_id=None,
+            eos_token_id=None,
         )
+    )
+
+
+def prepare(config: Config, text: Text, world: World) -> nn.Module:
     targets, kind = (list(gpt.PRUNED["all"]), None) if _is_gpt(config) else ("all-linear", "CAUSAL_LM")
     adapters = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules=targets, task_type=kind)
-    model = peft.get_peft_model(base, adapters).to(world.device)
-    return config.convert(model, is_pruned)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # the same base for every seed
+        model = peft.get_peft_model(_make_base(config), adapters)
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name:
+            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again, because peft used the seed of the base
+    return config.convert(model.to(world.device), partial(is_pruned, config))
 
 
 def load(config: Config, path: Path | None, world: World) -> Text:
@@ -114,15 +121,7 @@ def load(config: Config, path: Path | None, world: World) -> Text:
     return Text(text.name, tokens(text.train), tokens(validation), len(validation))
 
 
-@torch.no_grad()
-def bits_per_byte(model: nn.Module, text: Text, config: Config, world: World) -> float:
-    model.eval()
-    loss = partial(loss_of, model, config=config)
-    per_token = mean_loss(loss, text.validation, config, world, batch=16) / math.log(2)
-    return per_token * len(text.validation) / (text.validation_bytes or len(text.validation))
-
-
-def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, config: Config) -> Tensor:
+def _mean_loss(config: Config, model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
     """Returns the mean loss in nats. ``tokens`` and ``targets`` are (batch, context)."""
     if _is_gpt(config):
         loss: Tensor = model(tokens, targets)
@@ -131,39 +130,38 @@ def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor, config: Config) -
     return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
 
 
+def forward(config: Config) -> Forward:
+    return lambda model, tokens, targets: Measured(_mean_loss(config, model, tokens, targets), tokens.numel(), {})
+
+
+@torch.no_grad()
+def validate(model: nn.Module, text: Text, config: Config, world: World, epoch: int) -> dict[str, float]:
+    model.eval()
+    per_token = mean_loss(partial(_mean_loss, config, model), text.validation, config, world, batch=16) / math.log(2)
+    return {"bits_per_byte": per_token * len(text.validation) / (text.validation_bytes or len(text.validation))}
+
+
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.Optimizer:
     """Returns AdamW for the adapters."""
     trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
     return torch.optim.AdamW(trained, config.lr, weight_decay=0.0)
 
 
-def train(config: Config, text: Text, seed: int, world: World, job: Job) -> None:
-    model = prepare(config, world)
-    torch.manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name:
-            nn.init.kaiming_uniform_(parameter, a=math.sqrt(5))  # again, because peft used the seed of the base
-    run = Run(job, config, seed, world, model, make_optimizer(model, config), config.epoch_steps)
-    run.fit(
-        batches=lambda epoch, first: batches(text.train, config, world, config.epoch_steps - first),
-        forward=lambda model, tokens, targets: Measured(loss_of(model, tokens, targets, config), tokens.numel(), {}),
-        validate=lambda epoch: {"bits_per_byte": bits_per_byte(model, text, config, world)},
-    )
-    run.finish("lora", text.name, "bits_per_byte")
+RECIPE = Recipe(
+    name="lora",
+    config=Config,
+    metrics=("bits_per_byte",),
+    load=load,
+    prepare=prepare,
+    is_pruned=is_pruned,
+    make_optimizer=make_optimizer,
+    steps=epoch_steps,
+    batches=batches,
+    forward=forward,
+    validate=validate,
+)
 
-
-def evaluate(config: Config, text: Text, world: World, weights: dict[str, Tensor]) -> str:
-    """Evaluates a checkpoint, which contains only the adapters."""
-    model = prepare(config, world)
-    unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
-    if unexpected:
-        raise UserError(f"--eval: expected the adapters of this model, got {', '.join(unexpected[:3])}")
-    return f"{bits_per_byte(model, text, config, world):.4f} bits per byte of {text.name}"
-
-
-def main() -> None:
-    launch("lora", __doc__, Config, load, train, evaluate)
-
+main = partial(launch, RECIPE, __doc__)
 
 if __name__ == "__main__":
     main()

@@ -181,12 +181,22 @@ def mean_loss(
     return float(world.sum(total)) / len(windows)
 
 
-def batches(text: Tensor, config: TextSettings, world: World, steps: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Yields this process's micro-batches for each step: random sequences, and the same sequences one value later."""
+def epoch_steps(config: TextSettings, text: Text | Classes, world: World) -> int:
+    return config.epoch_steps
+
+
+def batches(
+    config: TextSettings, text: Text, seed: int, epoch: int, first: int, world: World
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Yields this process's micro-batches of each step of an epoch from step ``first`` on.
+
+    They are random sequences, and the same sequences one value later. They depend on the seed of the generator alone,
+    which ``Run`` sets for each step.
+    """
     offsets, sequences = torch.arange(config.context + 1), config.sequences(world)
-    for _ in range(steps):
-        starts = torch.randint(0, len(text) - config.context, (config.accumulate, sequences, 1))
-        chosen = text[starts + offsets].long().to(world.device, non_blocking=True)
+    for _ in range(first, config.epoch_steps):
+        starts = torch.randint(0, len(text.train) - config.context, (config.accumulate, sequences, 1))
+        chosen = text.train[starts + offsets].long().to(world.device, non_blocking=True)
         yield [(part[:, :-1], part[:, 1:]) for part in chosen]
 
 

@@ -55,15 +55,15 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
     results.mkdir(parents=True, exist_ok=True)
     world = process.start(None)
     try:
-        data = task.load(task.config(**task.base), data_path or task.data, world)
+        data = task.recipe.load(task.config(), data_path or task.data, world)
         for seed in seeds:
             for overrides in task.arms():
-                config = task.config(**{**task.base, **overrides})
+                config = task.config(**overrides)
                 if (config, seed) in finished(task, path):
                     continue
                 folder = out / name / "+".join(f"{key}={value}" for key, value in overrides.items()) / f"seed{seed}"
                 try:
-                    task.train(config, data, seed, world, Job(folder, path, resume=True))
+                    task.recipe.train(config, data, seed, world, Job(folder, path, resume=True))
                 except Diverged as error:  # a result, too
                     line = {
                         "row": config.row,
@@ -81,7 +81,7 @@ def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(task.config(**line["config"]), line["seed"]) for line in lines]
+    return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines]
 
 
 if __name__ == "__main__":

@@ -84,13 +84,13 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     """Returns the arms that have run, in the order of ``task.arms()``."""
     by_config: dict[Settings, dict[int, dict[str, Any]]] = defaultdict(dict)
     for line in lines:
-        by_config[task.config(**line["config"])][line["seed"]] = line
-    full = task.config(**task.base)
+        by_config[task.recipe.config(**line["config"])][line["seed"]] = line
+    full = task.config()
     if full not in by_config:
         return []
     found = []
     for overrides in task.arms():
-        config: Any = task.config(**{**task.base, **overrides})
+        config: Any = task.config(**overrides)
         if config not in by_config:
             continue
         runs = by_config[config]

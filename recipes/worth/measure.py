@@ -17,9 +17,10 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +34,7 @@ from ..common import process
 from ..common.errors import UserError
 from ..common.files import replacing
 from ..common.run import update
-from .tasks import TASKS, Parts, Task
+from .tasks import TASKS, Task
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -41,22 +42,54 @@ POINTS = 8
 _PREDICTED = ("verdict", "saved", "limit", "noise", "net")
 
 
-def prepare(task: Task, data: Any) -> tuple[Any, Parts]:
-    config = task.config(**task.base)
-    return config, task.parts(config, data, process.start(None))
+class Parts(NamedTuple):
+    """The parts of the full plain run of a task.
+
+    Attributes:
+        loss: a function of a model, input and target, under the autocast of the recipe.
+        batches: the micro-batches of one epoch after the other.
+        is_pruned: a function of module and name, which says whether the recipe prunes a layer.
+    """
+
+    config: Any
+    model: torch.nn.Module
+    make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
+    loss: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
+    is_pruned: Callable[[torch.nn.Module, str], bool]
+
+
+def prepare(task: Task, data: Any) -> Parts:
+    recipe, config, world = task.recipe, task.config(), process.start(None)
+    torch.manual_seed(0)
+    model, forward = recipe.prepare(config, data, world), recipe.forward(config)
+
+    def loss(model: torch.nn.Module, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        with config.autocast(world.device):
+            return forward(model, input, target).loss
+
+    steps = (step for epoch in itertools.count() for step in recipe.batches(config, data, 0, epoch, 0, world))
+    return Parts(
+        config,
+        model,
+        lambda model: recipe.make_optimizer(model, config),
+        loss,
+        itertools.chain.from_iterable(steps),
+        partial(recipe.is_pruned, config),
+    )
 
 
 def advice(task: Task, data: Any) -> sdgp.Plan:
-    config, parts = prepare(task, data)
+    parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
-    for step in range(config.epochs * epoch_steps(config) // 4):
-        train(config, parts, optimizer, step)
+    for step in range(parts.config.epochs * epoch_steps(parts.config) // 4):
+        train(parts, optimizer, step)
     return ask(parts, optimizer, rounds=5)
 
 
 def savings(task: Task, data: Any, rounds: int, plan: dict[str, Any]) -> dict[str, Any]:
     """Returns what each arm saves, by its name, for example ``"8:16 + 4:16"`` or ``"plan"``."""
-    _, parts = prepare(task, data)
+    parts = prepare(task, data)
     input, target = next(parts.batches)
     patterns = [" + ".join(part for part in arm if part) for arm in task.pruned]
     settings: dict[str, Any] = {"loss": parts.loss, "make_optimizer": parts.make_optimizer, "filter": parts.is_pruned}
@@ -77,10 +110,10 @@ class _Untimed(sdgp.Chooser):
 
 def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     """Yields the noise of every pattern during a plain run, for each gradient, summed over the layers."""
-    config, parts = prepare(task, data)
+    parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
-    steps = config.epochs * epoch_steps(config)
+    steps = parts.config.epochs * epoch_steps(parts.config)
     for step in range(steps):
         if step % (steps // POINTS) == 0:
             with _Untimed():
@@ -91,7 +124,7 @@ def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
             for row in plan.candidates:
                 sums[f"{row.gradient} {row.pattern}"] += 0.0 if math.isnan(row.noise) else row.noise
             yield {"step": step, "norm": plan.norm, "noise": {key: round(value, 6) for key, value in sums.items()}}
-        train(config, parts, optimizer, step)
+        train(parts, optimizer, step)
 
 
 def epoch_steps(config: Any) -> int:
@@ -99,7 +132,8 @@ def epoch_steps(config: Any) -> int:
     return steps
 
 
-def train(config: Any, parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> None:
+def train(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> None:
+    config = parts.config
     optimizer.zero_grad()
     loss = parts.loss(parts.model, *next(parts.batches))
     loss.backward()
@@ -130,7 +164,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     task = TASKS[args.task]
     try:
-        data = task.load(task.config(**task.base), args.data or task.data, process.start(None))
+        data = task.recipe.load(task.config(), args.data or task.data, process.start(None))
     except UserError as error:
         sys.exit(f"worth: {error}")
     if args.noise:

@@ -3,52 +3,23 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
 
-from sdgp._timing import cross_entropy
-
-from ..cifar10 import data as cifar10_data
 from ..cifar10 import train as cifar10
-from ..cifar10.config import Config as Cifar10Config
-from ..common.process import World
-from ..common.record import Job
-from ..common.settings import Settings
-from ..lm import classify, gpt, lora, text
+from ..common.recipe import Recipe
+from ..lm import classify, gpt, lora
 
 _ROOT = Path(__file__).parents[2]
 RESULTS = Path(__file__).parent / "results"
 
 EXACT_START = 0.25  # the share of the steps that are exact at the start of a run, while pruning costs most
 
-_Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
-
 #: The settings of one run that differ from the settings of the task.
 Overrides = Mapping[str, Any]
-
-
-class Parts(NamedTuple):
-    """The parts of a recipe that are needed to measure its steps.
-
-    Attributes:
-        make_optimizer: creates the recipe's optimizer for a model.
-        loss: a function of a model, input and target.
-        batches: the recipe's batches (input, target), an infinite iterator.
-        is_pruned: a function of module and name, which says whether the recipe prunes a layer.
-    """
-
-    model: nn.Module
-    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    loss: _Loss
-    batches: Iterator[tuple[Tensor, Tensor]]
-    is_pruned: Callable[[nn.Module, str], bool]
 
 
 class Task(NamedTuple):
@@ -56,11 +27,8 @@ class Task(NamedTuple):
 
     Attributes:
         name: the first part of the names of its result files.
-        config: the type of the recipe's settings.
         base: the settings of the full plain run.
-        load, train: the recipe's functions.
-        data: the default path of the data for ``load``.
-        parts: a function of settings, data and world, which returns the parts of the plain run.
+        data: the default path of the data.
         metric: the key of the test loss in a result line.
         samples: the number of samples that a run with the given settings uses.
         shorter: the settings of a plain run with this share of the epochs and a complete schedule.
@@ -71,12 +39,9 @@ class Task(NamedTuple):
     """
 
     name: str
-    config: type[Settings]
+    recipe: Recipe
     base: Overrides
-    load: Callable[[Any, Path | None, World], Any]
     data: Path | None
-    train: Callable[[Any, Any, int, World, Job], None]
-    parts: Callable[[Any, Any, World], Parts]
     metric: str
     samples: Callable[[Any], int]
     shorter: Callable[[float], Overrides]
@@ -85,6 +50,10 @@ class Task(NamedTuple):
     batches: tuple[float, ...]
     pruned: tuple[tuple[str, str], ...]
     budget: int = 0
+
+    def config(self, **overrides: Any) -> Any:
+        """Returns the settings of the run with these overrides."""
+        return self.recipe.config(**{**self.base, **overrides})
 
     def arms(self) -> list[Overrides]:
         """Returns the settings of every run. The full plain run comes first.
@@ -109,71 +78,6 @@ class Task(NamedTuple):
     def plans(self) -> list[Path]:
         """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository."""
         return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
-
-
-def _under_autocast(config: Settings, world: World, loss: _Loss) -> _Loss:
-    """Returns the loss with the autocast of the recipe around it."""
-
-    def wrapped(model: nn.Module, input: Tensor, target: Tensor) -> Tensor:
-        with config.autocast(world.device):
-            return loss(model, input, target)
-
-    return wrapped
-
-
-def _cifar10_parts(config: Cifar10Config, data: cifar10_data.Cifar, world: World) -> Parts:
-    torch.manual_seed(0)
-
-    def batches() -> Iterator[tuple[Tensor, Tensor]]:
-        for epoch in itertools.count():
-            yield from cifar10.batches(data.train, config, 0, epoch, 0, world)
-
-    return Parts(
-        cifar10.prepare(config, world),
-        partial(cifar10.make_optimizer, config=config),
-        _under_autocast(config, world, cross_entropy),
-        batches(),
-        cifar10.is_pruned,
-    )
-
-
-def _gpt_parts(config: gpt.Config, data: text.Text, world: World) -> Parts:
-    torch.manual_seed(0)
-    return Parts(
-        gpt.prepare(config, world),
-        partial(gpt.make_optimizer, config=config),
-        _under_autocast(config, world, lambda model, input, target: model(input, target)),
-        _endless(lambda: text.batches(data.train, config, world, 1)),
-        partial(gpt.is_pruned, config),
-    )
-
-
-def _lora_parts(config: lora.Config, data: text.Text, world: World) -> Parts:
-    return Parts(
-        lora.prepare(config, world),
-        partial(lora.make_optimizer, config=config),
-        _under_autocast(config, world, partial(lora.loss_of, config=config)),
-        _endless(lambda: text.batches(data.train, config, world, 1)),
-        lora.is_pruned,
-    )
-
-
-def _classify_parts(config: classify.Config, data: text.Classes, world: World) -> Parts:
-    torch.manual_seed(0)
-    return Parts(
-        classify.prepare(config, len(data.texts), world),
-        partial(classify.make_optimizer, config=config),
-        _under_autocast(config, world, cross_entropy),
-        _endless(lambda: classify.batches(data, config, world, 1)),
-        classify.is_pruned,
-    )
-
-
-def _endless(steps: Callable[[], Iterator[list[tuple[Tensor, Tensor]]]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the micro-batches of one step after the other."""
-    while True:
-        for micro_batches in steps():
-            yield from micro_batches
 
 
 _RESNET9 = {
@@ -205,23 +109,18 @@ _CLASSIFY = _FINE_TUNING | {"epoch_steps": 50, "lr": 1e-3}
 
 def _text_task(
     name: str,
-    recipe: ModuleType,
+    recipe: Recipe,
     base: Overrides,
-    parts: Callable[[Any, Any, World], Parts],
     data: Path | None,
     pruned: tuple[tuple[str, str], ...],
-    metric: str = "bits_per_byte",
 ) -> Task:
     """A task of a language model: eight epochs, and 7/8 and 3/4 of the steps and of a batch of 16."""
     return Task(
         name,
-        recipe.Config,
+        recipe,
         base,
-        recipe.load,
         data,
-        recipe.train,
-        parts,
-        metric,
+        recipe.metrics[-1],
         lambda config: config.epochs * config.epoch_steps * config.batch_size,
         lambda share: {"epochs": round(8 * share), "warmup": share},
         lambda share: {"batch_size": round(16 * share)},
@@ -234,12 +133,9 @@ def _text_task(
 def _cifar10_task(name: str, base: Overrides, budget: int = 0) -> Task:
     return Task(
         name,
-        Cifar10Config,
+        cifar10.RECIPE,
         base,
-        cifar10_data.load,
         None,
-        cifar10.train,
-        _cifar10_parts,
         "test_loss",
         lambda config: config.epochs * config.epoch_images,
         lambda share: {"epochs": round(8 * share), "peak_epoch": 2.0 * share},
@@ -253,7 +149,7 @@ def _cifar10_task(name: str, base: Overrides, budget: int = 0) -> Task:
 
 def _lora_task(name: str, base: Overrides) -> Task:
     text = Path(torch.__file__).parent / "include" / "torch"
-    return _text_task(name, lora, base, _lora_parts, text, (("8:16", ""), ("4:16", "")))
+    return _text_task(name, lora.RECIPE, base, text, (("8:16", ""), ("4:16", "")))
 
 
 TASKS = {
@@ -261,11 +157,9 @@ TASKS = {
     "resnet9_bfloat16": _cifar10_task("resnet9_bfloat16", _RESNET9 | {"amp": "bfloat16"}, budget=100),
     "vit": _cifar10_task("vit", _VIT),
     "vit_bfloat16": _cifar10_task("vit_bfloat16", _VIT | {"amp": "bfloat16"}),
-    "gpt": _text_task("gpt", gpt, _GPT, _gpt_parts, None, (("8:16", "8:16"), ("4:16", "4:16"))),
-    "gpt_bfloat16": _text_task("gpt_bfloat16", gpt, _GPT_BFLOAT16, _gpt_parts, None, ()),
+    "gpt": _text_task("gpt", gpt.RECIPE, _GPT, None, (("8:16", "8:16"), ("4:16", "4:16"))),
+    "gpt_bfloat16": _text_task("gpt_bfloat16", gpt.RECIPE, _GPT_BFLOAT16, None, ()),
     "lora": _lora_task("lora", _LORA),
     "lora_bfloat16": _lora_task("lora_bfloat16", _LORA | {"amp": "bfloat16"}),
-    "classify": _text_task(
-        "classify", classify, _CLASSIFY, _classify_parts, None, (("8:16", "8:16"), ("4:16", "4:16")), "test_loss"
-    ),
+    "classify": _text_task("classify", classify.RECIPE, _CLASSIFY, None, (("8:16", "8:16"), ("4:16", "4:16"))),
 }

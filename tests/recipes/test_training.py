@@ -46,9 +46,20 @@ def test_trains_and_evaluates(
     path = tmp_path / recipe
     (path,) = path.glob("*/seed0/checkpoint.safetensors")
     run(monkeypatch, command(recipe, tmp_path, images, "--eval", str(path)))
-    said = capsys.readouterr().out
-    value = float(next(word for word in said.split() if word[0].isdigit()))
-    assert value == pytest.approx(first[metric], abs=0.01)
+    name, value, *_ = capsys.readouterr().out.replace(",", "").split()
+    assert (name, float(value)) == (metric, pytest.approx(first[metric], rel=1e-4))
+
+
+def test_evaluates_no_other_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The adapters of LoRA are a part of the model. Weights of another model must be an error, not skipped."""
+    for recipe in ("lora", "gpt"):
+        run(monkeypatch, command(recipe, tmp_path / recipe, images))
+    paths = {recipe: str(saved(tmp_path / recipe)) for recipe in ("lora", "gpt")}
+    for recipe, other in (("lora", "gpt"), ("gpt", "lora")):
+        said = fails(monkeypatch, command(recipe, tmp_path, images, "--eval", paths[other]))
+        assert said.startswith(f"{recipe}: --eval: expected the weights of this model, got others: ")
+    said = fails(monkeypatch, command("gpt", tmp_path, images, "--eval", paths["gpt"], "--set", "size=small"))
+    assert said.startswith("gpt: --eval: Error(s) in loading state_dict for GPT:")
 
 
 def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,8 +141,11 @@ def test_vision_transformer(
     (line,) = lines(tmp_path)
     assert line["layers"]["pruned"] == 4 * 4  # each linear layer of the blocks, neither the patches nor the head
     assert line["curve"][-1]["train_loss"] < line["curve"][0]["train_loss"]
+    capsys.readouterr()
     run(monkeypatch, [*words, "--eval", str(saved(tmp_path))])
-    assert f"top-1 {line['top1']:.2f} %" in capsys.readouterr().out
+    assert float(capsys.readouterr().out.split("test_loss ")[1].split()[0]) == pytest.approx(
+        line["test_loss"], rel=1e-4
+    )
     message = "expected net = vit to have a width that is a multiple of 32, got 48"
     assert message in fails(monkeypatch, [*words, "--set", "width=48", "--out", str(tmp_path / "other")])
 

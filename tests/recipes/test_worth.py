@@ -92,10 +92,8 @@ def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize("name", ["resnet9", "resnet9_bfloat16"])
 @pytest.mark.parametrize("outer", [False, True])
 def test_precision_of_the_measured_steps(name: str, outer: bool, images: Path) -> None:
-    task = TASKS[name]
-    config = task.config(**{**task.base, **TINY})
-    world = process.start(None)
-    parts = task.parts(config, task.load(config, images, world), world)
+    task = TASKS[name]._replace(base={**TASKS[name].base, **TINY})
+    parts = measure.prepare(task, task.recipe.load(task.config(), images, process.start(None)))
     seen = []
     parts.model[0][0].register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=outer):
@@ -212,10 +210,9 @@ def test_a_study_that_is_not_complete() -> None:
     for other in (plan._replace(losses={0: 1.2, 1: math.inf}), plan._replace(losses={2: 1.2})):
         (line,) = report.verdicts("task", [full, other, arm("steps", 0.8, 1.4, 1.4)], {"x": document})
         assert line.endswith("| not trained with |")
-    task, pruned = TASKS["resnet9"], {**TASKS["resnet9"].base, "method": "rescale"}
-    assert (
-        compare.arms(task, [{"config": vars(task.config(**pruned)), "seed": 0, "test_loss": 1.0}]) == []
-    )  # no full run
+    task = TASKS["resnet9"]
+    pruned = {"config": vars(task.config(method="rescale")), "seed": 0, "test_loss": 1.0}
+    assert compare.arms(task, [pruned]) == []  # no full run
 
 
 def test_a_loss_that_no_plain_run_has_saves_nothing() -> None:
@@ -238,7 +235,7 @@ def test_a_budget_beside_its_outcome() -> None:
     lines = []
     for overrides, loss in (({}, 1.0), ({"epochs": 3}, 1.25), ({"budget": 10}, 1.1)):
         line = {"seed": 0, "test_loss": loss, "machine": MACHINE, "advice": advice, "asking_steps": 10.0}
-        lines.append({**line, "config": vars(task.config(**{**base, **overrides}))})
+        lines.append({**line, "config": vars(small.config(**overrides))})
     small = small._replace(shorter=lambda share: {"epochs": 3}, lengths=(0.75,), batches=())
     found = compare.arms(small, lines)
     assert [arm.kind for arm in found] == ["steps", "pruned", "steps"]
@@ -265,7 +262,7 @@ def test_tables(
     results.mkdir()
     losses = [1.0, 1.1, 1.2, 1.05, 1.04, 1.08, 1.3]
     for overrides, loss in zip(task.arms(), losses, strict=True):
-        config = vars(task.config(**{**task.base, **overrides}))
+        config = vars(task.config(**overrides))
         lines += [{"config": config, "seed": seed, "test_loss": loss + seed / 10} for seed in (0, 1)]
     (results / "resnet9.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     row = {"saved": 0.3, "saved_low": 0.2, "saved_high": 0.4}
