@@ -188,8 +188,27 @@ SDGP_INLINE void prune_unstructured(Elem<C>* x, const Pruning& mixed, const Lane
   for (int j = 0; j < kM; ++j) x[j] = out[j];
 }
 
-// The same for one group of consecutive elements, which are in the lanes. Returns whether all of them are finite; if
-// not, the result is wrong.
+// The same for kM vectors of memory, `in_stride` and `out_stride` elements apart. Nothing is kept in between, so this
+// is faster than arrays of vectors, which would be on the stack. Returns whether all elements are finite; if not, the
+// result is wrong.
+template <class C, int kM>
+SDGP_INLINE bool prune_unstructured_along(const UnstructuredTake<C>& of, const typename C::T* in, int64_t in_stride,
+                                          typename C::T* out, int64_t out_stride, Key<C> end) {
+  Key<C> broken{};
+#pragma GCC unroll 8
+  for (int j = 0; j < kM; ++j) {
+    const Elem<C> x = C::load(in + j * in_stride);
+    __builtin_prefetch(in + (kM + j) * in_stride);  // the next group
+    const auto magnitude = (Elem<C>)magnitude_key<C>(x);
+    const Key<C> share = of.share(magnitude);
+    end += share;
+    C::store(out + j * out_stride, of.take(x, magnitude, share, end));
+    broken |= magnitude - magnitude != 0;
+  }
+  return !any(broken);
+}
+
+// The same for one group of consecutive elements, which are in the lanes.
 template <class C, int kM>
 SDGP_INLINE bool prune_unstructured_across(const UnstructuredTake<C>& of, const typename C::T* in, typename C::T* out,
                                            typename C::K start) {

@@ -105,6 +105,12 @@ struct PruneKernel {
               static_cast<uint64_t>(group);
           groups[t] = offsets.from(index, length, length < kM);
         }
+        if constexpr (kMethod == Method::kUnstructured) {
+          if (length == kM &&
+              prune_along(in + p[0], args.in_stride, out + p[0], args.out_stride, plan.mixed, groups[0])) {
+            continue;
+          }
+        }
         if (length == kM) {
           for (int t = 0; t < kT; ++t) {
             const T* from = in + p[t];
@@ -164,6 +170,14 @@ struct PruneKernel {
         for (int lane = 0; lane < kL; ++lane) C::store(out + lane * kM + block, x[block + lane]);
       }
     }
+  }
+
+  // Prunes kL groups, one per lane, from memory to memory. Returns false if that is not possible.
+  static SDGP_INLINE bool prune_along(const T* in, int64_t in_stride, T* out, int64_t out_stride, const Pruning& mixed,
+                                      const LaneGroups<C>& groups) {
+    if (mixed.scale) return false;
+    const Key<C> start = UnstructuredTake<C>::start(mixed.seed, groups);
+    return prune_unstructured_along<C, kM>(UnstructuredTake<C>(mixed), in, in_stride, out, out_stride, start);
   }
 
   // Prunes kL consecutive groups with elements in the lanes. Returns false if that is not possible.
