@@ -148,6 +148,8 @@ CASES = {
        for method in ("magnitude", "rescale", "rescale_group", "random", "mvue", "unstructured")},
     "linear large": linear(input=torch.randn(4096, 128), weight=torch.randn(64, 128), bias=torch.randn(64)),
     "linear 1-d": linear(input=torch.randn(12)),
+    "linear with a bias matrix": linear(input=torch.randn(4, 12), bias=torch.randn(4, 16)),
+    "linear without features": linear(input=torch.randn(4, 0), weight=torch.randn(16, 0)),
     "linear 4:4": linear(pattern="4:4"),
     "linear frozen": linear(frozen=True),
     "linear float64 3:5": linear(pattern="3:5", **{name: torch.randn(*size, dtype=torch.float64) for name, size in
@@ -250,6 +252,9 @@ def test_modules(programs: Path) -> None:
         "reflected alike",
         "no gradients",
         "no gradients",
+        "sparse output gradient",
+        "changed in place",
+        "refused (6, 6)",
     ]
 
 
@@ -272,6 +277,9 @@ EXACT = {
         **{**SQUARE_CONV, "input": SQUARE_CONV["input"].to(memory_format=torch.channels_last)}
     ),
     "conv2d frozen": conv2d(**SQUARE_CONV, frozen=True),
+    "conv2d frozen, one channel": conv2d(
+        **{**SQUARE_CONV, "input": torch.randn(4, 1, 28, 28), "weight": torch.randn(32, 1, 5, 5)}, frozen=True
+    ),
     "conv2d groups": conv2d(**{**SQUARE_CONV, "weight": torch.randn(4, 2, 4, 4)}, groups=2),
     "conv2d twice": conv2d(**SQUARE_CONV, twice="input"),
 }
@@ -334,15 +342,25 @@ def test_pruned_takes_the_sparse_product_on_the_cpu(programs: Path, tmp_path: Pa
 ERRORS = {
     "pattern": (linear(pattern="2-4"), 'linear: expected pattern "n:m", got "2-4"'),
     "pattern's end": (linear(pattern="2:4x"), 'linear: expected pattern "n:m", got "2:4x"'),
-    "n > m": (linear(pattern="5:4"), "prune_nm: expected 1 <= n <= m <= 64, got n=5, m=4"),
-    "method": (linear(method="topk"), 'prune_nm: expected method to be one of .*, got "topk"'),
+    "n > m": (linear(pattern="5:4"), r"linear: expected 1 <= n <= m <= 64, got n=5, m=4 \(pattern\)"),
+    "method": (linear(method="topk"), r'linear: expected method to be one of .*, got "topk" \(pattern\)'),
     "backend": (
         linear(backend="auto"),
         'linear: expected backend to be one of pruned, sparse, dense, exact, got "auto"',
     ),
     "weight_grad": (linear(weight_grad="none"), 'linear: expected weight_grad "n:m", got "none"'),
-    "weight_grad's m": (conv2d(weight_grad="4:65"), "prune_nm: expected 1 <= n <= m <= 64, got n=4, m=65"),
-    "weight_grad_method": (linear(weight_grad_method="topk"), 'prune_nm: expected method to be one of .*, got "topk"'),
+    "weight_grad's m": (
+        conv2d(weight_grad="4:65"),
+        r"conv2d: expected 1 <= n <= m <= 64, got n=4, m=65 \(weight_grad\)",
+    ),
+    "weight_grad_method": (
+        linear(weight_grad_method="topk"),
+        r'linear: expected method to be one of .*, got "topk" \(weight_grad\)',
+    ),
+    "complex": (
+        linear(**{name: torch.randn(16, 16, dtype=torch.complex64) for name in ("input", "weight")}),
+        "linear: expected strided tensors of real numbers, got CPUComplexFloatType",
+    ),
     **{
         f"{make.__name__}'s {gradient} gradient twice": (
             make(**settings, twice=gradient),

@@ -32,7 +32,11 @@ struct Net : nn::Module {
   nn::Linear head;
 };
 
-int main(int, char** argv) {
+int main(int argc, char** argv) {
+  if (argc != 4) {
+    std::cerr << "usage: train DATA.pt METHOD WEIGHT_GRAD\n";
+    return 2;
+  }
   const std::string path = argv[1];
   std::ifstream file(path, std::ios::binary);
   const auto data = torch::pickle_load({std::istreambuf_iterator<char>(file), {}}).toGenericDict();

@@ -96,6 +96,34 @@ void show_undefined(Module module, const at::Tensor& input) {
   std::cout << (any ? "zeros" : "no gradients") << '\n';
 }
 
+// What torch::nn::Linear allows, too.
+void show_unusual(const sdgp::PruningOptions& settings) {
+  sdgp::Linear layer(torch::nn::LinearOptions(8, 8), settings);
+  const at::Tensor x = torch::randn({8, 8}), grad = torch::eye(8).to_sparse();
+  layer(x).backward(grad);
+  const at::Tensor from_sparse = layer->weight.grad().clone();
+  layer->zero_grad();
+  layer(x).backward(grad.to_dense());
+  std::cout << (from_sparse.equal(layer->weight.grad()) ? "sparse output gradient" : "another gradient") << '\n';
+
+  const at::Tensor sum = layer(x).sum();
+  {
+    const at::NoGradGuard unrecorded;
+    layer->weight.mul_(2);  // the input needs no gradient, so the backward does not read the weight
+  }
+  sum.backward();
+  const at::Tensor leaf = torch::randn({8, 8}, at::requires_grad());
+  torch::autograd::grad({layer(leaf).sum()}, {leaf}, {}, true, true)[0].mul_(2);
+  std::cout << "changed in place\n";
+
+  try {
+    sdgp::Conv2d(torch::nn::Conv2dOptions(1, 4, 3), settings)(torch::randn({6, 6}));
+    std::cout << "took (6, 6)\n";
+  } catch (const c10::ValueError&) {
+    std::cout << "refused (6, 6)\n";
+  }
+}
+
 // Shows the features of a module besides its forward: its text, its clone, and an archive that torch::nn reads.
 template <class Module, class Dense>
 void show(const Module& module, Dense dense) {
@@ -126,6 +154,7 @@ void show_modules() {
   std::cout << (pruned(x).equal(torch::nn::Conv2d(conv2d)(x)) ? "reflected alike" : "reflected otherwise") << '\n';
   show_undefined(sdgp::Linear(torch::nn::LinearOptions(8, 16), settings), torch::randn({4, 8}));
   show_undefined(pruned, x);
+  show_unusual(settings);
 }
 
 }  // namespace

@@ -34,7 +34,7 @@ struct Once : torch::autograd::Function<Once> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& pruned, const at::Tensor&, const at::Tensor&,
                             const std::string& op) {
     ctx->saved_data["op"] = op;
-    return pruned.view_as(pruned);
+    return at::_unsafe_view(pruned, pruned.sizes());  // no view, so that callers may change it in place
   }
   static variable_list backward(AutogradContext* ctx, const variable_list&) {
     TORCH_CHECK(false, ctx->saved_data["op"].toStringRef(),
@@ -64,13 +64,21 @@ inline Settings to_settings(const c10::IValue& saved) {
   return {parts[0].toInt(), parts[1].toInt(), parts[2].toStringRef(), parts[3].toStringRef()};
 }
 
+inline void check_real(const char* op, const at::Tensor& tensor) {
+  TORCH_CHECK_VALUE(tensor.layout() == at::kStrided && !tensor.is_complex(), op,
+                    ": expected strided tensors of real numbers, got ", tensor.toString());
+}
+
+// Saves what the backward reads: an undefined `input` or `weight` is not read.
 inline void save(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight, const Pruning& pruning) {
-  // A frozen weight has no gradient, so its layer need not keep the input.
-  ctx->save_for_backward({weight.requires_grad() ? input : at::Tensor(), weight});
+  ctx->save_for_backward({input, weight});
   ctx->saved_data["data"] = to_ivalue(pruning.data);
   ctx->saved_data["weight"] = to_ivalue(pruning.weight);
   ctx->set_materialize_grads(false);  // without an output gradient, the backward must give none, not zeros
 }
+
+// Returns an output gradient in the layout that kernels read.
+inline at::Tensor strided(const at::Tensor& grad) { return grad.is_sparse() ? grad.to_dense() : grad; }
 
 inline Pruning saved_pruning(AutogradContext* ctx) {
   return {to_settings(ctx->saved_data["data"]), to_settings(ctx->saved_data["weight"])};
@@ -97,8 +105,9 @@ inline at::Tensor prune_and_multiply(const at::Tensor& grad, const at::Tensor& f
 struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const Pruning& pruning) {
-    save(ctx, input, weight, pruning);
-    ctx->saved_data["has_bias"] = bias.has_value();
+    save(ctx, weight.requires_grad() ? input : at::Tensor(), input.requires_grad() ? weight : at::Tensor(), pruning);
+    ctx->saved_data["contiguous"] = weight.is_contiguous();
+    ctx->saved_data["bias_size"] = bias ? bias->sizes().vec() : std::vector<int64_t>{};
     const at::Tensor output = at::linear(input, weight, bias);
     // Autograd does not allow changes in place to a view of a tensor that a Function made.
     return output.is_view() ? at::_unsafe_view(output, output.sizes()) : output;
@@ -107,9 +116,9 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(4);
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &grad = grads[0], &input = saved[0], &weight = saved[1];
+    const at::Tensor grad = strided(grads[0]), &input = saved[0], &weight = saved[1];
     const Pruning pruning = saved_pruning(ctx);
-    const auto rows = [](const at::Tensor& x) { return x.reshape({-1, x.size(-1)}); };
+    const auto rows = [](const at::Tensor& x) { return x.dim() == 1 ? x.unsqueeze(0) : x.flatten(0, -2); };
     variable_list found(4);
     if (ctx->needs_input_grad(0)) {
       found[0] = !pruning.data.prunes()
@@ -117,7 +126,7 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
                      : once("linear", grad, weight, [&] { return prune_and_multiply(grad, weight, pruning.data); });
     }
     if (ctx->needs_input_grad(1)) {  // in the weight's memory layout
-      const bool contiguous = weight.is_contiguous();
+      const bool contiguous = ctx->saved_data["contiguous"].toBool();
       if (pruning.weight.prunes() && rows(grad).size(0) >= pruning.weight.m) {
         found[1] = once("linear", grad, input, [&] {
           const at::Tensor product = prune_and_multiply(rows(grad).t(), rows(input), pruning.weight);
@@ -127,7 +136,10 @@ struct LinearFunction : torch::autograd::Function<LinearFunction> {
         found[1] = contiguous ? rows(grad).t().matmul(rows(input)) : rows(input).t().matmul(rows(grad)).t();
       }
     }
-    if (ctx->saved_data["has_bias"].toBool() && ctx->needs_input_grad(2)) found[2] = rows(grad).sum(0);
+    const std::vector<int64_t> bias_size = ctx->saved_data["bias_size"].toIntVector();
+    if (!bias_size.empty() && ctx->needs_input_grad(2)) {  // at::linear broadcasts a bias of any shape
+      found[2] = bias_size.size() == 1 ? rows(grad).sum(0) : grad.sum_to_size(bias_size);
+    }
     return found;
   }
 };
@@ -172,7 +184,7 @@ inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::
   const auto is_channels_last = [](const at::Tensor& x) {
     return x.is_contiguous(at::MemoryFormat::ChannelsLast) && !x.is_contiguous();
   };
-  const bool channels_last = is_channels_last(input) || is_channels_last(weight);  // the same rule as in ATen
+  const bool channels_last = is_channels_last(input) || is_channels_last(weight);  // as in ATen, except for slices
   const auto& [factor, shaped] = which == kData ? std::tie(weight, input) : std::tie(input, weight);
   return ops[which].call(rest.reshape(grad.sizes()), factor, settings.n, settings.m, method, std::nullopt,
                          c10::fromIntArrayRefSlow(shaped.sizes().slice(2)), window.stride, window.padding,
@@ -182,29 +194,27 @@ inline at::Tensor conv2d_grad(Gradient which, const at::Tensor& grad, const at::
 struct Conv2dFunction : torch::autograd::Function<Conv2dFunction> {
   static at::Tensor forward(AutogradContext* ctx, const at::Tensor& input, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias, const Window& window, const Pruning& pruning) {
-    save(ctx, input, weight, pruning);
+    save(ctx, weight.requires_grad() ? input : at::Tensor(), weight, pruning);
     ctx->saved_data["has_bias"] = bias.has_value();
     ctx->saved_data["stride"] = window.stride;
     ctx->saved_data["padding"] = window.padding;
     ctx->saved_data["dilation"] = window.dilation;
     ctx->saved_data["groups"] = window.groups;
     ctx->saved_data["input_size"] = input.sizes().vec();
-    ctx->saved_data["channels_last"] = input.is_contiguous(at::MemoryFormat::ChannelsLast);
+    ctx->saved_data["input_stride"] = input.strides().vec();
     return at::conv2d(input, weight, bias, window.stride, window.padding, window.dilation, window.groups);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     if (!grads[0].defined()) return variable_list(5);
     const auto saved = ctx->get_saved_variables();
-    const at::Tensor &grad = grads[0], &weight = saved[1];
+    const at::Tensor grad = strided(grads[0]), &weight = saved[1];
     auto& data = ctx->saved_data;
     const Window window{data["stride"].toIntVector(), data["padding"].toIntVector(), data["dilation"].toIntVector(),
                         data["groups"].toInt()};
     at::Tensor input = saved[0];
     if (!input.defined()) {  // ATen reads only its shape and memory format
-      const bool last = data["channels_last"].toBool();
-      input = at::empty(data["input_size"].toIntVector(), grad.options(),
-                        last ? at::MemoryFormat::ChannelsLast : at::MemoryFormat::Contiguous);
+      input = at::empty_strided(data["input_size"].toIntVector(), data["input_stride"].toIntVector(), grad.options());
     }
     const Pruning pruning = saved_pruning(ctx);
     const int64_t pixels = grad.size(2) * grad.size(3);
@@ -251,9 +261,21 @@ inline std::optional<at::Tensor> if_defined(const at::Tensor& tensor) {
 
 inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias,
                          const Pruning& pruning) {
+  check_real("linear", input);
+  check_real("linear", weight);
   const auto device = input.device().type();
   return LinearFunction::apply(autocast(input, device), autocast(weight, device), if_defined(autocast(bias, device)),
                                pruning);
+}
+
+inline void check_conv2d(const at::Tensor& input, const at::Tensor& weight, int64_t groups) {
+  check_real("conv2d", input);
+  check_real("conv2d", weight);
+  TORCH_CHECK_VALUE(groups >= 1, "conv2d: expected groups >= 1, got ", groups);
+  TORCH_CHECK_VALUE(
+      (input.dim() == 3 || input.dim() == 4) && weight.dim() == 4 && input.size(-3) == weight.size(1) * groups,
+      "conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / ", groups, ", kH, kW), got input ",
+      input.sizes(), " and weight ", weight.sizes());
 }
 
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
@@ -305,10 +327,7 @@ inline at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, cons
 inline at::Tensor conv2d(const at::Tensor& input, const at::Tensor& weight,
                          const torch::nn::functional::Conv2dFuncOptions& options = {},
                          const PruningOptions& pruning = {}) {
-  TORCH_CHECK_VALUE((input.dim() == 3 || input.dim() == 4) && weight.dim() == 4 &&
-                        input.size(-3) == weight.size(1) * options.groups(),
-                    "conv2d: expected input (N, C, H, W) or (C, H, W) and weight (out, C / ", options.groups(),
-                    ", kH, kW), got input ", input.sizes(), " and weight ", weight.sizes());
+  detail::check_conv2d(input, weight, options.groups());
   return detail::conv2d(input, weight, options, detail::parse("conv2d", pruning));
 }
 

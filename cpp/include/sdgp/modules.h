@@ -45,6 +45,13 @@ class LinearImpl : public torch::nn::Cloneable<LinearImpl> {
     bias = register_parameter("bias", dense.bias, options.bias());
   }
 
+  void reset_parameters() {
+    const at::NoGradGuard unrecorded;
+    const torch::nn::LinearImpl plain(options);
+    weight.copy_(plain.weight);
+    if (bias.defined()) bias.copy_(plain.bias);
+  }
+
   void pretty_print(std::ostream& stream) const override {
     stream << "sdgp::Linear(in_features=" << options.in_features() << ", out_features=" << options.out_features()
            << ", bias=" << std::boolalpha << options.bias();
@@ -95,6 +102,7 @@ class Conv2dImpl : public torch::nn::ConvNdImpl<2, Conv2dImpl> {
 
   at::Tensor forward(const at::Tensor& input) {
     namespace F = torch::nn::functional;
+    detail::check_conv2d(input, weight, options.groups());
     F::Conv2dFuncOptions call;
     call.bias(bias).stride(options.stride()).dilation(options.dilation()).groups(options.groups());
     if (std::holds_alternative<torch::enumtype::kZeros>(options.padding_mode())) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <array>
 #include <charconv>
+#include <exception>
 #include <string>
 #include <utility>
 
@@ -71,7 +72,12 @@ inline Settings parse(const char* op, const char* name, const std::string& text,
   constexpr std::array backends = {"pruned", "sparse", "dense", "exact"};
   TORCH_CHECK_VALUE(std::find(backends.begin(), backends.end(), backend) != backends.end(), op,
                     ": expected backend to be one of pruned, sparse, dense, exact, got \"", backend, "\"");
-  prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, method);  // checks n, m, method
+  try {  // checks n, m and method
+    prune_nm(at::empty({0}, at::device(at::kMeta).dtype(at::kFloat)), n, m, -1, method);
+  } catch (const std::exception& error) {
+    const std::string message = error.what();  // prune_nm: ...
+    TORCH_CHECK_VALUE(false, op, message.substr(message.find(": ")), " (", name, ")");
+  }
   return {n, m, method, backend};
 }
 
@@ -90,8 +96,8 @@ inline bool takes_sparse_product(const char* op, const Settings& settings, const
   if (settings.backend == "dense") return false;
   const bool has_one = has_sparse_product(grad_output.device(), grad_output.scalar_type());
   TORCH_CHECK_VALUE(has_one || settings.backend != "sparse", op,
-                    ": backend=\"sparse\" expected a gradient on the CPU, got ", grad_output.device(),
-                    "; use \"pruned\" for the same gradients");
+                    ": backend=\"sparse\" expected a floating-point gradient on the CPU, got ",
+                    grad_output.scalar_type(), " on ", grad_output.device(), "; use \"pruned\" for the same gradients");
   return has_one;
 }
 

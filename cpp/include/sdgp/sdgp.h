@@ -2,7 +2,7 @@
 //
 // The ops of libsdgp for C++ programs. They go through the dispatcher of the LibTorch that the program is built with
 // (>= 2.10). They do the same as sdgp.prune_nm and the related functions in Python, with the same checks and messages
-// (c10::Error), but they have no gradient. To train, use autograd.h.
+// (std::exception, not always c10::Error), but they have no gradient. To train, use autograd.h.
 //
 //   at::Tensor x = torch::tensor({3.0f, -1.0f, 0.5f, -4.0f});
 //   sdgp::prune_nm(x, 2, 4);  // 3, 0, 0, -4
