@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Compares the stored results of spmm_nm.py, conv2d.py and weight_grad.py with their roofline bounds.
+"""Compares the stored results of gradients.py with their roofline bounds.
 
 Prints Markdown. The bound is the longer of two times: the remaining arithmetic at the rate of the fastest dense
 product, and the necessary memory traffic at the bandwidth of the fastest clone. The traffic is the output gradient, the

@@ -57,7 +57,7 @@ def read(files: Iterable[Path]) -> list[Line]:
     """Reads the result lines of all files."""
     try:
         return [_renamed(json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, TypeError, KeyError) as error:
         sys.exit(f"report: expected files of JSON lines, got {error}")
 
 

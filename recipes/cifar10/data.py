@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 
 from ..common.errors import UserError
-from ..common.images import decode, list_images, normalize
+from ..common.images import check_same_classes, decode, list_images, normalize
 from ..common.process import World
 from .config import Config
 
@@ -60,6 +60,8 @@ def load(config: Config, folder: Path | None, world: World) -> Cifar:
             f"--data: expected cifar-10-batches-py/, train/ and test/, or train.beton and test.beton in {folder}, "
             "got none of these"
         )
+    if read is _read_folder:
+        check_same_classes(*(list_images(folder / part, config.classes) for part in ("train", "test")))
     parts = [read(folder, part, config) for part in ("train", "test")]
     for part, images in zip(("train", "test"), parts, strict=True):
         if int(images.labels.max()) >= config.classes:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 
 from .errors import UserError
 from .files import replacing
@@ -74,19 +74,27 @@ def load(path: Path) -> Checkpoint:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads the weights of a checkpoint that ``--eval`` names. It has no frozen parameters.
+    """Loads the weights of a checkpoint that ``--eval`` names. A checkpoint has no frozen parameters.
 
     Raises:
         UserError: if they are not those of the model.
     """
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    check_names("--eval", model, weights)
     try:
         options = StateDictOptions(full_state_dict=True, strict=False)
-        missing, unexpected = set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
+        set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
     except RuntimeError as error:
         raise UserError(f"--eval: {error}") from None
-    if wrong := [*(name for name in missing if name not in frozen), *unexpected]:
-        raise UserError(f"--eval: expected the weights of this model, got others: {', '.join(wrong[:3])}")
+
+
+def check_names(option: str, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless ``weights`` has exactly the weights that the checkpoint of a model has."""
+    expected = get_model_state_dict(model, options=StateDictOptions(ignore_frozen_params=True)).keys()
+    if wrong := sorted(expected ^ weights.keys()):
+        raise UserError(
+            f"{option}: expected a checkpoint with the weights of this model, got one that differs in "
+            f"{', '.join(wrong[:3])}"
+        )
 
 
 def _plain(tensor: Tensor) -> Tensor:

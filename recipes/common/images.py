@@ -106,6 +106,13 @@ def list_images(folder: Path, classes: int) -> ImageFolder:
     return listing
 
 
+def check_same_classes(train: ImageFolder, test: ImageFolder) -> None:
+    """Raises UserError if the classes of the two parts of the data differ."""
+    if odd := sorted(set(train.classes) ^ set(test.classes)):
+        parts = f"{Path(train.root).name}/ and {Path(test.root).name}/"
+        raise UserError(f"--data: expected the same classes in {parts}, got {', '.join(odd[:5])} in one only")
+
+
 def decode(path: str) -> Tensor:
     """Decodes an image file to (3, height, width), uint8.
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,15 +28,19 @@ class Recipe:
     Attributes:
         name: the name of its results.
         config: the type of its settings.
-        metrics: the values of ``validate`` that are the result of a run, the most important one first.
+        metrics: the values of ``validate`` that are the result of a run: ``top1`` or ``bits_per_byte`` first, and the
+            one that the study compares last.
         load: from config, the path that ``--data`` names, and world: the data, whose ``name`` is in the results.
-        prepare: from config, data and world: the model, converted as the config says.
+        prepare: from config, data and world: the model, converted as the config says, and sharded if need be. The
+            generator has the seed of the run.
         is_pruned: from config, module and name: whether the recipe prunes this layer.
         make_optimizer: from model and config: the optimizer.
         steps: from config, data and world: the number of steps per epoch.
-        batches: from config, data, seed, epoch, first step of the epoch and world: the micro-batches of each step.
+        batches: from config, data, seed, epoch, first step of the epoch and world: the micro-batches of each step, up
+            to the end of the epoch. They may use the global generator, which has a seed of its own in each step.
         forward: from config: the function that computes the loss of a micro-batch.
-        validate: from model, data, config, world and the epoch that has ended: the values for the epoch's line.
+        validate: from model, data, config, world and the epoch that has ended: the values for the epoch's line, over
+            all processes. After the last epoch these include ``metrics``. It calls ``model.eval()``.
     """
 
     name: str
@@ -55,17 +60,18 @@ class Recipe:
         steps = self.steps(config, data, world)
         torch.manual_seed(seed)
         model = self.prepare(config, data, world)
-        run = Run(job, config, seed, world, model, self.make_optimizer(model, config), steps)
+        run = Run(job, config, seed, data.name, world, model, self.make_optimizer(model, config), steps)
         run.fit(
             batches=lambda epoch, first: self.batches(config, data, seed, epoch, first, world),
             forward=self.forward(config),
             validate=lambda epoch: self.validate(model, data, config, world, epoch),
         )
-        run.finish(self.name, data.name, *self.metrics)
+        run.finish(self.name, *self.metrics)
 
     def evaluate(self, config: Any, data: Any, world: World, weights: dict[str, Tensor]) -> str:
         """Evaluates the weights of a checkpoint. Returns a text to print."""
-        model = self.prepare(config, data, world)
+        plain = dataclasses.replace(config, method="plain", plan="", weight_grad="", budget=0)
+        model = self.prepare(plain, data, world)
         load_weights(model, weights)
         values = self.validate(model, data, config, world, config.epochs - 1)
         return ", ".join(f"{name} {value:.5g}" for name, value in values.items()) + f" ({data.name})"

@@ -30,7 +30,8 @@ from .settings import Settings
 
 ROOT = Path(__file__).parents[2]
 _MEASURED = ("CMakeLists.txt", "cpp", "cuda", "python", "recipes/*.py")
-_SAVED = {"config", "seed", "world", "step", "optimizer", "scaler", "products", "totals", "epoch", "curve"}
+_SAVED = {"config", "seed", "data", "plan", "world"}  # what must be as it was
+_SAVED |= {"step", "optimizer", "scaler", "products", "totals", "epoch", "curve"}
 
 Curve = list[dict[str, float]]  # a line per epoch
 
@@ -46,9 +47,12 @@ class Job(NamedTuple):
 class Record:
     """Reads and writes the files of one run. Only the first process writes."""
 
-    def __init__(self, job: Job, config: Settings, seed: int, world: World) -> None:
-        self._job, self._config, self._seed, self._world = job, config, seed, world
+    def __init__(self, job: Job, config: Settings, seed: int, data: str, world: World) -> None:
+        self._job, self._config, self._world = job, config, world
         self._settings = dataclasses.asdict(config)
+        plan = json.loads(Path(config.plan).read_text(encoding="utf-8")) if config.plan else None
+        # What a resumed run must have in common with the one that it continues. The plan's file may change meanwhile.
+        self._same = {"seed": seed, "data": data, "plan": plan, "world": world.size}
         self._checkpoint = job.folder / "checkpoint.safetensors"
 
     def restore(
@@ -78,6 +82,10 @@ class Record:
         if training["world"] != self._world.size:
             was, now = training["world"], self._world.size
             raise UserError(f"--resume: expected {was} processes as {path} was saved by, got {now}")
+        for name in ("seed", "data", "plan"):
+            if training[name] != self._same[name]:
+                raise UserError(f"--resume: expected the {name} of {path}, {training[name]}, got {self._same[name]}")
+        checkpoint.check_names("--resume", model, weights)
         set_state_dict(
             model,
             optimizer,
@@ -111,8 +119,7 @@ class Record:
             return
         training = {
             "config": self._settings,
-            "seed": self._seed,
-            "world": self._world.size,
+            **self._same,
             "optimizer": state,
             "scaler": scaler.state_dict(),
             "products": sdgp.chooser.state_dict(),
@@ -129,7 +136,8 @@ class Record:
         line = {
             "recipe": recipe,
             "row": self._config.row,
-            "seed": self._seed,
+            "seed": self._same["seed"],
+            "data": self._same["data"],
             **result,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "layers": _layers(model),
@@ -137,8 +145,7 @@ class Record:
             "device": _device(self._world.device),
             "machine": machine(ROOT, *_MEASURED),
             "config": self._settings,
-            # The file may change later.
-            **({"plan": json.loads(Path(plan).read_text(encoding="utf-8"))} if (plan := self._config.plan) else {}),
+            **({} if self._same["plan"] is None else {"plan": self._same["plan"]}),
             "curve": curve,
         }
         if not self._world.is_first:

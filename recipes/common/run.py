@@ -73,12 +73,21 @@ class Run:
 
     Args:
         job: the files of the run. If it resumes, model and optimizer are restored from the checkpoint.
-        config, seed: the settings of the run. A checkpoint with another config is rejected.
+        config, seed: the settings of the run.
+        data: the name of the data. A checkpoint with another config, seed, data or plan is rejected.
         steps: the number of steps per epoch.
     """
 
     def __init__(
-        self, job: Job, config: Settings, seed: int, world: World, model: nn.Module, optimizer: Optimizer, steps: int
+        self,
+        job: Job,
+        config: Settings,
+        seed: int,
+        data: str,
+        world: World,
+        model: nn.Module,
+        optimizer: Optimizer,
+        steps: int,
     ) -> None:
         self._config, self._seed, self._world = config, seed, world
         self._model, self._optimizer, self._scaler = model, optimizer, config.scaler(world.device)
@@ -91,7 +100,7 @@ class Run:
         self._curve: Curve = []
         self._budget: CountedBudget | None = None
         self._saved_budget: dict[str, Any] | None = None
-        self._record = Record(job, config, seed, world)
+        self._record = Record(job, config, seed, data, world)
         if (saved := self._record.restore(model, optimizer, self._scaler)) is not None:
             self._first, self._totals = saved["step"], saved["totals"]
             self._epoch, self._curve, self._saved_budget = saved["epoch"], saved["curve"], saved.get("budget")
@@ -234,15 +243,14 @@ class Run:
         if epoch + 1 < self._config.epochs and self._stop.asked(0):
             self._stop_after(step)
 
-    def finish(self, recipe: str, data: str, *metrics: str) -> None:
+    def finish(self, recipe: str, *metrics: str) -> None:
         """Writes the result line to the run's folder and to the results file, unless they already have it.
 
         Args:
-            recipe, data: their names.
+            recipe: its name.
             metrics: which values of the last epoch are the result.
         """
         result = {
-            "data": data,
             **{name: self._curve[-1][name] for name in metrics},
             "minutes": round(self._totals["seconds"] / 60, 2),
             f"{self._config.unit}_per_s": round(self._speed, 1),

@@ -71,9 +71,10 @@ class Settings:
             return model
         try:
             if self.plan:
-                return sdgp.convert(
-                    model, json.loads(Path(self.plan).read_text(encoding="utf-8")), backend=self.backend
-                )
+                plan = json.loads(Path(self.plan).read_text(encoding="utf-8"))
+                if not isinstance(plan, dict) or not plan:
+                    raise UserError(f"config: expected plan to name layers, got {plan!r} in {self.plan}")
+                return sdgp.convert(model, plan, backend=self.backend)
             return sdgp.convert(
                 model,
                 self.pattern,

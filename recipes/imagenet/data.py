@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from ..common.errors import UserError
 from ..common.files import printable
-from ..common.images import decode, list_images, normalize
+from ..common.images import check_same_classes, decode, list_images, normalize
 from ..common.process import World, derive_seed
 from .config import Config
 
@@ -52,9 +52,7 @@ def load(config: Config, folder: Path | None, world: World) -> ImageNet:
     if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         raise UserError(f"--data: expected train/ and val/, or train.beton and val.beton in {folder}, got neither")
     listings = [list_images(folder / part, config.classes) for part in ("train", "val")]
-    if listings[0].classes != listings[1].classes:
-        odd = sorted(set(listings[0].classes) ^ set(listings[1].classes))
-        raise UserError(f"--data: expected the same classes in train/ and val/, got {', '.join(odd[:5])} in one only")
+    check_same_classes(*listings)
     return ImageNet(printable(folder.name), *(Part(Path(listing.root), listing, len(listing)) for listing in listings))
 
 
@@ -130,11 +128,12 @@ def _workers(data: _Decoded, batches: list[list[int]], config: Config, world: Wo
     for images, labels, bad in loader:
         for reason in bad:
             config.skip(reason)
-        if len(labels):
-            yield (
-                normalize(images.to(world.device, non_blocking=True), _MEAN, _STD, config.memory_format),
-                labels.to(world.device),
-            )
+        if not len(labels):  # without it, another process would wait for this one forever
+            raise UserError("--data: expected a good image in every batch of every process, got none in one")
+        yield (
+            normalize(images.to(world.device, non_blocking=True), _MEAN, _STD, config.memory_format),
+            labels.to(world.device),
+        )
 
 
 def _beton_size(path: Path) -> int:

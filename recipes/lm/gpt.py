@@ -54,6 +54,11 @@ class Config(TextSettings):
     beta2: Annotated[float, 0, 0.999999] = 0.95  # AdamW refuses 1
     shard: bool = False  # FSDP2 instead of DDP
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.layers != "all" and (self.plan or self.budget):
+            raise UserError(f"config: expected layers = all with a plan or a budget, got layers = {self.layers}")
+
 
 class GPT(nn.Module):
     """A model with the layout of GPT-2 over 256 byte values. The head and the embedding share one weight."""

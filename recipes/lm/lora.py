@@ -118,7 +118,13 @@ def load(config: Config, path: Path | None, world: World) -> Text:
     def tokens(part: Tensor) -> Tensor:
         return torch.tensor(tokenizer(bytes(part.tolist()).decode(errors="replace"))["input_ids"])
 
-    return Text(text.name, tokens(text.train), tokens(validation), len(validation))
+    train, held_out = tokens(text.train), tokens(validation)
+    if min(len(train), len(held_out)) <= config.context:
+        raise UserError(
+            f"--data: expected more than context = {config.context} tokens to train on and to validate with, got "
+            f"{len(train)} and {len(held_out)} in {text.name}"
+        )
+    return Text(text.name, train, held_out, len(validation))
 
 
 def _mean_loss(config: Config, model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from ..common.errors import Diverged, Stopped, UserError
 from ..common.files import append_line
 from ..common.record import Job
 from ..common.settings import Settings
+from .compare import has_present_plan
 from .tasks import TASKS, Task
 
 HERE = Path(__file__).parent
@@ -81,7 +82,7 @@ def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
     if not path.exists():
         return []
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines]
+    return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines if has_present_plan(line)]
 
 
 if __name__ == "__main__":

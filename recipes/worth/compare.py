@@ -12,14 +12,18 @@ linearly. The 95 % intervals are over the seeds, for the difference to the full 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import statistics
 from collections import defaultdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.settings import Settings
 from .measure import epoch_steps
 from .tasks import Task
+
+_ROOT = Path(__file__).parents[2]
 
 #: The kinds of plain arms, with their names in the plots.
 KINDS = {"steps": "plain, fewer steps", "batch": "plain, smaller batch"}
@@ -83,7 +87,7 @@ def _t(freedom: int) -> float:
 def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     """Returns the arms that have run, in the order of ``task.arms()``."""
     by_config: dict[Settings, dict[int, dict[str, Any]]] = defaultdict(dict)
-    for line in lines:
+    for line in filter(has_present_plan, lines):
         by_config[task.recipe.config(**line["config"])][line["seed"]] = line
     full = task.config()
     if full not in by_config:
@@ -97,7 +101,9 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
         losses = {seed: line.get(task.metric, math.inf) for seed, line in runs.items()}
         share = task.samples(config) / task.samples(full)
         if config.row != "plain":
-            exact = (config.exact_first + config.budget / epoch_steps(config)) / config.epochs
+            exact = config.exact_first / config.epochs
+            if config.budget:  # it begins after as many exact steps
+                exact = config.budget / (config.epochs * epoch_steps(config))
             name = f"{config.row}, first {exact:.0%} exact" if exact else config.row
             budget = _budget(config, list(runs.values())) if config.budget else None
             found.append(Arm(name, "pruned", 1.0, losses, config.row, exact, budget))
@@ -106,6 +112,12 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
         else:
             found.append(Arm(f"plain, {share:.1%} of the steps", "steps", share, losses))
     return found
+
+
+def has_present_plan(line: dict[str, Any]) -> bool:
+    """Returns whether a run had the plan that its file contains now. Lines from before plans were stored count too."""
+    path = _ROOT / line["config"].get("plan", "")
+    return "plan" not in line or (path.is_file() and line["plan"] == json.loads(path.read_text(encoding="utf-8")))
 
 
 def _budget(config: Any, lines: list[dict[str, Any]]) -> Saving:

@@ -162,26 +162,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="the number of PyTorch's CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    task = TASKS[args.task]
     try:
-        data = task.recipe.load(task.config(), args.data or task.data, process.start(None))
-    except UserError as error:
+        _measure(TASKS[args.task], args)
+    except (UserError, OSError) as error:
         sys.exit(f"worth: {error}")
+
+
+def _measure(task: Task, args: argparse.Namespace) -> None:
+    args.results.mkdir(parents=True, exist_ok=True)
+    data = task.recipe.load(task.config(), args.data or task.data, process.start(None))
     if args.noise:
         points = []
         for point in noises(task, data):
             print(point, flush=True)
             points.append(point)
-        _write(args.results / f"{args.task}-noise.json", _with_machine(points))
+        _write(args.results / f"{task.name}-noise.json", _with_machine(points))
         return
-    plan_path = args.results / f"{args.task}-plan-{args.machine}.json"
-    saved_path = args.results / f"{args.task}-saved-{args.machine}.json"
+    plan_path = args.results / f"{task.name}-plan-{args.machine}.json"
+    saved_path = args.results / f"{task.name}-saved-{args.machine}.json"
     if args.keep_plan:
         try:
             plan = json.loads(plan_path.read_text(encoding="utf-8"))
             stored = json.loads(saved_path.read_text(encoding="utf-8"))
-        except OSError as error:
-            sys.exit(f"worth: --keep-plan: expected a stored plan, got none: {error}")
+        except (OSError, ValueError) as error:
+            raise UserError(f"--keep-plan: expected a stored plan, got none: {error}") from None
         predicted = {key: stored[key] for key in _PREDICTED if key in stored}
     else:
         advised = advice(task, data)

@@ -160,6 +160,30 @@ def test_another_config_is_refused(images: Path, tmp_path: Path, monkeypatch: py
     assert said.endswith("got changes: lr: 0.003 -> 0.5")
 
 
+def test_another_seed_plan_or_data_is_refused(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan or data file with the old name and other contents must not continue a run."""
+    plan, text = tmp_path / "plan.json", tmp_path / "text"
+    plan.write_text('{"blocks.0.up": ["2:4", "mvue"]}')
+    text.write_bytes(b"to be or not to be, " * 2000)
+    words = command("gpt", tmp_path, images, "--data", str(text), "--set", f"plan={plan}", row="plain")
+    run(monkeypatch, words)
+    words.append("--resume")
+    run(monkeypatch, words)
+    (tmp_path / "gpt/plain/seed0").rename(tmp_path / "gpt/plain/seed1")
+    said = fails(monkeypatch, [*words, "--seed", "1"])
+    assert said.startswith("gpt: --resume: expected the seed of ")
+    (tmp_path / "gpt/plain/seed1").rename(tmp_path / "gpt/plain/seed0")
+    plan.write_text('{"blocks.1.up": ["2:4", "mvue"]}')
+    assert fails(monkeypatch, words).startswith("gpt: --resume: expected the plan of ")
+    plan.write_text('{"blocks.0.up": ["2:4", "mvue"]}')
+    text.write_bytes(b"or not to be, to be " * 2000)
+    assert fails(monkeypatch, words).startswith("gpt: --resume: expected the data of ")
+    for wrong in ('["2:4"]', "{}"):
+        plan.write_text(wrong)
+        said = fails(monkeypatch, [*words[:-1], "--out", str(tmp_path / "other")])
+        assert said.startswith("gpt: config: expected plan to name layers, got ")
+
+
 FULL_DISK = """
 import resource, sys
 from pathlib import Path

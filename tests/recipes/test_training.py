@@ -51,15 +51,25 @@ def test_trains_and_evaluates(
 
 
 def test_evaluates_no_other_weights(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The adapters of LoRA are a part of the model. Weights of another model must be an error, not skipped."""
+    """The adapters of LoRA are a part of the model. Weights of another model, and missing ones, must be errors."""
     for recipe in ("lora", "gpt"):
         run(monkeypatch, command(recipe, tmp_path / recipe, images))
-    paths = {recipe: str(saved(tmp_path / recipe)) for recipe in ("lora", "gpt")}
+    paths = {recipe: saved(tmp_path / recipe) for recipe in ("lora", "gpt")}
     for recipe, other in (("lora", "gpt"), ("gpt", "lora")):
-        said = fails(monkeypatch, command(recipe, tmp_path, images, "--eval", paths[other]))
-        assert said.startswith(f"{recipe}: --eval: expected the weights of this model, got others: ")
-    said = fails(monkeypatch, command("gpt", tmp_path, images, "--eval", paths["gpt"], "--set", "size=small"))
-    assert said.startswith("gpt: --eval: Error(s) in loading state_dict for GPT:")
+        said = fails(monkeypatch, command(recipe, tmp_path, images, "--eval", str(paths[other])))
+        assert said.startswith(f"{recipe}: --eval: expected a checkpoint with the weights of this model, got one that")
+    wide = command("cifar10", tmp_path / "cifar10", images)
+    run(monkeypatch, wide)
+    said = fails(monkeypatch, [*wide, "--eval", str(saved(tmp_path / "cifar10")), "--set", "width=8"])
+    assert said.startswith("cifar10: --eval: Error(s) in loading state_dict")
+    weights, training = checkpoint.load(paths["gpt"])
+    del weights["blocks.0.qkv.weight"]
+    checkpoint.save(paths["gpt"], weights, training)
+    for option in ("--eval", "--resume"):
+        words = ["--eval", str(paths["gpt"])] if option == "--eval" else ["--resume"]
+        said = fails(monkeypatch, command("gpt", tmp_path / "gpt", images, *words))
+        assert said.startswith(f"gpt: {option}: expected a checkpoint with the weights of this model")
+        assert said.endswith("in blocks.0.qkv.weight")
 
 
 def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,6 +215,17 @@ def test_a_study_that_is_not_complete() -> None:
     assert compare.arms(task, [pruned]) == []  # no full run
 
 
+def test_runs_with_an_earlier_plan_do_not_count(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    line = {"config": {"plan": str(path)}, "plan": {"a": ["2:4", "mvue"]}}
+    assert not compare.has_present_plan(line)
+    path.write_text('{"a": ["2:4", "mvue"]}')
+    assert compare.has_present_plan(line)
+    path.write_text('{"a": ["4:8", "mvue"]}')
+    assert not compare.has_present_plan(line)
+    assert compare.has_present_plan({"config": {"plan": str(path)}})  # from before lines stored plans
+
+
 def test_a_loss_that_no_plain_run_has_saves_nothing() -> None:
     plain = [arm("steps", 1.0, 1.0, 1.0), arm("steps", 0.5, 2.0, 2.0)]
     worth = compare.worth(arm("pruned", 1.0, 2.9, 3.3), plain)
