@@ -140,8 +140,12 @@ def test_advice(command: Command, file: Path) -> None:
     assert next(line for line in err.splitlines() if line.startswith("[")) == "[1/5] steps"
     own = report(command, "profile", str(file) + ":with_batch", "--rounds", "1", "--advise")
     assert "one batch gives the noise only" in own["advice"]
+    assert {row["method"] for row in found["candidates"]} == {"mvue", "unstructured"}
     status, _, err = command(*words, "--method", "best")
     assert (status, "expected method to be one of" in err) == (2, True)
+    status, _, err = command(*words, "--pattern", "4:32", "--backend", "sparse", "--weight-grad", "4:16")
+    assert status == 2
+    assert err == "sdgp profile: expected --advise to choose by itself, got --pattern, --backend, --weight-grad too\n"
 
 
 def test_pruned_weight_gradients(command: Command, file: Path) -> None:
@@ -179,7 +183,7 @@ def test_pruned_weight_gradients(command: Command, file: Path) -> None:
         ("models.py:Net --pattern 5:4", "expected \"n:m\" or (n, m) with 1 <= n <= m <= 64, got '5:4'"),
         ("models.py:Net --method best", "expected method to be one of magnitude, *, got 'best'"),
         ("models.py:Net --backend best", "expected backend to be one of auto, *, got 'best'"),
-        ("models.py:no_layer", "expected a model with converted layers, got none: call sdgp.convert(model) first"),
+        ("models.py:no_layer", "expected a model with a layer that prunes, got none"),
         ("models.py:on_meta --input 2x8", "expected model and batch to fit on cpu, got NotImplementedError: *"),
         ("models.py:Net --input 99999999x9999999", "expected model and batch to fit on cpu, got RuntimeError: *"),
         (

@@ -394,6 +394,10 @@ def test_old_names_warn_and_work() -> None:
         ({"backend": "pruned"}, "SdgpCallback: expected a pattern .*, got none"),
         ({"pattern": "2:4", "backend": "fast"}, "SdgpCallback: expected .*auto, pruned, sparse, dense, got 'fast'"),
         ({"budget": {}, "pattern": "2:4"}, "SdgpCallback: expected budget without pattern, .*, got both"),
+        (
+            {"budget": {"evry": 5, "loss": 1}},
+            "SdgpCallback: expected arguments of sdgp.Budget in budget, got evry, loss",
+        ),
         ({"patterns": {3: "4:2"}}, "pattern: expected .*, got '4:2'"),
     ],
 )

@@ -196,7 +196,9 @@ def test_too_narrow(channels: int) -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match=r"^from_plain: expected a torch.nn.modules.linear.Linear, got Conv2d$"):
+    with pytest.raises(
+        ValueError, match=r"^from_plain: expected a torch.nn.modules.linear.Linear, got a torch.nn.modules.conv.Conv2d$"
+    ):
         sdgp.Linear.from_plain(nn.Conv2d(4, 8, 3))
     for make in (lambda: sdgp.Linear(4, 8, method="topk"), lambda: sdgp.Conv2d(4, 8, 3, method="topk")):
         with pytest.raises(ValueError, match=r"^(Linear|Conv2d): expected method .*, got 'topk'$"):

@@ -76,6 +76,8 @@ def test_steps_that_save_less_than_their_products() -> None:
     assert plan.verdict.startswith("nothing pays here: the best of 2 candidates takes 2.0% off a step and costs 3.0%")
     plan.take_realized(Interval(-0.1, -0.2, 0.1))
     assert plan.verdict.startswith("nothing pays here: sparse products are faster, but whole steps with them take")
+    assert "whole steps are not faster" in str(plan)
+    assert "noise costs more" not in str(plan)
 
 
 def test_a_saving_below_one_percent_does_not_pay() -> None:

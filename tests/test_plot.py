@@ -114,6 +114,12 @@ def test_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match=f"^plot: expected .*{re.escape(message)}"):
             sdgp.plot(path, tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"^plot: expected a file that can be read, got .*: No such file"):
+        sdgp.plot(tmp_path / "missing", tmp_path / "a.png")
+    with pytest.raises(ValueError, match=r"^plot: expected a Watch, the path of its lines, or a Plan, got dict$"):
+        sdgp.plot({}, tmp_path / "a.png")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^plot: expected a path that can be written, got .*a\.xyz: .*not supported"):
+        sdgp.plot(Plan([], {"a": "too small to gain"}, 10.0), tmp_path / "a.xyz")
     with pytest.raises(ValueError, match=r"^plot: expected metric to be one of cosine, .*, got 'best'$"):
         sdgp.plot(path, tmp_path / "a.png", "best")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

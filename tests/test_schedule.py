@@ -252,7 +252,8 @@ def test_old_names_warn_and_work() -> None:
     [
         (lambda: sdgp.Schedule("resnet18"), "nn.Module", "str"),  # type: ignore[arg-type]
         (lambda: sdgp.Schedule(nn.Linear(8, 8)), "converted layers", "none"),
-        (lambda: sdgp.Schedule(small(), total=0), "total >= 1", "0"),
+        (lambda: sdgp.Schedule(small(), total=0), "total to be an integer >= 1", "0"),
+        (lambda: sdgp.Schedule(small(), total=4.5), "total to be an integer >= 1", "4.5"),  # type: ignore[arg-type]
         (lambda: sdgp.Schedule(small(), exact_last=3), "total", "exact_last=3"),
         (lambda: sdgp.Schedule(small(), exact_first=0.1), "total", "exact_first=0.1"),
         (lambda: sdgp.Schedule(small(), patterns={0.5: "2:4"}), "total", "patterns' keys=0.5"),
@@ -264,7 +265,8 @@ def test_old_names_warn_and_work() -> None:
         (lambda: sdgp.Schedule(small(), total=9, exact_first=1.0), "exact_first", "1.0"),
         (lambda: sdgp.Schedule(small(), total=9, exact_last=-1), "exact_last", "-1"),
         (lambda: sdgp.Schedule(small(), total=9, patterns={1: "2:4", 9: "1:4"}), "before total", "9 >= 9"),
-        (lambda: sdgp.Schedule(small()).seek(-1), "count >= 0", "-1"),
+        (lambda: sdgp.Schedule(small()).seek(-1), "count to be an integer >= 0", "-1"),
+        (lambda: sdgp.Schedule(small()).load_state_dict({"count": "3"}), "count to be an integer >= 0", "'3'"),
         (lambda: sdgp.Schedule(small()).load_state_dict({"epoch": 3}), '"count"', "['epoch']"),
     ],
 )

@@ -21,7 +21,7 @@ from ._decision import Decision
 from ._models import check_eager, check_module, is_sharded
 from ._pattern import PatternLike
 from ._plan import Interval
-from ._step import Loss
+from ._step import Loss, check_loss
 from ._steps import Memory, UnusableBatch
 from ._watch import check_writable
 
@@ -37,8 +37,8 @@ class Budget:
     that, at every ``every``-th step, it asks for advice on the batch of that step and converts the model to the plan.
     An empty plan makes the model plain again.
 
-    Each call for advice takes as long as six to ten steps. The first one takes twenty to thirty steps more, because
-    it times the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then
+    Each call for advice takes as long as five to ten steps. The first one takes twenty to thirty steps, because it
+    times the products. A batch with one sample, or with a loss that is not finite, gives no advice; the budget then
     asks again after ``max(every // 50, 1)`` steps.
 
     Under ``torch.distributed`` only the first process computes the advice, and all processes receive its plan. The
@@ -101,6 +101,7 @@ class Budget:
         first = every if first is None else first
         if every < 1 or first < 1:
             raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
+        check_loss("Budget", loss)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_alone(model)
         if to is not None and not callable(to):

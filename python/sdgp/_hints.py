@@ -17,7 +17,7 @@ from ._study import Study
 #: The hint for a plan with convolutions. recipes/worth measured it.
 START_EXACT = (
     "an untrained convolutional network suffers most: keep the first quarter of its training exact, with "
-    "sdgp.Schedule(model, total=epochs, exact_first=0.25)"
+    "schedule = sdgp.Schedule(model, total=epochs, exact_first=0.25), and schedule.step() after each epoch"
 )
 
 #: The saving by bfloat16 from which a note mentions it. Smaller ones may be measuring errors.

@@ -67,7 +67,8 @@ class PruningLayer(nn.Module):
         """
         if type(plain) is not cls._plain:
             raise ValueError(
-                f"from_plain: expected a {cls._plain.__module__}.{cls._plain.__qualname__}, got {type(plain).__name__}"
+                f"from_plain: expected a {cls._plain.__module__}.{cls._plain.__qualname__}, got a "
+                f"{type(plain).__module__}.{type(plain).__qualname__}"
             )
         return cls.sharing(plain, Pruning.parse(cls.__name__, pattern, method, backend, weight_grad))
 

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 
-import torch
 from torch import nn
 
 from ._layer import PruningLayer
@@ -27,7 +27,9 @@ def check_module(op: str, model: object) -> None:
 
 def check_eager(op: str, model: nn.Module) -> None:
     """Raises ValueError if torch.compile compiled the model: a compiled model runs no hooks."""
-    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+    dynamo = sys.modules.get("torch._dynamo")  # to import it takes seconds
+    compiled = dynamo is not None and isinstance(model, dynamo.OptimizedModule)
+    if compiled or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(f"{op}: expected a model that is not compiled, got a compiled one, which runs no hooks")
 
 

@@ -50,6 +50,8 @@ class Norm(NamedTuple):
             raise ValueError(f"{op}: expected a model with trainable parameters, got none that requires a gradient")
         if optimizer is None:
             return cls("euclidean", dict.fromkeys(parameters))
+        if not hasattr(optimizer, "param_groups"):
+            raise ValueError(f"{op}: expected optimizer to be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         groups = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
         unknown = len(groups.keys() - set(model.parameters()))
         if unknown:

@@ -57,7 +57,7 @@ def prune_nm(
             The other methods do not use the generator.
 
     Returns:
-        A tensor with the shape, dtype and strides of the input.
+        A tensor with the shape and dtype of the input, and with the strides that ``torch.empty_like`` gives it.
 
     Raises:
         RuntimeError: If an argument is not valid: ``prune_nm: requirement, got actual``.

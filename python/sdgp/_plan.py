@@ -255,7 +255,7 @@ class Plan(dict[str, tuple[Any, ...]]):
         unchosen = {key: rows for key, rows in measured.items() if key not in chosen}
         dropped = {(row.layer, row.gradient) for row in self._dropped}
         counts = Counter(
-            "saves too little" if key in dropped else _why(rows) or self._reasons[key[0]]
+            "saves too little" if key in dropped else _why(rows, self._realized.value) or self._reasons[key[0]]
             for key, rows in unchosen.items()
         )
         counts.update(
@@ -271,13 +271,19 @@ def _cells(row: Candidate) -> tuple[str, ...]:
     return (row.layer or "(model)", row.gradient, row.shape, pruned, *times, f"{row.noise:.4f}", bias)
 
 
-def _why(rows: list[Candidate]) -> str | None:
-    """Returns why a gradient stays exact although it was measured, or None if it was not measured."""
+def _why(rows: list[Candidate], realized: float) -> str | None:
+    """Returns why a gradient stays exact although it was measured, or None if it was not measured.
+
+    Args:
+        realized: how much of its products' savings the whole step shows.
+    """
     if all(row.sparse_ms is None for row in rows):
         return None
     faster = [row for row in rows if row.saved_ms > 0]
     if not faster:
         return "sparse is not faster"
+    if realized <= 0:
+        return "whole steps are not faster"
     return "its noise is unknown" if all(math.isnan(row.noise) for row in faster) else "noise costs more than it saves"
 
 

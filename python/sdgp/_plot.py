@@ -60,14 +60,20 @@ def plot(
         _draw_records(figure, records, metric, window)
     try:
         figure.savefig(path, dpi=100)
-    except OSError as error:
-        raise ValueError(f"plot: expected a path that can be written, got {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: matplotlib does not know the suffix
+        raise ValueError(f"plot: expected a path that can be written, got {path}: {error}") from error
 
 
 def _read(path: str | PathLike[str]) -> dict[str, Record]:
     """Reads the JSON lines that a ``Watch`` wrote. If a resumed run repeated a step, the last line counts."""
     steps: dict[str, dict[int, dict[str, float]]] = {}
-    text = Path(path).read_text(encoding="utf-8")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"plot: expected a file that can be read, got {path}: {error.strerror}") from error
+    except TypeError:
+        got = type(path).__name__
+        raise ValueError(f"plot: expected a Watch, the path of its lines, or a Plan, got {got}") from None
     complete = text[: text.rfind("\n") + 1]  # the last line may be incomplete
     for number, line in enumerate(complete.splitlines(), 1):
         try:

@@ -80,8 +80,8 @@ class Schedule:
         self._layers: dict[nn.Module, Pattern] = {
             layer: layer.unscheduled or layer.pruning.pattern for layer in pruning_layers("Schedule", model)
         }
-        if total is not None and total < 1:
-            raise ValueError(f"Schedule: expected total >= 1, got {total}")
+        if total is not None and (not isinstance(total, int) or total < 1):
+            raise ValueError(f"Schedule: expected total to be an integer >= 1, got {total!r}")
         self._total = total
         self._first = self._units("exact_first", exact_first)
         self._last = self._units("exact_last", exact_last)
@@ -109,10 +109,10 @@ class Schedule:
         """Moves the schedule to the state after ``count`` calls of ``step``, for loops that keep their own count.
 
         Raises:
-            ValueError: If ``count`` is negative.
+            ValueError: If ``count`` is negative or no integer.
         """
-        if count < 0:
-            raise ValueError(f"Schedule: expected count >= 0, got {count}")
+        if not isinstance(count, int) or count < 0:
+            raise ValueError(f"Schedule: expected count to be an integer >= 0, got {count!r}")
         self.count = count
         for layer, own in self._layers.items():
             if _schedule_of(layer) is None:  # this schedule is a copy, or the newer one is gone

@@ -26,6 +26,12 @@ Loss: TypeAlias = Callable[[Any, Any], Tensor]
 Receive: TypeAlias = Callable[[Tensor, Tensor], None]
 
 
+def check_loss(op: str, loss: object) -> None:
+    """Raises ValueError if ``loss`` cannot be a function of model and batch."""
+    if isinstance(loss, nn.modules.loss._Loss) or not (loss is None or callable(loss)):
+        raise ValueError(f"{op}: expected loss to be a function of model and batch, got {type(loss).__name__}")
+
+
 def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
     """Runs the forward and returns the loss: ``loss(model, batch)`` if ``loss`` is given.
 
@@ -34,8 +40,7 @@ def compute_loss(op: str, model: nn.Module, batch: Any, loss: Loss | None) -> Te
     Raises:
         ValueError: If there is nothing to differentiate: ``op: requirement, got actual``.
     """
-    if isinstance(loss, nn.modules.loss._Loss):
-        raise ValueError(f"{op}: expected loss to be a function of model and batch, got {type(loss).__name__}")
+    check_loss(op, loss)
     if loss is not None:
         value = loss(model, batch)
         if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:

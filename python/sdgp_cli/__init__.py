@@ -122,7 +122,7 @@ def installed_version() -> str:
 
 def _add_bench(command: argparse.ArgumentParser) -> None:
     _add_device(command)
-    command.add_argument("--quick", action="store_true", help="fewer shapes and rounds: a few seconds, and noisier")
+    command.add_argument("--quick", action="store_true", help="fewer shapes and rounds: half a minute, and noisier")
     command.add_argument(
         "--out",
         type=Path,
@@ -134,12 +134,12 @@ def _add_bench(command: argparse.ArgumentParser) -> None:
 
 def _add_profile(command: argparse.ArgumentParser) -> None:
     command.add_argument("model", metavar="MODEL")
-    command.add_argument("--pattern", default="2:4", metavar="N:M", help="default: %(default)s")
-    command.add_argument("--method", default="mvue", help="the pruning method (default: %(default)s)")
+    command.add_argument("--pattern", metavar="N:M", help="default: 2:4")
+    command.add_argument("--method", help="the pruning method (default: mvue; with --advise all unbiased ones)")
     command.add_argument(
         "--weight-grad", metavar="N:M", help="prune the gradient of weight gradients, too, by mvue (default: exact)"
     )
-    command.add_argument("--backend", default="auto", help="auto, pruned, sparse or dense (default: %(default)s)")
+    command.add_argument("--backend", help="auto, pruned, sparse or dense (default: auto)")
     command.add_argument("--batch", type=_count, metavar="N", help="samples (default: 8)")
     shape = command.add_mutually_exclusive_group()
     shape.add_argument("--image", type=_count, metavar="SIZE", help="images of 3 x SIZE x SIZE (default: the model's)")

@@ -24,6 +24,9 @@ from .progress import progress
 
 
 def run(args: argparse.Namespace) -> Report:
+    if args.advise:
+        _check_no_settings(args)
+    args.pattern, args.backend = args.pattern or "2:4", args.backend or "auto"
     device = begin(args.device, args.threads)
     dtype = parse_dtype(args.dtype, device)
     model, given = build(args.model)
@@ -45,7 +48,7 @@ def run(args: argparse.Namespace) -> Report:
         "input": what,
         "device": str(device),
         "pattern": args.pattern,
-        "method": args.method,
+        "method": _method(args),
         "weight_grad": args.weight_grad,
         "backend": args.backend,
         "rounds": args.rounds,
@@ -80,7 +83,8 @@ def show(report: Report) -> str:
 
 def _advised(args: argparse.Namespace, model: nn.Module, batches: list[Any], what: str, device: torch.device) -> Report:
     with _told(what, "advise"), progress(5) as begin:
-        plan = advise(model, *batches, methods=(args.method,), rounds=args.rounds, progress=begin)
+        methods = None if args.method is None else (args.method,)
+        plan = advise(model, *batches, methods=methods, rounds=args.rounds, progress=begin)
     fresh = "" if len(batches) == 1 else "weights and data are random, and trained models bear pruning better\n"
     return {
         "model": args.model,
@@ -109,7 +113,11 @@ def _other(batch: Tensor) -> Tensor:
 
 def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
     with _told(what, "convert", "pattern", "profile"):
-        convert(model, args.pattern, args.method, backend=args.backend, weight_grad=args.weight_grad)
+        convert(model, args.pattern, _method(args), backend=args.backend, weight_grad=args.weight_grad)
+        rows = report(model)
+        if not any(row.pattern for row in rows):
+            reasons = [f"{count} left plain: {why}" for why, count in Counter(row.why for row in rows).items()]
+            raise CommandError(f"expected a model with a layer that prunes, got {', '.join(reasons) or 'none'}")
         with contextlib.redirect_stdout(io.StringIO()):  # profile prints its table, but show() prints it too
             return profile(model, batch, rounds=args.rounds)
 
@@ -119,6 +127,8 @@ def _told(what: str, *ops: str) -> Iterator[None]:
     """Turns an exception inside the context into a CommandError: invalid arguments of ``ops``, or a failing model."""
     try:
         yield
+    except CommandError:
+        raise
     except Exception as error:
         op, _, message = str(error).partition(": ")
         if isinstance(error, ValueError) and op in ops:
@@ -127,6 +137,16 @@ def _told(what: str, *ops: str) -> Iterator[None]:
             f"expected the model to run forward and backward on {what} "
             f"(--batch, --image, --tokens, --input), got {describe_error(error)}"
         ) from error
+
+
+def _method(args: argparse.Namespace) -> str:
+    return args.method or "mvue"
+
+
+def _check_no_settings(args: argparse.Namespace) -> None:
+    names = {"pattern": args.pattern, "backend": args.backend, "weight-grad": args.weight_grad}
+    if given := [f"--{name}" for name, value in names.items() if value is not None]:
+        raise CommandError(f"expected --advise to choose by itself, got {', '.join(given)} too")
 
 
 def _check_no_shape(args: argparse.Namespace) -> None:

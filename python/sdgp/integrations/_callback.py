@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from os import PathLike, fspath
 from typing import Any
@@ -16,6 +17,8 @@ from .._pattern import Pattern, PatternLike, Pruning, WeightGradLike
 from .._renamed import renamed
 from .._schedule import Schedule
 from .._step import Loss
+
+_BUDGET_SETTINGS = set(inspect.signature(Budget).parameters) - {"model", "loss", "optimizer"}
 
 
 def scaled(loss: Tensor, scaler: Any) -> Tensor:
@@ -62,6 +65,8 @@ class ScheduleCallback:
             raise ValueError(
                 "SdgpCallback: expected a pattern, got a plan: call sdgp.convert(model, plan), and pass no pattern"
             )
+        if unknown := sorted(set(budget or ()) - _BUDGET_SETTINGS):
+            raise ValueError(f"SdgpCallback: expected arguments of sdgp.Budget in budget, got {', '.join(unknown)}")
         self.budget_settings = None if budget is None else dict(budget)
         if self.budget_settings is not None and isinstance(self.budget_settings.get("to"), PathLike):
             self.budget_settings["to"] = fspath(self.budget_settings["to"])  # which a checkpoint can store
