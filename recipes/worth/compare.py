@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..common.settings import Settings
-from .measure import epoch_steps
 from .tasks import Task
 
 _ROOT = Path(__file__).parents[2]
@@ -103,7 +102,7 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
         if config.row != "plain":
             exact = config.exact_first / config.epochs
             if config.budget:  # it begins after as many exact steps
-                exact = config.budget / (config.epochs * epoch_steps(config))
+                exact = config.budget / (config.epochs * _epoch_steps(config))
             name = f"{config.row}, first {exact:.0%} exact" if exact else config.row
             budget = _budget(config, list(runs.values())) if config.budget else None
             found.append(Arm(name, "pruned", 1.0, losses, config.row, exact, budget))
@@ -114,6 +113,11 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
     return found
 
 
+def _epoch_steps(config: Any) -> int:
+    steps: int = config.epoch_images // config.batch_size if hasattr(config, "epoch_images") else config.epoch_steps
+    return steps
+
+
 def has_present_plan(line: dict[str, Any]) -> bool:
     """Returns whether a run had the plan that its file contains now. Lines from before plans were stored count too."""
     path = _ROOT / line["config"].get("plan", "")
@@ -122,7 +126,7 @@ def has_present_plan(line: dict[str, Any]) -> bool:
 
 def _budget(config: Any, lines: list[dict[str, Any]]) -> Saving:
     """Sums up the advice of runs with a budget, on the machine of the first one."""
-    steps = config.epochs * epoch_steps(config)
+    steps = config.epochs * _epoch_steps(config)
     ended = [line for line in lines if "advice" in line]
     result = Saving(_machine_of(ended[0]) if ended else (), [], [], [])
     for line in ended:

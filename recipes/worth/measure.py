@@ -47,6 +47,7 @@ class Parts(NamedTuple):
 
     Attributes:
         loss: a function of a model, input and target, under the autocast of the recipe.
+        epoch_steps: the number of steps per epoch.
         batches: the micro-batches of one epoch after the other.
         is_pruned: a function of module and name, which says whether the recipe prunes a layer.
     """
@@ -55,6 +56,7 @@ class Parts(NamedTuple):
     model: torch.nn.Module
     make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer]
     loss: Callable[[torch.nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+    epoch_steps: int
     batches: Iterator[tuple[torch.Tensor, torch.Tensor]]
     is_pruned: Callable[[torch.nn.Module, str], bool]
 
@@ -74,6 +76,7 @@ def prepare(task: Task, data: Any) -> Parts:
         model,
         lambda model: recipe.make_optimizer(model, config),
         loss,
+        recipe.steps(config, data, world),
         itertools.chain.from_iterable(steps),
         partial(recipe.is_pruned, config),
     )
@@ -82,7 +85,7 @@ def prepare(task: Task, data: Any) -> Parts:
 def advice(task: Task, data: Any) -> sdgp.Plan:
     parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
-    for step in range(parts.config.epochs * epoch_steps(parts.config) // 4):
+    for step in range(parts.config.epochs * parts.epoch_steps // 4):
         train(parts, optimizer, step)
     return ask(parts, optimizer, rounds=5)
 
@@ -113,7 +116,7 @@ def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
     parts = prepare(task, data)
     optimizer = parts.make_optimizer(parts.model)
     patterns = dict.fromkeys(pattern for arm in task.pruned for pattern in arm if pattern)
-    steps = parts.config.epochs * epoch_steps(parts.config)
+    steps = parts.config.epochs * parts.epoch_steps
     for step in range(steps):
         if step % (steps // POINTS) == 0:
             with _Untimed():
@@ -127,17 +130,12 @@ def noises(task: Task, data: Any) -> Iterator[dict[str, Any]]:
         train(parts, optimizer, step)
 
 
-def epoch_steps(config: Any) -> int:
-    steps: int = config.epoch_images // config.batch_size if hasattr(config, "epoch_images") else config.epoch_steps
-    return steps
-
-
 def train(parts: Parts, optimizer: torch.optim.Optimizer, step: int) -> None:
     config = parts.config
     optimizer.zero_grad()
     loss = parts.loss(parts.model, *next(parts.batches))
     loss.backward()
-    update(parts.model, optimizer, config.scaler(loss.device), config, (step + 1) / epoch_steps(config))
+    update(parts.model, optimizer, config.scaler(loss.device), config, (step + 1) / parts.epoch_steps)
 
 
 def ask(parts: Parts, optimizer: torch.optim.Optimizer, **settings: Any) -> sdgp.Plan:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_trains_and_evaluates(
     assert first["layers"]["pruned"] > 0
     assert [point["epoch"] for point in first["curve"]] == [1, 2]
     assert first["curve"][0]["train_loss"] != second["curve"][0]["train_loss"]
-    metric = "bits_per_byte" if recipe in ("gpt", "lora") else "top1"
+    metric = importlib.import_module(f"recipes.{SMALL[recipe][0]}").RECIPE.metrics[0]
     assert first[metric] == first["curve"][-1][metric]
     capsys.readouterr()
     path = tmp_path / recipe
