@@ -80,7 +80,7 @@ class Schedule:
         self._layers: dict[nn.Module, Pattern] = {
             layer: layer.unscheduled or layer.pruning.pattern for layer in pruning_layers("Schedule", model)
         }
-        if total is not None and (not isinstance(total, int) or total < 1):
+        if total is not None and (not hasattr(total, "__index__") or total < 1):
             raise ValueError(f"Schedule: expected total to be an integer >= 1, got {total!r}")
         self._total = total
         self._first = self._units("exact_first", exact_first)
@@ -111,7 +111,7 @@ class Schedule:
         Raises:
             ValueError: If ``count`` is negative or no integer.
         """
-        if not isinstance(count, int) or count < 0:
+        if not hasattr(count, "__index__") or count < 0:
             raise ValueError(f"Schedule: expected count to be an integer >= 0, got {count!r}")
         self.count = count
         for layer, own in self._layers.items():
