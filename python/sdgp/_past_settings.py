@@ -13,17 +13,23 @@ itself, such as a backward that runs a model inside `paused`, until the change i
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 
 from ._pattern import Pruning
 
-if TYPE_CHECKING:
-    from ._layer import PruningLayer
-
 _CHANGES_KEPT = 64
+
+
+class _Layer(Protocol):
+    """The settings of a layer: how it prunes, and why it is exact in spite of that; empty if it is not."""
+
+    @property
+    def pruning(self) -> Pruning: ...
+    @property
+    def held(self) -> str: ...
 
 
 class _Change(NamedTuple):
@@ -40,10 +46,10 @@ class _Change(NamedTuple):
     held: str
 
 
-_changes: WeakKeyDictionary[PruningLayer, deque[_Change]] = WeakKeyDictionary()
+_changes: WeakKeyDictionary[_Layer, deque[_Change]] = WeakKeyDictionary()
 
 
-def remember(layer: PruningLayer) -> None:
+def remember(layer: _Layer) -> None:
     """Keeps the settings of a layer that are about to change."""
     if torch.compiler.is_compiling():
         return  # the traced code would depend on every layer of the process
@@ -53,7 +59,7 @@ def remember(layer: PruningLayer) -> None:
         changes.append(_Change(until, node, layer.pruning, layer.held))
 
 
-def forget_undone(layer: PruningLayer) -> None:
+def forget_undone(layer: _Layer) -> None:
     """Forgets the changes of the running node after they ended, as those of a pause in a recomputation do.
 
     The later forwards of the node then get the settings of their first run.
@@ -73,7 +79,7 @@ def forget_undone(layer: PruningLayer) -> None:
         del _changes[layer]
 
 
-def settings_of(layer: PruningLayer) -> tuple[Pruning, str]:
+def settings_of(layer: _Layer) -> tuple[Pruning, str]:
     """Returns the settings of a forward and why it is held. A repeated forward gets those of its first run."""
     if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1 and layer in _changes:
         node, changes = _running_node(), _changes[layer]
