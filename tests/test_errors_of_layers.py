@@ -90,7 +90,12 @@ PYTHON: list[tuple[Callable[[], Any], str, str, str]] = [
         "'max'",
     ),
     (lambda: sdgp.convert(nn.Linear(8, 8), weight_grad=()), "convert", "weight_grad", "()"),  # type: ignore[arg-type]
-    (lambda: sdgp.Linear.from_plain(nn.Conv2d(4, 8, 3)), "from_plain", "torch.nn.modules.linear.Linear", "Conv2d"),
+    (
+        lambda: sdgp.Linear.from_plain(nn.Conv2d(4, 8, 3)),
+        "from_plain",
+        "torch.nn.modules.linear.Linear",
+        "a torch.nn.modules.conv.Conv2d",
+    ),
     (lambda: sdgp.convert("resnet18"), "convert", "nn.Module", "str"),  # type: ignore[type-var]
     (lambda: sdgp.revert(None), "revert", "nn.Module", "NoneType"),  # type: ignore[type-var]
     (lambda: sdgp.report(X), "report", "nn.Module", "Tensor"),  # type: ignore[arg-type]
