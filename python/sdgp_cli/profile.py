@@ -26,7 +26,8 @@ from .progress import progress
 def run(args: argparse.Namespace) -> Report:
     if args.advise:
         _check_no_settings(args)
-    args.pattern, args.backend = args.pattern or "2:4", args.backend or "auto"
+    else:
+        args.pattern, args.method, args.backend = args.pattern or "2:4", args.method or "mvue", args.backend or "auto"
     device = begin(args.device, args.threads)
     dtype = parse_dtype(args.dtype, device)
     model, given = build(args.model)
@@ -48,7 +49,7 @@ def run(args: argparse.Namespace) -> Report:
         "input": what,
         "device": str(device),
         "pattern": args.pattern,
-        "method": _method(args),
+        "method": args.method,
         "weight_grad": args.weight_grad,
         "backend": args.backend,
         "rounds": args.rounds,
@@ -112,14 +113,15 @@ def _other(batch: Tensor) -> Tensor:
 
 
 def _profile(args: argparse.Namespace, model: nn.Module, batch: Any, what: str) -> Profile:
-    with _told(what, "convert", "pattern", "profile"):
-        convert(model, args.pattern, _method(args), backend=args.backend, weight_grad=args.weight_grad)
-        rows = report(model)
-        if not any(row.pattern for row in rows):
-            reasons = [f"{count} left plain: {why}" for why, count in Counter(row.why for row in rows).items()]
-            raise CommandError(f"expected a model with a layer that prunes, got {', '.join(reasons) or 'none'}")
-        with contextlib.redirect_stdout(io.StringIO()):  # profile prints its table, but show() prints it too
-            return profile(model, batch, rounds=args.rounds)
+    with _told(what, "convert", "pattern"):
+        convert(model, args.pattern, args.method, backend=args.backend, weight_grad=args.weight_grad)
+    rows = report(model)
+    if not any(row.pattern for row in rows):
+        reasons = [f"{count} left plain: {why}" for why, count in Counter(row.why for row in rows).items()]
+        raise CommandError(f"expected a model with a layer that prunes, got {', '.join(reasons) or 'none'}")
+    # profile prints its table, but show() prints it too
+    with _told(what, "profile"), contextlib.redirect_stdout(io.StringIO()):
+        return profile(model, batch, rounds=args.rounds)
 
 
 @contextlib.contextmanager
@@ -127,8 +129,6 @@ def _told(what: str, *ops: str) -> Iterator[None]:
     """Turns an exception inside the context into a CommandError: invalid arguments of ``ops``, or a failing model."""
     try:
         yield
-    except CommandError:
-        raise
     except Exception as error:
         op, _, message = str(error).partition(": ")
         if isinstance(error, ValueError) and op in ops:
@@ -137,10 +137,6 @@ def _told(what: str, *ops: str) -> Iterator[None]:
             f"expected the model to run forward and backward on {what} "
             f"(--batch, --image, --tokens, --input), got {describe_error(error)}"
         ) from error
-
-
-def _method(args: argparse.Namespace) -> str:
-    return args.method or "mvue"
 
 
 def _check_no_settings(args: argparse.Namespace) -> None:

@@ -52,6 +52,7 @@ def load(config: Config, folder: Path | None, world: World) -> Cifar:
     if (folder / "cifar-10-batches-py").is_dir():
         name, read = "CIFAR-10", _read_torchvision
     elif (folder / "train").is_dir() and (folder / "test").is_dir():
+        check_same_classes(folder / "train", folder / "test")
         name, read = "CIFAR-10, image files", _read_folder
     elif (folder / "train.beton").is_file() and (folder / "test.beton").is_file():
         name, read = "CIFAR-10, ffcv", _read_beton
@@ -60,8 +61,6 @@ def load(config: Config, folder: Path | None, world: World) -> Cifar:
             f"--data: expected cifar-10-batches-py/, train/ and test/, or train.beton and test.beton in {folder}, "
             "got none of these"
         )
-    if read is _read_folder:
-        check_same_classes(*(list_images(folder / part, config.classes) for part in ("train", "test")))
     parts = [read(folder, part, config) for part in ("train", "test")]
     for part, images in zip(("train", "test"), parts, strict=True):
         if int(images.labels.max()) >= config.classes:

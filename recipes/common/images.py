@@ -106,10 +106,11 @@ def list_images(folder: Path, classes: int) -> ImageFolder:
     return listing
 
 
-def check_same_classes(train: ImageFolder, test: ImageFolder) -> None:
-    """Raises UserError if the classes of the two parts of the data differ."""
-    if odd := sorted(set(train.classes) ^ set(test.classes)):
-        parts = f"{Path(train.root).name}/ and {Path(test.root).name}/"
+def check_same_classes(train: Path, test: Path) -> None:
+    """Raises UserError if the two folders do not have the same class folders."""
+    one, other = ({entry.name for entry in part.iterdir() if entry.is_dir()} for part in (train, test))
+    if odd := sorted(one ^ other):
+        parts = f"{train.name}/ and {test.name}/"
         raise UserError(f"--data: expected the same classes in {parts}, got {', '.join(odd[:5])} in one only")
 
 

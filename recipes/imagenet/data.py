@@ -51,8 +51,8 @@ def load(config: Config, folder: Path | None, world: World) -> ImageNet:
         return ImageNet(f"{folder.name}, ffcv", *parts)
     if not ((folder / "train").is_dir() and (folder / "val").is_dir()):
         raise UserError(f"--data: expected train/ and val/, or train.beton and val.beton in {folder}, got neither")
+    check_same_classes(folder / "train", folder / "val")
     listings = [list_images(folder / part, config.classes) for part in ("train", "val")]
-    check_same_classes(*listings)
     return ImageNet(printable(folder.name), *(Part(Path(listing.root), listing, len(listing)) for listing in listings))
 
 

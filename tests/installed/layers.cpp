@@ -111,10 +111,12 @@ void show_unusual(const sdgp::PruningOptions& settings) {
     const at::NoGradGuard unrecorded;
     layer->weight.mul_(2);  // the input needs no gradient, so the backward does not read the weight
   }
+  layer->zero_grad();
   sum.backward();
+  const bool right = layer->weight.grad().allclose(x.sum(0).expand({8, 8}));
   const at::Tensor leaf = torch::randn({8, 8}, at::requires_grad());
   torch::autograd::grad({layer(leaf).sum()}, {leaf}, {}, true, true)[0].mul_(2);
-  std::cout << "changed in place\n";
+  std::cout << (right ? "changed in place" : "another gradient") << '\n';
 
   try {
     sdgp::Conv2d(torch::nn::Conv2dOptions(1, 4, 3), settings)(torch::randn({6, 6}));

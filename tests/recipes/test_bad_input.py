@@ -135,6 +135,26 @@ def test_a_truncated_image(
     assert "skipped" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("recipe", IMAGES)
+def test_other_classes_in_one_part(recipe: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The numbers of classes agree, so without a check every test image would count as wrong."""
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    for part in ("test", "val"):
+        (folder / part / "class0").rename(folder / part / "zebra")
+    said = fails(monkeypatch, command(recipe, tmp_path, folder))
+    assert re.search(r"expected the same classes in train/ and (test|val)/, got class0, zebra in one only", said)
+
+
+def test_a_batch_without_a_good_image(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "images"
+    shutil.copytree(images, folder)
+    for victim in folder.glob("train/*/*.jpeg"):
+        victim.write_bytes(b"no image")
+    said = fails(monkeypatch, command("imagenet", tmp_path, folder, "--set", "bad_images=skip"))
+    assert "expected a good image in every batch of every process, got none in one" in said
+
+
 def test_images_that_cannot_be_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pillow raises many types of errors, and turns 16-bit and float images into black or white ones."""
     path = str(tmp_path / "image.png")

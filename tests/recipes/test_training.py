@@ -92,6 +92,9 @@ def test_lora_on_a_model_of_the_users(images: Path, tmp_path: Path, monkeypatch:
     # Every token is two bytes, and its 257 values are still almost equally likely: about log2(257) / 2 bits per byte.
     assert line["bits_per_byte"] == pytest.approx(4, abs=0.5)
     assert "expected a causal language model" in fails(monkeypatch, [*words, "--set", f"model={tmp_path}", "--resume"])
+    (tmp_path / "text").write_bytes(b"ab" * 250)  # enough bytes, but too few tokens
+    said = fails(monkeypatch, [*words, "--out", str(tmp_path / "other")])
+    assert "expected more than context = 16 tokens to train on and to validate with" in said
 
 
 def test_classify_starts_from_a_gpt(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,23 +68,24 @@ def test_runs_every_arm_once(task: Task, images: Path, tmp_path: Path, monkeypat
 
 def test_measures(task: Task, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "POINTS", 2)
-    words = ("resnet9", "--data", images, "--results", tmp_path)
+    folder = tmp_path / "new"
+    words = ("resnet9", "--data", images, "--results", folder)
     run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x")
-    saved = json.loads((tmp_path / "resnet9-saved-x.json").read_text())
+    saved = json.loads((folder / "resnet9-saved-x.json").read_text())
     assert set(saved["result"]) == {"4:8 + 4:8"}
     assert saved["machine"]["isa"]
     assert saved["verdict"] == "nothing pays here: every layer is too small at this batch size"
-    assert not (tmp_path / "resnet9-plan-x.json").exists()
+    assert not (folder / "resnet9-plan-x.json").exists()
     with pytest.raises(SystemExit, match="worth: --keep-plan: expected a stored plan, got none"):
         run(monkeypatch, measure, *words, "--machine", "x", "--keep-plan")
-    (tmp_path / "resnet9-plan-x.json").write_text('{"1.0": ["2:4", "mvue"]}')
+    (folder / "resnet9-plan-x.json").write_text('{"1.0": ["2:4", "mvue"]}')
     run(monkeypatch, measure, *words, "--rounds", 2, "--machine", "x", "--keep-plan")
-    again = json.loads((tmp_path / "resnet9-saved-x.json").read_text())
+    again = json.loads((folder / "resnet9-saved-x.json").read_text())
     assert set(again["result"]) == {"4:8 + 4:8", "plan"}
     assert again["verdict"] == saved["verdict"]
-    assert json.loads((tmp_path / "resnet9-plan-x.json").read_text()) == {"1.0": ["2:4", "mvue"]}
+    assert json.loads((folder / "resnet9-plan-x.json").read_text()) == {"1.0": ["2:4", "mvue"]}
     run(monkeypatch, measure, *words, "--noise")
-    points = json.loads((tmp_path / "resnet9-noise.json").read_text())["result"]
+    points = json.loads((folder / "resnet9-noise.json").read_text())["result"]
     assert [point["step"] for point in points] == [0, 4]
     assert set(points[0]["noise"]) == {"data 4:8", "weight 4:8"}
 
