@@ -67,11 +67,10 @@ def gpt(part: str, name: str) -> list[str]:
 
     A part that is run again continues from its last checkpoint.
     """
-    configs = "recipes/lm/configs"
-    row = "plain.toml" if part == "gpt_plain" else "mvue_2_4.toml"
+    row = "plain" if part == "gpt_plain" else "mvue_2_4"
     pruning = [] if part == "gpt_plain" else ["--set", "backend=auto", "--set", "exact_first=1"]
     files = ["--resume", "--out", f"runs/{name}", "--results", f"benchmarks/results/{name}-gpt.jsonl"]
-    return ["-m", "recipes.lm.gpt", f"{configs}/{row}", f"{configs}/wide.toml", *pruning, *files]
+    return ["-m", "recipes.lm.gpt", f"recipes/pruning/{row}.toml", "recipes/lm/configs/wide.toml", *pruning, *files]
 
 
 def missing(part: str) -> str | None:

@@ -2,9 +2,9 @@
 """Trains on CIFAR-10 with pruned data gradients: the published network and recipe, a small network for a CPU, or a
 vision transformer.
 
-    python -m recipes.cifar10.train recipes/cifar10/configs/rescale_2_4.toml --data DIR
-    python -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml recipes/cifar10/configs/small.toml --data DIR
-    torchrun --nproc-per-node 4 -m recipes.cifar10.train recipes/cifar10/configs/mvue_2_4.toml --data DIR
+    python -m recipes.cifar10.train recipes/pruning/rescale_2_4.toml --data DIR
+    python -m recipes.cifar10.train recipes/pruning/mvue_2_4.toml recipes/cifar10/configs/small.toml --data DIR
+    torchrun --nproc-per-node 4 -m recipes.cifar10.train recipes/pruning/mvue_2_4.toml --data DIR
 
 DIR: the download of torchvision.datasets.CIFAR10, or train/CLASS/*.jpg and test/CLASS/*.jpg, or train.beton and
 test.beton (with ffcv). All images are decoded into memory, on the GPU if there is one, and augmented there.

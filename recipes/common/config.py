@@ -37,7 +37,7 @@ def load(cls: type[_Config], files: Iterable[Path], overrides: Iterable[str] = (
         UserError: if a file is not readable, a key is unknown, or a value does not have the type of the field.
 
     Examples:
-        >>> load(Config, [Path("recipes/cifar10/configs/mvue_2_4.toml")], ["epochs=5", "net=vit"])
+        >>> load(Config, [Path("recipes/pruning/mvue_2_4.toml")], ["epochs=5", "net=vit"])
     """
     values: dict[str, Any] = {}
     for file in files:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 r"""Trains ResNet-18, ResNet-50 and RegNetX-400MF on ImageNet with pruned data gradients, by the published recipe.
 
-    torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/imagenet/configs/mvue_2_4.toml --data DIR
-    torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/imagenet/configs/mvue_2_4.toml \
+    torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/pruning/mvue_2_4.toml --data DIR
+    torchrun --nproc-per-node 4 -m recipes.imagenet.train recipes/pruning/mvue_2_4.toml \
         recipes/imagenet/configs/resnet50.toml --data DIR
 
 DIR: train/CLASS/* and val/CLASS/*, or the train.beton and val.beton that `python -m recipes.pack` makes of them.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Fine-tunes a GPT to tell which class of text a sequence of bytes is from, and prunes the gradients in its blocks.
 
-    python -m recipes.lm.classify recipes/lm/configs/mvue_2_4.toml --set model=CHECKPOINT
-    python -m recipes.lm.classify recipes/lm/configs/mvue_2_4.toml --set model=CHECKPOINT --data DIR
+    python -m recipes.lm.classify recipes/pruning/mvue_2_4.toml --set model=CHECKPOINT
+    python -m recipes.lm.classify recipes/pruning/mvue_2_4.toml --set model=CHECKPOINT --data DIR
 
 CHECKPOINT: a checkpoint.safetensors of recipes.lm.gpt; without it the weights are random. Each folder in DIR is a
 class. Without DIR the classes are the eight largest packages of Python's standard library (PSF-2.0). One in twenty

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Fine-tunes a causal language model of transformers with LoRA, and prunes data gradients in its frozen linear layers.
 
-    python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
-    python -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml
-    torchrun --nproc-per-node 2 -m recipes.lm.lora recipes/lm/configs/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
+    python -m recipes.lm.lora recipes/pruning/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
+    python -m recipes.lm.lora recipes/pruning/mvue_2_4.toml
+    torchrun --nproc-per-node 2 -m recipes.lm.lora recipes/pruning/mvue_2_4.toml --set model=DIR_OR_NAME --data TEXT
 
 DIR_OR_NAME: an argument of from_pretrained (safetensors only, no code of the model runs), or a checkpoint.safetensors
 of recipes.lm.gpt. Without a model the recipe builds a Llama over bytes with random weights (``size``). It shows the

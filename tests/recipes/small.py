@@ -33,9 +33,7 @@ def command(recipe: str, out: Path, images: Path, *more: str, row: str = "mvue_2
     module, settings = SMALL[recipe]
     if row == "plain":  # prunes nothing
         settings = settings.replace("weight_grad=4:16 ", "")
-    folder = RECIPES / ("lm" if SMALL[recipe][0].startswith("lm.") else recipe) / "configs"
-    file = folder / f"{row}.toml"
-    result = [f"recipes.{module}", str(file), "--out", str(out)]
+    result = [f"recipes.{module}", str(RECIPES / "pruning" / f"{row}.toml"), "--out", str(out)]
     result += ["--data", str(images)] if recipe in IMAGES else []
     return [*result, *(word for setting in settings.split() for word in ("--set", setting)), *more]
 
