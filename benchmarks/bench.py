@@ -18,6 +18,7 @@ from sdgp._machine import changes, machine
 from sdgp._timing import interleaved as interleaved
 from sdgp._timing import interval
 from sdgp._timing import rounds_of as rounds_of
+from sdgp_cli import count as count
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,8 +31,8 @@ Row: TypeAlias = dict[str, Any]
 def arguments(description: str | None, rounds: str | None = None) -> argparse.ArgumentParser:
     """Returns a parser with the common arguments --rounds (with the help text ``rounds``), --threads and --store."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    result.add_argument("--rounds", type=int, default=15, help=rounds)
-    result.add_argument("--threads", type=int, default=1)
+    result.add_argument("--rounds", type=count, default=15, help=rounds)
+    result.add_argument("--threads", type=count, default=1)
     result.add_argument("--store", metavar="NAME", help="write benchmarks/results/NAME.json")
     return result
 

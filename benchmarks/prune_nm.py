@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 
 import torch
-from bench import Row, arguments, begin, finish, interleaved
+from bench import Row, arguments, begin, count, finish, interleaved
 from torch import Tensor
 
 import sdgp
@@ -104,7 +104,7 @@ def line(row: Row) -> str:
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--op", choices=("prune_nm", "compress_nm"), default="prune_nm")
-    parser.add_argument("--mib", type=int, nargs="*", default=[16, 1, 64])
+    parser.add_argument("--mib", type=count, nargs="*", default=[16, 1, 64])
     parser.add_argument("--dtype", nargs="*", choices=DTYPES, default=DTYPES)
     parser.add_argument("--pattern", nargs="*", help="only these (default: all)")
     args = begin(parser)

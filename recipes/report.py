@@ -23,7 +23,8 @@ from typing import Any, NamedTuple, TypeAlias
 import matplotlib
 
 from .common.config import tomllib
-from .common.files import printable, replace_between
+from .common.errors import UserError
+from .common.files import printable, read_lines, replace_between
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -34,8 +35,6 @@ _PRUNING = ("method", "pattern", "weight_grad", "plan", "budget", "backend", "ex
 # The setting that names a table, by recipe.
 _MAIN = {"cifar10": "width", "imagenet": "net", "gpt": "size", "lora": "size", "classify": "size"}
 _PUBLISHED_WIDTH = 128
-# Settings that older lines lack, because nothing else existed.
-_ONLY = {"net": "resnet", "clip": 0.0, "epoch_images": 0, "validate_every": 1}
 
 Line: TypeAlias = dict[str, Any]
 
@@ -45,6 +44,7 @@ class Group(NamedTuple):
 
     title: str
     slug: str
+    settings: dict[str, Any]  # what its runs have in common
     runs: dict[str, list[Line]]  # by table row
     published: dict[str, float]
 
@@ -55,20 +55,12 @@ class Group(NamedTuple):
 
 def read(files: Iterable[Path]) -> list[Line]:
     """Reads the result lines of all files."""
-    try:
-        return [_renamed(json.loads(line)) for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        sys.exit(f"report: expected files of JSON lines, got {error}")
-
-
-def _renamed(line: Line) -> Line:
-    """Updates a line from the time when plain runs and exact epochs were called dense."""
-    names = {"dense_first": "exact_first", "dense_last": "exact_last"}
-    line["config"] = {names.get(key, key): value for key, value in line["config"].items()}
-    for place, key in ((line, "row"), (line["config"], "method")):
-        if place[key] == "dense":
-            place[key] = "plain"
-    return line
+    lines: list[Line] = []
+    for file in files:
+        lines += read_lines(file)
+        if not all(line.get("recipe") in _MAIN and "curve" in line for line in lines):
+            raise UserError(f"expected result lines of recipes, got other lines in {file}")
+    return lines
 
 
 def published() -> dict[str, dict[str, float]]:
@@ -78,14 +70,11 @@ def published() -> dict[str, dict[str, float]]:
 
 def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> list[Group]:
     """Groups the runs by table, in the order of the lines."""
-    sorted_lines: dict[str, list[Line]] = defaultdict(list)
+    by_settings: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
-        same = {key: value for key, value in {**_ONLY, **line["config"]}.items() if key not in _PRUNING}
-        where = (line["device"], line["machine"]["cpu"], line["processes"])
-        sorted_lines[json.dumps([line["recipe"], same, line["data"], where], sort_keys=True)].append(line)
+        by_settings[json.dumps(_settings(line), sort_keys=True)].append(line)
     result: list[Group] = []
-    settings: list[dict[str, Any]] = []
-    for members in sorted_lines.values():
+    for members in by_settings.values():
         first = members[0]
         recipe, config = first["recipe"], first["config"]
         main, value = ("model", config["model"]) if config.get("model") else (_MAIN[recipe], config[_MAIN[recipe]])
@@ -101,24 +90,25 @@ def groups(lines: Iterable[Line], published: dict[str, dict[str, float]]) -> lis
         if any(group.slug == slug for group in result):
             slug += f"-{len(result)}"
         order = sorted(runs, key=lambda row: (row != "plain", row.split()[0] == "mvue"))
+        sorted_runs = {row: runs[row] for row in order}
         result.append(
-            Group(title, slug, {row: runs[row] for row in order}, published.get(name, {}) if as_published else {})
+            Group(title, slug, _settings(first), sorted_runs, published.get(name, {}) if as_published else {})
         )
-        settings.append(
-            {key: value for key, value in {**_ONLY, **config}.items() if key not in _PRUNING}
-            | {"processes": first["processes"]}
-        )
-    return [
-        group._replace(title=group.title + _difference(index, result, settings)) for index, group in enumerate(result)
-    ]
+    return [group._replace(title=group.title + _difference(group, result)) for group in result]
 
 
-def _difference(index: int, groups: list[Group], settings: list[dict[str, Any]]) -> str:
+def _settings(line: Line) -> dict[str, Any]:
+    """Returns what the runs of one table have in common."""
+    settings = {key: value for key, value in line["config"].items() if key not in _PRUNING}
+    settings |= {key: line[key] for key in ("recipe", "data", "device", "processes")}
+    return settings | {"cpu": line["machine"]["cpu"]}
+
+
+def _difference(group: Group, groups: list[Group]) -> str:
     """Returns the settings in which a group differs from others with the same title; empty if there are none."""
-    own = settings[index]
-    others = [other for group, other in zip(groups, settings, strict=True) if group.title == groups[index].title]
-    differing = [key for key in own if any(other.get(key) != own[key] for other in others)]
-    return "".join(f"; {key} {own[key]}" for key in differing)
+    others = [other.settings for other in groups if other.title == group.title]
+    own = group.settings
+    return "".join(f"; {key} {own[key]}" for key in own if any(other.get(key) != own[key] for other in others))
 
 
 def _row(line: Line) -> str:
@@ -218,7 +208,10 @@ def main() -> None:
     args = parser.parse_args()
     files = args.results or sorted((HERE / "results").glob("*.jsonl"))
     tables = published()
-    found = groups(read(files), tables)
+    try:
+        found = groups(read(files), tables)
+    except UserError as error:
+        sys.exit(f"report: {error}")
     run = [group.published for group in found]
     parts = [] if args.results else [_nobody(name, rows) for name, rows in tables.items() if rows not in run]
     for group in found:

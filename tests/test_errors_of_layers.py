@@ -108,6 +108,8 @@ PYTHON: list[tuple[Callable[[], Any], str, str, str]] = [
     ),
     (lambda: sdgp.Chooser(rounds=0), "Chooser", "rounds >= 1", "0"),
     (lambda: sdgp.Chooser(limit=0), "Chooser", "limit >= 1", "5 and 0"),
+    (lambda: sdgp.Chooser(margin=-1), "Chooser", "margin > 0", "-1 and 0.1"),
+    (lambda: sdgp.Chooser(calls_ms=float("nan")), "Chooser", "calls_ms >= 0", "0.95 and nan"),
 ]
 
 

@@ -51,7 +51,7 @@ class Budget:
         optimizer: the optimizer that trains the model, as ``sdgp.advise`` takes it.
         every: the number of steps from one call for advice to the next.
         first: the number of exact steps before the first call for advice. Default: ``every``.
-        net: the smallest net saving that counts. Plans that save less are not used.
+        net: the smallest net saving that counts, as a share. Plans that save less are not used.
         patterns, methods, filter: as ``sdgp.advise`` takes them.
         to: the path of a file, to which every advice appends one JSON line. Or a function that is called with the
             content of the line, a dictionary.
@@ -101,6 +101,8 @@ class Budget:
         first = every if first is None else first
         if every < 1 or first < 1:
             raise ValueError(f"Budget: expected every >= 1 and first >= 1, got {every} and {first}")
+        if not 0 <= net < 1:
+            raise ValueError(f"Budget: expected net as a share, 0 <= net < 1, got {net}")
         check_loss("Budget", loss)
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             _check_alone(model)

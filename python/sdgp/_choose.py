@@ -58,7 +58,7 @@ class Chooser:
             used only after its results were those of the default for random operands of the same size.
 
     Raises:
-        ValueError: If ``rounds`` or ``limit`` is below 1.
+        ValueError: If ``rounds`` or ``limit`` is below 1, ``margin`` is not positive, or ``calls_ms`` is negative.
 
     Examples:
         >>> chooser = sdgp.Chooser(rounds=3)
@@ -83,6 +83,8 @@ class Chooser:
     ) -> None:
         if rounds < 1 or limit < 1:
             raise ValueError(f"Chooser: expected rounds >= 1 and limit >= 1, got {rounds} and {limit}")
+        if not margin > 0 or not calls_ms >= 0:
+            raise ValueError(f"Chooser: expected margin > 0 and calls_ms >= 0, got {margin} and {calls_ms}")
         self._margin, self._calls_ms, self._rounds, self._limit = margin, calls_ms, rounds, limit
         self._least_work, self._least_work_cuda = least_work, least_work_cuda
         self._timer, self._search = timer or elapsed_ms, search

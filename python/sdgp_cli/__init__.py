@@ -140,14 +140,14 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
         "--weight-grad", metavar="N:M", help="prune the gradient of weight gradients, too, by mvue (default: exact)"
     )
     command.add_argument("--backend", help="auto, pruned, sparse or dense (default: auto)")
-    command.add_argument("--batch", type=_count, metavar="N", help="samples (default: 8)")
+    command.add_argument("--batch", type=count, metavar="N", help="samples (default: 8)")
     shape = command.add_mutually_exclusive_group()
-    shape.add_argument("--image", type=_count, metavar="SIZE", help="images of 3 x SIZE x SIZE (default: the model's)")
-    shape.add_argument("--tokens", type=_count, metavar="LENGTH", help="token ids, N x LENGTH")
+    shape.add_argument("--image", type=count, metavar="SIZE", help="images of 3 x SIZE x SIZE (default: the model's)")
+    shape.add_argument("--tokens", type=count, metavar="LENGTH", help="token ids, N x LENGTH")
     shape.add_argument("--input", type=_shape, metavar="8x3x224x224", help="floats of this shape")
     command.add_argument("--dtype", help="the dtype of model and input (default: float32; on a GPU bfloat16)")
     command.add_argument("--channels-last", action="store_true", help="the memory format of model and input")
-    command.add_argument("--rounds", type=_count, default=10, help="timing rounds; the shortest time counts")
+    command.add_argument("--rounds", type=count, default=10, help="timing rounds; the shortest time counts")
     command.add_argument(
         "--advise",
         action="store_true",
@@ -158,10 +158,11 @@ def _add_profile(command: argparse.ArgumentParser) -> None:
 
 def _add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="cpu, cuda or cuda:1 (default: a GPU where there is one)")
-    command.add_argument("--threads", type=_count, help="the number of CPU threads (default: torch's)")
+    command.add_argument("--threads", type=count, help="the number of CPU threads (default: torch's)")
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
+    """The argparse type of a number from 1 on."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
     return int(text)

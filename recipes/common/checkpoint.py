@@ -67,7 +67,7 @@ def load(path: Path) -> Checkpoint:
             training = _unflatten(json.loads((file.metadata() or {}).get("training", "{}")), tensors)
     except (SafetensorError, OSError, ValueError, RecursionError, KeyError) as error:
         raise UserError(f"checkpoint: expected a whole safetensors file, got {path}: {error}") from None
-    if not isinstance(training, dict):
+    if not isinstance(training, dict) or not isinstance(training.get("config", {}), dict):
         raise UserError(f"checkpoint: expected a checkpoint of a recipe, got {path} with other metadata")
     weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(_PREFIX)}
     return Checkpoint(weights, training)

@@ -11,6 +11,9 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from .errors import UserError
 
 
 def printable(name: str) -> str:
@@ -58,6 +61,24 @@ def append_line(path: Path, line: str) -> None:
         except OSError:
             os.ftruncate(file.fileno(), end)
             raise
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Reads a file of JSON objects, one per line. An incomplete last line is left out: ``append_line`` removes it.
+
+    Raises:
+        UserError: if the file is not readable or contains anything else.
+    """
+    try:
+        lines = path.read_bytes().splitlines()
+        if lines and _is_cut_off(lines[-1]):
+            lines.pop()
+        objects = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(f"expected a file of JSON lines, got {path}: {error}") from None
+    if not all(isinstance(entry, dict) for entry in objects):
+        raise UserError(f"expected a JSON object in each line, got other lines in {path}")
+    return objects
 
 
 def replace_between(path: Path, begin: str, end: str, text: str) -> None:

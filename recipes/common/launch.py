@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import sys
 from pathlib import Path
 
 import torch
 
+from sdgp_cli import count
+
 from . import checkpoint, config, process
 from .config import difference
-from .errors import Stopped, UserError
+from .errors import Diverged, Stopped, UserError
 from .recipe import Recipe
 from .record import Job
 
@@ -36,10 +39,16 @@ def launch(recipe: Recipe, doc: str | None) -> None:
                 print(recipe.evaluate(settings, data, world, weights))
                 return
             data = recipe.load(settings, args.data, world)
+            diverged = []
             for seed in range(args.seed, args.seed + args.seeds):
                 folder = args.out / recipe.name / "+".join(file.stem for file in args.config) / f"seed{seed}"
                 results = args.results or args.out / f"{recipe.name}.jsonl"
-                recipe.train(settings, data, seed, world, Job(folder, results, args.resume))
+                try:
+                    recipe.train(settings, data, seed, world, Job(folder, results, args.resume))
+                except Diverged as error:  # the other seeds may not
+                    diverged.append(f"seed {seed}: {error}" if args.seeds > 1 else str(error))
+            if diverged:
+                raise UserError("; ".join(diverged))
         finally:
             process.stop()
     except Stopped as stopped:
@@ -48,10 +57,11 @@ def launch(recipe: Recipe, doc: str | None) -> None:
         sys.exit(f"{recipe.name}: {error}")
 
 
-def _count(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
+def seed(text: str) -> int:
+    """The argparse type of a seed that PyTorch takes."""
+    if not re.fullmatch(r"\d{1,18}", text):
+        raise argparse.ArgumentTypeError(f"expected a number from 0 on with at most 18 digits, got {text!r}")
+    return int(text)
 
 
 def _parse(doc: str | None) -> argparse.Namespace:
@@ -61,12 +71,12 @@ def _parse(doc: str | None) -> argparse.Namespace:
         "--set", action="append", default=[], metavar="KEY=VALUE", help="overrides the files; may be repeated"
     )
     parser.add_argument("--data", type=Path, help="where the data is")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=_count, default=1, help="the number of seeds, one run for each")
+    parser.add_argument("--seed", type=seed, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=count, default=1, help="the number of seeds, one run for each")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder for checkpoints and metrics")
     parser.add_argument("--results", type=Path, help="file that gets a line per finished run; default OUT/RECIPE.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on from each run's checkpoint, where there is one")
     parser.add_argument("--eval", type=Path, metavar="CHECKPOINT", help="evaluate this, train nothing")
     parser.add_argument("--device", help="cpu, cuda, cuda:1; default: a GPU if there is one")
-    parser.add_argument("--threads", type=_count, help="the number of PyTorch's CPU threads")
+    parser.add_argument("--threads", type=count, help="the number of PyTorch's CPU threads")
     return parser.parse_args()

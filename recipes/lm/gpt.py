@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: BSD-3-Clause
 """Trains a GPT on bytes from scratch, with pruned data gradients in all linear layers of its blocks.
 
-    python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml
-    python -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml recipes/lm/configs/gpt2.toml --data TEXT
-    torchrun --nproc-per-node 8 -m recipes.lm.gpt recipes/lm/configs/mvue_2_4.toml --set size=gpt2 --set shard=true
+    python -m recipes.lm.gpt recipes/pruning/mvue_2_4.toml
+    python -m recipes.lm.gpt recipes/pruning/mvue_2_4.toml recipes/lm/configs/gpt2.toml --data TEXT
+    torchrun --nproc-per-node 8 -m recipes.lm.gpt recipes/pruning/mvue_2_4.toml --set size=gpt2 --set shard=true
 
 Without --data it trains on the source of Python's standard library (PSF-2.0), which every Python has. An epoch is
 ``epoch_steps`` steps and a validation in bits per byte.
@@ -89,15 +89,19 @@ class GPT(nn.Module):
         return F.cross_entropy(scores.flatten(0, 1).float(), targets.flatten())
 
 
-def from_checkpoint(path: str, context: int) -> GPT:
+def from_checkpoint(path: str, context: int | None = None) -> GPT:
     """Loads the model from a checkpoint of this recipe.
+
+    Args:
+        context: the context that it must have been trained with. Default: any.
 
     Raises:
         UserError: if the file is no such checkpoint, or was trained with another context.
     """
     weights, training = checkpoint.load(Path(path))
     try:
-        model = GPT(*SIZES[training["config"]["size"]], context)
+        trained = training["config"]
+        model = GPT(*SIZES[trained["size"]], context or trained["context"])
         model.load_state_dict(weights)
     except (KeyError, RuntimeError) as error:
         raise UserError(f"config: expected model to be a checkpoint of recipes.lm.gpt, got {path}: {error}") from None

@@ -18,16 +18,15 @@ from torch import Tensor, nn
 
 import sdgp
 
-from ..common import checkpoint
 from ..common.errors import UserError
 from ..common.process import World
-from .gpt import Config, is_pruned, prepare
+from .gpt import GPT, SIZES, Config, from_checkpoint, is_pruned
 from .text import Text, batches, load_text
 
 COLUMNS = (("2:4", "mvue"), ("4:8", "mvue"), ("4:32", "mvue"), ("2:4", "magnitude"), ("2:4", "rescale"))
 
 
-def gradients(model: nn.Module, config: Config, text: Text, world: World) -> dict[str, tuple[Tensor, Tensor]]:
+def gradients(model: nn.Module, config: Config, text: Text) -> dict[str, tuple[Tensor, Tensor]]:
     """Returns for each layer its output gradient, (batch, context, out), and its weight, (out, in)."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
     names = {layer: name for name, layer in model.named_modules() if is_pruned(config, layer, name)}
@@ -38,7 +37,8 @@ def gradients(model: nn.Module, config: Config, text: Text, world: World) -> dic
 
     for layer in names:
         layer.register_full_backward_hook(keep)
-    ((batch,), *_) = batches(config, text, 0, 0, config.epoch_steps - 1, world)
+    one_process = World(0, 1, torch.device("cpu"))
+    ((batch,), *_) = batches(config, text, 0, 0, config.epoch_steps - 1, one_process)
     model(*batch).backward()
     return found
 
@@ -52,24 +52,23 @@ def error(gradient: Tensor, weight: Tensor, pattern: str, method: str) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", nargs="?", type=Path)
+    parser.add_argument("checkpoint", nargs="?")
     parser.add_argument("--data", type=Path, help="a text file; default: the Python standard library")
     args = parser.parse_args()
     torch.manual_seed(0)
-    config, world = Config(), World(0, 1, torch.device("cpu"))
+    config = Config()
     try:
-        weights, training = (None, {}) if args.checkpoint is None else checkpoint.load(args.checkpoint)
-        trained = {key: value for key, value in training.get("config", {}).items() if key in ("size", "context")}
-        config = dataclasses.replace(config, **trained)
+        if args.checkpoint is None:
+            model = GPT(*SIZES[config.size], config.context)
+        else:
+            model = from_checkpoint(args.checkpoint)
+            config = dataclasses.replace(config, context=len(model.positions.weight))
         text = load_text(args.data, config.context + 1)
-        model = prepare(config, text, world)
-        if weights is not None:
-            model.load_state_dict(weights)
-    except (UserError, RuntimeError) as problem:
+    except UserError as problem:
         sys.exit(f"gradient_error: {problem}")
     print("| layer | " + " | ".join(f"{method} {pattern}" for pattern, method in COLUMNS) + " |")
     print("|---" * (1 + len(COLUMNS)) + "|")
-    for name, (gradient, weight) in sorted(gradients(model, config, text, world).items()):
+    for name, (gradient, weight) in sorted(gradients(model, config, text).items()):
         cells = (f"{error(gradient, weight, pattern, method):.2f}" for pattern, method in COLUMNS)
         print(f"| {name} | " + " | ".join(cells) + " |")
 

@@ -63,6 +63,8 @@ class TextSettings(Settings):
             raise UserError(
                 f"config: expected validation_bytes > context, got {self.validation_bytes} <= {self.context}"
             )
+        if self.warmup > self.epochs:
+            raise UserError(f"config: expected warmup <= epochs, got {self.warmup:g} > {self.epochs}")
 
     def sequences(self, world: World) -> int:
         """Returns the number of sequences in a micro-batch of one process.

@@ -20,9 +20,12 @@ from pathlib import Path
 
 import torch
 
+from sdgp_cli import count
+
 from ..common import process
 from ..common.errors import Diverged, Stopped, UserError
-from ..common.files import append_line
+from ..common.files import append_line, read_lines
+from ..common.launch import seed
 from ..common.record import Job
 from ..common.settings import Settings
 from .compare import has_present_plan
@@ -35,11 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, help="where the recipe finds its data")
-    parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--seeds", type=int, default=3, help="the number of seeds, one run of each arm for each")
+    parser.add_argument("--seed", type=seed, default=0, help="the first seed")
+    parser.add_argument("--seeds", type=count, default=3, help="the number of seeds, one run of each arm for each")
     parser.add_argument("--out", type=Path, default=Path("runs/worth"), help="folder for checkpoints")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for result lines")
-    parser.add_argument("--threads", type=int, default=1, help="the number of PyTorch's CPU threads")
+    parser.add_argument("--threads", type=count, default=1, help="the number of PyTorch's CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
@@ -58,7 +61,7 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
     try:
         data = task.recipe.load(task.config(), data_path or task.data, world)
         for seed in seeds:
-            for overrides in task.arms():
+            for overrides in task.arms(results):
                 config = task.config(**overrides)
                 if (config, seed) in finished(task, path):
                     continue
@@ -81,8 +84,8 @@ def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
     """Returns config and seed of every run that has a result line."""
     if not path.exists():
         return []
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines if has_present_plan(line)]
+    lines = filter(has_present_plan, read_lines(path))
+    return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines]
 
 
 if __name__ == "__main__":

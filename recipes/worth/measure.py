@@ -29,6 +29,7 @@ from sdgp._decision import Products
 from sdgp._machine import machine
 from sdgp._pattern import Pruning
 from sdgp._timing import steps_beside_plain
+from sdgp_cli import count
 
 from ..common import process
 from ..common.errors import UserError
@@ -152,12 +153,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data", type=Path, help="where the recipe finds its data")
-    parser.add_argument("--rounds", type=int, default=30, help="steps of each arm")
+    parser.add_argument("--rounds", type=count, default=30, help="steps of each arm")
     parser.add_argument("--noise", action="store_true", help="measure the noise alone")
     parser.add_argument("--keep-plan", action="store_true", help="measure the steps again, with the stored plan")
     parser.add_argument("--machine", default="this", help="what the results' files call the machine")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="folder for results")
-    parser.add_argument("--threads", type=int, default=1, help="the number of PyTorch's CPU threads")
+    parser.add_argument("--threads", type=count, default=1, help="the number of PyTorch's CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     try:
@@ -170,6 +171,8 @@ def _measure(task: Task, args: argparse.Namespace) -> None:
     args.results.mkdir(parents=True, exist_ok=True)
     data = task.recipe.load(task.config(), args.data or task.data, process.start(None))
     if args.noise:
+        if not task.pruned:
+            raise UserError(f"--noise: expected a task with one-pattern runs, got {task.name}")
         points = []
         for point in noises(task, data):
             print(point, flush=True)

@@ -13,7 +13,7 @@ import matplotlib
 
 from sdgp import _plan as plan
 
-from ..common.files import replace_between
+from ..common.files import read_lines, replace_between
 from .compare import (
     KINDS,
     Arm,
@@ -162,8 +162,7 @@ def main() -> None:
     parts, said = [], []
     for name, task in TASKS.items():
         runs = HERE / "results" / f"{name}.jsonl"
-        lines = runs.read_text(encoding="utf-8").splitlines() if runs.exists() else []
-        found = arms(task, [json.loads(line) for line in lines])
+        found = arms(task, read_lines(runs) if runs.exists() else [])
         measured = {
             path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))

@@ -55,12 +55,15 @@ class Task(NamedTuple):
         """Returns the settings of the run with these overrides."""
         return self.recipe.config(**{**self.base, **overrides})
 
-    def arms(self) -> list[Overrides]:
+    def arms(self, results: Path | None = None) -> list[Overrides]:
         """Returns the settings of every run. The full plain run comes first.
 
         Runs with a plan or a pattern come in pairs: with an exact start, and pruned from the first step.
+
+        Args:
+            results: the folder with the plans. Default: the study's.
         """
-        plans: list[Overrides] = [{"plan": str(path), "backend": "pruned"} for path in self.plans()]
+        plans: list[Overrides] = [{"plan": str(path), "backend": "pruned"} for path in self.plans(results or RESULTS)]
         patterns: list[Overrides] = [
             {"method": "mvue", "pattern": data, "weight_grad": weight} for data, weight in self.pruned
         ]
@@ -75,9 +78,10 @@ class Task(NamedTuple):
             {"method": "rescale", "pattern": "2:4"},  # the published method
         ]
 
-    def plans(self) -> list[Path]:
-        """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository."""
-        return [path.relative_to(_ROOT) for path in sorted(RESULTS.glob(f"{self.name}-plan-*.json"))]
+    def plans(self, results: Path) -> list[Path]:
+        """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository inside it."""
+        paths = (path.resolve() for path in sorted(results.glob(f"{self.name}-plan-*.json")))
+        return [path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path for path in paths]
 
 
 _RESNET9 = {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from small import RECIPES
 
 from recipes import report
+from recipes.common.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning:transformers")
 
@@ -82,11 +84,31 @@ def test_the_order_of_a_configs_keys_does_not_matter() -> None:
     assert len(report.groups(runs, {})) == 1
 
 
-def test_older_lines_share_the_table_of_new_ones() -> None:
-    new = {"net": "resnet", "epoch_images": 0, "validate_every": 1, "clip": 0.0, "weight_grad": "", "plan": ""}
-    budget = line("plain", 0, 80.0, **new, budget=100) | {"row": "budget, every 100 steps"}
-    (group,) = report.groups([line("plain", 0, 80.0), line("plain", 1, 80.0, **new, budget=0), budget], {})
+def test_a_run_with_a_budget_shares_the_table_of_the_others() -> None:
+    budget = line("plain", 0, 80.0, budget=100) | {"row": "budget, every 100 steps"}
+    (group,) = report.groups([line("plain", 0, 80.0), line("plain", 1, 80.0, weight_grad="", budget=0), budget], {})
     assert [len(runs) for runs in group.runs.values()] == [2, 1]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 2", "expected a file of JSON lines, got .*: Extra data"),
+        ("[1]", "expected a JSON object in each line, got other lines in "),
+        ('{"recipe": "unknown"}', "expected result lines of recipes, got other lines in "),
+        ('{"row": "plain", "seed": 0, "diverged": "step 1"}', "expected result lines of recipes, got other lines in "),
+    ],
+)
+def test_files_of_other_lines(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "lines.jsonl").write_text(text + "\n")
+    with pytest.raises(UserError, match=f"^{message}"):
+        report.read([tmp_path / "lines.jsonl"])
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    whole = json.dumps(line("plain", 0, 80.0))
+    (tmp_path / "lines.jsonl").write_text(f"{whole}\n{whole[:50]}")
+    assert report.read([tmp_path / "lines.jsonl"]) == [line("plain", 0, 80.0)]
 
 
 def test_the_readme_holds_the_tables_of_the_results() -> None:

@@ -134,6 +134,15 @@ def test_gradient_error(
     )
     run(monkeypatch, ["recipes.lm.gradient_error", str(saved(tmp_path))])
     assert len(capsys.readouterr().out.strip().splitlines()) >= 2 + 4 * 4
+    run(monkeypatch, command("cifar10", tmp_path / "images", images))
+    said = fails(monkeypatch, ["recipes.lm.gradient_error", str(saved(tmp_path / "images"))])
+    assert said.startswith("gradient_error: config: expected model to be a checkpoint of recipes.lm.gpt, got ")
+
+
+def test_a_checkpoint_with_other_metadata(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "other.safetensors", {}, {"config": []})
+    said = fails(monkeypatch, command("gpt", tmp_path, images, "--eval", str(tmp_path / "other.safetensors")))
+    assert said.startswith("gpt: checkpoint: expected a checkpoint of a recipe, got ")
 
 
 @pytest.mark.parametrize("recipe", ["cifar10", "gpt"])
