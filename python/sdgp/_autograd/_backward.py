@@ -61,7 +61,7 @@ def pruned_gradient(
 def wanted(ctx: Any) -> list[bool]:
     """Returns which gradients of input, weight and bias this backward must compute. It may be only some of them."""
     needs = list(ctx.needs_input_grad[:3])
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or sum(needs) < 2:
         return needs
     asked = list(needs)
     for index, (node, _) in enumerate(ctx.next_functions):  # one per tensor argument; these come first

@@ -194,12 +194,13 @@ def _gradients(
             grad_input = pruned_gradient(call, "data", products, decision, grad_output, weight)
         else:
             grad_input = products.exact()
-    grad = rows(grad_output)
-    if needs[1]:
-        assert input is not None
-        grad_weight = _weight_gradient(call, grad, rows(input), weight, ctx.transposed)
-    if needs[2]:
-        grad_bias = grad.sum(0) if ctx.bias_shape is None else grad_output.sum_to_size(ctx.bias_shape)
+    if needs[1] or needs[2]:
+        grad = rows(grad_output)
+        if needs[1]:
+            assert input is not None
+            grad_weight = _weight_gradient(call, grad, rows(input), weight, ctx.transposed)
+        if needs[2]:
+            grad_bias = grad.sum(0) if ctx.bias_shape is None else grad_output.sum_to_size(ctx.bias_shape)
     return grad_input, grad_weight, grad_bias
 
 
