@@ -108,7 +108,7 @@ _FINE_TUNING = {
     "validation_bytes": 2**16,
 }
 _LORA = _FINE_TUNING | {"rank": 8, "lr": 3e-3}
-_CLASSIFY = _FINE_TUNING | {"epoch_steps": 50, "lr": 1e-3}
+_CLASSIFY = _FINE_TUNING | {"epoch_steps": 12, "lr": 1e-3}
 
 
 def _text_task(
