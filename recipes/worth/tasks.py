@@ -117,8 +117,9 @@ def _text_task(
     base: Overrides,
     data: Path | None,
     pruned: tuple[tuple[str, str], ...],
+    shares: tuple[float, ...] = (0.875, 0.75),
 ) -> Task:
-    """A task of a language model: eight epochs, and 7/8 and 3/4 of the steps and of a batch of 16."""
+    """A task of a language model: eight epochs, and the given shares of the steps and of a batch of 16."""
     return Task(
         name,
         recipe,
@@ -128,8 +129,8 @@ def _text_task(
         lambda config: config.epochs * config.epoch_steps * config.batch_size,
         lambda share: {"epochs": round(8 * share), "warmup": share},
         lambda share: {"batch_size": round(16 * share)},
-        lengths=(0.875, 0.75),
-        batches=(0.875, 0.75),
+        lengths=shares,
+        batches=shares,
         pruned=pruned,
     )
 
@@ -165,5 +166,7 @@ TASKS = {
     "gpt_bfloat16": _text_task("gpt_bfloat16", gpt.RECIPE, _GPT_BFLOAT16, None, ()),
     "lora": _lora_task("lora", _LORA),
     "lora_bfloat16": _lora_task("lora_bfloat16", _LORA | {"amp": "bfloat16"}),
-    "classify": _text_task("classify", classify.RECIPE, _CLASSIFY, None, (("8:16", "8:16"), ("4:16", "4:16"))),
+    "classify": _text_task(
+        "classify", classify.RECIPE, _CLASSIFY, None, (("8:16", "8:16"), ("4:16", "4:16")), (0.875, 0.75, 0.625)
+    ),
 }
