@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from errors import message
+from errors import elsewhere, message
 from torch import nn
 
 import sdgp
@@ -128,6 +128,13 @@ def test_a_forced_sparse_product_on_a_device_without_one(layer: nn.Module) -> No
     op = type(layer).__name__.lower()
     with pytest.raises(ValueError, match=rf'^{op}: backend="sparse" expected .*\(cpu, cuda\), got meta; use "pruned"'):
         output.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["pruned", "sparse", "dense"])
+def test_a_device_without_kernels(backend: str) -> None:
+    x = elsewhere(X).requires_grad_()
+    with pytest.raises(ValueError, match=f'^linear: backend="{backend}" expected tensors on cpu or cuda, got xpu; use'):
+        sdgp.linear(x, elsewhere(torch.empty(16, 8)), backend=backend)
 
 
 def test_a_refused_conversion_changes_nothing() -> None:

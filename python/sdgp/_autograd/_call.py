@@ -110,6 +110,8 @@ class Call(NamedTuple):
 
 _DATA, _WEIGHT = ("data",), ("weight",)
 
+_DEVICES = ("cpu", "cuda", "meta")  # that have kernels, or shapes alone
+
 # The dimension along which the groups of a weight gradient run.
 _ALONG = {"linear": "rows", "float8_linear": "rows", "conv2d": "output pixels"}
 
@@ -146,7 +148,7 @@ def start(
     if not (trains_input or weight_pruning is not None):
         return None  # no gradient to prune
     if pruning.backend != "auto":
-        _check_methods(op, pruning, trains_input, weight_pruning, input.device)
+        _check_kernels(op, pruning, trains_input, weight_pruning, input.device)
     if torch.compiler.is_compiling():
         return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
     asked = (*(_DATA if trains_input else ()), *(_WEIGHT if weight_pruning is not None else ()))
@@ -171,12 +173,19 @@ def start(
     return Call(op, Part(pruning.data, site), of_weight, held, layer, chooser)
 
 
-def _check_methods(
+def _check_kernels(
     op: str, pruning: Pruning, trains_input: bool, weight_pruning: Pruning | None, device: torch.device
 ) -> None:
     available = methods_on(device.type)
     for part in (pruning.data if trains_input else None, weight_pruning):
-        if part is not None and part.method not in available and not part.is_identity:
+        if part is None or part.is_identity:
+            continue
+        if device.type not in _DEVICES:
+            raise ValueError(
+                f'{op}: backend="{pruning.backend}" expected tensors on cpu or cuda, got {device.type}; use '
+                'backend="auto", which leaves the gradients exact there'
+            )
+        if part.method not in available:
             raise ValueError(
                 f'{op}: backend="{pruning.backend}" expected a method that prunes on {device.type} '
                 f'({", ".join(available)}), got {part.method}; use one of them, or backend="auto"'
