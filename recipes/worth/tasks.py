@@ -152,6 +152,12 @@ def _cifar10_task(name: str, base: Overrides, budget: int = 0) -> Task:
     )
 
 
+def _classify_task(name: str, base: Overrides) -> Task:
+    return _text_task(
+        name, classify.RECIPE, base, None, (("8:16", "8:16"), ("4:16", "4:16")), shares=(0.875, 0.75, 0.625)
+    )
+
+
 def _lora_task(name: str, base: Overrides) -> Task:
     text = Path(torch.__file__).parent / "include" / "torch"
     return _text_task(name, lora.RECIPE, base, text, (("8:16", ""), ("4:16", "")))
@@ -166,7 +172,6 @@ TASKS = {
     "gpt_bfloat16": _text_task("gpt_bfloat16", gpt.RECIPE, _GPT_BFLOAT16, None, ()),
     "lora": _lora_task("lora", _LORA),
     "lora_bfloat16": _lora_task("lora_bfloat16", _LORA | {"amp": "bfloat16"}),
-    "classify": _text_task(
-        "classify", classify.RECIPE, _CLASSIFY, None, (("8:16", "8:16"), ("4:16", "4:16")), (0.875, 0.75, 0.625)
-    ),
+    "classify": _classify_task("classify", _CLASSIFY),
+    "classify_bfloat16": _classify_task("classify_bfloat16", _CLASSIFY | {"amp": "bfloat16"}),
 }
