@@ -255,6 +255,8 @@ def test_modules(programs: Path) -> None:
         "sparse output gradient",
         "changed in place",
         "refused (6, 6)",
+        "refused a sparse input",
+        "reset like a new layer",
     ]
 
 

@@ -124,6 +124,19 @@ void show_unusual(const sdgp::PruningOptions& settings) {
   } catch (const c10::ValueError&) {
     std::cout << "refused (6, 6)\n";
   }
+  try {
+    layer(x.to_sparse());
+    std::cout << "took a sparse input\n";
+  } catch (const c10::ValueError&) {
+    std::cout << "refused a sparse input\n";
+  }
+
+  torch::manual_seed(0);
+  const sdgp::Linear fresh(torch::nn::LinearOptions(8, 8), settings);
+  torch::manual_seed(0);
+  layer->reset_parameters();
+  const bool alike = layer->weight.equal(fresh->weight) && layer->bias.equal(fresh->bias);
+  std::cout << (alike ? "reset like a new layer" : "other parameters") << '\n';
 }
 
 // Shows the features of a module besides its forward: its text, its clone, and an archive that torch::nn reads.
