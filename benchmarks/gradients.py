@@ -4,10 +4,14 @@
 The subjects: spmm_nm, the data gradients of linear layers; conv2d, those of channels_last convolutions; weight_grad,
 the weight gradients of both. Prints one line per shape (rows, in -> out, or kernel, batch, in -> out, pixels of the
 input) and pattern: the time of the exact product; for each method, the time of the sparse one and its speed as a
-multiple of the exact one's; the time of a clone() of the output gradient.
+multiple of the exact one's; the time of a clone() of the output gradient; and the sparse product's roofline bound.
 
     python benchmarks/gradients.py                              # everything, half an hour or so
     python benchmarks/gradients.py --subject conv2d --shape 1x1 --pattern 2:4 4:32
+
+The bound is the longer of two times: the remaining arithmetic at the rate of the fastest dense product, and the
+necessary memory traffic (output gradient, other operand, result) at the bandwidth of the fastest clone. It ignores the
+time for choosing values, packing, and fresh pages.
 
 The sparse time includes all work of a layer's backward: it packs the other operand, prunes and multiplies. The system
 allocates fresh pages for tensors above about 32 MiB in every call, exact or sparse. The page faults may take longer
@@ -116,7 +120,7 @@ def cases(subject: str, shape: str, dtype: torch.dtype) -> Iterator[Case]:
         )
 
 
-def measure(case: Case, pattern: str, rounds: int) -> Row:
+def measure(case: Case, pattern: str, rounds: int, machine: Row) -> Row:
     candidates: dict[str, Callable[[], object]] = {"clone": case.grad_output.clone}
     for method in METHODS:
         products = replace(case.products, pruning=Pruning.parse("benchmark", pattern, method, "sparse"))
@@ -133,15 +137,20 @@ def measure(case: Case, pattern: str, rounds: int) -> Row:
         "shape": case.name,
         "pattern": pattern,
         "gflop": case.flop / 1e9,
-        "gradient_bytes": case.grad_output.nbytes,
-        "operand_bytes": case.operand.nbytes,
-        "result_bytes": case.result_bytes,
+        "bound_ms": round(bound_ms(case, pattern, machine), 3),
         "clone_ms": round(milliseconds["clone"], 3),
         "exact_ms": round(milliseconds["exact"], 3),
         "sparse_ms": {method: round(milliseconds[method], 3) for method in METHODS},
         "times_exact": {method: round(median, 3) for method, (median, _, _) in ratios.items()},
         "interval": {method: [round(low, 3), round(high, 3)] for method, (_, low, high) in ratios.items()},
     }
+
+
+def bound_ms(case: Case, pattern: str, machine: Row) -> float:
+    n, m = sdgp.Pattern.parse(pattern)
+    arithmetic = case.flop * n / m / machine["best_dense_product_gflop_per_s"]
+    moved = case.grad_output.nbytes + case.operand.nbytes + case.result_bytes
+    return float(max(arithmetic, moved / machine["best_clone_gb_per_s"]) / 1e6)
 
 
 def line(row: Row) -> str:
@@ -151,7 +160,7 @@ def line(row: Row) -> str:
         for method, (low, high) in row["interval"].items()
     )
     head = f"{row['shape']:29s} | {row['pattern']:>5s}"
-    return f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms"
+    return f"{head} | {exact} | {sparse} | clone {row['clone_ms']:6.2f} ms | bound {row['bound_ms']:6.2f} ms"
 
 
 def speeds(dtype: torch.dtype) -> dict[str, float]:
@@ -189,7 +198,7 @@ def main() -> None:
     print(f"best dense product {product} GFLOP/s, best clone {clone} GB/s, {args.threads} thread(s)", flush=True)
     for subject in args.subject:
         rows = (
-            measure(case, pattern, args.rounds)
+            measure(case, pattern, args.rounds, args.machine)
             for case in cases(subject, args.shape, dtype)
             for pattern in args.pattern
         )
