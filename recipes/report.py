@@ -54,12 +54,17 @@ class Group(NamedTuple):
 
 
 def read(files: Iterable[Path]) -> list[Line]:
-    """Reads the result lines of all files."""
+    """Reads the result lines of all files.
+
+    Raises:
+        UserError: if a file is not readable or has other lines.
+    """
     lines: list[Line] = []
     for file in files:
-        lines += read_lines(file)
-        if not all(line.get("recipe") in _MAIN and "curve" in line for line in lines):
-            raise UserError(f"expected result lines of recipes, got other lines in {file}")
+        new = read_lines(file)
+        if not all(line.get("recipe") in _MAIN and "exact_first" in line.get("config", {}) for line in new):
+            raise UserError(f"expected result lines of recipes, of this version, got other lines in {file}")
+        lines += new
     return lines
 
 

@@ -162,7 +162,7 @@ def _add_device(command: argparse.ArgumentParser) -> None:
 
 
 def count(text: str) -> int:
-    """The argparse type of a number from 1 on."""
+    """The argparse type of a number from 1 on, of at most nine digits."""
     if not re.fullmatch(r"\d{1,9}", text) or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a number from 1 on, got {text!r}")
     return int(text)

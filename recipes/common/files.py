@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: BSD-3-Clause
-"""Writes files so that a crash, a kill or a full disk leaves either the old file or the complete new one."""
+"""Reads and writes files. A crash, a kill or a full disk leaves either the old file or the complete new one."""
 
 from __future__ import annotations
 
@@ -70,8 +70,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         UserError: if the file is not readable or contains anything else.
     """
     try:
-        lines = path.read_bytes().splitlines()
-        if lines and _is_cut_off(lines[-1]):
+        whole = path.read_bytes()
+        lines = whole.splitlines()
+        if lines and not whole.endswith(b"\n") and _is_cut_off(lines[-1]):
             lines.pop()
         objects = [json.loads(line) for line in lines]
     except (OSError, ValueError) as error:

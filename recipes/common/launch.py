@@ -45,10 +45,13 @@ def launch(recipe: Recipe, doc: str | None) -> None:
                 results = args.results or args.out / f"{recipe.name}.jsonl"
                 try:
                     recipe.train(settings, data, seed, world, Job(folder, results, args.resume))
-                except Diverged as error:  # the other seeds may not
-                    diverged.append(f"seed {seed}: {error}" if args.seeds > 1 else str(error))
+                except Diverged as error:
+                    if args.seeds == 1 or world.size > 1:  # another process may not have noticed yet
+                        raise
+                    print(f"{recipe.name}: seed {seed}: {error}", file=sys.stderr)
+                    diverged.append(seed)
             if diverged:
-                raise UserError("; ".join(diverged))
+                raise UserError(f"the runs of these seeds diverged: {', '.join(map(str, diverged))}")
         finally:
             process.stop()
     except Stopped as stopped:

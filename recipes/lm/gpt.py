@@ -103,8 +103,8 @@ def from_checkpoint(path: str, context: int | None = None) -> GPT:
         trained = training["config"]
         model = GPT(*SIZES[trained["size"]], context or trained["context"])
         model.load_state_dict(weights)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(f"config: expected model to be a checkpoint of recipes.lm.gpt, got {path}: {error}") from None
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"checkpoint: expected one of recipes.lm.gpt, got {path}: {error}") from None
     return model
 
 

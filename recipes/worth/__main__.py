@@ -24,11 +24,11 @@ from sdgp_cli import count
 
 from ..common import process
 from ..common.errors import Diverged, Stopped, UserError
-from ..common.files import append_line, read_lines
+from ..common.files import append_line
 from ..common.launch import seed
 from ..common.record import Job
 from ..common.settings import Settings
-from .compare import has_present_plan
+from .compare import has_present_plan, read_runs
 from .tasks import TASKS, Task
 
 HERE = Path(__file__).parent
@@ -75,6 +75,8 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
                         "diverged": str(error),
                         "config": dataclasses.asdict(config),
                     }
+                    if config.plan:
+                        line["plan"] = json.loads(Path(config.plan).read_text(encoding="utf-8"))
                     append_line(path, json.dumps(line))
     finally:
         process.stop()
@@ -84,7 +86,7 @@ def finished(task: Task, path: Path) -> list[tuple[Settings, int]]:
     """Returns config and seed of every run that has a result line."""
     if not path.exists():
         return []
-    lines = filter(has_present_plan, read_lines(path))
+    lines = filter(has_present_plan, read_runs(path))
     return [(task.recipe.config(**line["config"]), line["seed"]) for line in lines]
 
 

@@ -19,6 +19,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..common.errors import UserError
+from ..common.files import read_lines
 from ..common.settings import Settings
 from .tasks import Task
 
@@ -116,6 +118,18 @@ def arms(task: Task, lines: list[dict[str, Any]]) -> list[Arm]:
 def _epoch_steps(config: Any) -> int:
     steps: int = config.epoch_images // config.batch_size if hasattr(config, "epoch_images") else config.epoch_steps
     return steps
+
+
+def read_runs(path: Path) -> list[dict[str, Any]]:
+    """Reads the result lines of a task, also those of runs that diverged.
+
+    Raises:
+        UserError: if the file is not readable or has other lines.
+    """
+    lines = read_lines(path)
+    if not all({"config", "seed"} <= line.keys() for line in lines):
+        raise UserError(f"expected result lines of recipes, got other lines in {path}")
+    return lines
 
 
 def has_present_plan(line: dict[str, Any]) -> bool:

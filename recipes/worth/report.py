@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import matplotlib
 
 from sdgp import _plan as plan
 
-from ..common.files import read_lines, replace_between
+from ..common.errors import UserError
+from ..common.files import replace_between
 from .compare import (
     KINDS,
     Arm,
@@ -25,6 +27,7 @@ from .compare import (
     mean_noise,
     net_saving,
     plain_curves,
+    read_runs,
     saving_of,
     strict_worth,
     worth,
@@ -162,7 +165,7 @@ def main() -> None:
     parts, said = [], []
     for name, task in TASKS.items():
         runs = HERE / "results" / f"{name}.jsonl"
-        found = arms(task, read_lines(runs) if runs.exists() else [])
+        found = arms(task, read_runs(runs) if runs.exists() else [])
         measured = {
             path.stem.removeprefix(f"{name}-saved-"): json.loads(path.read_text(encoding="utf-8"))
             for path in sorted(runs.parent.glob(f"{name}-saved-*.json"))
@@ -185,4 +188,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"report: {error}")

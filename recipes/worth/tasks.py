@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,8 +80,11 @@ class Task(NamedTuple):
         ]
 
     def plans(self, results: Path) -> list[Path]:
-        """Returns the files with the plans of ``sdgp.advise`` on each machine, relative to the repository inside it."""
-        paths = (path.resolve() for path in sorted(results.glob(f"{self.name}-plan-*.json")))
+        """Returns the files with the plans of ``sdgp.advise`` on each machine.
+
+        Paths inside the repository are relative to it.
+        """
+        paths = (Path(os.path.abspath(path)) for path in sorted(results.glob(f"{self.name}-plan-*.json")))
         return [path.relative_to(_ROOT) if path.is_relative_to(_ROOT) else path for path in paths]
 
 

@@ -95,8 +95,15 @@ def test_a_run_with_a_budget_shares_the_table_of_the_others() -> None:
     [
         ("1 2", "expected a file of JSON lines, got .*: Extra data"),
         ("[1]", "expected a JSON object in each line, got other lines in "),
-        ('{"recipe": "unknown"}', "expected result lines of recipes, got other lines in "),
-        ('{"row": "plain", "seed": 0, "diverged": "step 1"}', "expected result lines of recipes, got other lines in "),
+        (
+            '{"recipe": "gpt", "config": {"dense_first": 0}}',
+            "expected result lines of recipes, of this version, got other",
+        ),
+        ('{"recipe": "unknown"}', "expected result lines of recipes, of this version, got other"),
+        (
+            '{"row": "plain", "seed": 0, "diverged": "step 1"}',
+            "expected result lines of recipes, of this version, got other",
+        ),
     ],
 )
 def test_files_of_other_lines(text: str, message: str, tmp_path: Path) -> None:

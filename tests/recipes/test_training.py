@@ -136,7 +136,7 @@ def test_gradient_error(
     assert len(capsys.readouterr().out.strip().splitlines()) >= 2 + 4 * 4
     run(monkeypatch, command("cifar10", tmp_path / "images", images))
     said = fails(monkeypatch, ["recipes.lm.gradient_error", str(saved(tmp_path / "images"))])
-    assert said.startswith("gradient_error: config: expected model to be a checkpoint of recipes.lm.gpt, got ")
+    assert said.startswith("gradient_error: checkpoint: expected one of recipes.lm.gpt, got ")
 
 
 def test_a_checkpoint_with_other_metadata(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,7 +110,7 @@ class Call(NamedTuple):
 
 _DATA, _WEIGHT = ("data",), ("weight",)
 
-_DEVICES = ("cpu", "cuda", "meta")  # that have kernels, or shapes alone
+_DEVICES = ("cpu", "cuda", "meta")  # those with kernels, and meta, whose tensors have only shapes
 
 # The dimension along which the groups of a weight gradient run.
 _ALONG = {"linear": "rows", "float8_linear": "rows", "conv2d": "output pixels"}
@@ -147,7 +147,7 @@ def start(
         weight_pruning = None
     if not (trains_input or weight_pruning is not None):
         return None  # no gradient to prune
-    if pruning.backend != "auto":
+    if pruning.backend != "auto" and not held:
         _check_kernels(op, pruning, trains_input, weight_pruning, input.device)
     if torch.compiler.is_compiling():
         return _compiled(op, pruning.data, weight_pruning, held, input, weight, work)
