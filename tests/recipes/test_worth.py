@@ -14,6 +14,7 @@ import torch
 
 import sdgp
 from recipes.common import process
+from recipes.common.errors import UserError
 from recipes.worth import __main__ as study
 from recipes.worth import compare, measure, report, tasks
 from recipes.worth.tasks import TASKS, Task
@@ -155,6 +156,27 @@ def test_a_run_that_diverges_is_a_result(
     small = TASKS["resnet9"]
     table = report.table("resnet9", small, compare.arms(small, lines), {}, {})
     assert "| rescale 2:4 | diverged in 1 | 1 |" in table
+
+
+def test_plans_of_another_folder(tmp_path: Path) -> None:
+    plan = tmp_path / "resnet9-plan-x.json"
+    plan.write_text("{}")
+    assert [arm["plan"] for arm in TASKS["resnet9"].arms(tmp_path) if "plan" in arm] == [str(plan)] * 2
+
+
+def test_foreign_lines(tmp_path: Path) -> None:
+    path = tmp_path / "resnet9.jsonl"
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(UserError, match=f"^expected result lines of recipes, got other lines in {path}$"):
+        study.finished(TASKS["resnet9"], path)
+
+
+@pytest.mark.parametrize("module", [study, measure])
+def test_bad_numbers(module: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, module, "resnet9", "--threads", 0)
+    assert stopped.value.code == 2
+    assert "argument --threads: expected a number from 1 on, got '0'" in capsys.readouterr().err
 
 
 def test_untimed_products_are_all_faster() -> None:
