@@ -50,9 +50,8 @@ class Record:
     def __init__(self, job: Job, config: Settings, seed: int, data: str, world: World) -> None:
         self._job, self._config, self._world = job, config, world
         self._settings = dataclasses.asdict(config)
-        plan = json.loads(Path(config.plan).read_text(encoding="utf-8")) if config.plan else None
         # What a resumed run must have in common with the one that it continues. The plan's file may change meanwhile.
-        self._same = {"seed": seed, "data": data, "plan": plan, "world": world.size}
+        self._same = {"seed": seed, "data": data, "plan": config.read_plan(), "world": world.size}
         self._checkpoint = job.folder / "checkpoint.safetensors"
 
     def restore(

@@ -69,11 +69,9 @@ class Settings:
         """Converts ``model`` as the config says. With the method "plain" and no plan, the model stays plain."""
         if self.method == "plain" and not self.plan:
             return model
+        plan = self.read_plan()
         try:
-            if self.plan:
-                plan = json.loads(Path(self.plan).read_text(encoding="utf-8"))
-                if not isinstance(plan, dict) or not plan:
-                    raise UserError(f"config: expected plan to name layers, got {plan!r} in {self.plan}")
+            if plan is not None:
                 return sdgp.convert(model, plan, backend=self.backend)
             return sdgp.convert(
                 model,
@@ -83,12 +81,26 @@ class Settings:
                 backend=self.backend,
                 weight_grad=self.weight_grad or None,
             )
-        except OSError as error:
-            raise UserError(f"config: expected plan to be a file, got {self.plan}: {error.strerror}") from None
-        except json.JSONDecodeError as error:
-            raise UserError(f"config: expected plan to be JSON, got {self.plan}: {error}") from None
         except ValueError as error:
             raise UserError(f"config: {error}") from None
+
+    def read_plan(self) -> dict[str, Any] | None:
+        """Returns what the file of the plan contains; None if the config names no plan.
+
+        Raises:
+            UserError: if there is no such file, or it contains no plan.
+        """
+        if not self.plan:
+            return None
+        try:
+            plan = json.loads(Path(self.plan).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"config: expected plan to be a file, got {self.plan}: {error.strerror}") from None
+        except ValueError as error:
+            raise UserError(f"config: expected plan to be JSON, got {self.plan}: {error}") from None
+        if not isinstance(plan, dict) or not plan:
+            raise UserError(f"config: expected plan to name layers, got {plan!r} in {self.plan}")
+        return plan
 
     def wrap(self, model: nn.Module, world: World) -> nn.Module:
         """Wraps the model in DistributedDataParallel, unless it is sharded, and compiles it if the config says so."""

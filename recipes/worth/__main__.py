@@ -76,7 +76,7 @@ def run(name: str, data_path: Path | None, seeds: Iterable[int], out: Path, resu
                         "config": dataclasses.asdict(config),
                     }
                     if config.plan:
-                        line["plan"] = json.loads(Path(config.plan).read_text(encoding="utf-8"))
+                        line["plan"] = config.read_plan()
                     append_line(path, json.dumps(line))
     finally:
         process.stop()
